@@ -1,0 +1,160 @@
+"""Run configs: frozen pydantic models, read from YAML, changed with `--set a.b=c`, checked before any work.
+
+What changes results is *identity* and enters the fingerprint of a run. What only says where and how fast
+(paths, workers, batch sizes, devices) is *execution*, is declared with `execution(...)`, and does not.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ttmray.errors import UserError
+from ttmray.storage import read_file
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, no unknown keys, the docstring under a field is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def execution(default: Any = ..., **constraints: Any) -> Any:
+    """A field that says where or how fast, and is therefore no part of a run's identity."""
+    return Field(default, json_schema_extra={"execution": True}, **constraints)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a config that changes results, as plain JSON types."""
+    plain: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("execution"):
+            continue
+        value = getattr(config, name)
+        plain[name] = identity(value) if isinstance(value, Config) else _plain(value)
+    return plain
+
+
+def fingerprint(value: Any) -> str:
+    """Hex SHA-256 of a value of plain JSON types, independent of key order.
+
+    Raises:
+        TypeError, ValueError: for anything without one stable encoding (NaN, objects, bytes).
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Human-readable lines for every leaf in which two nested plain values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            place = f"{where}.{key}" if where else str(key)
+            if key not in old:
+                lines.append(f"{place}: (absent) -> {new[key]!r}")
+            elif key not in new:
+                lines.append(f"{place}: {old[key]!r} -> (absent)")
+            else:
+                lines += differences(old[key], new[key], place)
+        return lines
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+
+
+def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, apply `a.b=value` overrides in order, and validate.
+
+    Args:
+        kind: the config class.
+        path: local path or URI of a YAML mapping; None starts from the defaults.
+        sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work.
+
+    Raises:
+        UserError: naming the file, each wrong field and the way out.
+    """
+    plain: Any = {}
+    if path is not None:
+        try:
+            plain = yaml.safe_load(read_file(path))
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {error}", "Check the indentation near that line.") from error
+        if plain is None:
+            plain = {}
+        if not isinstance(plain, dict):
+            raise UserError(f"{path} holds a {type(plain).__name__}, not a mapping of fields.", "Write `field: value`.")
+    for assignment in sets:
+        plain = _with_override(plain, assignment)
+    try:
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        problems = [_explain(kind, problem) for problem in error.errors()]
+        source = path if path is not None else "the config"
+        raise UserError(f"{source} is not a valid {kind.__name__}:\n  " + "\n  ".join(problems)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The complete config, defaults included, as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Config):
+        return identity(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"{type(value).__name__} has no stable encoding; keep configs to plain types")
+
+
+def _with_override(plain: dict[str, Any], assignment: str) -> dict[str, Any]:
+    path, separator, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise UserError(f"--set {assignment!r} is not of the form a.b=value.", "Example: --set runtime.workers=4")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment!r}: the value is not valid YAML: {error}", "Quote it.") from error
+    changed = dict(plain)
+    node = changed
+    for key in keys[:-1]:
+        child = node.get(key)
+        node[key] = dict(child) if isinstance(child, dict) else {}
+        node = node[key]
+    node[keys[-1]] = value
+    return changed
+
+
+def _explain(kind: type[BaseModel], problem: Any) -> str:
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        owner = _model_at(kind, place[:-1])
+        close = difflib.get_close_matches(place[-1], list(owner.model_fields), n=1) if owner else []
+        advice = f"; did you mean {'.'.join([*place[:-1], close[0]])}?" if close else ""
+        known = f" (known: {', '.join(owner.model_fields)})" if owner and not close else ""
+        return f"{'.'.join(place)}: unknown field{advice}{known}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{'.'.join(place) or 'config'}: {message}{shown}"
+
+
+def _model_at(kind: type[BaseModel], place: Sequence[str]) -> type[BaseModel] | None:
+    node: Any = kind
+    for key in place:
+        field = node.model_fields.get(key) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        if field is None:
+            return None
+        node = field.annotation
+    return node if isinstance(node, type) and issubclass(node, BaseModel) else None

@@ -1,0 +1,57 @@
+"""What people see: one console, one progress bar with ETA, plain log lines where nobody watches a terminal."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+LOG_EVERY_S = 10.0
+
+
+class Meter:
+    """Counts work towards a total; draws a bar on a terminal and a line every `LOG_EVERY_S` elsewhere."""
+
+    def __init__(self, what: str, total: int, bar: Progress | None) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.bar = bar
+        self.task = bar.add_task(what, total=total, note="") if bar else None
+        self.started = self.logged = time.monotonic()
+
+    def advance(self, count: int, note: str = "") -> None:
+        self.done += count
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, advance=count, note=note)
+            return
+        now = time.monotonic()
+        if now - self.logged >= LOG_EVERY_S:
+            self.logged = now
+            rate = self.done / (now - self.started)
+            left = timedelta(seconds=round((self.total - self.done) / rate)) if rate > 0 else "?"
+            console.print(f"{self.what}: {self.done}/{self.total}, {rate:.2f}/s, ETA {left}{', ' + note if note else ''}")
+
+
+@contextmanager
+def meter(what: str, total: int) -> Iterator[Meter]:
+    """A `Meter` for the time of the block."""
+    if not console.is_terminal:
+        yield Meter(what, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield Meter(what, total, bar)

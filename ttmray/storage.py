@@ -1,0 +1,289 @@
+"""Where files live: one way to list, read and write, for local folders and object stores.
+
+Rules that everything else relies on:
+
+- A file is complete or absent. Local writes go to a temporary name in the same folder, are fsynced and
+  renamed; object stores get one complete PUT. Nothing is ever encoded into an open remote file, because
+  an exception inside such a block commits a truncated object.
+- `create` refuses to replace: the first writer wins, which is what makes an index file a commit.
+- Names inside a folder are relative, with forward slashes, and can never leave the folder.
+"""
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ttmray.errors import UserError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def absolute(path: str) -> str:
+    """`path` as an absolute local path or an unchanged URI (Ray jobs run in another working directory)."""
+    if "://" in path:
+        return path.rstrip("/")
+    return str(Path(path).expanduser().absolute())
+
+
+def is_remote(path: str) -> bool:
+    """True for URIs such as `s3://bucket/prefix`; `file://` counts as remote only in form and works too."""
+    return "://" in path
+
+
+def safe_relative(name: str) -> str:
+    """Check that `name` stays inside the folder that it is joined to.
+
+    Raises:
+        UserError: for absolute names, `..`, backslashes, control characters and empty parts.
+    """
+    parts = name.split("/")
+    bad = not name or any(part in ("", ".", "..") for part in parts)
+    if bad or "\\" in name or any(ord(c) < 32 for c in name):
+        raise UserError(f"{name!r} is not a safe relative path.", "Use names without '..', '//' or a leading '/'.")
+    return name
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn the storage errors that a user can act on into a `UserError` that names `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: not found.", "Check the path or the bucket name.") from error
+    except PermissionError as error:
+        raise UserError(
+            f"{what}: permission denied ({error}).", "Check the rights of the file, or the credentials of the bucket."
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{what}: the disk is full.",
+                "What was committed stays valid: free space and start the same command again.",
+            ) from error
+        if error.errno == errno.EROFS:
+            raise UserError(f"{what}: the file system is read-only.", "Choose another output folder.") from error
+        raise
+    except Exception as error:
+        # botocore is optional, so its exceptions are recognised by module instead of by import.
+        if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+            raise UserError(
+                f"{what}: the object store answered {type(error).__name__}: {error}",
+                "Check the bucket, AWS_ENDPOINT_URL and the credentials (AWS_PROFILE or AWS_ACCESS_KEY_ID).",
+            ) from error
+        raise
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One listed file: its name relative to the listed folder, and its size in bytes."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local folder or an object-store prefix. Cheap to pickle: it holds nothing but its address."""
+
+    uri: str
+
+    @classmethod
+    def at(cls, path: str) -> "Folder":
+        """The folder at `path` (local or URI); it need not exist yet."""
+        return cls(absolute(path))
+
+    @property
+    def remote(self) -> bool:
+        return is_remote(self.uri)
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def _filesystem(self) -> tuple[Any, str]:
+        import fsspec
+
+        try:
+            # listing caches would hide what other workers committed
+            return fsspec.core.url_to_fs(self.uri, use_listings_cache=False, skip_instance_cache=False)
+        except ImportError as error:
+            scheme = self.uri.split("://")[0]
+            raise UserError(f"{self.uri}: {error}", f"Install support for it: pip install 'ttmray[{scheme}]'") from error
+        except ValueError as error:
+            raise UserError(f"{self.uri}: {error}", "Use a local path or an s3:// address.") from error
+
+    def path(self, name: str) -> str:
+        """Full local path or URI of `name`."""
+        return f"{self.uri}/{safe_relative(name)}"
+
+    def sub(self, name: str) -> "Folder":
+        return Folder(self.path(name))
+
+    def exists(self, name: str) -> bool:
+        if not self.remote:
+            return os.path.exists(self.path(name))
+        fs, root = self._filesystem()
+        with explained(self.path(name)):
+            return bool(fs.exists(f"{root}/{safe_relative(name)}"))
+
+    def files(self, under: str = "", sizes: bool = True) -> list[Entry]:
+        """All files below `under`, in sorted order; empty where the folder does not exist.
+
+        Temporary files of writers are left out.
+        """
+        where = self.path(under) if under else self.uri
+        with explained(where):
+            if self.remote:
+                fs, root = self._filesystem()
+                base = f"{root}/{under}" if under else root
+                found = [
+                    Entry(full[len(base) :].lstrip("/"), int(info.get("size") or 0))
+                    for full, info in fs.find(base, detail=True).items()
+                    if info.get("type") == "file"
+                ]
+            else:
+                found = list(_walk(where, sizes))
+        return sorted((e for e in found if _is_ours(e.name)), key=lambda e: e.name)
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file.
+
+        Raises:
+            UserError: when it is missing or cannot be read.
+        """
+        with explained(self.path(name)):
+            if not self.remote:
+                return Path(self.path(name)).read_bytes()
+            fs, root = self._filesystem()
+            return fs.cat_file(f"{root}/{safe_relative(name)}")
+
+    def open(self, name: str) -> IO[bytes]:
+        """A seekable reader of the file; ranges are fetched on demand from object stores."""
+        with explained(self.path(name)):
+            if not self.remote:
+                return open(self.path(name), "rb")
+            fs, root = self._filesystem()
+            return fs.open(f"{root}/{safe_relative(name)}", "rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write the whole file atomically, replacing what was there."""
+        with explained(self.path(name)):
+            if self.remote:
+                fs, root = self._filesystem()
+                fs.pipe_file(f"{root}/{safe_relative(name)}", data)
+            else:
+                _local_write(Path(self.path(name)), data, replace=True)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write the whole file atomically unless it exists; False (and no change) if it does.
+
+        Of several concurrent writers exactly one gets True: `os.link` locally, a conditional PUT
+        (`If-None-Match: *`) on S3.
+        """
+        with explained(self.path(name)):
+            try:
+                if self.remote:
+                    fs, root = self._filesystem()
+                    fs.pipe_file(f"{root}/{safe_relative(name)}", data, mode="create")
+                else:
+                    _local_write(Path(self.path(name)), data, replace=False)
+            except FileExistsError:
+                return False
+            return True
+
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing happens when it is gone already (another worker may have been faster)."""
+        with explained(self.path(name)):
+            try:
+                if self.remote:
+                    fs, root = self._filesystem()
+                    fs.rm_file(f"{root}/{safe_relative(name)}")
+                else:
+                    os.unlink(self.path(name))
+            except FileNotFoundError:
+                return
+
+    def sweep_temporary(self, older_than_s: float = 3600.0) -> int:
+        """Remove temporary files that killed writers left behind; returns how many. Local folders only:
+        object stores never show an unfinished PUT."""
+        if self.remote or not os.path.isdir(self.uri):
+            return 0
+        import time
+
+        swept = 0
+        for folder, _, names in os.walk(self.uri):
+            for name in names:
+                if not name.startswith(TEMPORARY_PREFIX):
+                    continue
+                full = os.path.join(folder, name)
+                try:
+                    if time.time() - os.stat(full).st_mtime >= older_than_s:
+                        os.unlink(full)
+                        swept += 1
+                except FileNotFoundError:
+                    continue  # its writer finished in between
+        return swept
+
+
+def split_path(path: str) -> tuple[Folder, str]:
+    """The folder and the file name of a path or URI to one file."""
+    full = absolute(path)
+    parent, _, name = full.rpartition("/")
+    return Folder(parent or "/"), name
+
+
+def read_file(path: str) -> bytes:
+    """All bytes of one local or remote file."""
+    folder, name = split_path(path)
+    return folder.read(name)
+
+
+def _is_ours(name: str) -> bool:
+    return not name.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
+
+
+def _walk(base: str, sizes: bool) -> Iterator[Entry]:
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, folders, names in os.walk(base, onerror=fail, followlinks=True):
+        folders.sort()
+        prefix = os.path.relpath(folder, base).replace(os.sep, "/")
+        for name in names:
+            full = os.path.join(folder, name)
+            if not os.path.isfile(full):
+                continue  # sockets, dangling links
+            relative = name if prefix == "." else f"{prefix}/{name}"
+            yield Entry(relative, os.path.getsize(full) if sizes else -1)
+
+
+def _local_write(target: Path, data: bytes, replace: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, target)
+        else:
+            os.link(temporary, target)
+        _fsync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
