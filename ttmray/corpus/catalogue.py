@@ -1,0 +1,336 @@
+"""Which tracks there are: a folder or bucket of songs, or a table, as a sorted list with safe unique ids."""
+
+import hashlib
+import math
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ttmray.audio.io import AUDIO_EXTENSIONS
+from ttmray.corpus.captions import (
+    Table,
+    captions_of,
+    find_captions,
+    is_table,
+    join,
+    load_captions,
+    read_table,
+)
+from ttmray.corpus.config import CatalogueConfig
+from ttmray.errors import UserError
+from ttmray.storage import Folder, absolute, read_file, safe_relative, split_path
+
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+HEAD_BYTES = 1 << 16
+READ_BYTES = 1 << 22
+THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Track:
+    """One song file.
+
+    Attributes:
+        track_id: letters, digits, `_` and `-`, at most 64; unique in the catalogue without regard to case.
+        path: relative to the audio root, with forward slashes.
+        size: bytes, -1 where unknown.
+        duration_s: seconds as a table says, NaN where unknown.
+        status: `ok`, or `rejected` with the reason `excluded`, `duplicate` or `missing`.
+        message: the details of a rejection.
+    """
+
+    track_id: str
+    path: str
+    size: int = -1
+    duration_s: float = math.nan
+    caption: str = ""
+    artist_id: str = ""
+    album_id: str = ""
+    status: str = "ok"
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass
+class Catalogue:
+    """All tracks, sorted by path; `report` holds counts and remarks for people."""
+
+    root: Folder
+    tracks: list[Track]
+    report: dict[str, int | str]
+
+
+def build_catalogue(input: str, config: CatalogueConfig) -> Catalogue:
+    """List the tracks of a folder, a bucket prefix or a table.
+
+    The id of a track is the stem of its file name where that is safe and unique (also in a table with an id
+    column, because captions and clip names of existing corpora use the stem), else a readable form of the
+    stem with a hash of the path. Only files of equal size are read, to find copies.
+
+    Args:
+        input: folder, `s3://bucket/prefix`, or a table (`captions.is_table`).
+
+    Raises:
+        UserError: for an input that is absent, empty or not readable, and for tables with bad rows, naming
+            the file and the line.
+    """
+    if is_table(input) and not os.path.isdir(absolute(input)):
+        root, tracks, report, captions = _from_table(input, config)
+    else:
+        root, tracks, report, captions = _from_folder(Folder.at(input), config)
+    if config.limit is not None and config.limit < len(tracks):
+        report["limit"] = f"first {config.limit} of {len(tracks)} tracks"
+        tracks = tracks[: config.limit]
+    if config.captions not in (None, "auto"):
+        captions = load_captions(config.captions)
+        report["captions_from"] = config.captions
+    if captions is None:
+        report["tracks_without_caption"] = sum(not track.caption for track in tracks)
+    else:
+        tracks, counts = join(tracks, captions)
+        report.update(counts)
+    if config.exclude is not None:
+        tracks = _exclude(tracks, config.exclude, report)
+    if config.duplicates == "reject":
+        tracks = _reject_copies(root, tracks, report)
+    report["tracks"] = len(tracks)
+    for kind, count in sorted(Counter(track.reason or "ok" for track in tracks).items()):
+        report[kind] = count
+    return Catalogue(root, tracks, report)
+
+
+def track_ids(paths: Sequence[str]) -> list[str]:
+    """One safe id per path, unique without regard to case (some file systems have none).
+
+    Raises:
+        UserError: should two paths get one id even so.
+    """
+    stems = [os.path.splitext(path.rpartition("/")[2])[0] for path in paths]
+    count = Counter(stem.lower() for stem in stems)
+    ids = [
+        stem if count[stem.lower()] == 1 and SAFE_ID.fullmatch(stem) else f"{_slug(stem)}-{_digest(path)[:8]}"
+        for stem, path in zip(stems, paths, strict=True)
+    ]
+    # 8 hex digits can meet in a large catalogue where every album has its 01.mp3
+    count = Counter(track_id.lower() for track_id in ids)
+    if len(count) < len(ids):
+        ids = [
+            track_id if count[track_id.lower()] == 1 else f"{_slug(stem)}-{_digest(path)[:16]}"
+            for track_id, stem, path in zip(ids, stems, paths, strict=True)
+        ]
+        seen: dict[str, str] = {}
+        for track_id, path in zip(ids, paths, strict=True):
+            other = seen.setdefault(track_id.lower(), path)
+            if other != path:
+                raise UserError(f"{other} and {path} both get the track id {track_id}.", "Rename one of them.")
+    return ids
+
+
+def _slug(stem: str) -> str:
+    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")[:40].rstrip("-") or "track"
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(path.encode()).hexdigest()
+
+
+_Found = tuple[Folder, list[Track], dict[str, int | str], dict[str, str] | None]
+
+
+def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
+    if not folder.remote:
+        if not os.path.exists(folder.uri):
+            raise UserError(f"{folder}: there is no such folder.", "Check `input`.")
+        if not os.path.isdir(folder.uri):
+            raise UserError(
+                f"{folder} is neither a folder nor a table of tracks.",
+                "Give a folder of songs, or a .csv, .tsv, .json, .jsonl or .parquet file.",
+            )
+    entries = [e for e in folder.files() if not any(part.startswith(".") for part in e.name.split("/"))]
+    extension = [os.path.splitext(entry.name)[1].lower() for entry in entries]
+    audio = [entry for entry, kind in zip(entries, extension, strict=True) if kind in AUDIO_EXTENSIONS]
+    others = Counter(kind or "(none)" for kind in extension if kind not in AUDIO_EXTENSIONS)
+    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(others.items()))
+    if not audio:
+        raise UserError(
+            f"{folder} holds no audio: " + (f"only other files ({listed})." if others else "it is empty."),
+            f"Searched, at any depth, for {', '.join(sorted(AUDIO_EXTENSIONS))}; hidden files do not count.",
+        )
+    for entry in audio:
+        _check_path(entry.name, folder.__str__)
+    audio.sort(key=lambda entry: entry.name)
+    ids = track_ids([entry.name for entry in audio])
+    tracks = [
+        Track(track_id=track_id, path=entry.name, size=entry.size) for track_id, entry in zip(ids, audio, strict=True)
+    ]
+    report: dict[str, int | str] = {"other_files": others.total(), "other_extensions": listed}
+    captions = None
+    if config.captions == "auto":
+        table = find_captions(folder, [entry.name for entry in entries])
+        if table is not None:
+            captions = captions_of(table)
+            report["captions_from"] = table.source
+    return folder, tracks, report, captions
+
+
+def _from_table(source: str, config: CatalogueConfig) -> _Found:
+    table = read_table(source)
+    if "path" not in table.columns:
+        raise UserError(
+            f"{source} has no column `path`; it has {', '.join(table.header) or 'none'}.",
+            "A table of tracks needs one path per row, relative to catalogue.audio_root.",
+        )
+    if len(table) == 0:
+        raise UserError(f"{source} holds no tracks.", "Check that it is the right file.")
+    paths = _paths(table)
+    durations = _durations(table)
+    artists, albums = table.texts("artist_id"), table.texts("album_id")
+    captions = table.texts("caption") if config.captions == "auto" else [""] * len(table)
+    root = Folder.at(config.audio_root) if config.audio_root is not None else split_path(source)[0]
+    sizes = {entry.name: entry.size for entry in root.files()}
+    report: dict[str, int | str] = {}
+    found = any(path in sizes for path in paths)
+    if not found:
+        report["audio"] = f"audio not found under {root}: planning from the table alone (see catalogue.audio_root)"
+    if config.captions == "auto" and "caption" in table.columns:
+        report["captions_from"] = source
+    tracks = []
+    order = sorted(range(len(paths)), key=paths.__getitem__)
+    ids = track_ids([paths[row] for row in order])
+    for track_id, row in zip(ids, order, strict=True):
+        path = paths[row]
+        size = sizes.get(path, -1)
+        missing = found and size < 0
+        tracks.append(
+            Track(
+                track_id=track_id,
+                path=path,
+                size=size,
+                duration_s=durations[row],
+                caption=" ".join(captions[row].split()),
+                artist_id=artists[row],
+                album_id=albums[row],
+                status="rejected" if missing else "ok",
+                reason="missing" if missing else "",
+                message=f"not found under {root}" if missing else "",
+            )
+        )
+    return root, tracks, report, None
+
+
+def _paths(table: Table) -> list[str]:
+    paths = [path.removeprefix("./") for path in table.texts("path")]
+    for row, path in enumerate(paths):
+        _check_path(path, partial(table.place, row))
+    if len(set(paths)) < len(paths):
+        first: dict[str, int] = {}
+        for row, path in enumerate(paths):
+            if first.setdefault(path, row) != row:
+                raise UserError(
+                    f"{table.place(row)}: {path} is also in {table.row_name(first[path])}.",
+                    "Keep one row per file.",
+                )
+    return paths
+
+
+def _durations(table: Table) -> list[float]:
+    cells: Iterable[Any] = table.columns.get("duration_s") or [None] * len(table)
+    durations = []
+    for row, cell in enumerate(cells):
+        try:
+            value = math.nan if cell is None or cell == "" else float(cell)
+        except (TypeError, ValueError):
+            value = -1.0
+        if value < 0 or value == math.inf:
+            raise UserError(f"{table.place(row)}: the duration {cell!r} is not a number of seconds.", "Correct it.")
+        durations.append(value)
+    return durations
+
+
+def _check_path(path: str, where: Callable[[], str]) -> None:
+    try:
+        safe_relative(path)
+        path.encode()
+    except UserError as error:
+        raise UserError(f"{where()}: {error.message}", error.hint) from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where()}: the file name {path!r} is not valid Unicode.", "Rename the file.") from error
+
+
+def _rejected(track: Track, reason: str, message: str) -> Track:
+    return replace(track, status="rejected", reason=reason, message=message)
+
+
+def _exclude(tracks: list[Track], source: str, report: dict[str, int | str]) -> list[Track]:
+    try:
+        lines = read_file(source).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8: {error.reason}.", "Write one track id per line.") from error
+    ids = {line.split("#")[0].strip() for line in lines} - {""}
+    report["exclude_unmatched"] = len(ids - {track.track_id for track in tracks})
+    return [_rejected(track, "excluded", f"listed in {source}") if track.track_id in ids else track for track in tracks]
+
+
+def _reject_copies(root: Folder, tracks: list[Track], report: dict[str, int | str]) -> list[Track]:
+    """Reject all but the first of files with equal bytes, and every copy of an excluded one.
+
+    Files of equal size are compared by SHA-256: of their first 64 KiB, and where these agree, as a whole.
+    Empty files are left to the decoder, which says what is wrong with them.
+    """
+    hashed = Counter[str]()
+
+    def same(groups: Iterable[list[int]], limit: int | None) -> list[list[int]]:
+        members = [(number, i) for number, group in enumerate(groups) for i in group]
+        with ThreadPoolExecutor(THREADS) as pool:
+            digests = list(pool.map(lambda m: _hash(root, tracks[m[1]].path, limit), members))
+        apart = defaultdict(list)
+        for (number, i), (digest, read) in zip(members, digests, strict=True):
+            hashed["bytes"] += read
+            if digest:
+                apart[number, digest].append(i)
+            else:
+                hashed["unreadable"] += 1
+        return [group for group in apart.values() if len(group) > 1]
+
+    by_size = defaultdict(list)
+    for i, track in enumerate(tracks):
+        if track.size > 0:
+            by_size[track.size].append(i)
+    alike = same([group for group in by_size.values() if len(group) > 1], HEAD_BYTES)
+    large = [group for group in alike if tracks[group[0]].size > HEAD_BYTES]
+    copies = [group for group in alike if tracks[group[0]].size <= HEAD_BYTES] + same(large, None)
+    tracks = list(tracks)
+    for group in copies:
+        excluded = [i for i in group if tracks[i].reason == "excluded"]
+        first = excluded[0] if excluded else group[0]
+        of = f"same bytes as {tracks[first].track_id}" + (", which is excluded" if excluded else "")
+        for i in group:
+            if i != first and tracks[i].status == "ok":
+                tracks[i] = _rejected(tracks[i], "duplicate", of)
+    report["hashed_bytes"] = hashed["bytes"]
+    if hashed["unreadable"]:
+        report["not_compared"] = hashed["unreadable"]
+    return tracks
+
+
+def _hash(root: Folder, path: str, limit: int | None) -> tuple[str, int]:
+    """Hex SHA-256 of the first `limit` bytes (None: all) and how many were read.
+
+    A file that cannot be read has no hash, "": it stays in the catalogue, and decoding it records why.
+    """
+    digest, read = hashlib.sha256(), 0
+    try:
+        with root.open(path) as file:
+            while block := file.read(READ_BYTES if limit is None else limit - read):
+                digest.update(block)
+                read += len(block)
+    except (UserError, OSError):
+        return "", read
+    return digest.hexdigest(), read

@@ -1,0 +1,205 @@
+"""The config of the corpus job: a folder or bucket of songs in, a scored WebDataset corpus out."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ttmray.config import Config, execution
+
+MAX_UNIT_CLIPS = 32
+"""32 stereo float32 clips of 10 s are 113 MB: below Ray Data's 128 MiB block (design, corpus pipeline)."""
+
+
+class CatalogueConfig(Config):
+    """Which songs, which captions, what is left out."""
+
+    captions: str | None = execution("auto")
+    """Caption table (JSON list of {path, caption}, CSV, TSV, Parquet), joined by track id. `auto` takes the
+    caption column of the input table, or a file `captions.*` or `tracks.*` at the root of the input folder."""
+    audio_root: str | None = execution(None)
+    """Folder or bucket that the paths of an input table are relative to; default: the table's own folder."""
+    exclude: str | None = execution(None)
+    """Text file with one track id per line that must never enter the corpus (evaluation references)."""
+    duplicates: Literal["reject", "keep"] = "reject"
+    """What to do with a file whose bytes equal those of an earlier track."""
+    probe: bool = True
+    """Read file headers for durations that the input table does not give. Off: every track counts as
+    `segments.max_clips` clips in the plan."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first N tracks in catalogue order."""
+
+
+class SplitConfig(Config):
+    """Splits by track, from a seeded hash of the track id, so that adding songs moves no other song."""
+
+    validation: int = Field(200, ge=0)
+    """Tracks held out for validation (paper III-D: 200)."""
+    test: int = Field(200, ge=0)
+    """Tracks held out for test (paper III-D: 200)."""
+    seed: int = 0
+    """Seed of the hash order."""
+    group_by_artist: bool = False
+    """Keep all tracks of an artist in one split; counts are then reached with whole artists."""
+
+
+class SegmentConfig(Config):
+    """The paper's segment rule (III-D and the challenge baseline's preparation script)."""
+
+    clip_s: float = Field(10.0, gt=0)
+    """Length of a clip in seconds."""
+    min_s: float = Field(5.0, gt=0)
+    """Tracks shorter than this are rejected."""
+    max_clips: int = Field(10, ge=1, le=MAX_UNIT_CLIPS)
+    """At most this many clips per track, evenly spread."""
+
+
+class LimitConfig(Config):
+    """What a sound file may be. Everything beyond is rejected with its reason."""
+
+    max_duration_s: float = Field(7200.0, gt=0)
+    """Longest track in seconds."""
+    max_channels: int = Field(2, ge=1, le=2)
+    """Surround files are rejected, because a silent downmix would change their balance."""
+    min_sample_rate: int = Field(16000, ge=1000)
+    """Hz. Lower rates carry no music band worth training on."""
+    max_sample_rate: int = Field(192000, le=768000)
+    """Hz."""
+    max_file_bytes: int = Field(2 * 2**30, gt=0)
+    """Largest file that is read."""
+    max_decoded_bytes: int = Field(2 * 2**30, gt=0)
+    """Largest decoded size (float32) of one track; bounds the memory of a decoder."""
+
+
+class SeparationConfig(Config):
+    """How vocals are removed."""
+
+    scope: Literal["clip", "track"] = "clip"
+    """The paper separates clips; `track` separates the whole track and cuts afterwards, which gives the
+    separator context at clip edges and costs more decoding memory."""
+    instrumental: Literal["sum", "residual"] = "sum"
+    """`sum` adds drums, bass and other (Demucs' default and the paper's); `residual` is mix minus vocals."""
+    overlap: float = Field(0.25, ge=0, lt=1)
+    """Share of a separator window that overlaps the next one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of the separator; encoders always run in fp32."""
+
+
+class StageResources(Config):
+    """What one worker of a stage gets from Ray, and how many workers there are."""
+
+    cpus: float = Field(1.0, ge=0)
+    """CPUs per worker."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs per worker; a fraction is a scheduling share, not a memory limit."""
+    workers: tuple[int, int] | None = None
+    """Fewest and most workers; default: 1 to as many as the resources allow."""
+
+    @field_validator("workers")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 1 <= value[0] <= value[1]:
+            raise ValueError("needs 1 <= fewest <= most")
+        return value
+
+
+class RuntimeConfig(Config):
+    """Where and how fast; none of it changes a result."""
+
+    runner: Literal["local", "ray"] = "ray"
+    """`local` is a plain loop or process pool without Ray; results are identical."""
+    workers: int | Literal["auto"] = Field("auto")
+    """Processes of the local runner (0: in this process); `auto` is one per CPU. For Ray, the CPUs of a
+    cluster that this job starts itself; ignored when it joins one."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Device of the models; `auto` is cuda where there is one."""
+    batch: int = Field(8, ge=1, le=256)
+    """Clips per model forward. On a CPU models always see one clip at a time: larger batches are not faster
+    there and change last bits."""
+    threads: int = Field(1, ge=1)
+    """CPU threads per worker."""
+    fuse: Literal["all", "models", "none"] = "models"
+    """Which stages share a process: `all` of them, the three `models` stages (one actor holds all models;
+    best on one card), or `none` (stages spread over many cards)."""
+    decode: StageResources = StageResources()
+    """Workers that decode, cut and resample."""
+    models: StageResources = StageResources()
+    """Workers of the fused model stages; also the default for separate, score and encode."""
+    separate: StageResources | None = None
+    """Workers of the separation stage where `fuse` is `none`."""
+    score: StageResources | None = None
+    """Workers of the scoring stage where `fuse` is `none`."""
+    encode: StageResources | None = None
+    """Workers of the encoding stage where `fuse` is `none`."""
+    write: StageResources = StageResources(cpus=0.5)
+    """Workers that write shards."""
+    object_store_gib: float | None = Field(None, gt=0)
+    """Object store of a Ray instance that this job starts; default: Ray's own choice (30 % of RAM)."""
+    clip_timeout_s: float = Field(600.0, gt=0)
+    """A clip (or track) that runs alone longer than this is quarantined."""
+    no_progress_timeout_s: float = Field(1800.0, gt=0)
+    """Without any finished unit for this long the job stops instead of hanging."""
+
+    @field_validator("workers")
+    @classmethod
+    def _not_negative(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("needs 0 or more processes, or auto")
+        return value
+
+
+class CorpusConfig(Config):
+    """`jobs/score_corpus.py` and `ttmray score-corpus`."""
+
+    input: str = execution()
+    """Folder or bucket of songs, or a table of tracks (CSV, TSV, Parquet, JSON; MTG-Jamendo's TSV as it is)."""
+    output: str = execution()
+    """Run folder: a local path or s3:// prefix."""
+    catalogue: CatalogueConfig = CatalogueConfig()
+    splits: SplitConfig = SplitConfig()
+    segments: SegmentConfig = SegmentConfig()
+    limits: LimitConfig = LimitConfig()
+    separation: SeparationConfig = SeparationConfig()
+    bundle: str = "debug"
+    """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
+    reward_text: Literal["empty", "caption"] = "empty"
+    """Text input of the reward. The released TuneJury scores use none; the paper does not say."""
+    silence_dbfs: float = Field(-80.0, le=0)
+    """A clip whose sample peak is below this is rejected as silent (the reference rejects whole files with a
+    peak below 1e-6, that is -120 dBFS)."""
+    keep_audio: bool = False
+    """Also store the instrumental of every clip as mono 16-bit FLAC."""
+    unit_clips: int = Field(MAX_UNIT_CLIPS, ge=1, le=MAX_UNIT_CLIPS)
+    """Most clips per unit; a unit holds whole tracks and is what travels, is committed and is repeated."""
+    max_failures: Annotated[int | str, Field(union_mode="left_to_right")] = execution("1%")
+    """Exit code 3 when more clips and tracks than this failed: a count, or a share such as `1%`."""
+    runtime: RuntimeConfig = execution(RuntimeConfig())
+
+    @field_validator("max_failures")
+    @classmethod
+    def _count_or_share(cls, value: int | str) -> int | str:
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError("needs a count of 0 or more, or a share such as '1%'")
+        elif not re.fullmatch(r"\d+(\.\d+)?%", value):
+            raise ValueError("needs a count such as 10 or a share such as '1%'")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.segments.min_s > self.segments.clip_s:
+            raise ValueError("segments.min_s must not exceed segments.clip_s")
+        if self.segments.max_clips > self.unit_clips:
+            raise ValueError(
+                f"unit_clips ({self.unit_clips}) must hold a whole track of segments.max_clips "
+                f"({self.segments.max_clips}) clips"
+            )
+        if self.limits.max_duration_s < self.segments.min_s:
+            raise ValueError("limits.max_duration_s must not be shorter than segments.min_s")
+        return self
+
+    def failures_allowed(self, planned: int) -> int:
+        """How many failed rows of `planned` still count as success."""
+        if isinstance(self.max_failures, int):
+            return self.max_failures
+        return int(planned * float(self.max_failures.rstrip("%")) / 100)
