@@ -1,0 +1,234 @@
+"""The end of a corpus run, without Ray: merge the index, check that everything adds up, statistics, clean up."""
+
+import io
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ttmray.corpus import index, shards
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.guard import ATTEMPTS
+from ttmray.corpus.plan import Plan
+from ttmray.corpus.unit import FAILED, OK, REJECTED
+from ttmray.errors import UserError
+from ttmray.storage import Folder
+
+SUCCESS = "_SUCCESS.json"
+REWARDS = ("reward_score", "instrumental_reward_score", "track_reward_score")
+
+
+def finalise(
+    run: Folder,
+    plan: Plan,
+    config: CorpusConfig,
+    described: dict[str, Any],
+    timing: dict[str, list[float]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Merge, check and sum up a run whose units are all committed; `_SUCCESS.json` is written last.
+
+    Args:
+        timing: stage -> [wall s, CPU s, clips] of this launch.
+        seconds: wall time of this launch.
+
+    Raises:
+        UserError: when rows and plan do not add up, naming the units.
+    """
+    names = [name for name, _ in plan.units()]
+    committed = set(index.committed_units(run))
+    missing = [name for name in names if name not in committed]
+    if missing:
+        raise UserError(f"{len(missing)} units are not committed, e.g. {missing[0]}.", "Start the same command again.")
+    units = index.read_units(run, names)
+    table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
+    problems = check_rows(table, plan)
+    if problems:
+        raise UserError("the index does not match the plan:\n    " + "\n    ".join(problems[:20]))
+    metadata = [data for _, data in units]
+    latents = latent_statistics(metadata)
+    rewards = reward_statistics(table)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    run.write("index.parquet", buffer.getvalue())
+    run.write("stats/latents.json", json.dumps(latents, indent=1).encode())
+    run.write("stats/rewards.json", json.dumps(rewards, indent=1).encode())
+    swept = sweep(run, metadata)
+    summary = {
+        "rows": {"total": table.num_rows} | {s: _count(table, s) for s in (OK, REJECTED, FAILED)},
+        "reasons": _reasons(table),
+        "tracks": len(plan.table),
+        "clips_expected": plan.expected_clips(),
+        "clips_found": pc.sum(pc.greater_equal(table["segment"], 0)).as_py() or 0,
+        "expected_and_found_differ": differing_tracks(table, plan),
+        "splits": dict(sorted(Counter(_ok(table)["split"].to_pylist()).items())),
+        "units": len(names),
+        "bytes": sum(file["bytes"] for data in metadata for file in data["files"].values()),
+        "captions": sum(file.get("captions", 0) for data in metadata for file in data["files"].values()),
+        "rewards": rewards,
+        "protocol": described["protocol_id"],
+        "note": described["note"],
+        "swept_files": swept,
+        "launch_seconds": round(seconds, 1),
+        "stages": _stage_rates(timing),
+    }
+    run.write("summary.json", json.dumps(summary, indent=1).encode())
+    markdown = ["# Corpus", "", *(f"- {line}" for line in summary_lines(summary, run))]
+    run.write("summary.md", ("\n".join(markdown) + "\n").encode())
+    run.write(SUCCESS, json.dumps({"fingerprint": described["fingerprint"], "summary": summary}, indent=1).encode())
+    return summary
+
+
+def check_rows(table: pa.Table, plan: Plan) -> list[str]:
+    """What is wrong: keys twice, planned tracks without rows, rows of unknown tracks, gaps in segments."""
+    problems = []
+    keys = Counter(table["key"].to_pylist())
+    problems += [f"{key} has {count} rows" for key, count in keys.items() if count > 1]
+    segments: dict[str, list[int]] = {}
+    for track, segment in zip(table["track_id"].to_pylist(), table["segment"].to_pylist(), strict=True):
+        segments.setdefault(track, []).append(segment)
+    planned = plan.table["track_id"].to_pylist()
+    problems += [f"{track} is planned and has no row" for track in planned if track not in segments]
+    problems += [f"{track} has rows and is not planned" for track in segments.keys() - set(planned)]
+    for track, found in segments.items():
+        if sorted(found) not in ([-1], list(range(len(found)))):
+            problems.append(f"{track} has segments {sorted(found)}")
+    return problems
+
+
+def differing_tracks(table: pa.Table, plan: Plan) -> list[dict[str, Any]]:
+    """Tracks whose clips differ from the plan's expectation, each with its recorded reason."""
+    found: Counter[str] = Counter()
+    why: dict[str, str] = {}
+    columns = ("track_id", "segment", "status", "reason", "message")
+    for track, segment, _, reason, message in zip(*(table[c].to_pylist() for c in columns), strict=True):
+        if segment >= 0:
+            found[track] += 1
+        else:
+            why[track] = f"{reason}: {message}"
+    return [
+        {
+            "track_id": track,
+            "expected": expected,
+            "found": found[track],
+            "why": why.get(track, "the header's duration was an estimate"),
+        }
+        for track, expected in zip(plan.table["track_id"].to_pylist(), plan.table["clips"].to_pylist(), strict=True)
+        if expected != found[track]
+    ]
+
+
+def latent_statistics(metadata: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per split and channel: mean, std of the posterior means, and std of posterior samples.
+
+    A sample is mean + std * noise, so its variance is the variance of the means plus the mean variance.
+    Training normalises samples; which of the two the paper's statistics are is not known.
+    """
+    sums: dict[str, dict[str, Any]] = {}
+    for data in metadata:
+        for split, part in data["latents"].items():
+            total = sums.setdefault(split, {"count": 0, "sum": 0.0, "sum_of_squares": 0.0, "sum_of_variances": 0.0})
+            total["count"] += part["count"]
+            for name in ("sum", "sum_of_squares", "sum_of_variances"):
+                total[name] = total[name] + np.array(part[name])
+    statistics = {}
+    for split, total in sorted(sums.items()):
+        mean = total["sum"] / total["count"]
+        variance = np.maximum(total["sum_of_squares"] / total["count"] - mean**2, 0.0)
+        statistics[split] = {
+            "frames": total["count"],
+            "mean": mean.tolist(),
+            "std_of_means": np.sqrt(variance).tolist(),
+            "std_of_samples": np.sqrt(variance + total["sum_of_variances"] / total["count"]).tolist(),
+        }
+    return statistics
+
+
+def reward_statistics(table: pa.Table) -> dict[str, Any]:
+    """Per split: mean, sample std, p5, p95 and max of every reward column over the ok clips."""
+    statistics: dict[str, Any] = {}
+    ok = _ok(table)
+    for split in sorted(set(ok["split"].to_pylist())):
+        rows = ok.filter(pc.equal(ok["split"], split))
+        statistics[split] = {"clips": rows.num_rows} | {
+            name: {
+                "mean": float(values.mean()),
+                "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+                "p5": float(np.percentile(values, 5)),
+                "p95": float(np.percentile(values, 95)),
+                "max": float(values.max()),
+            }
+            for name in REWARDS
+            for values in [rows[name].to_numpy()]
+        }
+    return statistics
+
+
+def sweep(run: Folder, metadata: list[dict[str, Any]]) -> int:
+    """Delete what no index describes: shards of late or killed writers, crash markers, temporary files."""
+    wanted = {name for data in metadata for name in data["files"]}
+    stray = [
+        f"{folder}/{entry.name}"
+        for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS)
+        for entry in run.files(folder, sizes=False)
+        if f"{folder}/{entry.name}" not in wanted
+    ]
+    for name in stray:
+        run.delete(name)
+    return len(stray) + run.sweep_temporary(older_than_s=0.0)
+
+
+def summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
+    """The summary for people."""
+    rows, launch = summary["rows"], summary.get("this_launch")
+    lines = [
+        f"{rows[OK]} clips ok, {rows[REJECTED]} rejected, {rows[FAILED]} failed of {summary['tracks']} tracks; "
+        f"{summary['clips_expected']} clips expected, {summary['clips_found']} found",
+    ]
+    if launch is not None:
+        lines.append(f"this launch: {launch['clips']} clips processed, {launch['failed']} failed")
+    lines += [
+        f"  {reason['status']} in {reason['stage']}: {reason['reason']} x {reason['count']}"
+        for reason in summary["reasons"]
+    ]
+    lines += [
+        f"  {stage}: {rate['wall_ms_per_clip']:.0f} ms per clip ({rate['cpu_ms_per_clip']:.0f} ms CPU)"
+        for stage, rate in summary["stages"].items()
+    ]
+    lines += [
+        f"{summary['units']} units, {summary['bytes'] / 1e6:.1f} MB, splits {summary['splits']}",
+        f"scores by {summary['protocol']}" + (f" ({summary['note']})" if summary["note"] else ""),
+        f"index: {run.path('index.parquet')}; quarantine: ttmray corpus ls {run} --status failed",
+    ]
+    return lines
+
+
+def _stage_rates(timing: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    return {
+        stage: {
+            "wall_ms_per_clip": 1000 * wall / max(clips, 1),
+            "cpu_ms_per_clip": 1000 * cpu / max(clips, 1),
+        }
+        for stage, (wall, cpu, clips) in timing.items()
+    }
+
+
+def _ok(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table["status"], OK))
+
+
+def _count(table: pa.Table, status: str) -> int:
+    return int(pc.sum(pc.equal(table["status"], status)).as_py() or 0)
+
+
+def _reasons(table: pa.Table) -> list[dict[str, Any]]:
+    bad = table.filter(pc.not_equal(table["status"], OK))
+    counts = Counter(zip(*(bad[c].to_pylist() for c in ("status", "stage", "reason")), strict=True))
+    return [
+        {"status": status, "stage": stage, "reason": reason, "count": count}
+        for (status, stage, reason), count in sorted(counts.items())
+    ]

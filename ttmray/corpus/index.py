@@ -1,0 +1,153 @@
+"""The index: one row per clip (or per track that gave no clip), one Parquet file per unit.
+
+A unit's index file is written last and never replaced: that it exists *is* the commit. Its Parquet metadata
+carries what belongs to the unit as a whole: file names, hashes and latent sums.
+"""
+
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ttmray.corpus.unit import OK
+from ttmray.errors import UserError
+from ttmray.storage import Folder
+
+INDEX = "index"
+METADATA_KEY = b"ttmray.unit"
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # <track_id>_<segment>; the track id alone where there is no clip
+        ("status", pa.string()),  # ok | rejected | failed
+        ("stage", pa.string()),  # the last stage that the row reached
+        ("reason", pa.string()),  # countable slug, empty for ok rows
+        ("message", pa.string()),  # details of the reason
+        ("track_id", pa.string()),
+        ("segment", pa.int32()),  # 0.. in order; -1 where there is no clip
+        ("start_s", pa.float64()),
+        (
+            "duration_s",
+            pa.float64(),
+        ),  # audio that the clip really holds; the rest up to the clip length is zeros
+        ("split", pa.string()),
+        ("caption", pa.string()),
+        ("caption_id", pa.string()),
+        ("source", pa.string()),  # path relative to the input
+        ("sha256", pa.string()),  # of the source file's bytes
+        ("sample_rate", pa.int32()),  # of the source
+        ("channels", pa.int32()),  # of the source
+        ("lufs", pa.float64()),  # ITU-R BS.1770-4 integrated loudness of the mix
+        ("true_peak_db", pa.float64()),  # dBTP of the mix, 4x oversampled
+        ("silence", pa.float64()),  # share of 100 ms frames below -60 dBFS RMS, 0..1
+        ("vocal_ratio", pa.float64()),  # energy of vocals over energy of the mix
+        ("reward_score", pa.float64()),  # TuneJury on the mix
+        ("instrumental_reward_score", pa.float64()),  # TuneJury on the instrumental
+        ("track_reward_score", pa.float64()),  # mean of reward_score over the track's ok clips
+        ("clap_score", pa.float64()),  # cosine of caption and mix; null without a caption
+        ("instrumental_clap_score", pa.float64()),  # cosine of caption and instrumental
+        ("shard", pa.string()),  # path below the run folder
+        ("unit", pa.string()),
+        ("protocol", pa.string()),  # how the scores were made
+    ]
+)
+
+
+def new_row(track: dict[str, Any], unit: str, protocol: str) -> dict[str, Any]:
+    """A row of `track` with everything that the plan knows; the rest is None until a stage fills it."""
+    row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    row.update(
+        key=track["track_id"],
+        status=OK,
+        stage="plan",
+        reason="",
+        message="",
+        track_id=track["track_id"],
+        segment=-1,
+        split=track["split"],
+        caption=track["caption"],
+        caption_id=track["caption_id"],
+        source=track["path"],
+        unit=unit,
+        protocol=protocol,
+    )
+    return row
+
+
+def to_bytes(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> bytes:
+    """Rows as a Parquet file. The same rows give the same bytes (with one version of pyarrow)."""
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and math.isnan(value):
+                raise AssertionError(f"{row['key']}: {name} is NaN; a stage must quarantine such a clip")
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Rows and unit metadata of an index file.
+
+    Raises:
+        UserError: when the bytes are no index file of ours.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        return table.select(SCHEMA.names), json.loads(table.schema.metadata[METADATA_KEY])
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} is not a readable index file: {error}",
+            "Delete it and start the job again: its unit is then made once more.",
+        ) from error
+
+
+def committed_units(run: Folder) -> list[str]:
+    """Names of the units whose index file exists."""
+    return [
+        entry.name.removesuffix(".parquet")
+        for entry in run.files(INDEX, sizes=False)
+        if entry.name.endswith(".parquet")
+    ]
+
+
+def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
+    """Index rows and metadata of some units, in the given order; files are read by 16 threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(unit: str) -> tuple[pa.Table, dict[str, Any]]:
+        name = f"{INDEX}/{unit}.parquet"
+        return from_bytes(run.read(name), run.path(name))
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, units))
+
+
+def read_index(run: Folder) -> pa.Table:
+    """All rows that are committed so far: the merged file of a finished run, else the units' files."""
+    if run.exists("index.parquet"):
+        with run.open("index.parquet") as file:
+            return pq.read_table(file)
+    parts = [table for table, _ in read_units(run, committed_units(run))]
+    return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+
+
+def latent_sums(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
+    """Per-channel sums from which latent statistics follow without reading shards again.
+
+    Args:
+        mean, std: posterior (clips, frames, channels), as stored (float16).
+    """
+    mean64, std64 = mean.astype(np.float64), std.astype(np.float64)
+    axes = (0, 1)
+    return {
+        "count": int(mean.shape[0] * mean.shape[1]),
+        "sum": mean64.sum(axes).tolist(),
+        "sum_of_squares": (mean64**2).sum(axes).tolist(),
+        "sum_of_variances": (std64**2).sum(axes).tolist(),
+    }

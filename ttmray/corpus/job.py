@@ -1,0 +1,204 @@
+"""The corpus job from start to end: plan, resume, run, finalise. Everything but the runners works without Ray."""
+
+import json
+import platform
+import time
+from collections import Counter
+from dataclasses import asdict, astuple
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from ttmray import __version__
+from ttmray.config import differences, fingerprint, identity
+from ttmray.console import console, meter
+from ttmray.corpus import index
+from ttmray.corpus.catalogue import build_catalogue
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.finalise import SUCCESS, finalise, summary_lines
+from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference
+from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.storage import Folder
+
+RUN = "run.json"
+ABORT_AFTER = 200
+"""Once this many rows are done and more than half of them failed, the job stops: nobody wants to find in the
+morning that a wrong setting failed every clip of the night."""
+
+
+def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed: bool = False) -> int:
+    """Run, or go on with, the corpus job of `config`; returns the exit code.
+
+    Args:
+        plan_only: print and save the plan and every derived number, do nothing else.
+        retry_failed: make the units with failed rows once more.
+
+    Raises:
+        UserError: for everything that the user can mend.
+    """
+    started = time.time()
+    run = Folder.at(config.output)
+    bundle = open_bundle(config.bundle)
+    plan, catalogue_digest = _plan(config, run)
+    if plan_only:
+        _show_plan(plan, config, run, save=True)
+        return EXIT_OK
+    _refuse_foreign_folder(run)
+    described = _describe(config, plan, bundle, catalogue_digest)
+    _claim(run, described, plan)
+    run.sweep_temporary()
+    if bundle.note:
+        console.print(f"[yellow]{bundle.note}[/yellow]")
+    if retry_failed:
+        _forget_failed(run)
+    committed = set(index.committed_units(run))
+    units = [Unit(name, tracks) for name, tracks in plan.units()]
+    todo = [unit for unit in units if unit.name not in committed]
+    timing: dict[str, list[float]] = {}
+    counts: Counter[str] = Counter()
+    if todo:
+        _show_plan(plan, config, run, save=not committed)
+        if committed:
+            console.print(f"resuming: {len(committed)} of {len(units)} units are committed, {len(todo)} to do")
+        _run(config, plan, described["protocol_id"], todo, timing, counts)
+    if todo or not run.exists(SUCCESS):
+        summary = finalise(run, plan, config, described, timing, time.time() - started)
+    else:
+        summary = json.loads(run.read(SUCCESS))["summary"]
+        console.print(f"nothing to do: all {len(units)} units of {run} are committed, 0 clips to process")
+    summary["this_launch"] = {"clips": counts[OK], "rejected": counts[REJECTED], "failed": counts[FAILED]}
+    for line in summary_lines(summary, run):
+        console.print(line)
+    allowed = config.failures_allowed(summary["rows"]["total"])
+    if summary["rows"][FAILED] > allowed:
+        console.print(f"[red]{summary['rows'][FAILED]} rows failed, {allowed} are allowed (max_failures)[/red]")
+        return EXIT_TOO_MANY_FAILURES
+    return EXIT_OK
+
+
+def _plan(config: CorpusConfig, run: Folder) -> tuple[Plan, str]:
+    """The plan: the saved one where the catalogue is unchanged (headers are then not read again)."""
+    catalogue = build_catalogue(config.input, config.catalogue)
+    for name, value in catalogue.report.items():
+        console.print(f"catalogue: {name.replace('_', ' ')}: {value}")
+    digest = fingerprint([[repr(value) for value in astuple(track)] for track in catalogue.tracks])
+    if run.exists(RUN) and run.exists("plan.parquet"):
+        saved = json.loads(run.read(RUN))["identity"]
+        if saved["catalogue"] == digest and saved["config"] == identity(config):
+            return Plan.load(run).at(catalogue.root.uri), digest
+    return build_plan(catalogue, config), digest
+
+
+def _show_plan(plan: Plan, config: CorpusConfig, run: Folder, save: bool) -> None:
+    numbers = derived_numbers(plan, config)
+    width = max(len(name) for name, _, _ in numbers)
+    lines = [f"{name:<{width}}  {value}  ({reason})" for name, value, reason in numbers]
+    for line in lines:
+        console.print(line)
+    if save:
+        plan.save(run)
+        run.write("plan.json", json.dumps({n: {"value": v, "reason": r} for n, v, r in numbers}, indent=1).encode())
+        table = ["| what | value | why |", "|---|---|---|", *(f"| {n} | {v} | {r} |" for n, v, r in numbers)]
+        run.write("plan.md", ("# Plan\n\n" + "\n".join(table) + "\n").encode())
+
+
+def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest: str) -> dict[str, Any]:
+    """What `run.json` holds: the identity of the run, and for people how it was made."""
+    protocol = bundle.protocol(config.reward_text)
+    what = {
+        "config": identity(config),
+        "catalogue": catalogue_digest,
+        "plan": plan.identity(),
+        "bundle": bundle.identity(),
+        "protocol": json.loads(json.dumps(asdict(protocol))),
+    }
+    packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyarrow")
+    return {
+        "kind": "corpus",
+        "fingerprint": fingerprint(what),
+        "identity": what,
+        "protocol_id": f"{bundle.name}/{protocol.id()}",
+        "note": bundle.note,
+        "config": config.model_dump(mode="json"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"ttmray": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages},
+    }
+
+
+def _refuse_foreign_folder(run: Folder) -> None:
+    if run.exists(RUN):
+        return
+    ours = {"plan.parquet", "plan.json", "plan.md"}
+    strange = [entry.name for entry in run.files(sizes=False) if entry.name not in ours]
+    if strange:
+        raise UserError(
+            f"{run} is not a corpus run: it holds {strange[0]}{' and more' if len(strange) > 1 else ''} but no {RUN}.",
+            "Choose an empty or new output folder.",
+        )
+
+
+def _claim(run: Folder, described: dict[str, Any], plan: Plan) -> None:
+    """Write `run.json`, or check that it describes the same run."""
+    if run.create(RUN, json.dumps(described, indent=1).encode()):
+        return
+    existing = json.loads(run.read(RUN))
+    if existing["fingerprint"] == described["fingerprint"]:
+        return
+    lines = differences(existing["identity"], described["identity"])
+    if run.exists("plan.parquet"):
+        lines += plan_difference(Plan.load(run), plan)
+    raise UserError(
+        f"{run} belongs to another run:\n    " + "\n    ".join(lines),
+        "Choose a new output folder, or restore the old settings and songs to go on with this one.",
+    )
+
+
+def _forget_failed(run: Folder) -> None:
+    """Delete the index files of units with failed rows (their other files are swept at the end)."""
+    names = index.committed_units(run)
+    for name, (table, _) in zip(names, index.read_units(run, names), strict=True):
+        if FAILED in table["status"].to_pylist():
+            run.delete(SUCCESS)
+            run.delete(f"{index.INDEX}/{name}.parquet")
+            console.print(f"retrying {name}")
+
+
+def _run(
+    config: CorpusConfig,
+    plan: Plan,
+    protocol: str,
+    todo: list[Unit],
+    timing: dict[str, list[float]],
+    counts: Counter[str],
+) -> None:
+    from ttmray.corpus.pipeline import Job, run_local, run_ray
+
+    job = Job(config=config.model_dump_json(), root=plan.root, protocol=protocol)
+    expected = plan.expected_clips({unit.name for unit in todo})
+    with meter("clips", expected) as progress:
+
+        def done(unit: Unit) -> None:
+            for row in unit.rows:
+                counts[row["status"]] += 1
+            for stage, values in unit.timing.items():
+                total = timing.setdefault(stage, [0.0, 0.0, 0.0])
+                timing[stage] = [a + b for a, b in zip(total, values, strict=True)]
+            note = f"{counts[REJECTED]} rejected, {counts[FAILED]} failed"
+            progress.advance(sum(row["segment"] >= 0 for row in unit.rows), note)
+            _stop_if_hopeless(unit, counts)
+
+        (run_ray if config.runtime.runner == "ray" else run_local)(job, todo, done)
+
+
+def _stop_if_hopeless(unit: Unit, counts: Counter[str]) -> None:
+    total = sum(counts.values())
+    if total >= ABORT_AFTER and counts[FAILED] > total / 2:
+        row = next((row for row in unit.rows if row["status"] == FAILED), None)
+        example = f" The last: {row['key']} in {row['stage']}: {row['message']}" if row else ""
+        raise UserError(
+            f"{counts[FAILED]} of {total} rows failed, so the job stopped.{example}",
+            "What was committed stays. Mend the cause and start again with --retry-failed.",
+        )

@@ -1,0 +1,161 @@
+"""Looking into a run without changing it: `ttmray corpus stats | verify | ls | sample` and `ttmray status`."""
+
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.table import Table
+
+from ttmray.audio import io as audio_io
+from ttmray.audio import segment
+from ttmray.console import console
+from ttmray.corpus import index
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.finalise import SUCCESS, latent_statistics, reward_statistics, summary_lines
+from ttmray.corpus.job import RUN
+from ttmray.corpus.plan import Plan
+from ttmray.corpus.unit import FAILED, OK, REJECTED
+from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.storage import Folder, safe_relative
+
+
+def _open(folder: str) -> Folder:
+    run = Folder.at(folder)
+    if not run.exists(RUN):
+        raise UserError(f"{run} is not a corpus run: it has no {RUN}.", "Give the output folder of a corpus job.")
+    return run
+
+
+def status(folder: str) -> int:
+    """Print how far the run is, from its plan and index files alone."""
+    run = _open(folder)
+    plan = Plan.load(run)
+    names = index.committed_units(run)
+    units = list(plan.units())
+    clips = plan.expected_clips(set(names))
+    console.print(f"{run}: {len(names)} of {len(units)} units, about {clips} of {plan.expected_clips()} clips")
+    if run.exists(SUCCESS):
+        console.print("finished")
+        return EXIT_OK
+    table = index.read_index(run)
+    for state in (OK, REJECTED, FAILED):
+        console.print(f"  {state}: {pc.sum(pc.equal(table['status'], state)).as_py() or 0}")
+    console.print("not finished: start the same command again to go on")
+    return EXIT_OK
+
+
+def stats(folder: str) -> int:
+    """Print counts, reasons, rewards per split and latent statistics."""
+    run = _open(folder)
+    if run.exists(SUCCESS):
+        for line in summary_lines(json.loads(run.read(SUCCESS))["summary"], run):
+            console.print(line)
+    names = index.committed_units(run)
+    units = index.read_units(run, names)
+    table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
+    shown = Table("split", "column", "clips", "mean", "std", "p5", "p95", "max")
+    for split, columns in reward_statistics(table).items():
+        for name, values in columns.items():
+            if name != "clips":
+                numbers = [f"{values[key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max")]
+                shown.add_row(split, name, str(columns["clips"]), *numbers)
+    console.print(shown)
+    for split, values in latent_statistics([metadata for _, metadata in units]).items():
+        mean, std = np.array(values["mean"]), np.array(values["std_of_samples"])
+        console.print(
+            f"latents, {split}: {len(mean)} channels, {values['frames']} frames, "
+            f"mean {mean.min():+.3f}..{mean.max():+.3f}, std of samples {std.min():.3f}..{std.max():.3f}"
+        )
+    return EXIT_OK
+
+
+def verify(folder: str) -> int:
+    """Check the whole corpus; exit code 2 when anything is wrong."""
+    from ttmray.corpus.verify import problems
+
+    run = _open(folder)
+    count = 0
+    for line in problems(run):
+        count += 1
+        console.print(f"[red]{line.replace('[', chr(92) + '[')}[/red]")
+    rows = index.read_index(run)
+    clips = pc.sum(pc.equal(rows["status"], OK)).as_py() or 0
+    console.print(
+        f"{run}: {len(index.committed_units(run))} units, {rows.num_rows} rows, {clips} clips, "
+        + (f"{count} problems" if count else "no problems")
+    )
+    return EXIT_BAD_INPUT if count else EXIT_OK
+
+
+def ls(folder: str, status: str | None, limit: int, json: bool) -> int:
+    """Print rows of the index."""
+    table = index.read_index(_open(folder))
+    if status:
+        table = table.filter(pc.equal(table["status"], status))
+    shown = table.slice(0, limit) if limit else table
+    if json:
+        for row in shown.to_pylist():
+            console.print(_json(row), markup=False)
+        return EXIT_OK
+    columns = ("key", "status", "stage", "reason", "message", "instrumental_reward_score", "lufs", "source")
+    printed = Table(*columns)
+    for row in shown.select(columns).to_pylist():
+        printed.add_row(*(f"{v:+.3f}" if isinstance(v, float) else str(v or "") for v in row.values()))
+    console.print(printed)
+    console.print(f"{shown.num_rows} of {table.num_rows} rows")
+    return EXIT_OK
+
+
+def _json(row: dict[str, object]) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def sample(folder: str, n: int, seed: int, out: str) -> int:
+    """Write a page with `n` random ok clips, cut from their sources again, beside captions and scores.
+
+    The page is for ears: a caption that belongs to another song is found in seconds by listening.
+    """
+    run = _open(folder)
+    described = json.loads(run.read(RUN))
+    config = CorpusConfig.model_validate(described["config"])
+    table = index.read_index(run)
+    table = table.filter(pc.equal(table["status"], OK))
+    if not table.num_rows:
+        raise UserError(f"{run} has no ok clips yet.")
+    root = Folder(Plan.load(run).root)
+    chosen = sorted(np.random.default_rng(seed).permutation(table.num_rows)[:n].tolist())
+    target = Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for row in table.take(chosen).to_pylist():
+        with root.open(row["source"]) as file:
+            audio, rate = audio_io.decode(file, audio_io.AudioLimits(min_duration_s=0.0), row["source"])
+        start = round(row["start_s"] * rate)
+        clip = segment.cut(audio, rate, start, start + round(config.segments.clip_s * rate))
+        name = safe_relative(f"{row['key']}.flac")
+        audio_io.write_audio(str(target / name), clip, rate, "flac")
+        facts = ", ".join(
+            f"{column} {row[column]:+.3f}"
+            for column in ("reward_score", "instrumental_reward_score", "clap_score", "vocal_ratio", "lufs")
+            if row[column] is not None
+        )
+        parts.append(
+            f"<article><h2>{html.escape(row['key'])}</h2><audio controls preload='none' src='{name}'></audio>"
+            f"<p>{html.escape(row['caption'] or '(no caption)')}</p><small>{facts}; {html.escape(row['source'])}"
+            f"</small></article>"
+        )
+    style = (
+        ":root{color-scheme:light dark;font:16px/1.5 system-ui}body{max-width:46rem;margin:2rem auto;padding:0 1rem}"
+        "article{margin:2rem 0}audio{width:100%}"
+    )
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.uri)}</title>"
+        f"<style>{style}</style><h1>{len(parts)} clips of {html.escape(run.uri)}</h1>"
+        f"<p>{html.escape(described['protocol_id'])}. {html.escape(described['note'])}</p>{''.join(parts)}</html>"
+    )
+    (target / "index.html").write_text(page, encoding="utf-8")
+    console.print(f"{len(parts)} clips: open {target / 'index.html'}")
+    return EXIT_OK

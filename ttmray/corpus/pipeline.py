@@ -1,0 +1,372 @@
+"""Run the stages over units: a plain local runner and a Ray Data runner over one set of stages.
+
+Ray is left to place work, restart actors, apply back-pressure and move units between processes. What must be
+exact (names, commits, retries of killers, quarantine) is ours and the same for both runners.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ttmray.corpus.config import CorpusConfig, StageResources
+from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
+from ttmray.corpus.stages import SAMPLE_RATE, STAGES, Context, Stage
+from ttmray.corpus.unit import FAILED, Unit, merge
+from ttmray.corpus.worker import Worker, WorkerDied
+from ttmray.errors import ClipError, UserError
+from ttmray.models.bundle import LoadOptions, Models, open_bundle
+from ttmray.storage import Folder
+
+MODEL_STAGES = ("separate", "score", "encode", "text")
+TRACK_STAGES = ("decode",)
+WHOLE_UNIT_STAGES = ("text", "write")
+"""Stages that do not work clip by clip and therefore never run alone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What any process needs to rebuild the stages; small, plain and printable."""
+
+    config: str
+    root: str
+    protocol: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        return cls(**json.loads(text))
+
+    @property
+    def corpus(self) -> CorpusConfig:
+        return CorpusConfig.model_validate_json(self.config)
+
+    def build(self, names: Sequence[str]) -> list[Stage]:
+        """Stages with their models loaded, and this process limited to its share of threads."""
+        config = self.corpus
+        roles = {role for name in names for role in STAGES[name].model_roles}
+        options = LoadOptions(
+            device=config.runtime.device,
+            batch=config.runtime.batch,
+            clip_samples=round(config.segments.clip_s * SAMPLE_RATE),
+            instrumental=config.separation.instrumental,
+            overlap=config.separation.overlap,
+            precision=config.separation.precision,
+        )
+        models = open_bundle(config.bundle).load(roles, options) if roles else Models()
+        _limit_threads(config.runtime.threads)
+        context = Context(config, self.root, self.protocol, models)
+        return [STAGES[name](context) for name in names]
+
+
+def _limit_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def groups(config: CorpusConfig) -> list[tuple[str, tuple[str, ...]]]:
+    """(name, stages) of every process boundary, from `runtime.fuse` and `separation.scope`."""
+    head: tuple[str, ...] = ("decode", "measure")
+    if config.runtime.fuse == "all":
+        return [("all", (*head, *MODEL_STAGES, "write"))]
+    if config.separation.scope == "track":
+        # whole tracks are too large to travel, so they are decoded where they are separated
+        if config.runtime.fuse == "models":
+            return [("models", (*head, *MODEL_STAGES)), ("write", ("write",))]
+        return [("separate", (*head, "separate")), *_spread()]
+    if config.runtime.fuse == "models":
+        return [("decode", head), ("models", MODEL_STAGES), ("write", ("write",))]
+    return [("decode", head), ("separate", ("separate",)), *_spread()]
+
+
+def _spread() -> list[tuple[str, tuple[str, ...]]]:
+    return [("score", ("score",)), ("encode", ("encode", "text")), ("write", ("write",))]
+
+
+def run_stages(stages: Sequence[Stage], unit: Unit) -> Unit:
+    """Stages in order. Where a whole batch fails, its clips are tried one by one to find the bad ones."""
+    for stage in stages:
+        with unit.timed(stage.name):
+            unit = _run_stage(stage, unit)
+    return unit
+
+
+def _run_stage(stage: Stage, unit: Unit) -> Unit:
+    if stage.name in TRACK_STAGES or stage.name in WHOLE_UNIT_STAGES:
+        return stage(unit)
+    rows = [dict(row) for row in unit.rows]
+    try:
+        return stage(unit)
+    except Exception as error:
+        if _not_the_clips_fault(error) or not unit.ok_rows():
+            raise
+        unit.rows = rows
+        parts = []
+        for row in unit.ok_rows():
+            part = unit.part({row["track_id"]}, {row["key"]})
+            part.track_audio = unit.track_audio
+            try:
+                parts.append(stage(part))
+            except Exception as error:
+                if _not_the_clips_fault(error):
+                    raise
+                part = unit.part({row["track_id"]}, {row["key"]})
+                part.drop({0: _failure(error)}, stage.name)
+                parts.append(part)
+        return merge(unit, parts)
+
+
+def _not_the_clips_fault(error: Exception) -> bool:
+    """Missing weights, a full disk or a broken GPU would hit every other clip too.
+
+    Raises:
+        UserError: for a GPU out of memory, which has a way out.
+    """
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
+        raise UserError(
+            f"the GPU is out of memory: {error}", "Lower runtime.batch or runtime.models.workers."
+        ) from error
+    broken_gpu = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    return broken_gpu or isinstance(error, UserError | MemoryError | OSError)
+
+
+def _failure(error: Exception) -> ClipError:
+    if isinstance(error, ClipError):
+        return error
+    return ClipError(FAILED, "error", f"{type(error).__name__}: {error}"[:500])
+
+
+def run_alone(job: Job, names: Sequence[str], unit: Unit, timeout_s: float) -> Unit:
+    """Run stages on one track or clip at a time in a child process; whoever kills or hangs it is quarantined."""
+    for i, name in enumerate(names):
+        if name in WHOLE_UNIT_STAGES:
+            return run_stages(job.build(names[i:]), unit)
+        worker = Worker(job.to_json(), [name])
+        try:
+            parts = [_survivor(worker, name, part, timeout_s) for part in _suspects(name, unit)]
+        finally:
+            worker.kill()
+        unit = merge(unit, parts) if parts else run_stages(job.build([name]), unit)
+    return unit
+
+
+def _suspects(stage: str, unit: Unit) -> Iterator[Unit]:
+    if stage in TRACK_STAGES:
+        for track in unit.tracks:
+            yield Unit(unit.name, [track])
+    else:
+        for row in unit.ok_rows():
+            yield unit.part({row["track_id"]}, {row["key"]})
+
+
+def _survivor(worker: Worker, stage: str, part: Unit, timeout_s: float) -> Unit:
+    before = [dict(row) for row in part.rows]
+    try:
+        return worker.run(part, timeout_s)
+    except WorkerDied as death:
+        error = ClipError(FAILED, "killed", f"its process {death.how} in {MAX_ATTEMPTS} attempts, and once more alone")
+        if stage in TRACK_STAGES:
+            from ttmray.corpus import index
+
+            (track,) = part.tracks
+            row = index.new_row(track, part.name, "")
+            row.update(status=error.status, stage=stage, reason=error.reason, message=error.message)
+            return Unit(part.name, [track], [row])
+        part.rows = before
+        part.drop({0: error}, stage)
+        return part
+
+
+class Group:
+    """The stages of one process, with the crash guard around them. Also the class of the Ray actors."""
+
+    def __init__(self, job: str, name: str, stages: Sequence[str]) -> None:
+        self.job = Job.from_json(job)
+        self.name, self.names = name, tuple(stages)
+        config = self.job.corpus
+        self.run = Folder.at(config.output)
+        self.timeout_s = config.runtime.clip_timeout_s
+        self.stages = self.job.build(stages)
+
+    def on_unit(self, unit: Unit) -> Unit:
+        return guarded(
+            self.run,
+            self.name,
+            unit,
+            lambda it: run_stages(self.stages, it),
+            lambda it: run_alone(self.job, self.names, it, self.timeout_s),
+        )
+
+    def __call__(self, table: Any) -> Any:
+        unit = self.on_unit(Unit.from_table(table))
+        return unit.to_table()
+
+
+Done = Callable[[Unit], None]
+
+
+def run_local(job: Job, units: Sequence[Unit], done: Done) -> None:
+    """Run units in this process (`workers: 0`) or in child processes; `done` gets each committed unit."""
+    config = job.corpus
+    names = tuple(stage for _, stages in groups(config) for stage in stages)
+    workers = config.runtime.workers
+    count = (os.cpu_count() or 1) if workers == "auto" else workers
+    if count == 0:
+        group = Group(job.to_json(), "all", names)
+        for unit in units:
+            done(group.on_unit(unit))
+        return
+    _run_pool(job, names, units, min(count, max(len(units), 1)), done)
+
+
+def _run_pool(job: Job, names: Sequence[str], units: Sequence[Unit], count: int, done: Done) -> None:
+    waiting: queue.SimpleQueue[Unit] = queue.SimpleQueue()
+    for unit in units:
+        waiting.put(unit)
+    finished: queue.SimpleQueue[Unit | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+    config = job.corpus
+    run = Folder.at(config.output)
+    workers = [Worker(job.to_json(), names) for _ in range(count)]
+
+    def until_committed(worker: Worker, unit: Unit) -> Unit:
+        timeout_s = config.runtime.clip_timeout_s * max(config.unit_clips, 1)
+        while True:
+            try:
+                return guarded(
+                    run,
+                    "all",
+                    unit,
+                    lambda it: worker.run(it, timeout_s),
+                    lambda it: run_alone(job, names, it, config.runtime.clip_timeout_s),
+                )
+            except WorkerDied:
+                if stop.is_set():
+                    raise
+                continue  # its marker stays, so the guard counts the death
+
+    def serve(worker: Worker) -> None:
+        while not stop.is_set():
+            try:
+                unit = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                finished.put(until_committed(worker, unit))
+            except BaseException as error:  # handed to the caller's thread, which raises it
+                finished.put(error)
+                return
+
+    threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in units:
+            result = finished.get()
+            if isinstance(result, BaseException):
+                raise result
+            done(result)
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.kill()
+
+
+def run_ray(job: Job, units: Sequence[Unit], done: Done) -> None:
+    """Run units on Ray Data: one row per unit, one operator per group of stages."""
+    import ray
+
+    config = job.corpus
+    _connect(config)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts clips and knows the whole plan
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = config.runtime.no_progress_timeout_s
+    context.max_errored_blocks = 0  # a lost block would be lost clips
+    dataset = ray.data.from_blocks([unit.to_table() for unit in units])
+    for name, stages in groups(config):
+        resources = _resources(config, name)
+        fewest, most = _workers(resources, len(units))
+        dataset = dataset.map_batches(
+            Group,
+            fn_constructor_args=(job.to_json(), name, stages),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+        )
+    try:
+        for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+            done(Unit.from_table(table))
+    except ray.exceptions.RayError as error:
+        raise _root_cause(error) from error
+
+
+def _resources(config: CorpusConfig, group: str) -> StageResources:
+    runtime = config.runtime
+    own = {
+        "decode": runtime.decode,
+        "models": runtime.models,
+        "all": runtime.models,
+        "separate": runtime.separate or runtime.models,
+        "score": runtime.score or runtime.models,
+        "encode": runtime.encode or runtime.models,
+        "write": runtime.write,
+    }
+    return own[group]
+
+
+def _workers(resources: StageResources, units: int) -> tuple[int, int]:
+    import ray
+
+    if resources.workers is not None:
+        return resources.workers
+    cluster = ray.cluster_resources()
+    limits = [max(1, units)]
+    if resources.gpus:
+        limits.append(int(cluster.get("GPU", 0) / resources.gpus))
+    if resources.cpus:
+        limits.append(int(cluster.get("CPU", 1) / resources.cpus))
+    return 1, max(1, min(limits))
+
+
+def _connect(config: CorpusConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names (set by `ray job submit`), else start a local instance."""
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        options = {"address": "local", "include_dashboard": False}
+        if isinstance(config.runtime.workers, int) and config.runtime.workers > 0:
+            options["num_cpus"] = config.runtime.workers
+        if config.runtime.object_store_gib:
+            options["object_store_memory"] = int(config.runtime.object_store_gib * 2**30)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its hints are about its own progress bars
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The UserError inside Ray's wrappers, if there is one."""
+    seen: set[int] = set()
+    node: BaseException | None = error
+    while node is not None and id(node) not in seen:
+        seen.add(id(node))
+        if isinstance(node, UserError):
+            return node
+        node = getattr(node, "cause", None) or node.__cause__
+    return error

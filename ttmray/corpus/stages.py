@@ -1,0 +1,389 @@
+"""The stages of the corpus pipeline. Each takes a unit and returns it; none knows who runs it.
+
+decode -> measure -> separate -> score -> encode -> text -> write
+
+A stage never raises for a bad clip: that clip becomes a quarantined row. It raises only for what no other
+clip would survive either (missing weights, a full disk, no memory).
+"""
+
+import hashlib
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ttmray.audio import io as audio_io
+from ttmray.audio import loudness, segment
+from ttmray.corpus import index, shards
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.unit import FAILED, OK, Unit
+from ttmray.errors import ClipError, UserError
+from ttmray.models.bundle import Models
+from ttmray.models.protocol import CLAP_SAMPLE_RATE, MERT_SAMPLE_RATE
+from ttmray.storage import Folder
+
+SAMPLE_RATE = 44100
+"""Hz; rate of the separator, the VAE and every clip in the pipeline."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stages are built from: the config, the folder of the songs, the protocol's name, loaded models."""
+
+    config: CorpusConfig
+    root: str
+    protocol: str
+    models: Models
+
+
+class Stage(ABC):
+    """What a runner needs to know of a stage. `model_roles` are the models that it uses."""
+
+    name: str
+    model_roles: tuple[str, ...]
+
+    @abstractmethod
+    def __init__(self, context: Context) -> None: ...
+
+    @abstractmethod
+    def __call__(self, unit: Unit) -> Unit: ...
+
+
+class Decode(Stage):
+    """Source files -> `mix` (n, 2, samples) float32 at 44.1 kHz, one row per clip.
+
+    A track is decoded once, cut by the paper's rule in native-rate samples, and each clip is resampled
+    once. With `separation.scope: track` the whole track is resampled instead and handed on for separation;
+    clips then start at the nearest 44.1 kHz sample.
+    """
+
+    name = "decode"
+    model_roles = ()
+
+    def __init__(self, context: Context) -> None:
+        config = context.config
+        self.folder = Folder(context.root)
+        self.protocol = context.protocol
+        self.rule = segment.SegmentRule(config.segments.clip_s, config.segments.min_s, config.segments.max_clips)
+        limits = config.limits
+        self.limits = audio_io.AudioLimits(
+            min_duration_s=config.segments.min_s,
+            max_duration_s=limits.max_duration_s,
+            max_channels=limits.max_channels,
+            min_sample_rate=limits.min_sample_rate,
+            max_sample_rate=limits.max_sample_rate,
+            max_decoded_bytes=limits.max_decoded_bytes,
+        )
+        self.max_file_bytes = limits.max_file_bytes
+        self.whole_tracks = config.separation.scope == "track"
+        self.samples = round(config.segments.clip_s * SAMPLE_RATE)
+
+    def __call__(self, unit: Unit) -> Unit:
+        clips: list[np.ndarray] = []
+        for track in unit.tracks:
+            row = index.new_row(track, unit.name, self.protocol)
+            if track["status"] != OK:
+                row.update(status=track["status"], reason=track["reason"], message=track["message"])
+                unit.rows.append(row)
+                continue
+            row["stage"] = self.name
+            try:
+                clips += self._decode(track, row, unit)
+            except ClipError as error:
+                row.update(status=error.status, reason=error.reason, message=error.message)
+                unit.rows.append(row)
+        mix = np.stack(clips) if clips else np.zeros((0, 2, self.samples), np.float32)
+        unit.clips = {"mix": mix}
+        return unit
+
+    def _decode(self, track: dict[str, Any], row: dict[str, Any], unit: Unit) -> list[np.ndarray]:
+        path = track["path"]
+        if track["size"] > self.max_file_bytes:
+            raise ClipError("rejected", "file_size", f"{track['size']} bytes, over limits.max_file_bytes")
+        try:
+            if self.folder.remote:
+                data = self.folder.read(path)
+                row["sha256"] = hashlib.sha256(data).hexdigest()
+                audio, rate = audio_io.decode(io.BytesIO(data), self.limits)
+            else:
+                with self.folder.open(path) as file:
+                    row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                audio, rate = audio_io.decode(self.folder.path(path), self.limits)
+        except UserError as error:  # the file went away or became unreadable after planning
+            raise ClipError(FAILED, "unreadable", error.message) from error
+        channels, frames = audio.shape
+        row.update(sample_rate=rate, channels=channels)
+        segments = segment.partition(frames, rate, self.rule)
+        if not segments:
+            raise ClipError("rejected", "too_short", f"{frames / rate:.2f} s, shorter than {self.rule.min_s:g} s")
+        if self.whole_tracks:
+            whole = _stereo(audio_io.resample(audio, rate, SAMPLE_RATE))
+            unit.track_audio[track["track_id"]] = whole
+        clips = []
+        for i, (start, end) in enumerate(segments):
+            if self.whole_tracks:
+                first = round(start * SAMPLE_RATE / rate)
+                clip = segment.cut(whole, SAMPLE_RATE, first, first + self.samples)
+            else:
+                clip = _stereo(audio_io.resample(segment.cut(audio, rate, start, end), rate, SAMPLE_RATE))
+                clip = segment.cut(clip, SAMPLE_RATE, 0, self.samples)
+            clips.append(clip)
+            unit.rows.append(
+                row
+                | {
+                    "key": f"{track['track_id']}_{i}",
+                    "segment": i,
+                    "start_s": start / rate,
+                    "duration_s": (min(end, frames) - start) / rate,
+                }
+            )
+        return clips
+
+
+class Measure(Stage):
+    """Loudness, true peak and silence of the mix; silent clips are rejected here."""
+
+    name = "measure"
+    model_roles = ()
+
+    def __init__(self, context: Context) -> None:
+        self.silence_dbfs = context.config.silence_dbfs
+
+    def __call__(self, unit: Unit) -> Unit:
+        mix, rows = unit.clips["mix"], unit.ok_rows()
+
+        def measure(i: int) -> None:
+            peak = float(np.abs(mix[i]).max(initial=0.0))
+            peak_dbfs = 20 * np.log10(peak) if peak > 0 else -np.inf
+            if peak_dbfs < self.silence_dbfs:
+                raise ClipError("rejected", "silent", f"sample peak {peak_dbfs:.1f} dBFS, under {self.silence_dbfs:g}")
+            lufs = loudness.integrated_loudness(mix[i], SAMPLE_RATE)
+            rows[i].update(
+                stage=self.name,
+                lufs=lufs if np.isfinite(lufs) else None,  # every block is under the absolute gate
+                true_peak_db=loudness.true_peak(mix[i], SAMPLE_RATE),
+                silence=loudness.silence_ratio(mix[i], SAMPLE_RATE),
+            )
+
+        unit.one_by_one(self.name, measure)
+        return unit
+
+
+class Separate(Stage):
+    """`mix` -> `mix_mono` and `instrumental` (n, samples) float32, and each clip's vocal ratio."""
+
+    name = "separate"
+    model_roles = ("separator",)
+
+    def __init__(self, context: Context) -> None:
+        self.models = context.models
+        self.whole_tracks = context.config.separation.scope == "track"
+        self.samples = round(context.config.segments.clip_s * SAMPLE_RATE)
+
+    def __call__(self, unit: Unit) -> Unit:
+        mix, rows = unit.clips["mix"], unit.ok_rows()
+        if self.whole_tracks:
+            instrumental, vocals = self._tracks(unit, rows)
+        else:
+            results = self.models.separator.separate(list(mix))
+            instrumental = [result.instrumental for result in results]
+            vocals = [result.vocals for result in results]
+        samples = self.samples
+        mono = np.zeros((len(rows), samples), np.float32)
+        backing = np.zeros((len(rows), samples), np.float32)
+        for i, row in enumerate(rows):
+            mono[i] = mix[i].mean(axis=0)
+            backing[i] = instrumental[i].mean(axis=0)
+            row.update(stage=self.name, vocal_ratio=_energy(vocals[i]) / max(_energy(mix[i]), 1e-20))
+        unit.clips = {"mix_mono": mono, "instrumental": backing}
+        unit.track_audio = {}
+        return unit
+
+    def _tracks(self, unit: Unit, rows: list[dict[str, Any]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        needed = list(dict.fromkeys(row["track_id"] for row in rows))
+        results = self.models.separator.separate([unit.track_audio[track] for track in needed])
+        by_track = dict(zip(needed, results, strict=True))
+        instrumental, vocals = [], []
+        for row in rows:
+            first = round(row["start_s"] * SAMPLE_RATE)
+            result = by_track[row["track_id"]]
+            instrumental.append(segment.cut(result.instrumental, SAMPLE_RATE, first, first + self.samples))
+            vocals.append(segment.cut(result.vocals, SAMPLE_RATE, first, first + self.samples))
+        return instrumental, vocals
+
+
+class Score(Stage):
+    """CLAP and MERT embeddings and the reward of mix and instrumental; CLAP scores against the caption."""
+
+    name = "score"
+    model_roles = ("clap", "mert", "tunejury")
+
+    def __init__(self, context: Context) -> None:
+        self.models = context.models
+        self.reward_text = context.config.reward_text
+        self.threads = context.config.runtime.threads
+        self.text_cache: dict[str, np.ndarray] = {}
+
+    def __call__(self, unit: Unit) -> Unit:
+        rows = unit.ok_rows()
+        n = len(rows)
+        text = self._texts([row["caption"] for row in rows])
+        embeddings: dict[str, list[np.ndarray]] = {"clap_audio": [], "mert": []}
+        rewards = []
+        for source in ("mix_mono", "instrumental"):
+            waves = unit.clips[source]
+            clap = self.models.clap.embed_audio(self._resampled(waves, CLAP_SAMPLE_RATE))
+            mert = self.models.mert.embed(self._resampled(waves, MERT_SAMPLE_RATE))
+            rewards.append(self.models.tunejury.score(clap, mert, text if self.reward_text == "caption" else None))
+            embeddings["clap_audio"].append(clap)
+            embeddings["mert"].append(mert)
+        unit.clips = {
+            "instrumental": unit.clips["instrumental"],
+            "clap_audio": np.stack(embeddings["clap_audio"], axis=1),
+            "mert": np.stack(embeddings["mert"], axis=1),
+        }
+        clap = unit.clips["clap_audio"]
+        for i in range(n):
+            row = rows[i]
+            row.update(
+                stage=self.name,
+                reward_score=float(rewards[0][i]),
+                instrumental_reward_score=float(rewards[1][i]),
+            )
+            if row["caption"]:
+                row["clap_score"] = float(clap[i, 0] @ text[i])
+                row["instrumental_clap_score"] = float(clap[i, 1] @ text[i])
+        return unit
+
+    def _texts(self, captions: Sequence[str]) -> np.ndarray:
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.text_cache]
+        if len(self.text_cache) + len(new) > 4096:  # bounds the memory of an actor that lives for days
+            self.text_cache.clear()
+            new = list(dict.fromkeys(captions))
+        if new:
+            self.text_cache.update(zip(new, self.models.clap.embed_text(new), strict=True))
+        width = self.models.clap.dim
+        return np.stack([self.text_cache[c] for c in captions]) if captions else np.zeros((0, width), np.float32)
+
+    def _resampled(self, waves: np.ndarray, rate: int) -> np.ndarray:
+        if not len(waves):
+            return waves
+        with ThreadPoolExecutor(self.threads) as pool:
+            return np.stack(list(pool.map(lambda wave: audio_io.resample(wave, SAMPLE_RATE, rate), waves)))
+
+
+class Encode(Stage):
+    """`instrumental` -> posterior `latent_mean` and `latent_std` (n, 430, 40) float16, optionally FLAC."""
+
+    name = "encode"
+    model_roles = ("latents",)
+
+    def __init__(self, context: Context) -> None:
+        self.models = context.models
+        self.batch = context.config.runtime.batch
+        self.keep_audio = context.config.keep_audio
+
+    def __call__(self, unit: Unit) -> Unit:
+        rows = unit.ok_rows()
+        mean, std = self.models.latents.encode(unit.clips["instrumental"], self.batch)
+        for row in rows:
+            row["stage"] = self.name
+        clips = {name: array for name, array in unit.clips.items() if name != "instrumental"}
+        if self.keep_audio:
+            clips["instrumental"] = unit.clips["instrumental"]
+        unit.clips = clips | {"latent_mean": mean.astype(np.float16), "latent_std": std.astype(np.float16)}
+        return unit
+
+
+class Text(Stage):
+    """Text features of the captions that this unit is the first to hold: T5 rows and the two CLAP vectors."""
+
+    name = "text"
+    model_roles = ("text", "clap", "clap_condition")
+
+    def __init__(self, context: Context) -> None:
+        self.models = context.models
+
+    def __call__(self, unit: Unit) -> Unit:
+        owned = {track["caption_id"]: track["caption"] for track in unit.tracks if track["caption_owner"]}
+        unit.caption_ids = sorted(owned)
+        captions = [owned[caption_id] for caption_id in unit.caption_ids]
+        if captions:
+            unit.texts = {
+                "t5": self.models.text.encode(captions).astype(np.float16),
+                "clap": self.models.clap_condition.embed_text(captions),
+                "clap_score": self.models.clap.embed_text(captions),
+            }
+        return unit
+
+
+class Write(Stage):
+    """Commit the unit: shard, captions, and last its index file. Leaves only rows in the unit."""
+
+    name = "write"
+    model_roles = ()
+
+    def __init__(self, context: Context) -> None:
+        self.run = Folder.at(context.config.output)
+        self.keep_audio = context.config.keep_audio
+
+    def __call__(self, unit: Unit) -> Unit:
+        rows = unit.ok_rows()
+        by_track: dict[str, list[float]] = {}
+        for row in rows:
+            by_track.setdefault(row["track_id"], []).append(row["reward_score"])
+        metadata: dict[str, Any] = {"unit": unit.name, "files": {}, "latents": {}}
+        for row in rows:
+            row.update(stage=self.name, track_reward_score=float(np.mean(by_track[row["track_id"]])))
+        if rows:
+            data = shards.tar_bytes({row["key"]: self._members(unit, i, row) for i, row in enumerate(rows)})
+            shard, digest = shards.named_by_content(shards.SHARDS, unit.name, data, "tar")
+            self.run.write(shard, data)
+            metadata["files"][shard] = {"sha256": digest, "bytes": len(data), "clips": len(rows)}
+            for row in rows:
+                row["shard"] = shard
+            for split in sorted({row["split"] for row in rows}):
+                of_split = [i for i, row in enumerate(rows) if row["split"] == split]
+                metadata["latents"][split] = index.latent_sums(
+                    unit.clips["latent_mean"][of_split], unit.clips["latent_std"][of_split]
+                )
+        if unit.caption_ids:
+            data = shards.captions_bytes(unit.caption_ids, unit.texts)
+            name, digest = shards.named_by_content(shards.CAPTIONS, unit.name, data, "safetensors")
+            self.run.write(name, data)
+            metadata["files"][name] = {
+                "sha256": digest,
+                "bytes": len(data),
+                "captions": len(unit.caption_ids),
+            }
+        # The commit. If another worker was faster, its files stand and ours are swept when the run ends.
+        self.run.create(f"{index.INDEX}/{unit.name}.parquet", index.to_bytes(unit.rows, metadata))
+        unit.clips, unit.texts, unit.caption_ids = {}, {}, []
+        return unit
+
+    def _members(self, unit: Unit, i: int, row: dict[str, Any]) -> dict[str, bytes]:
+        facts = {name: value for name, value in row.items() if name not in ("shard", "status", "reason", "message")}
+        members = {"json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
+        for name in ("clap_audio", "latent_mean", "latent_std", "mert"):
+            members[f"{name}.npy"] = shards.npy_bytes(unit.clips[name][i])
+        if self.keep_audio:
+            members["flac"] = audio_io.encode_flac(unit.clips["instrumental"][i][None], SAMPLE_RATE)
+        return members
+
+
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage for stage in (Decode, Measure, Separate, Score, Encode, Text, Write)
+}
+
+
+def _stereo(audio: np.ndarray) -> np.ndarray:
+    return np.repeat(audio, 2, axis=0) if audio.shape[0] == 1 else audio
+
+
+def _energy(audio: np.ndarray) -> float:
+    return float(np.square(audio, dtype=np.float64).sum())

@@ -1,0 +1,120 @@
+"""`ttmray corpus verify`: does the corpus hold what its index says? Reads every byte once, changes nothing."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ttmray.corpus import index, shards
+from ttmray.corpus.finalise import SUCCESS, check_rows
+from ttmray.corpus.guard import ATTEMPTS
+from ttmray.corpus.plan import Plan
+from ttmray.corpus.unit import OK
+from ttmray.errors import UserError
+from ttmray.storage import Folder
+
+
+def problems(run: Folder) -> Iterator[str]:
+    """Everything that is wrong, one line each; nothing when the corpus is sound.
+
+    Checks: every planned unit is committed and rows match the plan; every file has the recorded size and
+    SHA-256; every tar opens and holds exactly the clips of its rows; every array has the shape and type of
+    its kind and is finite; every caption has its text features; no files that no index describes; the merged
+    index equals the units' rows.
+    """
+    plan = Plan.load(run)
+    names = [name for name, _ in plan.units()]
+    committed = index.committed_units(run)
+    yield from (f"unit {name} is not committed" for name in names if name not in set(committed))
+    yield from (f"unit {name} is committed and not planned" for name in committed if name not in set(names))
+    tables: list[pa.Table] = []
+    wanted: set[str] = set()
+    captions: set[str] = set()
+    shapes: dict[str, tuple[Any, ...]] = {}
+    for name in committed:
+        try:
+            rows, metadata = index.read_units(run, [name])[0]
+            tables.append(rows)
+            wanted.update(metadata["files"])
+            yield from _unit_problems(run, rows, metadata, captions, shapes)
+        except UserError as error:
+            yield f"unit {name}: {error.message}"
+    table = pa.concat_tables(tables) if tables else index.SCHEMA.empty_table()
+    if not set(names) - set(committed):
+        yield from check_rows(table, plan)
+    needed = {row["caption_id"] for row in table.select(["caption_id", "caption"]).to_pylist() if row["caption"]}
+    yield from (f"caption {caption_id} has no text features" for caption_id in sorted(needed - captions))
+    for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS):
+        for entry in run.files(folder, sizes=False):
+            if f"{folder}/{entry.name}" not in wanted and run.exists(SUCCESS):
+                yield f"{folder}/{entry.name} belongs to no committed unit"
+    if not run.exists(SUCCESS):
+        yield f"{SUCCESS} is missing: the run is not finished"
+    elif not _merged(run).equals(table):
+        yield "index.parquet differs from the units' index files"
+
+
+def _merged(run: Folder) -> pa.Table:
+    with run.open("index.parquet") as file:
+        return pq.read_table(file)
+
+
+def _unit_problems(
+    run: Folder,
+    rows: pa.Table,
+    metadata: dict[str, Any],
+    captions: set[str],
+    shapes: dict[str, tuple[Any, ...]],
+) -> Iterator[str]:
+    expected: dict[str, set[str]] = {}
+    for row in rows.select(["key", "status", "shard"]).to_pylist():
+        if row["status"] == OK:
+            expected.setdefault(row["shard"], set()).add(row["key"])
+    yield from (f"{shard} is in the index and not described" for shard in expected.keys() - metadata["files"].keys())
+    for name, facts in metadata["files"].items():
+        try:
+            data = run.read(name)
+        except UserError as error:
+            yield error.message
+            continue
+        if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            yield f"{name}: size or SHA-256 differs from the index"
+            continue
+        if name.startswith(shards.CAPTIONS):
+            features = shards.read_captions(run, name)
+            captions.update(features)
+            if len(features) != facts["captions"]:
+                yield f"{name}: {len(features)} captions, the index says {facts['captions']}"
+            for caption_id, arrays in features.items():
+                yield from _array_problems(name, caption_id, arrays, shapes)
+            continue
+        found = set()
+        for key, sample in shards.read_samples(data, name):
+            found.add(key)
+            arrays = {kind: value for kind, value in sample.items() if isinstance(value, np.ndarray)}
+            missing = {
+                "json",
+                "latent_mean.npy",
+                "latent_std.npy",
+                "clap_audio.npy",
+                "mert.npy",
+            } - sample.keys()
+            yield from (f"{name}: {key} has no {kind}" for kind in sorted(missing))
+            yield from _array_problems(name, key, arrays, shapes)
+        if found != expected.get(name, set()) or len(found) != facts["clips"]:
+            yield f"{name}: holds {len(found)} clips, the index has {len(expected.get(name, ()))}"
+
+
+def _array_problems(
+    file: str, key: str, arrays: dict[str, np.ndarray], shapes: dict[str, tuple[Any, ...]]
+) -> Iterator[str]:
+    """Shapes and types must be the same all over the corpus, and every number finite."""
+    for kind, array in arrays.items():
+        signature = (array.shape, str(array.dtype))
+        if shapes.setdefault(kind, signature) != signature:
+            yield f"{file}: {key}.{kind} is {signature}, elsewhere {shapes[kind]}"
+        if not np.isfinite(array).all():
+            yield f"{file}: {key}.{kind} is not finite"
