@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +20,9 @@ from ttmray.storage import read_file
 class Config(BaseModel):
     """Base of every config: frozen, no unknown keys, the docstring under a field is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -151,10 +153,9 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
 
 
 def _model_at(kind: type[BaseModel], place: Sequence[str]) -> type[BaseModel] | None:
-    node: Any = kind
+    node: type[BaseModel] | None = kind
     for key in place:
-        field = node.model_fields.get(key) if isinstance(node, type) and issubclass(node, BaseModel) else None
-        if field is None:
-            return None
-        node = field.annotation
-    return node if isinstance(node, type) and issubclass(node, BaseModel) else None
+        field = node.model_fields.get(key) if node is not None else None
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))  # `Model` or `Model | None`
+        node = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return node

@@ -6,10 +6,19 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 160  # tables in logs and pipes
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 LOG_EVERY_S = 10.0
@@ -34,7 +43,9 @@ class Meter:
             self.logged = now
             rate = self.done / (now - self.started)
             left = timedelta(seconds=round((self.total - self.done) / rate)) if rate > 0 else "?"
-            console.print(f"{self.what}: {self.done}/{self.total}, {rate:.2f}/s, ETA {left}{', ' + note if note else ''}")
+            console.print(
+                f"{self.what}: {self.done}/{self.total}, {rate:.2f}/s, ETA {left}{', ' + note if note else ''}"
+            )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from ttmray.errors import UserError
 
@@ -25,13 +25,14 @@ TEMPORARY_PREFIX = ".tmp-"
 
 def absolute(path: str) -> str:
     """`path` as an absolute local path or an unchanged URI (Ray jobs run in another working directory)."""
+    path = path.removeprefix("file://")  # atomic writes and create-only are ours for local files
     if "://" in path:
         return path.rstrip("/")
     return str(Path(path).expanduser().absolute())
 
 
 def is_remote(path: str) -> bool:
-    """True for URIs such as `s3://bucket/prefix`; `file://` counts as remote only in form and works too."""
+    """True for URIs such as `s3://bucket/prefix`."""
     return "://" in path
 
 
@@ -57,9 +58,13 @@ def explained(what: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{what}: not found.", "Check the path or the bucket name.") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        wrong = "is a folder, not a file" if isinstance(error, IsADirectoryError) else "lies below a file, not a folder"
+        raise UserError(f"{what}: {wrong}.", "Check the path.") from error
     except PermissionError as error:
         raise UserError(
-            f"{what}: permission denied ({error}).", "Check the rights of the file, or the credentials of the bucket."
+            f"{what}: permission denied ({error}).",
+            "Check the rights of the file, or the credentials of the bucket.",
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -114,7 +119,9 @@ class Folder:
             return fsspec.core.url_to_fs(self.uri, use_listings_cache=False, skip_instance_cache=False)
         except ImportError as error:
             scheme = self.uri.split("://")[0]
-            raise UserError(f"{self.uri}: {error}", f"Install support for it: pip install 'ttmray[{scheme}]'") from error
+            raise UserError(
+                f"{self.uri}: {error}", f"Install support for it: pip install 'ttmray[{scheme}]'"
+            ) from error
         except ValueError as error:
             raise UserError(f"{self.uri}: {error}", "Use a local path or an s3:// address.") from error
 
@@ -163,13 +170,13 @@ class Folder:
             fs, root = self._filesystem()
             return fs.cat_file(f"{root}/{safe_relative(name)}")
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str) -> BinaryIO:
         """A seekable reader of the file; ranges are fetched on demand from object stores."""
         with explained(self.path(name)):
             if not self.remote:
                 return open(self.path(name), "rb")
             fs, root = self._filesystem()
-            return fs.open(f"{root}/{safe_relative(name)}", "rb")
+            return cast(BinaryIO, fs.open(f"{root}/{safe_relative(name)}", "rb"))
 
     def write(self, name: str, data: bytes) -> None:
         """Write the whole file atomically, replacing what was there."""
@@ -254,7 +261,7 @@ def _walk(base: str, sizes: bool) -> Iterator[Entry]:
             raise error
 
     for folder, folders, names in os.walk(base, onerror=fail, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not _leads_back(folder, name))
         prefix = os.path.relpath(folder, base).replace(os.sep, "/")
         for name in names:
             full = os.path.join(folder, name)
@@ -264,8 +271,17 @@ def _walk(base: str, sizes: bool) -> Iterator[Entry]:
             yield Entry(relative, os.path.getsize(full) if sizes else -1)
 
 
+def _leads_back(folder: str, name: str) -> bool:
+    """A link to a folder that it lies in itself would be walked without end."""
+    full = os.path.join(folder, name)
+    return os.path.islink(full) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(full))
+
+
 def _local_write(target: Path, data: bytes, replace: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # not what `create` means by it
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent)) from error
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
         with open(temporary, "xb") as file:

@@ -18,6 +18,7 @@ from ttmray.errors import UserError
 from ttmray.storage import Folder
 
 INDEX = "index"
+MERGED = "index.parquet"
 METADATA_KEY = b"ttmray.unit"
 
 SCHEMA = pa.schema(
@@ -97,14 +98,27 @@ def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
     Raises:
         UserError: when the bytes are no index file of ours.
     """
+    table = _table(data, name)
     try:
-        table = pq.read_table(pa.BufferReader(data))
-        return table.select(SCHEMA.names), json.loads(table.schema.metadata[METADATA_KEY])
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{name} is not a readable index file: {error}",
-            "Delete it and start the job again: its unit is then made once more.",
-        ) from error
+        return table.replace_schema_metadata(None), json.loads(table.schema.metadata[METADATA_KEY])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _table(data: bytes, name: str) -> pa.Table:
+    try:
+        table = pq.read_table(pa.BufferReader(data)).select(SCHEMA.names)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise _unreadable(name, error) from error
+    return table
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name} is not a readable index file: {error}",
+        "Delete it and start the job again: what it described is then made once more.",
+    )
 
 
 def committed_units(run: Folder) -> list[str]:
@@ -130,11 +144,19 @@ def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, 
 
 def read_index(run: Folder) -> pa.Table:
     """All rows that are committed so far: the merged file of a finished run, else the units' files."""
-    if run.exists("index.parquet"):
-        with run.open("index.parquet") as file:
-            return pq.read_table(file)
+    if run.exists(MERGED):
+        return read_merged(run)
     parts = [table for table, _ in read_units(run, committed_units(run))]
     return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+
+
+def read_merged(run: Folder) -> pa.Table:
+    """The merged index of a finished run.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    return _table(run.read(MERGED), run.path(MERGED))
 
 
 def latent_sums(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:

@@ -5,6 +5,7 @@ exact (names, commits, retries of killers, quarantine) is ours and the same for 
 """
 
 import json
+import logging
 import os
 import queue
 import sys
@@ -287,6 +288,9 @@ def run_ray(job: Job, units: Sequence[Unit], done: Done) -> None:
 
     config = job.corpus
     _connect(config)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)  # its hints are about its own progress bars; its files keep all
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts clips and knows the whole plan
     context.print_on_execution_start = False
@@ -343,8 +347,6 @@ def _workers(resources: StageResources, units: int) -> tuple[int, int]:
 
 def _connect(config: CorpusConfig) -> None:
     """Join the cluster that RAY_ADDRESS names (set by `ray job submit`), else start a local instance."""
-    import logging
-
     import ray
 
     if ray.is_initialized():
@@ -356,7 +358,6 @@ def _connect(config: CorpusConfig) -> None:
             options["num_cpus"] = config.runtime.workers
         if config.runtime.object_store_gib:
             options["object_store_memory"] = int(config.runtime.object_store_gib * 2**30)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its hints are about its own progress bars
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
 
 

@@ -95,11 +95,22 @@ def captions_bytes(caption_ids: list[str], texts: Mapping[str, np.ndarray]) -> b
 
 
 def read_captions(run: Folder, name: str) -> dict[str, dict[str, np.ndarray]]:
-    """caption id -> {`t5` (77, D) float16, `clap` (512,) float32, ...} of one captions file."""
+    """caption id -> {`t5` (77, D) float16, `clap` (512,) float32, ...} of one captions file.
+
+    Raises:
+        UserError: when it is missing or damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    try:
+        tensors = load(run.read(name))
+    except SafetensorError as error:
+        raise UserError(
+            f"{run.path(name)} is damaged: {error}", "Delete its unit's index file and start the job again."
+        ) from error
     features: dict[str, dict[str, np.ndarray]] = {}
-    for tensor, array in load(run.read(name)).items():
+    for tensor, array in tensors.items():
         caption_id, _, kind = tensor.partition(".")
         features.setdefault(caption_id, {})[kind] = array
     return features

@@ -13,7 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from io import BufferedReader
+from typing import Any, cast
 
 import numpy as np
 
@@ -112,7 +113,7 @@ class Decode(Stage):
                 audio, rate = audio_io.decode(io.BytesIO(data), self.limits)
             else:
                 with self.folder.open(path) as file:
-                    row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                    row["sha256"] = hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
                 audio, rate = audio_io.decode(self.folder.path(path), self.limits)
         except UserError as error:  # the file went away or became unreadable after planning
             raise ClipError(FAILED, "unreadable", error.message) from error

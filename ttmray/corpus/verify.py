@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ttmray.corpus import index, shards
 from ttmray.corpus.finalise import SUCCESS, check_rows
@@ -53,13 +52,12 @@ def problems(run: Folder) -> Iterator[str]:
                 yield f"{folder}/{entry.name} belongs to no committed unit"
     if not run.exists(SUCCESS):
         yield f"{SUCCESS} is missing: the run is not finished"
-    elif not _merged(run).equals(table):
-        yield "index.parquet differs from the units' index files"
-
-
-def _merged(run: Folder) -> pa.Table:
-    with run.open("index.parquet") as file:
-        return pq.read_table(file)
+        return
+    try:
+        if not index.read_merged(run).equals(table):
+            yield f"{index.MERGED} differs from the units' index files"
+    except UserError as error:
+        yield error.message
 
 
 def _unit_problems(
