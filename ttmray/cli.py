@@ -38,10 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = looks.add_parser("verify", help="recompute hashes and counts, open every tar and latent")
     ls = looks.add_parser("ls", help="rows of the index")
     ls.add_argument("--status", choices=("ok", "rejected", "failed"), help="only rows of this status")
-    ls.add_argument("--limit", type=int, default=50, metavar="N", help="at most N rows (default 50; 0: all)")
+    ls.add_argument("--limit", type=_count, default=50, metavar="N", help="at most N rows (default 50; 0: all)")
     ls.add_argument("--json", action="store_true", help="one JSON object per line, all columns")
     sample = looks.add_parser("sample", help="a page with some random clips to listen to, beside captions and scores")
-    sample.add_argument("-n", type=int, default=8, metavar="N", help="number of clips (default 8)")
+    sample.add_argument("-n", type=_count, default=8, metavar="N", help="number of clips (default 8)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", required=True, metavar="DIR", help="folder for the page and its audio")
     for look, run in ((stats, "stats"), (verify, "verify"), (ls, "ls"), (sample, "sample")):
@@ -51,7 +51,40 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how far a run is, without Ray")
     status.add_argument("folder", metavar="RUN", help="run folder or s3:// prefix")
     status.set_defaults(run=_look("status"))
+
+    score = commands.add_parser("score", help="reward, CLAP score, loudness and true peak of audio files")
+    score.add_argument("files", nargs="+", metavar="FILE", help="audio files: local paths or s3:// addresses")
+    score.add_argument("--caption", default="", metavar="TEXT", help="text to compare with (CLAP score)")
+    score.add_argument("--bundle", default="debug", help="set of models (default debug)")
+    score.add_argument("--reward-text", default="empty", choices=("empty", "caption"), help="what the reward sees")
+    score.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    score.add_argument("--batch", type=int, default=8, metavar="N", help="clips per model forward on a GPU")
+    score.add_argument("--cache", metavar="DIR", help="folder that keeps embeddings, shared by jobs")
+    score.add_argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
+    score.set_defaults(run=_score)
+
+    weights = commands.add_parser("weights", help="released weights: list, pull, verify, where, convert")
+    acts = weights.add_subparsers(dest="act", required=True, metavar="ACT")
+    acts.add_parser("list", help="what there is, what is here, and under which licence")
+    pull = acts.add_parser("pull", help="fetch, check and keep weights")
+    pull.add_argument("names", nargs="*", metavar="NAME", help="entries of `ttmray weights list`")
+    pull.add_argument("--bundle", help="all weights of a bundle")
+    pull.add_argument("--all", action="store_true", help="every entry")
+    pull.add_argument("--offline", action="store_true", help="only check what is here")
+    acts.add_parser("verify", help="recompute the hashes of everything that is here")
+    acts.add_parser("where", help="where the files of an entry lie").add_argument("name", metavar="NAME")
+    convert = acts.add_parser("convert", help="a .pt, .pth or .ckpt of tensors as safetensors")
+    convert.add_argument("path", metavar="FILE")
+    convert.add_argument("--out", metavar="FILE", help="default: beside the file, with the ending .safetensors")
+    weights.set_defaults(run=_weights)
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +112,27 @@ def _score_corpus(arguments: argparse.Namespace) -> int:
     # Ray workers run elsewhere: from here on every path is absolute.
     config = config.model_copy(update={"input": absolute(config.input), "output": absolute(config.output)})
     return score_corpus(config, plan_only=arguments.plan_only, retry_failed=arguments.retry_failed)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from ttmray.evaluation.score import score
+
+    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "files")}
+    return score(arguments.files, **options)
+
+
+def _weights(arguments: argparse.Namespace) -> int:
+    from ttmray.models import weights_cli
+    from ttmray.models.weights import open_store
+
+    if arguments.act == "pull":
+        store = open_store(offline=arguments.offline)
+        return weights_cli.pull(arguments.names, bundle=arguments.bundle, everything=arguments.all, store=store)
+    if arguments.act == "where":
+        return weights_cli.where(arguments.name)
+    if arguments.act == "convert":
+        return weights_cli.convert(arguments.path, arguments.out)
+    return weights_cli.list_weights() if arguments.act == "list" else weights_cli.verify()
 
 
 def _look(name: str) -> Callable[[argparse.Namespace], int]:

@@ -1,17 +1,21 @@
 """Bundles: a consistent set of models under one name, loaded by role.
 
-`debug` is made of the real classes at tiny width with seeded, untrained weights, so every job and test runs
-anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real workload, for benchmarks.
-Opening a bundle imports no framework: identity and protocol are known before anything is loaded.
+`paper` is the released weights. `debug` is made of the same classes at tiny width with seeded, untrained weights,
+so every job and test runs anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real
+workload, for benchmarks. Opening a bundle imports no framework: identity and protocol are known before anything
+is loaded.
 """
 
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ttmray.errors import UserError
 from ttmray.models.protocol import Protocol
+from ttmray.models.weights import Store, licences, open_store
 
 if TYPE_CHECKING:
     from ttmray.models.clap import Clap
@@ -21,15 +25,13 @@ if TYPE_CHECKING:
     from ttmray.models.tunejury import TuneJury
     from ttmray.models.vae import LatentEncoder
 
-ROLES = ("separator", "clap", "mert", "tunejury", "latents", "text", "clap_condition")
-
 
 @dataclass(kw_only=True)
 class Models:
     """The loaded models; a role that was not asked for is None and using it is a bug.
 
     `clap` is the checkpoint of rewards and CLAP scores, `clap_condition` the one whose text vectors condition
-    the backbone (facts: two different LAION files).
+    the backbone: two different LAION files. `latents` decodes to audio only if `vocoder` was asked for too.
     """
 
     separator: "Separator" = None  # type: ignore[assignment]
@@ -39,6 +41,9 @@ class Models:
     latents: "LatentEncoder" = None  # type: ignore[assignment]
     text: "TextEncoder" = None  # type: ignore[assignment]
     clap_condition: "Clap" = None  # type: ignore[assignment]
+
+
+ROLES = (*Models.__dataclass_fields__, "vocoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,72 +58,153 @@ class LoadOptions:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """A named set of models.
-
-    Attributes:
-        name: as in configs.
-        note: what people must know about its numbers; empty for real weights.
-        width: size factor of the debug models.
-        seed: of the debug models.
-    """
+class Bundle(ABC):
+    """A named set of models. `note` is what people must know about its numbers."""
 
     name: str
     note: str
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides its numbers, as plain JSON types."""
+
+    @abstractmethod
+    def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
+        """How this bundle's rewards are made."""
+
+    @abstractmethod
+    def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        """Role -> what builds it."""
+
+    def load(self, roles: Collection[str], options: LoadOptions) -> Models:
+        """The models of some roles (of `ROLES`) on one device.
+
+        Raises:
+            UserError: the device or the weights are not there, or the weights do not fit.
+        """
+        unknown = set(roles) - set(ROLES)
+        if unknown:
+            raise ValueError(f"unknown roles {sorted(unknown)}")
+        makers = self._makers(options, resolve_device(options.device), "vocoder" in roles)
+        return Models(**{role: makers[role]() for role in ROLES if role in roles and role != "vocoder"})
+
+
+@dataclass(frozen=True)
+class DebugBundle(Bundle):
+    """Seeded, untrained models; `width` is a factor on their sizes."""
+
+    name: str
     width: int
     seed: int = 0
 
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        return f"{self.name} bundle: models are tiny, seeded and untrained: scores and latents mean nothing"
+
     def identity(self) -> dict[str, Any]:
-        """What decides its numbers, as plain JSON types. Seeded weights also depend on the versions of the
-        libraries that draw them."""
+        # Seeded weights also depend on the versions of the libraries that draw them.
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "demucs")}
         return {"name": self.name, "seed": self.seed, "width": self.width, "versions": versions}
 
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
-        """How this bundle's rewards are made."""
         return Protocol(text=reward_text, hashes=(("debug", f"seed{self.seed}-width{self.width}"),))
 
-    def load(self, roles: Collection[str], options: LoadOptions) -> Models:
-        """The models of some roles on one device.
-
-        Raises:
-            UserError: the device is not there.
-        """
+    def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        from ttmray.models.bigvgan import debug_bigvgan
         from ttmray.models.clap import debug_clap
         from ttmray.models.mert import debug_mert
-        from ttmray.models.separator import Separator, debug_separator
+        from ttmray.models.separator import debug_separator
         from ttmray.models.t5 import debug_text_encoder
         from ttmray.models.tunejury import debug_tunejury
-        from ttmray.models.vae import debug_latent_encoder
+        from ttmray.models.vae import LatentEncoder, debug_vae
 
-        unknown = set(roles) - set(ROLES)
-        if unknown:
-            raise ValueError(f"unknown roles {sorted(unknown)}")
-        device, batch, seed, width = resolve_device(options.device), options.batch, self.seed, self.width
-        makers: dict[str, Any] = {
-            "separator": lambda: Separator(
-                debug_separator(seed, width=4 * width),
-                device,
-                batch,
-                overlap=options.overlap,
-                precision=options.precision,
-                instrumental=options.instrumental,
-            ),
+        seed, width, batch = self.seed, self.width, options.batch
+        return {
+            "separator": lambda: _separator(debug_separator(seed, width=4 * width), device, options),
             "clap": lambda: debug_clap(seed, width, device, batch),
             "mert": lambda: debug_mert(seed, width, device, batch),
             "tunejury": lambda: debug_tunejury(seed, 64 * width, device),
-            "latents": lambda: debug_latent_encoder(seed, 16 * width, options.clip_samples, device),
+            "latents": lambda: LatentEncoder(
+                debug_vae(seed, 16 * width), options.clip_samples, device, debug_bigvgan(seed) if vocoder else None
+            ),
             "text": lambda: debug_text_encoder(seed, width=width, device=device, batch=batch),
             "clap_condition": lambda: debug_clap(seed + 1, width, device, batch),
         }
-        return Models(**{role: makers[role]() for role in ROLES if role in roles})
 
 
-_UNTRAINED = "models are tiny, seeded and untrained: scores and latents mean nothing"
-BUNDLES = {
-    "debug": Bundle("debug", f"debug bundle: {_UNTRAINED}", width=1),
-    "debug-wide": Bundle("debug-wide", f"debug-wide bundle: {_UNTRAINED}", width=4),
+@dataclass(frozen=True)
+class ReleasedBundle(Bundle):
+    """Released weights, from the cache of this machine or local copies (`ttmray weights`)."""
+
+    name: str
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        return "; ".join(licences(self.name))
+
+    def _entries(self, store: Store) -> dict[str, str]:
+        """Role -> name of the registry entry."""
+        return {entry.role: entry.name for entry in store.of_bundle(self.name)}
+
+    def _hashes(self) -> dict[str, str]:
+        store = open_store()
+        return {
+            f"{name}/{file}": sha256
+            for name in self._entries(store).values()
+            for file, sha256 in store.hashes(name).items()
+        }
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "weights": self._hashes()}
+
+    def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
+        entries = self._entries(open_store())
+        used = tuple(f"{entries[role]}/" for role in ("clap", "tokenizer", "mert", "tunejury"))
+        hashes = tuple((name, sha256) for name, sha256 in sorted(self._hashes().items()) if name.startswith(used))
+        return Protocol(text=reward_text, hashes=hashes)
+
+    def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        from ttmray.models.bigvgan import load_bigvgan
+        from ttmray.models.mert import load_mert
+        from ttmray.models.separator import load_separator
+        from ttmray.models.t5 import load_text_encoder
+        from ttmray.models.tunejury import load_tunejury
+        from ttmray.models.vae import LatentEncoder, load_vae
+
+        store = open_store()
+        entries = self._entries(store)
+
+        def paths(role: str) -> list[Path]:
+            return list(store.find(entries[role]).values())
+
+        def weights(role: str) -> Path:
+            return next(path for path in paths(role) if path.suffix not in (".json", ".txt"))
+
+        def folder(role: str) -> Path:
+            return paths(role)[0].parent
+
+        def clap(role: str) -> "Clap":
+            return _clap(weights(role), folder("tokenizer"), device, options.batch)
+
+        def latents() -> "LatentEncoder":
+            generator = load_bigvgan(weights("vocoder")) if vocoder else None
+            return LatentEncoder(load_vae(weights("latents")), options.clip_samples, device, generator)
+
+        return {
+            "separator": lambda: _separator(load_separator(folder("separator")), device, options),
+            "clap": lambda: clap("clap"),
+            "mert": lambda: load_mert(folder("mert"), device=device, batch=options.batch),
+            "tunejury": lambda: load_tunejury(weights("tunejury"), device=device),
+            "latents": latents,
+            "text": lambda: load_text_encoder(folder("text"), device=device, batch=options.batch),
+            "clap_condition": lambda: clap("clap_condition"),
+        }
+
+
+BUNDLES: dict[str, Bundle] = {
+    "paper": ReleasedBundle("paper"),
+    "debug": DebugBundle("debug", width=1),
+    "debug-wide": DebugBundle("debug-wide", width=4),
 }
 
 
@@ -146,3 +232,27 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"runtime.device is {device}, but torch sees no GPU.", "Use runtime.device=auto or cpu.")
     return device
+
+
+def _separator(model: Any, device: str, options: LoadOptions) -> "Separator":
+    from ttmray.models.separator import Separator
+
+    return Separator(
+        model,
+        device,
+        options.batch,
+        overlap=options.overlap,
+        precision=options.precision,
+        instrumental=options.instrumental,
+    )
+
+
+def _clap(path: Path, tokenizer: Path, device: str, batch: int) -> "Clap":
+    """A `config.json` of transformers beside the weights overrides HTSAT-base."""
+    from transformers import ClapConfig
+
+    from ttmray.models.clap import load_laion_clap
+
+    own = (path.parent / "config.json").is_file()
+    config = ClapConfig.from_pretrained(path.parent, local_files_only=True) if own else None
+    return load_laion_clap(path, tokenizer, config=config, device=device, batch=batch)

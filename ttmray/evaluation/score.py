@@ -1,0 +1,106 @@
+"""`ttmray score FILE...`: reward, CLAP score, loudness and true peak of any audio files, as a table or JSON.
+
+A file of one clip's length has the numbers that the corpus job gives that clip. Longer files are scored under
+the protocol of the released TuneJury tables: the 10 s in the middle for CLAP, all of it for MERT.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ttmray.audio import io as audio_io
+from ttmray.audio import loudness
+from ttmray.console import console, errors
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
+from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.cache import EmbeddingCache
+from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.storage import split_path
+
+LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
+"""Half a second is the shortest that the loudness standard (0.4 s) and MERT can say anything about."""
+SILENT_DBFS = -80.0
+CACHE_BYTES = 8 * 2**30
+
+
+def read_mono(path: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """A file as mono float32 at 44.1 kHz, as the corpus job makes it, and its level facts.
+
+    Raises:
+        ClipError: why the file cannot be scored.
+    """
+    try:
+        folder, name = split_path(path)
+        with folder.open(name) as file:
+            audio, rate = audio_io.decode(file, LIMITS)
+    except UserError as error:
+        raise ClipError("failed", "unreadable", error.message) from error
+    facts: dict[str, Any] = {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
+    clip = audio_io.resample(audio, rate, SAMPLE_RATE)
+    peak = float(np.abs(clip).max())
+    if peak < 10 ** (SILENT_DBFS / 20):
+        raise ClipError("rejected", "silent", f"sample peak under {SILENT_DBFS:g} dBFS; its reward would mean nothing")
+    lufs = loudness.integrated_loudness(clip, SAMPLE_RATE)
+    facts["lufs"] = lufs if np.isfinite(lufs) else None
+    facts["true_peak_db"] = loudness.true_peak(clip, SAMPLE_RATE)
+    return clip.mean(axis=0), facts
+
+
+def score(
+    files: Sequence[str],
+    *,
+    bundle: str = "debug",
+    caption: str = "",
+    reward_text: str = "empty",
+    device: str = "auto",
+    batch: int = 8,
+    cache: str | None = None,
+    as_json: bool = False,
+) -> int:
+    """Print one row per file; exit code 3 when a file could not be scored.
+
+    Args:
+        caption: for the CLAP score; empty leaves it out.
+        reward_text: `empty` or `caption`: what the reward sees.
+        cache: folder of the embedding cache; None computes all.
+    """
+    chosen = open_bundle(bundle)
+    if reward_text not in ("empty", "caption"):
+        raise UserError(f"--reward-text must be empty or caption, not {reward_text!r}.")
+    protocol = chosen.protocol("caption" if reward_text == "caption" else "empty")
+    models = chosen.load(Scorer.roles, LoadOptions(device=device, batch=batch))
+    scorer = Scorer(models, protocol, cache=EmbeddingCache(cache, CACHE_BYTES) if cache else None)
+    text = scorer.texts([caption])
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        row: dict[str, Any] = {"file": path, "status": "ok", "reason": "", "message": ""}
+        try:
+            wave, facts = read_mono(path)
+            embeddings = scorer.embed([wave])
+            row |= facts | {"reward": float(scorer.rewards(embeddings, text)[0])}
+            row["clap_score"] = float(embeddings.clap[0] @ text[0]) if caption else None
+        except ClipError as error:
+            row |= {"status": error.status, "reason": error.reason, "message": error.message}
+        rows.append(row)
+        if as_json:
+            shown = row | {"protocol": f"{chosen.name}/{protocol.id()}", "note": chosen.note}
+            console.print(json.dumps(shown, ensure_ascii=False), markup=False)
+    if not as_json:
+        _print(rows, f"{chosen.name}/{protocol.id()}", chosen.note)
+    return EXIT_OK if all(row["status"] == "ok" for row in rows) else EXIT_TOO_MANY_FAILURES
+
+
+def _print(rows: list[dict[str, Any]], protocol: str, note: str) -> None:
+    columns = ("reward", "clap_score", "lufs", "true_peak_db", "duration_s")
+    table = Table("file", *columns, "status")
+    for row in rows:
+        numbers = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in columns]
+        status = "ok" if row["status"] == "ok" else f"{row['status']}: {row['reason']}: {row['message']}"
+        table.add_row(row["file"], *numbers, status)
+    console.print(table)
+    console.print(f"scores by {protocol}")
+    if note:
+        errors.print(f"[yellow]{note}[/yellow]")

@@ -1,0 +1,228 @@
+"""`ttmray weights ...`: what each command does and prints. All return exit codes."""
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ttmray.console import console
+from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.models.weights import (
+    Entry,
+    Store,
+    WeightFile,
+    digest_file,
+    licence_text,
+    licences,
+    locked,
+    mismatch,
+    open_store,
+    publish,
+)
+from ttmray.storage import TEMPORARY_PREFIX, explained
+
+if TYPE_CHECKING:
+    import torch
+
+_CONTAINERS = ("state_dict", "generator")  # of LAION-CLAP and TuneJury; of BigVGAN
+
+
+def list_weights(store: Store | None = None) -> int:
+    """A table of all weights. Reads no file but the registry and the records."""
+    store = store or open_store()
+    records = store.records()
+    table = Table("name", "role", "bundles", "size", "licence", "here", "hashes", title=str(store.folder))
+    for entry in store.registry.entries:
+        here = f"{len(store.present(entry.name))} of {len(entry.files)}"
+        if entry.name in store.overrides:
+            here = f"local copy: {store.overrides[entry.name]}"
+        size, bundles = _size(entry, records), ", ".join(entry.bundles)
+        cells = (entry.name, entry.role, bundles, size, licence_text(entry), here)
+        table.add_row(*map(escape, cells), _hash_state(entry, records))
+    console.print(table)
+    return EXIT_OK
+
+
+def pull(
+    names: Sequence[str] = (), *, bundle: str | None = None, everything: bool = False, store: Store | None = None
+) -> int:
+    """Brings weights here: named ones, those of a bundle, or all. Says under which licences first.
+
+    Raises:
+        UserError: nothing was asked for, an unknown name or bundle, or what `Store.pull` raises.
+    """
+    store = store or open_store()
+    entries = [store.entry(name) for name in names]
+    if bundle is not None:
+        entries += store.of_bundle(bundle)
+        for line in licences(bundle, store):
+            console.print(line, markup=False)
+    if everything:
+        entries = list(store.registry.entries)
+    if not entries:
+        raise UserError("Which weights?", "Name some of `ttmray weights list`, or use --bundle paper, or --all.")
+    for entry in dict.fromkeys(entries):
+        if bundle is None:
+            console.print(f"{entry.name}: {licence_text(entry)} ({entry.credit})", markup=False)
+        store.pull(entry.name)
+    return EXIT_OK
+
+
+def verify(store: Store | None = None) -> int:
+    """Hashes every file that is here and compares with the registry and the records; 2 if any differs.
+
+    A local copy may differ from what is published (converted or fine-tuned): that is said and is no failure. Missing
+    files are listed and are no failure either.
+    """
+    store = store or open_store()
+    records, bad = store.records(), 0
+    for entry in store.registry.entries:
+        paths = store.present(entry.name)
+        for file in entry.files:
+            label = f"{entry.name}/{file.name}"
+            if file.name not in paths:
+                console.print(f"missing  {label}", markup=False)
+                continue
+            local = entry.name in store.overrides
+            recorded = None if local else records.get(label, {}).get("sha256")
+            state, problem = _check(file, paths[file.name], recorded)
+            if local:
+                console.print(f"local    {label}: {paths[file.name]} {problem or state}", markup=False)
+            elif problem:
+                bad += 1
+                console.print(f"WRONG    {paths[file.name]}: {problem}", markup=False)
+            else:
+                console.print(f"{state}  {label}")
+    for name, record in store.records("converted").items():
+        if os.path.isfile(name):
+            found = digest_file(Path(name))
+            differs = found.sha256 != record["sha256"]
+            bad += differs
+            console.print(f"{'WRONG  ' if differs else 'ok     '}  {name} (converted)", markup=False)
+    if bad:
+        console.print(f"{bad} of the files are not what they should be; delete them and pull again")
+    return EXIT_BAD_INPUT if bad else EXIT_OK
+
+
+def where(name: str, store: Store | None = None) -> int:
+    """Paths of the files of an entry, one per line.
+
+    Raises:
+        UserError: as `Store.find`.
+    """
+    for path in (store or open_store()).find(name).values():
+        console.print(str(path), markup=False)
+    return EXIT_OK
+
+
+def convert(path: str | Path, out: str | Path | None = None, store: Store | None = None) -> int:
+    """Writes the tensors of a torch checkpoint as safetensors, once; the result loads without any unpickling.
+
+    Weights are the checkpoint itself or its "state_dict" or "generator"; names and bits stay as they are. Plain values
+    among them and everything beside them (epoch, optimiser) are left out and named.
+
+    Args:
+        path: .pt, .pth, .th, .bin or .ckpt.
+        out: default: beside it, with the ending .safetensors. Never overwritten.
+        store: records the hashes; default `open_store()`.
+
+    Raises:
+        UserError: an unsafe or unreadable checkpoint, values that are neither tensors nor plain, an existing `out`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from ttmray.models.clap_weights import load_restricted
+
+    store = store or open_store()
+    source = Path(path)
+    target = Path(os.path.abspath(out or source.with_suffix(".safetensors")))
+    if source.suffix == ".safetensors":
+        raise UserError(f"{source} is a safetensors file already.", "Use it as it is.")
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target} must end in .safetensors.", "Loaders go by it.")
+    if target.exists():
+        raise UserError(f"{target} exists.", "Delete it to convert once more.")
+    tensors, left_out = _tensors(load_restricted(source), str(source))
+    digest = digest_file(source)
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    with explained(str(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, {"format": "pt", "source": source.name, "source_sha256": digest.sha256})
+            publish(temporary, target)
+        except SafetensorError as error:  # also what a full disk looks like here
+            raise UserError(f"{target} was not written: {error}", "Check the space on that disk.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    made = digest_file(target)
+    with locked(store.folder):
+        record = {"sha256": made.sha256, "size": made.size, "source": source.name, "source_sha256": digest.sha256}
+        store.record("converted", str(target), record)
+    console.print(f"{target}: {len(tensors)} tensors, sha256 {made.sha256}", markup=False)
+    if left_out:
+        console.print(f"left out: {', '.join(left_out)}", markup=False)
+    return EXIT_OK
+
+
+def _size(entry: Entry, records: Mapping[str, Any]) -> str:
+    sizes = [file.size or records.get(f"{entry.name}/{file.name}", {}).get("size") for file in entry.files]
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(sizes):
+        return f"{sum(known) / 1e6:,.0f} MB"
+    return "unknown" if entry.approximate_size is None else f"about {entry.approximate_size / 1e6:,.0f} MB"
+
+
+def _hash_state(entry: Entry, records: Mapping[str, Any]) -> str:
+    published = [file.sha256 is not None or file.md5 is not None for file in entry.files]
+    recorded = [f"{entry.name}/{file.name}" in records for file in entry.files]
+    if all(published):
+        return "published"
+    if all(known or mine for known, mine in zip(published, recorded, strict=True)):
+        return "recorded at first pull"
+    return "none yet: first pull is trusted"
+
+
+def _check(file: WeightFile, path: Path, recorded: str | None) -> tuple[str, str]:
+    """State for a line of `verify`, and the problem if there is one."""
+    problem = mismatch(file, digest_file(path, md5=file.md5 is not None), recorded)
+    checked = recorded is not None or file.sha256 is not None or file.md5 is not None
+    return "ok     " if checked else "unknown", problem
+
+
+def _tensors(checkpoint: Mapping[str, Any], what: str) -> tuple[dict[str, "torch.Tensor"], list[str]]:
+    """The weights, each with memory of its own, and the names of what was left out."""
+    import torch
+
+    container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
+    weights = checkpoint if container is None else checkpoint[container]
+    left_out = [] if container is None else sorted(str(key) for key in checkpoint if key != container)
+    tensors: dict[str, torch.Tensor] = {}
+    refused = []
+    seen: set[int] = set()
+    for key, value in weights.items():
+        if isinstance(value, torch.Tensor) and isinstance(key, str):
+            tensors[key] = _own(value.detach(), seen)
+        elif value is None or isinstance(value, bool | int | float | str):  # numpy's float64 is a float
+            left_out.append(f"{key} ({value!r})")
+        else:
+            refused.append(f"{key} ({type(value).__name__})")
+    if refused or not tensors:
+        found = f"{', '.join(refused[:6])} are no tensors" if refused else "there are no tensors in it"
+        raise UserError(
+            f"{what} cannot become safetensors: {found}.",
+            "It must be a dictionary of weights, alone or under 'state_dict' or 'generator'.",
+        )
+    return tensors, left_out
+
+
+def _own(tensor: "torch.Tensor", seen: set[int]) -> "torch.Tensor":
+    """The tensor, copied where safetensors could not write it: memory shared with another one, or with gaps."""
+    storage = tensor.untyped_storage()
+    shared = storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size()
+    seen.add(storage.data_ptr())
+    return tensor.clone().contiguous() if shared or not tensor.is_contiguous() else tensor
