@@ -90,10 +90,11 @@ class StageResources(Config):
 
     cpus: float = Field(1.0, ge=0)
     """CPUs per worker."""
-    gpus: float = Field(0.0, ge=0)
-    """GPUs per worker; a fraction is a scheduling share, not a memory limit."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs per worker; a fraction is a scheduling share, not a memory limit. Default: where there are GPUs, one
+    for each process that holds models (shared equally where `fuse` is `none`)."""
     workers: tuple[int, int] | None = None
-    """Fewest and most workers; default: 1 to as many as the resources allow."""
+    """Fewest and most workers; default: a fixed share of what Ray has (see corpus/placement.py)."""
 
     @field_validator("workers")
     @classmethod
@@ -118,9 +119,10 @@ class RuntimeConfig(Config):
     there and change last bits."""
     threads: int = Field(1, ge=1)
     """CPU threads per worker."""
-    fuse: Literal["all", "models", "none"] = "models"
-    """Which stages share a process: `all` of them, the three `models` stages (one actor holds all models;
-    best on one card), or `none` (stages spread over many cards)."""
+    fuse: Literal["auto", "all", "models", "none"] = "auto"
+    """Which stages share a Ray process: `all` of them (nothing travels), the `models` stages (one process holds
+    all models; best on one card), or `none` (stages spread over many cards). `auto`: `models` where there are
+    GPUs, else `all`. The local runner always shares all."""
     decode: StageResources = StageResources()
     """Workers that decode, cut and resample."""
     models: StageResources = StageResources()

@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ttmray.corpus.config import CorpusConfig, StageResources
+from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
-from ttmray.corpus.stages import SAMPLE_RATE, STAGES, Context, Stage
+from ttmray.corpus.placement import least_cpus, place
+from ttmray.corpus.stages import STAGES, Context, Stage
 from ttmray.corpus.unit import FAILED, Unit, merge
 from ttmray.corpus.worker import Worker, WorkerDied
 from ttmray.errors import ClipError, UserError
 from ttmray.models.bundle import LoadOptions, Models, open_bundle
+from ttmray.models.scoring import SAMPLE_RATE
 from ttmray.storage import Folder
 
-MODEL_STAGES = ("separate", "score", "encode", "text")
 TRACK_STAGES = ("decode",)
 WHOLE_UNIT_STAGES = ("text", "write")
 """Stages that do not work clip by clip and therefore never run alone."""
@@ -74,25 +75,6 @@ def _limit_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def groups(config: CorpusConfig) -> list[tuple[str, tuple[str, ...]]]:
-    """(name, stages) of every process boundary, from `runtime.fuse` and `separation.scope`."""
-    head: tuple[str, ...] = ("decode", "measure")
-    if config.runtime.fuse == "all":
-        return [("all", (*head, *MODEL_STAGES, "write"))]
-    if config.separation.scope == "track":
-        # whole tracks are too large to travel, so they are decoded where they are separated
-        if config.runtime.fuse == "models":
-            return [("models", (*head, *MODEL_STAGES)), ("write", ("write",))]
-        return [("separate", (*head, "separate")), *_spread()]
-    if config.runtime.fuse == "models":
-        return [("decode", head), ("models", MODEL_STAGES), ("write", ("write",))]
-    return [("decode", head), ("separate", ("separate",)), *_spread()]
-
-
-def _spread() -> list[tuple[str, tuple[str, ...]]]:
-    return [("score", ("score",)), ("encode", ("encode", "text")), ("write", ("write",))]
-
-
 def run_stages(stages: Sequence[Stage], unit: Unit) -> Unit:
     """Stages in order. Where a whole batch fails, its clips are tried one by one to find the bad ones."""
     for stage in stages:
@@ -105,10 +87,13 @@ def _run_stage(stage: Stage, unit: Unit) -> Unit:
     if stage.name in TRACK_STAGES or stage.name in WHOLE_UNIT_STAGES:
         return stage(unit)
     rows = [dict(row) for row in unit.rows]
+    if not unit.ok_rows():  # where every clip failed in one stage, there are no arrays for the next one
+        unit.clips, unit.track_audio = {}, {}
+        return unit
     try:
         return stage(unit)
     except Exception as error:
-        if _not_the_clips_fault(error) or not unit.ok_rows():
+        if _not_the_clips_fault(error):
             raise
         unit.rows = rows
         parts = []
@@ -148,15 +133,20 @@ def _failure(error: Exception) -> ClipError:
 
 def run_alone(job: Job, names: Sequence[str], unit: Unit, timeout_s: float) -> Unit:
     """Run stages on one track or clip at a time in a child process; whoever kills or hangs it is quarantined."""
-    for i, name in enumerate(names):
-        if name in WHOLE_UNIT_STAGES:
-            return run_stages(job.build(names[i:]), unit)
-        worker = Worker(job.to_json(), [name])
+    left = list(names)
+    while left:
+        if left[0] in WHOLE_UNIT_STAGES:
+            return run_stages(job.build(left), unit)
+        # whole tracks must not leave their process: they are decoded where they are separated
+        whole_tracks = left[0] in TRACK_STAGES and job.corpus.separation.scope == "track"
+        together = left[: left.index("separate") + 1] if whole_tracks else left[:1]
+        worker = Worker(job.to_json(), together)
         try:
-            parts = [_survivor(worker, name, part, timeout_s) for part in _suspects(name, unit)]
+            parts = [_survivor(worker, together[0], part, timeout_s) for part in _suspects(together[0], unit)]
         finally:
             worker.kill()
-        unit = merge(unit, parts) if parts else run_stages(job.build([name]), unit)
+        unit = merge(unit, parts)
+        left = left[len(together) :]
     return unit
 
 
@@ -187,7 +177,7 @@ def _survivor(worker: Worker, stage: str, part: Unit, timeout_s: float) -> Unit:
         return part
 
 
-class Group:
+class StageWorker:
     """The stages of one process, with the crash guard around them. Also the class of the Ray actors."""
 
     def __init__(self, job: str, name: str, stages: Sequence[str]) -> None:
@@ -218,11 +208,11 @@ Done = Callable[[Unit], None]
 def run_local(job: Job, units: Sequence[Unit], done: Done) -> None:
     """Run units in this process (`workers: 0`) or in child processes; `done` gets each committed unit."""
     config = job.corpus
-    names = tuple(stage for _, stages in groups(config) for stage in stages)
+    names = tuple(STAGES)
     workers = config.runtime.workers
     count = (os.cpu_count() or 1) if workers == "auto" else workers
     if count == 0:
-        group = Group(job.to_json(), "all", names)
+        group = StageWorker(job.to_json(), "all", names)
         for unit in units:
             done(group.on_unit(unit))
         return
@@ -297,52 +287,23 @@ def run_ray(job: Job, units: Sequence[Unit], done: Done) -> None:
     context.execution_no_progress_timeout_s = config.runtime.no_progress_timeout_s
     context.max_errored_blocks = 0  # a lost block would be lost clips
     dataset = ray.data.from_blocks([unit.to_table() for unit in units])
-    for name, stages in groups(config):
-        resources = _resources(config, name)
-        fewest, most = _workers(resources, len(units))
+    cluster = ray.cluster_resources()
+    for group in place(config, cluster.get("CPU", 0), cluster.get("GPU", 0), len(units)):
         dataset = dataset.map_batches(
-            Group,
-            fn_constructor_args=(job.to_json(), name, stages),
+            StageWorker,
+            fn_constructor_args=(job.to_json(), group.name, group.stages),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus or None,
+            compute=ray.data.ActorPoolStrategy(min_size=group.fewest, max_size=group.most),
+            num_cpus=group.cpus,
+            num_gpus=group.gpus or None,
         )
     try:
         for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
             done(Unit.from_table(table))
     except ray.exceptions.RayError as error:
         raise _root_cause(error) from error
-
-
-def _resources(config: CorpusConfig, group: str) -> StageResources:
-    runtime = config.runtime
-    own = {
-        "decode": runtime.decode,
-        "models": runtime.models,
-        "all": runtime.models,
-        "separate": runtime.separate or runtime.models,
-        "score": runtime.score or runtime.models,
-        "encode": runtime.encode or runtime.models,
-        "write": runtime.write,
-    }
-    return own[group]
-
-
-def _workers(resources: StageResources, units: int) -> tuple[int, int]:
-    import ray
-
-    if resources.workers is not None:
-        return resources.workers
-    cluster = ray.cluster_resources()
-    limits = [max(1, units)]
-    if resources.gpus:
-        limits.append(int(cluster.get("GPU", 0) / resources.gpus))
-    if resources.cpus:
-        limits.append(int(cluster.get("CPU", 1) / resources.cpus))
-    return 1, max(1, min(limits))
 
 
 def _connect(config: CorpusConfig) -> None:
@@ -354,8 +315,10 @@ def _connect(config: CorpusConfig) -> None:
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         options = {"address": "local", "include_dashboard": False}
-        if isinstance(config.runtime.workers, int) and config.runtime.workers > 0:
-            options["num_cpus"] = config.runtime.workers
+        workers = config.runtime.workers
+        cores = workers if isinstance(workers, int) and workers > 0 else os.cpu_count() or 1
+        # logical CPUs: a small machine must be able to hold one worker of each group
+        options["num_cpus"] = max(cores, least_cpus(config))
         if config.runtime.object_store_gib:
             options["object_store_memory"] = int(config.runtime.object_store_gib * 2**30)
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
