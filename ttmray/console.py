@@ -16,7 +16,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with code 1; `ttmray.cli.main` ends quietly
+
+
+console = _Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 160  # tables in logs and pipes
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ def absolute(path: str) -> str:
     path = path.removeprefix("file://")  # atomic writes and create-only are ours for local files
     if "://" in path:
         return path.rstrip("/")
-    return str(Path(path).expanduser().absolute())
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def is_remote(path: str) -> bool:
@@ -120,7 +120,7 @@ class Folder:
         except ImportError as error:
             scheme = self.uri.split("://")[0]
             raise UserError(
-                f"{self.uri}: {error}", f"Install support for it: pip install 'ttmray[{scheme}]'"
+                f"{self.uri}: {error}", "pip install 'ttmray[s3]'" if scheme == "s3" else f"Install fsspec's {scheme}."
             ) from error
         except ValueError as error:
             raise UserError(f"{self.uri}: {error}", "Use a local path or an s3:// address.") from error

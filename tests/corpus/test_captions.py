@@ -90,7 +90,7 @@ def test_white_space_is_all_that_changes_in_a_caption(tmp_path):
         ("c.csv", b"path,caption\n,one\n", "line 2: a caption without path"),
         ("c.csv", b"path,caption,Caption\na,b,c\n", "two columns called 'caption'"),
         ("c.csv.gz", b"path,caption\n", "not a whole gzip"),
-        ("c.csv.gz", gzip.compress(b"path,caption\n" * 99)[:-9], "not a whole gzip"),
+        ("c.csv.gz", gzip.compress(b"path,caption\n" * 99, mtime=0)[:-9], "not a whole gzip"),
         ("c.json", b'{"path": "a.mp3"}', "dict"),
         ("c.json", b'["a.mp3"]', "item 1"),
         ("c.json", b"[{]", "not valid JSON"),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.placement import least_cpus, layout, place
+from ttmray.corpus.placement import layout, least_cpus, place
 from ttmray.corpus.stages import STAGES
 from ttmray.errors import UserError
 
@@ -61,7 +61,7 @@ def test_given_worker_counts_are_kept() -> None:
 
 
 def test_what_cannot_fit_is_refused_before_anything_starts() -> None:
-    with pytest.raises(UserError, match="need 2.5 CPUs"):
+    with pytest.raises(UserError, match=r"need 2\.5 CPUs"):
         place(config("models"), cpus=2, gpus=0, units=10)
     with pytest.raises(UserError, match="2 GPUs"):
         place(config("models", models={"gpus": 2}), cpus=8, gpus=1, units=10)

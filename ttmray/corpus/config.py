@@ -118,7 +118,7 @@ class RuntimeConfig(Config):
     """Clips per model forward. On a CPU models always see one clip at a time: larger batches are not faster
     there and change last bits."""
     threads: int = Field(1, ge=1)
-    """CPU threads per worker."""
+    """Threads that resample in one worker. Models always compute in one thread: more would change last bits."""
     fuse: Literal["auto", "all", "models", "none"] = "auto"
     """Which stages share a Ray process: `all` of them (nothing travels), the `models` stages (one process holds
     all models; best on one card), or `none` (stages spread over many cards). `auto`: `models` where there are

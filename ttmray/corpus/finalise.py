@@ -54,9 +54,10 @@ def finalise(
     rewards = reward_statistics(table)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    run.write("index.parquet", buffer.getvalue())
+    run.write(index.MERGED, buffer.getvalue())
     run.write("stats/latents.json", json.dumps(latents, indent=1).encode())
-    run.write("stats/rewards.json", json.dumps(rewards, indent=1).encode())
+    scored = {"protocol": described["protocol_id"], "splits": rewards}  # conditioning on z-scores needs mean and std
+    run.write("stats/rewards.json", json.dumps(scored, indent=1).encode())
     swept = sweep(run, metadata)
     summary = {
         "rows": {"total": table.num_rows} | {s: _count(table, s) for s in (OK, REJECTED, FAILED)},

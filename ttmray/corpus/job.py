@@ -4,7 +4,7 @@ import json
 import platform
 import time
 from collections import Counter
-from dataclasses import asdict, astuple
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -13,7 +13,7 @@ from ttmray import __version__
 from ttmray.config import differences, fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.corpus import index
-from ttmray.corpus.catalogue import build_catalogue
+from ttmray.corpus.catalogue import Track, build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import SUCCESS, finalise, summary_lines
 from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference
@@ -41,12 +41,17 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
     started = time.time()
     run = Folder.at(config.output)
     bundle = open_bundle(config.bundle)
-    plan, catalogue_digest = _plan(config, run)
+    existing = _existing(run)
+    plan, catalogue_digest = _plan(config, run, existing)
+    if plan_only and existing is None:  # before the weights are here, too
+        _show_plan(plan, config, run, save=True)
+        return EXIT_OK
+    described = _describe(config, plan, bundle, catalogue_digest)
+    if existing is not None:
+        _check_same(run, existing, described, plan)
     if plan_only:
         _show_plan(plan, config, run, save=True)
         return EXIT_OK
-    _refuse_foreign_folder(run)
-    described = _describe(config, plan, bundle, catalogue_digest)
     _claim(run, described, plan)
     run.sweep_temporary()
     if bundle.note:
@@ -59,7 +64,8 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
     timing: dict[str, list[float]] = {}
     counts: Counter[str] = Counter()
     if todo:
-        _show_plan(plan, config, run, save=not committed)
+        # also when the songs have moved: the saved plan says where they are
+        _show_plan(plan, config, run, save=True)
         if committed:
             console.print(f"resuming: {len(committed)} of {len(units)} units are committed, {len(todo)} to do")
         _run(config, plan, described["protocol_id"], todo, timing, counts)
@@ -78,14 +84,16 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
     return EXIT_OK
 
 
-def _plan(config: CorpusConfig, run: Folder) -> tuple[Plan, str]:
+def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) -> tuple[Plan, str]:
     """The plan: the saved one where the catalogue is unchanged (headers are then not read again)."""
     catalogue = build_catalogue(config.input, config.catalogue)
     for name, value in catalogue.report.items():
         console.print(f"catalogue: {name.replace('_', ' ')}: {value}")
-    digest = fingerprint([[repr(value) for value in astuple(track)] for track in catalogue.tracks])
-    if run.exists(RUN) and run.exists("plan.parquet"):
-        saved = json.loads(run.read(RUN))["identity"]
+    # messages name folders, and songs may move
+    columns = [field.name for field in fields(Track) if field.name != "message"]
+    digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
+    if existing is not None and run.exists("plan.parquet"):
+        saved = existing["identity"]
         if saved["catalogue"] == digest and saved["config"] == identity(config):
             return Plan.load(run).at(catalogue.root.uri), digest
     return build_plan(catalogue, config), digest
@@ -128,9 +136,20 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
     }
 
 
-def _refuse_foreign_folder(run: Folder) -> None:
+def _existing(run: Folder) -> dict[str, Any] | None:
+    """The `run.json` of a run that was started before; None in a new folder.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
     if run.exists(RUN):
-        return
+        try:
+            existing: dict[str, Any] = json.loads(run.read(RUN))
+            if existing["kind"] == "corpus" and existing["fingerprint"] == fingerprint(existing["identity"]):
+                return existing
+        except (ValueError, KeyError, TypeError):  # no JSON, or not ours
+            pass
+        raise UserError(f"{run.path(RUN)} does not describe a corpus run.", "Choose an empty or new output folder.")
     ours = {"plan.parquet", "plan.json", "plan.md"}
     strange = [entry.name for entry in run.files(sizes=False) if entry.name not in ours]
     if strange:
@@ -138,18 +157,24 @@ def _refuse_foreign_folder(run: Folder) -> None:
             f"{run} is not a corpus run: it holds {strange[0]}{' and more' if len(strange) > 1 else ''} but no {RUN}.",
             "Choose an empty or new output folder.",
         )
+    return None
 
 
 def _claim(run: Folder, described: dict[str, Any], plan: Plan) -> None:
-    """Write `run.json`, or check that it describes the same run."""
-    if run.create(RUN, json.dumps(described, indent=1).encode()):
-        return
-    existing = json.loads(run.read(RUN))
+    """Write `run.json`, or check that what another launch wrote describes the same run."""
+    if not run.create(RUN, json.dumps(described, indent=1).encode()):
+        existing = _existing(run)
+        assert existing is not None
+        _check_same(run, existing, described, plan)
+
+
+def _check_same(run: Folder, existing: dict[str, Any], described: dict[str, Any], plan: Plan) -> None:
     if existing["fingerprint"] == described["fingerprint"]:
         return
     lines = differences(existing["identity"], described["identity"])
-    if run.exists("plan.parquet"):
-        lines += plan_difference(Plan.load(run), plan)
+    songs = plan_difference(Plan.load(run), plan) if run.exists("plan.parquet") else []
+    if songs:  # they say what two hashes cannot
+        lines = [line for line in lines if not line.startswith(("catalogue:", "plan:"))] + songs
     raise UserError(
         f"{run} belongs to another run:\n    " + "\n    ".join(lines),
         "Choose a new output folder, or restore the old settings and songs to go on with this one.",
@@ -162,6 +187,7 @@ def _forget_failed(run: Folder) -> None:
     for name, (table, _) in zip(names, index.read_units(run, names), strict=True):
         if FAILED in table["status"].to_pylist():
             run.delete(SUCCESS)
+            run.delete("index.parquet")
             run.delete(f"{index.INDEX}/{name}.parquet")
             console.print(f"retrying {name}")
 

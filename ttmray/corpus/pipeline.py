@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import queue
-import sys
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
 from ttmray.corpus.placement import least_cpus, place
@@ -21,6 +22,7 @@ from ttmray.corpus.stages import STAGES, Context, Stage
 from ttmray.corpus.unit import FAILED, Unit, merge
 from ttmray.corpus.worker import Worker, WorkerDied
 from ttmray.errors import ClipError, UserError
+from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, Models, open_bundle
 from ttmray.models.scoring import SAMPLE_RATE
 from ttmray.storage import Folder
@@ -62,17 +64,9 @@ class Job:
             precision=config.separation.precision,
         )
         models = open_bundle(config.bundle).load(roles, options) if roles else Models()
-        _limit_threads(config.runtime.threads)
+        one_thread()
         context = Context(config, self.root, self.protocol, models)
         return [STAGES[name](context) for name in names]
-
-
-def _limit_threads(threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if "torch" in sys.modules:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def run_stages(stages: Sequence[Stage], unit: Unit) -> Unit:
@@ -142,7 +136,7 @@ def run_alone(job: Job, names: Sequence[str], unit: Unit, timeout_s: float) -> U
         together = left[: left.index("separate") + 1] if whole_tracks else left[:1]
         worker = Worker(job.to_json(), together)
         try:
-            parts = [_survivor(worker, together[0], part, timeout_s) for part in _suspects(together[0], unit)]
+            parts = [_survivor(job, worker, together[0], part, timeout_s) for part in _suspects(together[0], unit)]
         finally:
             worker.kill()
         unit = merge(unit, parts)
@@ -159,17 +153,15 @@ def _suspects(stage: str, unit: Unit) -> Iterator[Unit]:
             yield unit.part({row["track_id"]}, {row["key"]})
 
 
-def _survivor(worker: Worker, stage: str, part: Unit, timeout_s: float) -> Unit:
+def _survivor(job: Job, worker: Worker, stage: str, part: Unit, timeout_s: float) -> Unit:
     before = [dict(row) for row in part.rows]
     try:
         return worker.run(part, timeout_s)
     except WorkerDied as death:
         error = ClipError(FAILED, "killed", f"its process {death.how} in {MAX_ATTEMPTS} attempts, and once more alone")
         if stage in TRACK_STAGES:
-            from ttmray.corpus import index
-
             (track,) = part.tracks
-            row = index.new_row(track, part.name, "")
+            row = index.new_row(track, part.name, job.protocol)
             row.update(status=error.status, stage=stage, reason=error.reason, message=error.message)
             return Unit(part.name, [track], [row])
         part.rows = before
@@ -321,7 +313,9 @@ def _connect(config: CorpusConfig) -> None:
         options["num_cpus"] = max(cores, least_cpus(config))
         if config.runtime.object_store_gib:
             options["object_store_memory"] = int(config.runtime.object_store_gib * 2**30)
+    on_termination = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
 
 
 def _root_cause(error: BaseException) -> BaseException:

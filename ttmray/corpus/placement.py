@@ -64,15 +64,17 @@ def place(config: CorpusConfig, cpus: float, gpus: float, units: int) -> list[Gr
     wanted = layout(config, gpus)
     heavy_count = sum(any(stage in MODEL_STAGES for stage in stages) for _, stages in wanted)
     groups = [_group(config, name, stages, gpus, heavy_count) for name, stages in wanted]
-    needed_cpus = sum(group.cpus * group.fewest for group in groups)
-    needed_gpus = sum(group.gpus * group.fewest for group in groups)
+    explicit = _given(config)  # a cluster may still have to grow to what the user asked for
+    needed_cpus = sum(group.cpus for group in groups if group.name not in explicit)
+    needed_gpus = sum(group.gpus for group in groups if group.name not in explicit)
     if needed_cpus > cpus + 1e-6 or needed_gpus > gpus + 1e-6:
         raise UserError(
             f"The stages need {needed_cpus:g} CPUs and {needed_gpus:g} GPUs at least; Ray has {cpus:g} and {gpus:g}.",
             "Lower runtime.<stage>.cpus, gpus or workers, or set runtime.fuse=all.",
         )
-    explicit = _given(config)
-    spare_cpus, spare_gpus = cpus - needed_cpus, gpus - needed_gpus
+    given = [group for group in groups if group.name in explicit]
+    spare_cpus = max(0.0, cpus - needed_cpus - sum(group.cpus * group.most for group in given))
+    spare_gpus = max(0.0, gpus - needed_gpus - sum(group.gpus * group.most for group in given))
     # Groups on GPUs first: what they can use bounds everybody else.
     for i, group in enumerate(groups):
         if group.name in explicit or not group.gpus:

@@ -76,7 +76,10 @@ def read_samples(data: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 def _decode(extension: str, data: bytes) -> Any:
     if extension.endswith("npy"):
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        try:
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # numpy parses the header with Python's tokenizer, whose errors are many
+            raise ValueError(f"no array: {error}") from error
     if extension == "json":
         return json.loads(data)
     return data

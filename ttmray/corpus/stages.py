@@ -10,8 +10,7 @@ import hashlib
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, cast
@@ -24,12 +23,9 @@ from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.errors import ClipError, UserError
-from ttmray.models.bundle import Models
-from ttmray.models.protocol import CLAP_SAMPLE_RATE, MERT_SAMPLE_RATE
+from ttmray.models.bundle import Models, open_bundle
+from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder
-
-SAMPLE_RATE = 44100
-"""Hz; rate of the separator, the VAE and every clip in the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,11 @@ class Decode(Stage):
         self.samples = round(config.segments.clip_s * SAMPLE_RATE)
 
     def __call__(self, unit: Unit) -> Unit:
-        clips: list[np.ndarray] = []
+        # Clips are written where they stay: a further copy costs a fifth of the decoding. Pages that no clip
+        # touches cost nothing.
+        usable = [track for track in unit.tracks if track["status"] == OK]
+        mix = np.empty((sum(track.get("clips", self.rule.max_clips) + 1 for track in usable), 2, self.samples), np.float32)
+        count = 0
         for track in unit.tracks:
             row = index.new_row(track, unit.name, self.protocol)
             if track["status"] != OK:
@@ -94,15 +94,24 @@ class Decode(Stage):
                 continue
             row["stage"] = self.name
             try:
-                clips += self._decode(track, row, unit)
+                for clip, facts in self._clips(track, row, unit):
+                    if count == len(mix):  # a header promised less than there is
+                        mix = np.concatenate([mix, np.empty((self.rule.max_clips, *mix.shape[1:]), np.float32)])
+                    held = min(clip.shape[1], self.samples)
+                    mix[count, :, :held] = clip[:, :held]  # one channel fills both
+                    mix[count, :, held:] = 0
+                    count += 1
+                    unit.rows.append(row | facts)
             except ClipError as error:
                 row.update(status=error.status, reason=error.reason, message=error.message)
                 unit.rows.append(row)
-        mix = np.stack(clips) if clips else np.zeros((0, 2, self.samples), np.float32)
-        unit.clips = {"mix": mix}
+        unit.clips = {"mix": mix[:count]}
         return unit
 
-    def _decode(self, track: dict[str, Any], row: dict[str, Any], unit: Unit) -> list[np.ndarray]:
+    def _clips(
+        self, track: dict[str, Any], row: dict[str, Any], unit: Unit
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """(channels, samples) at 44.1 kHz and the row's facts of each clip; errors come before the first."""
         path = track["path"]
         if track["size"] > self.max_file_bytes:
             raise ClipError("rejected", "file_size", f"{track['size']} bytes, over limits.max_file_bytes")
@@ -125,25 +134,23 @@ class Decode(Stage):
         if self.whole_tracks:
             whole = _stereo(audio_io.resample(audio, rate, SAMPLE_RATE))
             unit.track_audio[track["track_id"]] = whole
-        clips = []
         for i, (start, end) in enumerate(segments):
             if self.whole_tracks:
                 first = round(start * SAMPLE_RATE / rate)
-                clip = segment.cut(whole, SAMPLE_RATE, first, first + self.samples)
+                clip = whole[:, first : first + self.samples]
+            elif rate == SAMPLE_RATE:
+                clip = audio[:, start:end]
             else:
-                clip = _stereo(audio_io.resample(segment.cut(audio, rate, start, end), rate, SAMPLE_RATE))
-                clip = segment.cut(clip, SAMPLE_RATE, 0, self.samples)
-            clips.append(clip)
-            unit.rows.append(
-                row
-                | {
+                clip = audio_io.resample(segment.cut(audio, rate, start, end), rate, SAMPLE_RATE)
+            yield (
+                clip,
+                {
                     "key": f"{track['track_id']}_{i}",
                     "segment": i,
                     "start_s": start / rate,
                     "duration_s": (min(end, frames) - start) / rate,
-                }
+                },
             )
-        return clips
 
 
 class Measure(Stage):
@@ -163,7 +170,9 @@ class Measure(Stage):
             peak_dbfs = 20 * np.log10(peak) if peak > 0 else -np.inf
             if peak_dbfs < self.silence_dbfs:
                 raise ClipError("rejected", "silent", f"sample peak {peak_dbfs:.1f} dBFS, under {self.silence_dbfs:g}")
-            lufs = loudness.integrated_loudness(mix[i], SAMPLE_RATE)
+            # a mono source is one channel to BS.1770; its copy would count twice (+3 LU)
+            heard = mix[i][: rows[i]["channels"]]
+            lufs = loudness.integrated_loudness(heard, SAMPLE_RATE)
             rows[i].update(
                 stage=self.name,
                 lufs=lufs if np.isfinite(lufs) else None,  # every block is under the absolute gate
@@ -222,60 +231,34 @@ class Score(Stage):
     """CLAP and MERT embeddings and the reward of mix and instrumental; CLAP scores against the caption."""
 
     name = "score"
-    model_roles = ("clap", "mert", "tunejury")
+    model_roles = Scorer.roles
 
     def __init__(self, context: Context) -> None:
-        self.models = context.models
-        self.reward_text = context.config.reward_text
-        self.threads = context.config.runtime.threads
-        self.text_cache: dict[str, np.ndarray] = {}
+        protocol = open_bundle(context.config.bundle).protocol(context.config.reward_text)
+        self.scorer = Scorer(context.models, protocol, context.config.runtime.threads)
 
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()
-        n = len(rows)
-        text = self._texts([row["caption"] for row in rows])
-        embeddings: dict[str, list[np.ndarray]] = {"clap_audio": [], "mert": []}
-        rewards = []
-        for source in ("mix_mono", "instrumental"):
-            waves = unit.clips[source]
-            clap = self.models.clap.embed_audio(self._resampled(waves, CLAP_SAMPLE_RATE))
-            mert = self.models.mert.embed(self._resampled(waves, MERT_SAMPLE_RATE))
-            rewards.append(self.models.tunejury.score(clap, mert, text if self.reward_text == "caption" else None))
-            embeddings["clap_audio"].append(clap)
-            embeddings["mert"].append(mert)
-        unit.clips = {
-            "instrumental": unit.clips["instrumental"],
-            "clap_audio": np.stack(embeddings["clap_audio"], axis=1),
-            "mert": np.stack(embeddings["mert"], axis=1),
-        }
-        clap = unit.clips["clap_audio"]
-        for i in range(n):
-            row = rows[i]
+        texts = self.scorer.texts([row["caption"] for row in rows])
+        mix = self.scorer.embed(unit.clips["mix_mono"])
+        instrumental = self.scorer.embed(unit.clips["instrumental"])
+        rewards = self.scorer.rewards(mix, texts)
+        instrumental_rewards = self.scorer.rewards(instrumental, texts)
+        for i, row in enumerate(rows):
             row.update(
                 stage=self.name,
-                reward_score=float(rewards[0][i]),
-                instrumental_reward_score=float(rewards[1][i]),
+                reward_score=float(rewards[i]),
+                instrumental_reward_score=float(instrumental_rewards[i]),
             )
             if row["caption"]:
-                row["clap_score"] = float(clap[i, 0] @ text[i])
-                row["instrumental_clap_score"] = float(clap[i, 1] @ text[i])
+                row["clap_score"] = float(mix.clap[i] @ texts[i])
+                row["instrumental_clap_score"] = float(instrumental.clap[i] @ texts[i])
+        unit.clips = {
+            "instrumental": unit.clips["instrumental"],
+            "clap_audio": np.stack([mix.clap, instrumental.clap], axis=1),
+            "mert": np.stack([mix.mert, instrumental.mert], axis=1),
+        }
         return unit
-
-    def _texts(self, captions: Sequence[str]) -> np.ndarray:
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self.text_cache]
-        if len(self.text_cache) + len(new) > 4096:  # bounds the memory of an actor that lives for days
-            self.text_cache.clear()
-            new = list(dict.fromkeys(captions))
-        if new:
-            self.text_cache.update(zip(new, self.models.clap.embed_text(new), strict=True))
-        width = self.models.clap.dim
-        return np.stack([self.text_cache[c] for c in captions]) if captions else np.zeros((0, width), np.float32)
-
-    def _resampled(self, waves: np.ndarray, rate: int) -> np.ndarray:
-        if not len(waves):
-            return waves
-        with ThreadPoolExecutor(self.threads) as pool:
-            return np.stack(list(pool.map(lambda wave: audio_io.resample(wave, SAMPLE_RATE, rate), waves)))
 
 
 class Encode(Stage):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ttmray.corpus import index, shards
 from ttmray.corpus.finalise import SUCCESS, check_rows
@@ -21,7 +22,7 @@ def problems(run: Folder) -> Iterator[str]:
 
     Checks: every planned unit is committed and rows match the plan; every file has the recorded size and
     SHA-256; every tar opens and holds exactly the clips of its rows; every array has the shape and type of
-    its kind and is finite; every caption has its text features; no files that no index describes; the merged
+    its kind and is finite; every caption of a clip has its text features; no files that no index describes; the merged
     index equals the units' rows.
     """
     plan = Plan.load(run)
@@ -44,7 +45,8 @@ def problems(run: Folder) -> Iterator[str]:
     table = pa.concat_tables(tables) if tables else index.SCHEMA.empty_table()
     if not set(names) - set(committed):
         yield from check_rows(table, plan)
-    needed = {row["caption_id"] for row in table.select(["caption_id", "caption"]).to_pylist() if row["caption"]}
+    clips = table.filter(pc.equal(table["status"], OK)).select(["caption_id", "caption"]).to_pylist()
+    needed = {row["caption_id"] for row in clips if row["caption"]}
     yield from (f"caption {caption_id} has no text features" for caption_id in sorted(needed - captions))
     for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS):
         for entry in run.files(folder, sizes=False):

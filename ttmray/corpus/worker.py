@@ -24,6 +24,7 @@ from ttmray.errors import UserError
 
 _LENGTH = struct.Struct("<Q")
 _CLOSED = "the pipe is closed"
+START_TIMEOUT_S = 300.0
 
 
 class WorkerDied(Exception):
@@ -86,14 +87,20 @@ class Worker:
         read_child, write_parent = os.pipe()
         read_parent, write_child = os.pipe()
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "ttmray.corpus.worker", str(read_child), str(write_child)],
+            [sys.executable, "-P", "-m", "ttmray.corpus.worker", str(read_child), str(write_child)],
             pass_fds=(read_child, write_child),
             stdin=subprocess.DEVNULL,
         )
         os.close(read_child)
         os.close(write_child)
         self._to, self._from = os.fdopen(write_parent, "wb"), os.fdopen(read_parent, "rb", buffering=0)
-        _send(self._to, self._setup.encode())
+        try:
+            _send(self._to, self._setup.encode())
+            _receive(self._from, time.monotonic() + START_TIMEOUT_S)
+        except (BrokenPipeError, EOFError, TimeoutError) as error:
+            how = self._bury(timed_out=isinstance(error, TimeoutError), timeout_s=START_TIMEOUT_S)
+            # no clip's fault: nothing was sent yet
+            raise UserError(f"A worker process cannot start: it {how}.", "Its own message stands above.") from None
 
     def _bury(self, timed_out: bool, timeout_s: float) -> str:
         child = self._child
@@ -153,6 +160,7 @@ def _serve(read: int, write: int) -> None:
     source, sink = os.fdopen(read, "rb", buffering=0), os.fdopen(write, "wb")
     try:
         setup = json.loads(_receive(source))
+        _send(sink, b"ready")
         stages = None
         while True:
             unit = Unit.from_table(pa.ipc.open_stream(_receive(source)).read_all())

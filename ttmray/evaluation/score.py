@@ -15,6 +15,7 @@ from ttmray.audio import io as audio_io
 from ttmray.audio import loudness
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
+from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
@@ -72,6 +73,7 @@ def score(
         raise UserError(f"--reward-text must be empty or caption, not {reward_text!r}.")
     protocol = chosen.protocol("caption" if reward_text == "caption" else "empty")
     models = chosen.load(Scorer.roles, LoadOptions(device=device, batch=batch))
+    one_thread()  # as in the corpus job, so that scores are the same to the bit
     scorer = Scorer(models, protocol, cache=EmbeddingCache(cache, CACHE_BYTES) if cache else None)
     text = scorer.texts([caption])
     rows: list[dict[str, Any]] = []

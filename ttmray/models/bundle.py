@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ttmray.errors import UserError
 from ttmray.models.protocol import Protocol
-from ttmray.models.weights import Store, licences, open_store
+from ttmray.models.weights import Store, digest_file, licences, open_store
 
 if TYPE_CHECKING:
     from ttmray.models.clap import Clap
@@ -56,6 +56,10 @@ class LoadOptions:
     instrumental: Literal["sum", "residual"] = "sum"
     overlap: float = 0.25
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UserError(f"batch must be at least 1, not {self.batch}.")
 
 
 class Bundle(ABC):
@@ -146,22 +150,25 @@ class ReleasedBundle(Bundle):
         """Role -> name of the registry entry."""
         return {entry.role: entry.name for entry in store.of_bundle(self.name)}
 
-    def _hashes(self) -> dict[str, str]:
+    def _hashes(self, roles: Collection[str] | None = None) -> dict[str, str]:
+        """`entry/file` -> SHA-256 of every file that decides a number, of some roles only or of all."""
         store = open_store()
-        return {
-            f"{name}/{file}": sha256
-            for name in self._entries(store).values()
-            for file, sha256 in store.hashes(name).items()
-        }
+        hashes: dict[str, str] = {}
+        for role, name in self._entries(store).items():
+            if roles is None or role in roles:
+                found = store.hashes(name)
+                beside = _read_beside(role, next(iter(store.find(name).values())))
+                if beside is not None and beside.is_file() and beside.name not in found:
+                    found[beside.name] = digest_file(beside).sha256
+                hashes |= {f"{name}/{file}": sha256 for file, sha256 in found.items()}
+        return hashes
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "weights": self._hashes()}
 
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
-        entries = self._entries(open_store())
-        used = tuple(f"{entries[role]}/" for role in ("clap", "tokenizer", "mert", "tunejury"))
-        hashes = tuple((name, sha256) for name, sha256 in sorted(self._hashes().items()) if name.startswith(used))
-        return Protocol(text=reward_text, hashes=hashes)
+        hashes = self._hashes(("clap", "tokenizer", "mert", "tunejury"))
+        return Protocol(text=reward_text, hashes=tuple(sorted(hashes.items())))
 
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
         from ttmray.models.bigvgan import load_bigvgan
@@ -223,14 +230,18 @@ def resolve_device(device: str) -> str:
     """`auto` as cuda where there is one, else cpu.
 
     Raises:
-        UserError: cuda was asked for and is not there.
+        UserError: torch knows no such device, or cuda was asked for and is not there.
     """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"runtime.device is {device}, but torch sees no GPU.", "Use runtime.device=auto or cpu.")
+    try:
+        index = torch.device(device).index or 0
+    except RuntimeError as error:
+        raise UserError(f"device is {device}, which torch does not know.", "Use auto, cpu or cuda.") from error
+    if device.startswith("cuda") and index >= torch.cuda.device_count():
+        raise UserError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs.", "Use auto or cpu.")
     return device
 
 
@@ -245,6 +256,13 @@ def _separator(model: Any, device: str, options: LoadOptions) -> "Separator":
         precision=options.precision,
         instrumental=options.instrumental,
     )
+
+
+def _read_beside(role: str, weights: Path) -> Path | None:
+    """A file outside of the registry that the loader of a role reads where it lies beside its weights."""
+    if role in ("clap", "clap_condition"):
+        return weights.parent / "config.json"
+    return weights.with_suffix(".json") if role == "tunejury" else None
 
 
 def _clap(path: Path, tokenizer: Path, device: str, batch: int) -> "Clap":

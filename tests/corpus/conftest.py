@@ -1,0 +1,109 @@
+"""Tiny songs, configs for them, and one finished run that tests copy before they change it."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from moto.server import ThreadedMotoServer
+
+from ttmray.config import load_config
+from ttmray.corpus.catalogue import build_catalogue
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.job import score_corpus
+from ttmray.corpus.pipeline import Job
+from ttmray.corpus.plan import Plan, build_plan
+from ttmray.corpus.unit import Unit
+from ttmray.models.bundle import open_bundle
+
+MakeConfig = Callable[..., CorpusConfig]
+
+
+def tone(seconds: float, rate: int, hertz: float, channels: int = 2) -> np.ndarray:
+    """A seeded tone with a beat and some noise: (frames, channels) float32."""
+    t = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(round(hertz)).standard_normal((len(t), channels))
+    beat = np.sin(2 * np.pi * 2 * t) > 0
+    voice = 0.3 * np.sin(2 * np.pi * hertz * t) + 0.2 * np.sin(3 * np.pi * hertz * t) * beat
+    return (voice[:, None] * np.linspace(1.0, 0.8, channels) + 0.02 * noise).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four songs and a text file with an audio name: 4 clips ok, 1 rejected (silent), 1 track failed."""
+    folder = tmp_path_factory.mktemp("songs")
+    (folder / "amber").mkdir()
+    soundfile.write(folder / "amber/tide.flac", tone(21, 44100, 220), 44100)
+    (folder / "broken.mp3").write_text("no music\n" * 99)
+    soundfile.write(folder / "kite.wav", tone(6, 48000, 330, channels=1), 48000)
+    soundfile.write(folder / "silence.flac", np.zeros((44100 * 6, 2), np.float32), 44100)
+    soundfile.write(folder / "wave.ogg", tone(7, 44100, 440), 44100)
+    captions = {"amber/tide.flac": "Slow waves.", "kite.wav": "A kite.", "wave.ogg": "Slow waves."}
+    (folder / "captions.json").write_text(json.dumps([{"path": p, "caption": c} for p, c in captions.items()]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_config() -> MakeConfig:
+    """`make_config(input, output, "a.b=value", ...)`: the local runner in this process, units of 2 clips."""
+
+    def make(input: Path | str, output: Path | str, *sets: str) -> CorpusConfig:
+        usual = ("runtime.runner=local", "runtime.workers=0", "segments.max_clips=2", "unit_clips=2", "max_failures=1")
+        other = ("splits.validation=1", "splits.test=1", "runtime.device=cpu")
+        return load_config(CorpusConfig, None, [f"input={input}", f"output={output}", *usual, *other, *sets])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(songs: Path, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a finished job over `songs`. Do not change it: see `run`."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert score_corpus(make_config(songs, output)) == 0
+    return output
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run to damage."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def prepare() -> Callable[[CorpusConfig], tuple[Job, Plan, list[Unit]]]:
+    """Plan of a config, as the job makes it, without running anything."""
+
+    def prepare(config: CorpusConfig) -> tuple[Job, Plan, list[Unit]]:
+        plan = build_plan(build_catalogue(config.input, config.catalogue), config)
+        bundle = open_bundle(config.bundle)
+        protocol = f"{bundle.name}/{bundle.protocol(config.reward_text).id()}"
+        job = Job(config=config.model_dump_json(), root=plan.root, protocol=protocol)
+        return job, plan, [Unit(name, tracks) for name, tracks in plan.units()]
+
+    return prepare
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket of an object store that runs in this process."""
+    import botocore.session
+    from s3fs import S3FileSystem
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    S3FileSystem.clear_instance_cache()  # instances remember the endpoint of the test before
+    botocore.session.get_session().create_client("s3").create_bucket(Bucket="corpus")
+    yield "s3://corpus"
+    S3FileSystem.clear_instance_cache()
+    server.stop()

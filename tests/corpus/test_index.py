@@ -1,0 +1,124 @@
+"""The index files: reproducible bytes, damage that is noticed, and sums for latent statistics."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttmray.corpus import index
+from ttmray.errors import UserError
+from ttmray.storage import Folder
+
+METADATA = {"unit": "u000000", "files": {}, "latents": {"train": {"count": 1, "sum": [0.1]}}}
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    track = {"track_id": "t", "split": "train", "caption": "é", "caption_id": "0" * 16, "path": "t.mp3"}
+    made = []
+    for i in range(count):
+        row = index.new_row(track, "u000000", "debug")
+        made.append(row | {"key": f"t_{i}", "segment": i, "reward_score": 0.1 * i, "sample_rate": 44100})
+    return made
+
+
+def test_a_new_row_has_every_column_and_knows_its_track():
+    (row,) = rows(1)
+    assert list(row) == index.SCHEMA.names
+    assert (row["track_id"], row["source"], row["caption"], row["unit"]) == ("t", "t.mp3", "é", "u000000")
+    assert row["clap_score"] is None
+
+
+def test_the_same_rows_give_the_same_bytes_and_come_back():
+    data = index.to_bytes(rows(3), METADATA)
+    assert index.to_bytes(rows(3), json.loads(json.dumps(METADATA))) == data
+    table, metadata = index.from_bytes(data, "u000000.parquet")
+    assert table.to_pylist() == rows(3)
+    assert metadata == METADATA
+    assert table.schema.remove_metadata().equals(index.SCHEMA)
+
+
+def test_pandas_reads_an_index_file_without_our_help(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "u.parquet").write_bytes(index.to_bytes(rows(3), METADATA))
+    frame = pandas.read_parquet(tmp_path / "u.parquet")
+    assert frame["key"].tolist() == ["t_0", "t_1", "t_2"]
+    assert frame["reward_score"].mean() == pytest.approx(0.1)
+
+
+def test_no_rows_are_an_index_too():
+    table, _ = index.from_bytes(index.to_bytes([], METADATA), "u")
+    assert table.num_rows == 0
+
+
+def test_nan_never_enters_the_index():
+    bad = rows(1)
+    bad[0]["reward_score"] = float("nan")
+    with pytest.raises(AssertionError, match="t_0: reward_score is NaN"):
+        index.to_bytes(bad, METADATA)
+
+
+def test_a_parquet_file_of_someone_else_is_refused(tmp_path):
+    pq.write_table(index.SCHEMA.empty_table(), tmp_path / "no-metadata.parquet")
+    pq.write_table(index.SCHEMA.empty_table().select(["key"]), tmp_path / "columns.parquet")
+    for file in tmp_path.iterdir():
+        with pytest.raises(UserError, match=file.name):
+            index.from_bytes(file.read_bytes(), file.name)
+
+
+WHOLE = index.to_bytes(rows(5), METADATA)
+
+
+@given(st.integers(0, len(WHOLE) - 1))
+def test_a_cut_index_file_is_one_message(length):
+    with pytest.raises(UserError, match=r"u\.parquet is not a readable index file") as caught:
+        index.from_bytes(WHOLE[:length], "u.parquet")
+    assert "start the job again" in caught.value.hint
+
+
+@settings(max_examples=300)
+@given(st.integers(0, len(WHOLE) - 1), st.integers(1, 255))
+def test_a_changed_byte_never_gives_anything_but_rows_or_a_message(position, change):
+    damaged = bytearray(WHOLE)
+    damaged[position] ^= change
+    try:
+        table, _ = index.from_bytes(bytes(damaged), "u.parquet")
+    except UserError:
+        return
+    assert table.schema.names == index.SCHEMA.names
+    assert all(row.keys() == set(index.SCHEMA.names) for row in table.to_pylist())
+
+
+def test_committed_units_are_those_with_an_index_file(tmp_path):
+    run = Folder.at(str(tmp_path))
+    assert index.committed_units(run) == []
+    assert index.read_index(run).num_rows == 0
+    for name, count in (("u000001", 2), ("u000000", 1)):
+        run.write(f"index/{name}.parquet", index.to_bytes(rows(count), METADATA))
+    run.write("index/.tmp-1", b"half a file")
+    run.write("shards/u000002.tar", b"")
+    assert index.committed_units(run) == ["u000000", "u000001"]
+    assert [table.num_rows for table, _ in index.read_units(run, ["u000001", "u000000"])] == [2, 1]
+    assert index.read_index(run)["key"].to_pylist() == ["t_0", "t_0", "t_1"]
+
+
+def test_a_damaged_merged_index_is_one_message(tmp_path):
+    run = Folder.at(str(tmp_path))
+    run.write("index.parquet", WHOLE[:100])
+    with pytest.raises(UserError, match=r"index\.parquet"):
+        index.read_index(run)
+
+
+def test_latent_sums_are_those_of_numpy():
+    random = np.random.default_rng(0)
+    mean = random.standard_normal((3, 7, 4)).astype(np.float16)
+    std = random.random((3, 7, 4)).astype(np.float16)
+    sums = index.latent_sums(mean, std)
+    assert sums["count"] == 21
+    flat = mean.astype(np.float64).reshape(-1, 4)
+    np.testing.assert_allclose(sums["sum"], flat.sum(0), rtol=1e-14)
+    np.testing.assert_allclose(sums["sum_of_squares"], (flat**2).sum(0), rtol=1e-14)
+    np.testing.assert_allclose(sums["sum_of_variances"], (std.astype(np.float64) ** 2).sum((0, 1)), rtol=1e-14)

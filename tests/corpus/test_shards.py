@@ -1,0 +1,134 @@
+"""Shards: reproducible tars that plain webdataset reads, and damage that is noticed."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttmray.corpus import shards
+from ttmray.errors import UserError
+from ttmray.storage import Folder
+
+LATENT = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float16)
+
+
+def sample(i: int) -> dict[str, bytes]:
+    return {
+        "mert.npy": shards.npy_bytes(np.full((2, 3), i, np.float32)),
+        "json": json.dumps({"key": f"été_{i}"}).encode(),
+        "latent_mean.npy": shards.npy_bytes(LATENT + i),
+    }
+
+
+SAMPLES = {f"track_{i}": sample(i) for i in (2, 0, 1)}
+TAR = shards.tar_bytes(SAMPLES)
+
+
+def test_the_order_in_which_samples_were_made_does_not_change_the_bytes():
+    again = {key: dict(reversed(members.items())) for key, members in reversed(SAMPLES.items())}
+    assert shards.tar_bytes(again) == TAR
+
+
+def test_members_are_sorted_and_tell_nothing_of_when_and_by_whom():
+    with tarfile.open(fileobj=io.BytesIO(TAR)) as tar:
+        members = tar.getmembers()
+    names = [member.name for member in members]
+    assert names == sorted(names)
+    assert names[:3] == ["track_0.json", "track_0.latent_mean.npy", "track_0.mert.npy"]
+    facts = {(m.mtime, m.mode, m.uid, m.gid, m.uname, m.gname, m.type) for m in members}
+    assert facts == {(0, 0o644, 0, 0, "", "", tarfile.REGTYPE)}
+
+
+def test_names_carry_the_hash_of_the_content():
+    name, digest = shards.named_by_content(shards.SHARDS, "u000003", TAR, "tar")
+    assert digest == hashlib.sha256(TAR).hexdigest()
+    assert name == f"shards/u000003-{digest[:12]}.tar"
+
+
+def test_samples_come_back_decoded():
+    samples = dict(shards.read_samples(TAR, "s.tar"))
+    assert list(samples) == ["track_0", "track_1", "track_2"]
+    for i in range(3):
+        members = samples[f"track_{i}"]
+        assert members["json"] == {"key": f"été_{i}"}
+        np.testing.assert_array_equal(members["latent_mean.npy"], LATENT + i)
+        assert members["latent_mean.npy"].dtype == np.float16
+
+
+def test_plain_webdataset_reads_a_shard(tmp_path):
+    wds = pytest.importorskip("webdataset")
+    (tmp_path / "s.tar").write_bytes(TAR)
+    dataset = wds.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False).decode()
+    samples = list(dataset)
+    assert [s["__key__"] for s in samples] == ["track_0", "track_1", "track_2"]
+    assert samples[1]["json"] == {"key": "été_1"}
+    np.testing.assert_array_equal(samples[2]["latent_mean.npy"], LATENT + 2)
+
+
+def test_a_shard_without_samples_is_empty():
+    assert list(shards.read_samples(shards.tar_bytes({}), "s.tar")) == []
+
+
+def test_long_keys_of_the_catalogue_fit_into_a_tar():
+    key = "k" * 64 + "_31"
+    assert [found for found, _ in shards.read_samples(shards.tar_bytes({key: sample(0)}), "s.tar")] == [key]
+
+
+@settings(max_examples=200)
+@given(st.integers(0, len(TAR) - 1), st.integers(0, 255) | st.none())
+def test_a_cut_or_changed_shard_gives_samples_or_one_message(position, byte):
+    data = bytearray(TAR)
+    if byte is None:
+        data = data[:position]
+    else:
+        data[position] = byte
+    message = "s.tar"
+    try:
+        list(shards.read_samples(bytes(data), "s.tar"))
+    except UserError as error:
+        message = error.message
+    assert "s.tar" in message
+
+
+def test_a_pickle_inside_an_array_is_not_opened():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"s\.tar is damaged"):
+        list(shards.read_samples(shards.tar_bytes({"a": {"x.npy": buffer.getvalue()}}), "s.tar"))
+
+
+def test_a_folder_inside_a_shard_is_refused():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        member = tarfile.TarInfo("folder")
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+    with pytest.raises(UserError, match="folder is not a plain file"):
+        list(shards.read_samples(buffer.getvalue(), "s.tar"))
+
+
+def test_caption_features_come_back_by_caption(tmp_path):
+    texts = {
+        "t5": np.arange(12, dtype=np.float16).reshape(2, 3, 2),
+        "clap": np.arange(8, dtype=np.float32).reshape(2, 4),
+    }
+    data = shards.captions_bytes(["aa", "bb"], texts)
+    assert shards.captions_bytes(["aa", "bb"], dict(reversed(texts.items()))) == data
+    run = Folder.at(str(tmp_path))
+    run.write("captions/u.safetensors", data)
+    features = shards.read_captions(run, "captions/u.safetensors")
+    assert set(features) == {"aa", "bb"}
+    np.testing.assert_array_equal(features["bb"]["t5"], texts["t5"][1])
+    assert features["aa"]["clap"].dtype == np.float32
+
+
+def test_damaged_caption_features_are_one_message(tmp_path):
+    run = Folder.at(str(tmp_path))
+    run.write("captions/u.safetensors", b"no safetensors")
+    with pytest.raises(UserError, match=r"captions/u\.safetensors"):
+        shards.read_captions(run, "captions/u.safetensors")

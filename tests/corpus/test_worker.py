@@ -1,0 +1,163 @@
+"""The child process: how it answers, fails, dies and is started again."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ttmray.corpus.pipeline import Job
+from ttmray.corpus.unit import FAILED, OK, Unit
+from ttmray.corpus.worker import Worker, WorkerDied, WorkerError
+from ttmray.errors import UserError
+
+TIMEOUT_S = 120.0
+
+
+def children() -> set[int]:
+    """Process ids of our children, zombies included."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == os.getpid():
+            found.add(int(stat.parent.name))
+    return found
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find children")
+
+
+@pytest.fixture
+def unit_and_job(songs, make_config, prepare, tmp_path) -> tuple[Unit, Job]:
+    job, _, (unit, *_) = prepare(make_config(songs, tmp_path / "run", "unit_clips=8"))
+    return unit, job
+
+
+@pytest.fixture
+def unit(unit_and_job) -> Unit:
+    return unit_and_job[0]
+
+
+@pytest.fixture
+def before() -> set[int]:
+    return children()
+
+
+@pytest.fixture
+def worker(unit_and_job, before) -> Iterator[Worker]:
+    """Decodes; models would only make it slow."""
+    made = Worker(unit_and_job[1].to_json(), ("decode",))
+    yield made
+    made.kill()
+    assert children() == before, "no child is left, not even as a zombie"
+
+
+def only(found: set[int]) -> int:
+    (pid,) = found
+    return pid
+
+
+def test_a_child_answers_again_and_again(worker, unit, before):
+    first = worker.run(unit, TIMEOUT_S)
+    pid = only(children() - before)
+    again = worker.run(unit, TIMEOUT_S)
+    assert {row["status"] for row in first.rows} == {OK, FAILED}
+    assert first.rows == again.rows
+    np.testing.assert_array_equal(first.clips["mix"], again.clips["mix"])
+    assert children() - before == {pid}
+    assert unit.rows == [], "the caller's unit stays as it was"
+
+
+def test_a_child_killed_between_units_is_named_with_its_signal_and_replaced(worker, unit, before):
+    first = worker.run(unit, TIMEOUT_S)
+    pid = only(children() - before)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied) as caught:
+        worker.run(unit, TIMEOUT_S)
+    assert caught.value.how == "killed by SIGKILL"
+    assert worker.run(unit, TIMEOUT_S).rows == first.rows
+    assert children() - before != {pid}
+
+
+@pytest.fixture
+def endless(unit, unit_and_job, tmp_path) -> tuple[Unit, Worker, Path]:
+    """A unit whose only song is a pipe: its decoder waits until somebody writes."""
+    pipe = tmp_path / "endless.wav"
+    os.mkfifo(pipe)
+    job = replace(unit_and_job[1], root=str(tmp_path))
+    return Unit("u0", [unit.tracks[0] | {"path": pipe.name}]), Worker(job.to_json(), ("decode",)), pipe
+
+
+def test_a_child_killed_in_the_middle_of_a_unit_is_one_death(endless, before):
+    unit, worker, pipe = endless
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(worker.run, unit, TIMEOUT_S)
+        running.add_done_callback(lambda _: os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)))  # no endless wait
+        with open(pipe, "wb"):  # opens when the decoder does
+            os.kill(only(children() - before), signal.SIGKILL)
+            with pytest.raises(WorkerDied, match="killed by SIGKILL"):
+                running.result()
+    assert children() == before
+
+
+def test_a_child_that_does_not_answer_in_time_is_ended(endless, before):
+    unit, worker, _ = endless
+    with pytest.raises(WorkerDied) as caught:
+        worker.run(unit, 0.5)
+    assert caught.value.how == "no answer within 0.5 s"
+    assert children() == before
+
+
+def test_an_error_in_the_child_arrives_with_its_traceback_and_the_child_lives_on(worker, unit, before):
+    broken = Unit("u0", [{"track_id": "no more than that"}])
+    with pytest.raises(WorkerError) as caught:
+        worker.run(broken, TIMEOUT_S)
+    assert "Traceback" in str(caught.value)
+    assert "KeyError: 'status'" in str(caught.value)
+    pid = only(children() - before)
+    assert worker.run(unit, TIMEOUT_S).ok_rows()
+    assert children() - before == {pid}
+
+
+def test_a_user_error_in_the_child_arrives_as_one(unit_and_job, unit):
+    job = unit_and_job[1]
+    config = job.corpus.model_copy(update={"bundle": "nowhere"})
+    worker = Worker(replace(job, config=config.model_dump_json()).to_json(), ("separate",))
+    try:
+        with pytest.raises(UserError, match="no bundle 'nowhere'") as caught:
+            worker.run(unit, TIMEOUT_S)
+        assert "debug" in caught.value.hint
+    finally:
+        worker.kill()
+
+
+def test_killing_a_worker_that_never_started_or_is_dead_does_nothing(worker, unit):
+    worker.kill()
+    worker.run(unit, TIMEOUT_S)
+    worker.kill()
+    worker.kill()
+
+
+def test_a_child_whose_parent_is_gone_ends_quietly():
+    ours, theirs = os.pipe()
+    os.close(theirs)
+    read_back, write_back = os.pipe()
+    child = subprocess.run(
+        [sys.executable, "-m", "ttmray.corpus.worker", str(ours), str(write_back)],
+        pass_fds=(ours, write_back),
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    for descriptor in (ours, read_back, write_back):
+        os.close(descriptor)
+    assert (child.returncode, child.stderr) == (0, b"")

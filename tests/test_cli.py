@@ -1,0 +1,256 @@
+"""The command line: exit codes, one clear message for everything a user can mend, and what each look shows."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from ttmray.cli import main
+from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """`main` takes over SIGTERM; give it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One song of 6 s and a text file with an audio name."""
+    folder = tmp_path_factory.mktemp("songs")
+    t = np.arange(6 * 44100) / 44100
+    soundfile.write(folder / "tone.flac", np.stack([np.sin(1400 * t), np.sin(2100 * t)], axis=1) * 0.3, 44100)
+    (folder / "broken.mp3").write_text("no music\n" * 99)
+    return folder
+
+
+def arguments(input: Path | str, output: Path | str, *sets: str) -> list[str]:
+    usual = ("runtime.runner=local", "runtime.workers=0", "splits.validation=0", "splits.test=0")
+    return [part for s in (f"input={input}", f"output={output}", *usual, *sets) for part in ("--set", s)]
+
+
+@pytest.fixture(scope="module")
+def finished(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a finished job. Looks do not change it."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["score-corpus", *arguments(songs, output), "--max-failures", "1"]) == EXIT_OK
+    return output
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """The message of a command that ends with exit code 2."""
+    capsys.readouterr()
+    assert main(command) == EXIT_BAD_INPUT
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert "Traceback" not in text
+    return text
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def shown_commands(capsys: pytest.CaptureFixture[str], *command: str) -> set[str]:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    return set(re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE))
+
+
+def test_the_commands_are_these(capsys):
+    assert shown_commands(capsys) == {"score-corpus", "plan", "corpus", "status", "score", "weights"}
+    assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample"}
+
+
+@pytest.mark.parametrize("command", [[], ["sing"], ["corpus"], ["corpus", "ls"], ["plan", "--limit", "3"]])
+def test_a_wrong_command_line_is_bad_input(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == EXIT_BAD_INPUT
+    assert "usage: ttmray" in capsys.readouterr().err
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; from ttmray.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'demucs', 'pyarrow', 'pydantic'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == ["[]"]
+
+
+def test_done_is_0_and_too_many_failures_are_3_and_both_are_finished_runs(songs, finished, capsys):
+    command = ["score-corpus", *arguments(songs, finished)]
+    assert main([*command, "--max-failures", "1"]) == EXIT_OK
+    assert main([*command, "--max-failures", "0"]) == EXIT_TOO_MANY_FAILURES
+    assert main([*command, "--max-failures", "50%"]) == EXIT_OK
+    assert main(command) == EXIT_TOO_MANY_FAILURES, "1 % by default"
+    assert "1 rows failed, 0 are allowed" in capsys.readouterr().out
+    assert main(["corpus", "verify", str(finished)]) == EXIT_OK
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_is_130_with_one_line(songs, tmp_path, number):
+    pipe = tmp_path / "exclude.txt"  # the command waits here until somebody writes
+    os.mkfifo(pipe)
+    command = arguments(songs, tmp_path / "run", f"catalogue.exclude={pipe}")
+    child = subprocess.Popen(
+        [sys.executable, REPO / "jobs/score_corpus.py", *command], stderr=subprocess.PIPE, text=True
+    )
+
+    def give_up_with_the_child() -> None:
+        child.wait()
+        os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+
+    threading.Thread(target=give_up_with_the_child).start()
+    with open(pipe, "wb"):  # opens when the command does
+        child.send_signal(number)
+        _, text = child.communicate(timeout=60)
+    assert child.returncode == EXIT_INTERRUPTED
+    assert text.strip() == "interrupted; what was committed is kept, the same command goes on from there"
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "[bold]x.yaml", ""])
+def test_a_config_file_that_is_not_there_is_named_as_it_is_written(tmp_path, capsys, name):
+    assert str(tmp_path / name).rstrip("/") in refused(capsys, "plan", "--config", str(tmp_path / name))
+
+
+def test_a_wrong_setting_is_named_before_any_work(songs, tmp_path, capsys):
+    text = refused(capsys, "score-corpus", *arguments(songs, tmp_path / "run", "runtime.wokers=2"))
+    assert "did you mean runtime.workers?" in text
+    text = refused(capsys, "score-corpus", *arguments(songs, tmp_path / "run"), "--max-failures", "few")
+    assert "max_failures" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bundle_that_does_not_exist_is_refused_with_those_that_do(songs, tmp_path, capsys):
+    text = refused(capsys, "plan", *arguments(songs, tmp_path / "run", "bundle=payper"))
+    assert "'payper'" in text
+    assert "debug" in text
+
+
+def test_an_input_without_songs_is_one_message(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("hello")
+    for name, words in (("empty", "it is empty"), ("texts", ".txt 1"), ("absent", "no such folder")):
+        text = refused(capsys, "score-corpus", *arguments(tmp_path / name, tmp_path / "run"))
+        assert words in text
+        assert str(tmp_path / name) in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_no_output_folder(songs, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    for command in ("score-corpus", "plan"):
+        assert "holds mine.txt" in refused(capsys, command, *arguments(songs, tmp_path))
+        assert "holds" in refused(capsys, command, *arguments(songs, songs)), "not among the songs"
+        assert "mine.txt" in refused(capsys, command, *arguments(songs, tmp_path / "mine.txt"))
+    assert files(tmp_path) == {"mine.txt"}
+
+
+def test_the_run_of_another_config_is_refused_with_the_field_that_differs(songs, finished, capsys):
+    before = {name: (finished / name).stat().st_mtime_ns for name in files(finished)}
+    text = refused(capsys, "score-corpus", *arguments(songs, finished, "separation.overlap=0.1"))
+    assert "config.separation.overlap: 0.25 -> 0.1" in text
+    assert {name: (finished / name).stat().st_mtime_ns for name in files(finished)} == before
+
+
+def test_planning_writes_the_plan_and_nothing_else(songs, tmp_path, capsys):
+    assert main(["plan", *arguments(songs, tmp_path / "run")]) == EXIT_OK
+    assert files(tmp_path / "run") == {"plan.parquet", "plan.json", "plan.md"}
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert plan["expected clips"]["value"] == 2
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in plan)
+    job = [sys.executable, REPO / "jobs/score_corpus.py", "--plan-only", *arguments(songs, tmp_path / "job")]
+    subprocess.run(job, check=True, capture_output=True)
+    assert (tmp_path / "job/plan.parquet").read_bytes() == (tmp_path / "run/plan.parquet").read_bytes()
+
+
+def test_a_plan_is_followed_by_its_run(songs, tmp_path):
+    plan = arguments(songs, tmp_path / "run")
+    assert main(["plan", *plan]) == EXIT_OK
+    saved = (tmp_path / "run/plan.parquet").read_bytes()
+    assert main(["score-corpus", *plan, "--max-failures", "1"]) == EXIT_OK
+    assert (tmp_path / "run/plan.parquet").read_bytes() == saved
+
+
+def test_rows_are_listed_by_status_and_as_json(finished, capsys):
+    assert main(["corpus", "ls", str(finished), "--status", "failed", "--json"]) == EXIT_OK
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (row["key"], row["reason"], row["source"]) == ("broken", "not_audio", "broken.mp3")
+    assert main(["corpus", "ls", str(finished), "--limit", "1"]) == EXIT_OK
+    assert "1 of 2 rows" in capsys.readouterr().out
+    assert main(["corpus", "ls", str(finished), "--limit", "0"]) == EXIT_OK
+    assert "2 of 2 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["ls", "--limit", "-1"], ["sample", "--out", "x", "-n", "-1"]])
+def test_a_negative_count_is_a_wrong_command_line(finished, option, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["corpus", *option, str(finished)])
+    assert caught.value.code == EXIT_BAD_INPUT
+
+
+def test_a_reader_that_stops_reading_is_no_error(finished):
+    command = [sys.executable, "-m", "ttmray.cli", "corpus", "ls", str(finished), "--json"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.stderr is not None
+    text = child.stderr.read()
+    child.stderr.close()
+    assert (child.wait(60), text) == (EXIT_OK, "")
+
+
+def test_stats_and_status_tell_the_numbers(finished, capsys):
+    assert main(["status", str(finished)]) == EXIT_OK
+    assert "1 of 1 units" in (text := capsys.readouterr().out)
+    assert "finished" in text
+    assert main(["corpus", "stats", str(finished)]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert "1 clips ok, 0 rejected, 1 failed of 2 tracks" in text
+    assert "reward_score" in text
+    assert "40 channels" in text
+
+
+def test_a_sample_is_a_page_with_its_audio(songs, finished, tmp_path):
+    assert main(["corpus", "sample", str(finished), "--out", str(tmp_path / "page"), "-n", "3"]) == EXIT_OK
+    assert files(tmp_path / "page") == {"index.html", "tone_0.flac"}
+    assert "src='tone_0.flac'" in (tmp_path / "page/index.html").read_text()
+    audio, rate = soundfile.read(tmp_path / "page/tone_0.flac")
+    source, _ = soundfile.read(songs / "tone.flac")
+    assert rate == 44100
+    np.testing.assert_allclose(audio[: len(source)], source, atol=1e-4)
+
+
+@pytest.mark.parametrize("look", [["status"], ["corpus", "ls"], ["corpus", "stats"], ["corpus", "verify"]])
+def test_a_folder_that_is_no_run_is_one_message(look, tmp_path, capsys):
+    assert "run.json" in refused(capsys, *look, str(tmp_path))
+
+
+def test_damage_that_verification_finds_is_exit_code_2(songs, tmp_path, capsys):
+    command = arguments(songs, tmp_path / "run")
+    assert main(["score-corpus", *command, "--max-failures", "1"]) == EXIT_OK
+    (shard,) = (tmp_path / "run/shards").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["corpus", "verify", str(tmp_path / "run")]) == EXIT_BAD_INPUT
+    assert shard.name in capsys.readouterr().out

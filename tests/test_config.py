@@ -1,0 +1,280 @@
+"""Reading, overriding and identifying run configs."""
+
+import math
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ttmray.config import differences, fingerprint, identity, load_config, to_yaml
+from ttmray.corpus.config import CorpusConfig
+from ttmray.errors import UserError
+
+PATHS = ("input=songs", "output=run")
+
+
+def load(*sets: str, path: str | None = None) -> CorpusConfig:
+    return load_config(CorpusConfig, path, [*PATHS, *sets])
+
+
+def message(*sets: str, path: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*sets, path=path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "suggestion"),
+    [
+        ("bundel=debug", "did you mean bundle?"),
+        ("segments.clips_s=5", "did you mean segments.clip_s?"),
+        ("runtime.decode.cpu=2", "did you mean runtime.decode.cpus?"),
+        ("runtime.separate.gpu=1", "did you mean runtime.separate.gpus?"),
+    ],
+)
+def test_an_unknown_field_suggests_the_near_one(assignment, suggestion):
+    assert suggestion in message(assignment)
+
+
+def test_an_unknown_field_without_a_near_one_lists_what_there_is():
+    text = message("splits.zebra=1")
+    assert "splits.zebra: unknown field" in text
+    assert all(name in text for name in ("validation", "test", "seed", "group_by_artist"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field"),
+    [
+        ("splits.validation=many", "splits.validation"),
+        ("runtime.runner=slurm", "runtime.runner"),
+        ("runtime.workers=several", "runtime.workers"),
+        ("runtime.workers=-1", "runtime.workers"),
+        ("runtime.batch=0", "runtime.batch"),
+        ("runtime.device=tpu", "runtime.device"),
+        ("runtime.decode.workers=[3, 2]", "runtime.decode.workers"),
+        ("segments.clip_s=.nan", "segments.clip_s"),
+        ("segments.clip_s=.inf", "segments.clip_s"),
+        ("limits.max_channels=6", "limits.max_channels"),
+        ("silence_dbfs=3", "silence_dbfs"),
+        ("catalogue=songs", "catalogue"),
+        ("max_failures=1 %", "max_failures"),
+        ("max_failures=-1", "max_failures"),
+        ("input=null", "input"),
+    ],
+)
+def test_a_wrong_value_names_its_field(assignment, field):
+    assert f"  {field}" in message(assignment)
+
+
+def test_all_wrong_fields_are_named_at_once():
+    text = message("bundel=x", "runtime.batch=0", "splits.seed=one")
+    assert all(field in text for field in ("bundel", "runtime.batch", "splits.seed"))
+
+
+def test_a_missing_required_field_is_named():
+    with pytest.raises(UserError, match="output: Field required"):
+        load_config(CorpusConfig, None, ["input=songs"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "named"),
+    [
+        (("segments.min_s=11",), ("segments.min_s", "segments.clip_s")),
+        (("segments.max_clips=10", "unit_clips=9"), ("unit_clips (9)", "segments.max_clips (10)")),
+        (("limits.max_duration_s=4",), ("limits.max_duration_s", "segments.min_s")),
+    ],
+)
+def test_contradictions_name_both_sides(sets, named):
+    text = message(*sets)
+    assert all(name in text for name in named)
+
+
+def test_overrides_are_yaml_and_apply_in_order():
+    config = load(
+        "runtime.workers=3",
+        "runtime.workers=4",
+        "catalogue.captions=null",
+        "runtime.decode.workers=[2, 5]",
+        "splits.group_by_artist=true",
+        "bundle='debug'",
+        "runtime.separate={cpus: 2, gpus: 0.5}",
+        "runtime.separate.cpus=3",
+    )
+    assert config.runtime.workers == 4
+    assert config.catalogue.captions is None
+    assert config.runtime.decode.workers == (2, 5)
+    assert config.splits.group_by_artist is True
+    assert config.bundle == "debug"
+    assert config.runtime.separate is not None
+    assert (config.runtime.separate.cpus, config.runtime.separate.gpus) == (3.0, 0.5)
+
+
+def test_the_value_of_an_override_may_hold_equal_signs():
+    assert load("input=s3://bucket/a=b").input == "s3://bucket/a=b"
+
+
+@pytest.mark.parametrize("assignment", ["workers", "=3", "runtime.=3", ".workers=3", "runtime..workers=3"])
+def test_a_malformed_override_is_refused(assignment):
+    assert "a.b=value" in message(assignment)
+
+
+def test_an_override_with_broken_yaml_is_shown():
+    assert "runtime.decode.workers=[1" in message("runtime.decode.workers=[1")
+
+
+def test_overrides_go_on_top_of_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("segments: {clip_s: 8, min_s: 2}\nsplits:\n  seed: 7\n")
+    config = load("segments.min_s=3", path=str(tmp_path / "c.yaml"))
+    assert (config.segments.clip_s, config.segments.min_s, config.splits.seed) == (8.0, 3.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"input: [unclosed", "not valid YAML"),
+        (b"\xff\xfe\x00bad\xff", "not valid YAML"),
+        (b"- a\n- b\n", "holds a list"),
+        (b"just text\n", "holds a str"),
+        (b"!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        (b"1: 2\n", "not a valid CorpusConfig"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, content, named):
+    (tmp_path / "c.yaml").write_bytes(content)
+    text = message(path=str(tmp_path / "c.yaml"))
+    assert str(tmp_path / "c.yaml") in text
+    assert named in text
+
+
+def test_an_empty_file_means_the_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing yet\n")
+    assert load(path=str(tmp_path / "c.yaml")) == load()
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", ""])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    assert str(tmp_path / name).rstrip("/") in message(path=str(tmp_path / name))
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValueError):
+        load().bundle = "other"
+
+
+paths = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1)
+resources = st.fixed_dictionaries(
+    {
+        "cpus": st.floats(0, 64),
+        "gpus": st.floats(0, 8),
+        "workers": st.none() | st.tuples(st.integers(1, 4), st.integers(4, 9)),
+    }
+)
+runtimes = st.fixed_dictionaries(
+    {},
+    optional={
+        "runner": st.sampled_from(["local", "ray"]),
+        "workers": st.just("auto") | st.integers(0, 64),
+        "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+        "batch": st.integers(1, 256),
+        "threads": st.integers(1, 64),
+        "fuse": st.sampled_from(["all", "models", "none"]),
+        "decode": resources,
+        "models": resources,
+        "separate": st.none() | resources,
+        "write": resources,
+        "object_store_gib": st.none() | st.floats(0.1, 100),
+        "clip_timeout_s": st.floats(1, 1e4),
+    },
+)
+executions = st.fixed_dictionaries(
+    {"input": paths, "output": paths, "runtime": runtimes},
+    optional={
+        "max_failures": st.integers(0, 99) | st.integers(0, 100).map("{}%".format),
+        "catalogue": st.fixed_dictionaries(
+            {}, optional={"captions": st.none() | paths, "audio_root": paths, "exclude": paths}
+        ),
+    },
+)
+
+
+@given(executions)
+def test_where_and_how_fast_never_changes_the_identity(fields: dict[str, Any]):
+    config = CorpusConfig.model_validate(fields)
+    assert fingerprint(identity(config)) == fingerprint(identity(load()))
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "bundle=paper",
+        "reward_text=caption",
+        "silence_dbfs=-60",
+        "keep_audio=true",
+        "unit_clips=16",
+        "catalogue.duplicates=keep",
+        "catalogue.limit=3",
+        "splits.seed=1",
+        "segments.clip_s=9",
+        "segments.max_clips=9",
+        "limits.max_duration_s=60",
+        "separation.scope=track",
+        "separation.overlap=0.1",
+        "separation.precision=bf16",
+    ],
+)
+def test_what_changes_results_changes_the_identity_and_is_shown_as_a_difference(assignment):
+    before, after = identity(load()), identity(load(assignment))
+    assert fingerprint(before) != fingerprint(after)
+    (line,) = differences(before, after)
+    assert line.startswith(assignment.split("=")[0] + ": ")
+
+
+def test_every_field_is_either_identity_or_execution():
+    flat = identity(load())
+    assert set(flat) | {"input", "output", "max_failures", "runtime"} == set(CorpusConfig.model_fields)
+    assert set(flat) & {"input", "output", "max_failures", "runtime"} == set()
+
+
+@given(executions)
+def test_yaml_gives_the_same_config_back(fields):
+    config = CorpusConfig.model_validate(fields)
+    again = CorpusConfig.model_validate(yaml.safe_load(to_yaml(config)))
+    assert again == config
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), plain, max_size=5), st.randoms(use_true_random=False))
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys(value, random):
+    keys = list(value)
+    random.shuffle(keys)
+    assert fingerprint({key: value[key] for key in keys}) == fingerprint(value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, b"bytes", {1, 2}, object()])
+def test_what_has_no_stable_encoding_has_no_fingerprint(value):
+    with pytest.raises((TypeError, ValueError)):
+        fingerprint({"a": value})
+
+
+def test_differences_name_added_removed_and_changed_leaves():
+    old = {"a": {"b": 1, "c": 2}, "gone": 0, "list": [1]}
+    new = {"a": {"b": 1, "c": 3}, "here": {"x": 1}, "list": [1, 2]}
+    assert differences(old, new) == [
+        "a.c: 2 -> 3",
+        "gone: 0 -> (absent)",
+        "here: (absent) -> {'x': 1}",
+        "list: [1] -> [1, 2]",
+    ]
+
+
+@given(st.dictionaries(st.text(), plain, max_size=4))
+def test_equal_values_have_no_differences(value):
+    assert differences(value, value) == []

@@ -1,0 +1,258 @@
+"""Every command of the README files works.
+
+Fenced `sh` blocks are read line by line. How a line is checked depends on its first words (`CHECKS`); a line that
+nobody knows how to check fails. `python ...` and `ttmray ...` run for real, in order and in this process, in a
+folder with the songs and tables that the README speaks of. Bucket commands run against an object store in this
+process. Two things are added to a corpus job to keep this cheap: `runtime.runner=local` and `runtime.workers=0`
+where the line does not choose a runner itself; that both runners agree is tested elsewhere. Commands for clusters
+are parsed by Ray's own parser, and the job in them is run up to its plan.
+"""
+
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from moto.server import ThreadedMotoServer
+
+from ttmray.cli import main
+
+REPO = Path(__file__).resolve().parents[1]
+IN_IMAGE = "/opt/ttmray/"
+
+
+def commands(document: str) -> list[str]:
+    """Lines of all sh blocks; a trailing backslash joins lines, comments and empty lines are left out."""
+    blocks = re.findall(r"^```(?:sh|bash|shell|console)\n(.*?)^```", (REPO / document).read_text("utf-8"), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README assumes it: this repository's jobs and configs, songs, captions, a track table."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for name in ("jobs", "configs", "cluster"):
+        (folder / name).symlink_to(REPO / name)
+    songs = folder / "my-songs"
+    (songs / "album").mkdir(parents=True)
+    for i in range(8):
+        time = np.arange(int(5.2 * 44100)) / 44100
+        tone = 0.3 * np.sin(2 * np.pi * (110 + 30 * i) * time) * (1 + np.sin(2 * np.pi * 3 * time)) / 2
+        soundfile.write(songs / f"album/song{i}.flac", np.stack([tone, tone[::-1]], axis=1), 44100)
+    (songs / "album/broken.mp3").write_text("no music\n" * 50)
+    (folder / "my-captions.csv").write_text(
+        "path,caption\n" + "".join(f"album/song{i}.flac,Take {i}\n" for i in (1, 2))
+    )
+    header = "track_id\tartist_id\talbum_id\tpath\tduration_s\ttunejury_track_reward\ttags\n"
+    rows = [f"t{i}\ta{i // 9}\tb\t{i % 100:02d}/{i}.mp3\t{30 + i % 300}.5\t0.1\tg\n" for i in range(1000)]
+    (folder / "tracks.tsv").write_text(header + "".join(rows))
+    subprocess.run(["gzip", "tracks.tsv"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bucket(workplace: Path) -> Iterator[None]:
+    """`s3://my-bucket/songs` with the songs of the workplace, in an object store of this process."""
+    import botocore.session
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        S3FileSystem.clear_instance_cache()  # instances remember the endpoint of an earlier test
+        client = botocore.session.get_session().create_client("s3")
+        client.create_bucket(Bucket="my-bucket")
+        for path in sorted((workplace / "my-songs").rglob("*.*")):
+            key = "songs/" + path.relative_to(workplace / "my-songs").as_posix()
+            client.put_object(Bucket="my-bucket", Key=key, Body=path.read_bytes())
+        yield
+        S3FileSystem.clear_instance_cache()
+        server.stop()
+
+
+def run_here(words: list[str]) -> int:
+    """A `python SCRIPT ...` or `ttmray ...` command in this process; its exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if words[0] == "ttmray":
+            return main(words[1:])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            try:
+                runpy.run_path(words[1], run_name="__main__")
+            except SystemExit as end:
+                return int(end.code or 0)
+            return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_program(words: list[str]) -> None:
+    assert (Path(sys.executable).parent / words[0]).exists(), "not a program of the environment"
+    is_job = words[1].startswith("jobs/") or words[1] in ("score-corpus", "plan")
+    if is_job and not any(word.startswith("runtime.runner=") for word in words):
+        words = [*words, "--set", "runtime.runner=local", "--set", "runtime.workers=0"]
+    assert run_here(words) == 0
+
+
+def check_make(words: list[str]) -> None:
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip(), "the target does nothing"
+
+
+def check_activate(words: list[str]) -> None:
+    assert words == ["source", ".venv/bin/activate"]
+    assert re.search(r"^VENV := \.venv$", (REPO / "Makefile").read_text(), re.MULTILINE)
+
+
+def check_export(words: list[str]) -> None:
+    (assignment,) = words[1:]
+    assert re.fullmatch(r"[A-Z][A-Z0-9_]*=\S+", assignment)
+
+
+def check_ray(words: list[str]) -> None:
+    """Ray's own parser takes the words; files exist; a submitted job is run up to its plan."""
+    from ray.scripts.scripts import cli
+
+    group, name = cli, words[1]
+    rest = words[2:]
+    if name == "job":
+        group, name, rest = cli.commands["job"], words[2], words[3:]
+    command = group.commands[name]
+    context = command.make_context(name, list(rest))  # raises for an unknown option or a missing argument
+    for key in ("cluster_config_file",):
+        if key in context.params:
+            assert (REPO / context.params[key]).is_file()
+    if name == "submit" and words[1] == "job":
+        check_entrypoint(list(context.params["entrypoint"]))
+
+
+def check_entrypoint(words: list[str]) -> None:
+    """The job's command line, in the image's paths, makes a plan."""
+    words = [word.replace(IN_IMAGE, "") for word in words]
+    assert words[:2] == ["python", "jobs/score_corpus.py"]
+    absolute = [word.split("=", 1)[1] for word in words if word.startswith(("input=", "output="))]
+    assert len(absolute) == 2
+    assert all(path.startswith(("/", "s3://")) for path in absolute), "a submitted job has another working folder"
+    assert run_here([*words, "--plan-only"]) == 0
+
+
+def check_file(option: str | None) -> Callable[[list[str]], None]:
+    """The file after `option` (None: the first argument) is there."""
+
+    def check(words: list[str]) -> None:
+        name = words[words.index(option) + 1] if option else words[1]
+        assert (REPO / name).is_file()
+
+    return check
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "python": check_program,
+    "ttmray": check_program,
+    "source": check_activate,
+    "export": check_export,
+    "ray": check_ray,
+    "docker": check_file("-f"),
+    "kubectl": check_file("-f"),
+    "sbatch": check_file(None),
+}
+
+
+@pytest.mark.parametrize("document", ["README.md", "cluster/README.md"])
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_every_command_of_the_document_works(
+    document: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("COLUMNS", "160")
+    lines = commands(document)
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        assert words[0] in CHECKS, f"{document}: nobody knows how to check: {line}"
+        try:
+            CHECKS[words[0]](words)
+        except (Exception, SystemExit) as error:
+            printed = capsys.readouterr()
+            raise AssertionError(f"{document}: {line}\n{error}\n{printed.out[-3000:]}{printed.err[-2000:]}") from error
+    if document == "README.md":
+        assert_tree(workplace / "runs/my-corpus")
+
+
+def assert_tree(run: Path) -> None:
+    """Of the README's tree: every name is in the run, and every file of the run has a line."""
+    tree = re.search(r"^```text\nruns/my-corpus/\n(.*?)^```", (REPO / "README.md").read_text("utf-8"), re.M | re.S)
+    assert tree is not None
+    # a line is names, two spaces or more apart, and perhaps words about them, which have no dot or slash inside
+    names = re.findall(r"(?:^|  )\s*([\w<>-]+(?:[./][\w.<>/-]*)+)(?=\s|$)", tree[1], re.MULTILINE)
+    patterns = [re.escape(name).replace("<unit>", r"u\d+").replace("<hash>", "[0-9a-f]{12}") for name in names]
+    found = [path.relative_to(run).as_posix() + "/" * path.is_dir() for path in run.rglob("*")]
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, name) for name in found), f"a run has no {pattern}"
+    for name in found:
+        described = any(re.fullmatch(pattern, name) or pattern.startswith(name) for pattern in patterns)
+        assert described, f"the README does not tell of {name}"
+
+
+def test_the_first_screen_is_one_sentence_and_two_commands() -> None:
+    assert commands("README.md")[:2] == ["make demo", "make test"]
+    sentence = (REPO / "README.md").read_text("utf-8").split("\n")[2]
+    description = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["description"]
+    assert sentence == f"{description}."
+
+
+def test_the_demo_output_has_the_lines_of_a_real_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but times and paths: the demo runs here with the local runner, and the README's lines must be among its."""
+    from ttmray.synth.songs import write_demo_songs
+
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    monkeypatch.chdir(tmp_path)
+    write_demo_songs(Path("runs/demo/songs"))
+    sets = ("--set", "runtime.runner=local", "--set", "runtime.workers=0")
+    assert main(["score-corpus", "--config", "configs/debug/corpus.yaml", *sets]) == 0
+    printed = {_without_numbers(line) for line in capsys.readouterr().out.splitlines()}
+    shown = re.search(r"^```text\n(16 audio.*?)^```", (REPO / "README.md").read_text("utf-8"), re.M | re.S)
+    assert shown is not None
+    lines = [
+        line for line in shown.group(1).splitlines() if line != "..." and not line.startswith(("16 audio", "clips:"))
+    ]
+    assert lines
+    assert [line for line in lines if _without_numbers(line) not in printed] == []
+
+
+def _without_numbers(line: str) -> str:
+    """Times, megabytes and the protocol's digits depend on machine and versions; paths on the place."""
+    line = re.sub(r"\d+ ms|\d+\.\d+ MB|-[0-9a-f]{8}\b", "#", line)
+    return re.sub(r"\S*/runs/", ".../runs/", line)
+
+
+def test_relative_links_of_the_documents_lead_somewhere() -> None:
+    documents = [REPO / "README.md", REPO / "cluster/README.md", *sorted((REPO / "docs").glob("*.md"))]
+    missing = []
+    for document in documents:
+        for name in re.findall(
+            r"`((?:ttmray|docs|cluster|configs|tests|jobs|benchmarks)/[\w./-]+\.\w+)`", document.read_text()
+        ):
+            if not (REPO / name).exists():
+                missing.append(f"{document.name}: {name}")
+    assert missing == []
