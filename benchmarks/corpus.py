@@ -49,8 +49,9 @@ from ttmray.audio import segment
 from ttmray.config import load_config
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.pipeline import Job, run_local, run_stages
+from ttmray.corpus.pipeline import run_local
 from ttmray.corpus.plan import build_plan
+from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.stages import STAGES, Context, Decode
 from ttmray.corpus.unit import OK, Unit
 from ttmray.models.bundle import Models

@@ -15,8 +15,8 @@ from ttmray.config import load_config
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
-from ttmray.corpus.pipeline import Job
 from ttmray.corpus.plan import Plan, build_plan
+from ttmray.corpus.running import Job
 from ttmray.corpus.unit import Unit
 from ttmray.models.bundle import open_bundle
 

@@ -10,9 +10,10 @@ import pytest
 from ttmray.corpus import index, pipeline
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
-from ttmray.corpus.pipeline import Job, StageWorker, run_alone, run_local, run_stages
+from ttmray.corpus.pipeline import StageWorker, run_alone, run_local
 from ttmray.corpus.placement import layout
 from ttmray.corpus.plan import Plan
+from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.errors import UserError
 from ttmray.storage import Folder

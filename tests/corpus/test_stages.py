@@ -16,7 +16,7 @@ from ttmray.audio import io as audio_io
 from ttmray.config import load_config
 from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.pipeline import run_stages
+from ttmray.corpus.running import run_stages
 from ttmray.corpus.stages import STAGES, Context
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttmray.corpus.pipeline import Job
+from ttmray.corpus.running import Job
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.corpus.worker import Worker, WorkerDied, WorkerError
 from ttmray.errors import UserError

@@ -200,7 +200,8 @@ def _run(
     timing: dict[str, list[float]],
     counts: Counter[str],
 ) -> None:
-    from ttmray.corpus.pipeline import Job, run_local, run_ray
+    from ttmray.corpus.pipeline import run_local, run_ray
+    from ttmray.corpus.running import Job
 
     job = Job(config=config.model_dump_json(), root=plan.root, protocol=protocol)
     expected = plan.expected_clips({unit.name for unit in todo})

@@ -84,7 +84,9 @@ class Decode(Stage):
         # Clips are written where they stay: a further copy costs a fifth of the decoding. Pages that no clip
         # touches cost nothing.
         usable = [track for track in unit.tracks if track["status"] == OK]
-        mix = np.empty((sum(track.get("clips", self.rule.max_clips) + 1 for track in usable), 2, self.samples), np.float32)
+        mix = np.empty(
+            (sum(track.get("clips", self.rule.max_clips) + 1 for track in usable), 2, self.samples), np.float32
+        )
         count = 0
         for track in unit.tracks:
             row = index.new_row(track, unit.name, self.protocol)

@@ -19,6 +19,7 @@ from typing import IO
 
 import pyarrow as pa
 
+from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.unit import Unit
 from ttmray.errors import UserError
 
@@ -43,7 +44,7 @@ class Worker:
     """One child process, started at the first unit and again after a death.
 
     Args:
-        job: JSON of `ttmray.corpus.pipeline.Job`, which the child rebuilds.
+        job: JSON of `ttmray.corpus.running.Job`, which the child rebuilds.
         stages: names of the stages to run, in order.
     """
 
@@ -154,8 +155,6 @@ def _exactly(pipe: IO[bytes], count: int, deadline: float | None) -> bytes:
 
 
 def _serve(read: int, write: int) -> None:
-    from ttmray.corpus.pipeline import Job, run_stages
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us by closing the pipe
     source, sink = os.fdopen(read, "rb", buffering=0), os.fdopen(write, "wb")
     try:

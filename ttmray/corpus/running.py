@@ -1,0 +1,110 @@
+"""Stages in one process: building them with their models, and running them over a unit."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.stages import STAGES, Context, Stage
+from ttmray.corpus.unit import FAILED, Unit, merge
+from ttmray.errors import ClipError, UserError
+from ttmray.models import one_thread
+from ttmray.models.bundle import LoadOptions, Models, open_bundle
+from ttmray.models.scoring import SAMPLE_RATE
+
+TRACK_STAGES = ("decode",)
+WHOLE_UNIT_STAGES = ("text", "write")
+"""Stages that do not work clip by clip and therefore never run alone."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What any process needs to rebuild the stages; small, plain and printable."""
+
+    config: str
+    root: str
+    protocol: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        return cls(**json.loads(text))
+
+    @property
+    def corpus(self) -> CorpusConfig:
+        return CorpusConfig.model_validate_json(self.config)
+
+    def build(self, names: Sequence[str]) -> list[Stage]:
+        """Stages with their models loaded, and this process limited to its share of threads."""
+        config = self.corpus
+        roles = {role for name in names for role in STAGES[name].model_roles}
+        options = LoadOptions(
+            device=config.runtime.device,
+            batch=config.runtime.batch,
+            clip_samples=round(config.segments.clip_s * SAMPLE_RATE),
+            instrumental=config.separation.instrumental,
+            overlap=config.separation.overlap,
+            precision=config.separation.precision,
+        )
+        models = open_bundle(config.bundle).load(roles, options) if roles else Models()
+        one_thread()
+        context = Context(config, self.root, self.protocol, models)
+        return [STAGES[name](context) for name in names]
+
+
+def run_stages(stages: Sequence[Stage], unit: Unit) -> Unit:
+    """Stages in order. Where a whole batch fails, its clips are tried one by one to find the bad ones."""
+    for stage in stages:
+        with unit.timed(stage.name):
+            unit = _run_stage(stage, unit)
+    return unit
+
+
+def _run_stage(stage: Stage, unit: Unit) -> Unit:
+    if stage.name in TRACK_STAGES or stage.name in WHOLE_UNIT_STAGES:
+        return stage(unit)
+    rows = [dict(row) for row in unit.rows]
+    if not unit.ok_rows():  # where every clip failed in one stage, there are no arrays for the next one
+        unit.clips, unit.track_audio = {}, {}
+        return unit
+    try:
+        return stage(unit)
+    except Exception as error:
+        if _not_the_clips_fault(error):
+            raise
+        unit.rows = rows
+        parts = []
+        for row in unit.ok_rows():
+            part = unit.part({row["track_id"]}, {row["key"]})
+            part.track_audio = unit.track_audio
+            try:
+                parts.append(stage(part))
+            except Exception as error:
+                if _not_the_clips_fault(error):
+                    raise
+                part = unit.part({row["track_id"]}, {row["key"]})
+                part.drop({0: _failure(error)}, stage.name)
+                parts.append(part)
+        return merge(unit, parts)
+
+
+def _not_the_clips_fault(error: Exception) -> bool:
+    """Missing weights, a full disk or a broken GPU would hit every other clip too.
+
+    Raises:
+        UserError: for a GPU out of memory, which has a way out.
+    """
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
+        raise UserError(
+            f"the GPU is out of memory: {error}", "Lower runtime.batch or runtime.models.workers."
+        ) from error
+    broken_gpu = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    return broken_gpu or isinstance(error, UserError | MemoryError | OSError)
+
+
+def _failure(error: Exception) -> ClipError:
+    if isinstance(error, ClipError):
+        return error
+    return ClipError(FAILED, "error", f"{type(error).__name__}: {error}"[:500])
