@@ -112,7 +112,11 @@ def test_an_interrupted_command_is_130_with_one_line(songs, tmp_path, number):
     os.mkfifo(pipe)
     command = arguments(songs, tmp_path / "run", f"catalogue.exclude={pipe}")
     child = subprocess.Popen(
-        [sys.executable, REPO / "jobs/score_corpus.py", *command], stderr=subprocess.PIPE, text=True
+        [sys.executable, REPO / "jobs/score_corpus.py", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background has its children ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
     def give_up_with_the_child() -> None:

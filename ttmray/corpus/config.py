@@ -135,6 +135,10 @@ class RuntimeConfig(Config):
     """Workers of the encoding stage where `fuse` is `none`."""
     write: StageResources = StageResources(cpus=0.5)
     """Workers that write shards."""
+    embedding_cache: str | None = None
+    """Local folder that keeps CLAP and MERT embeddings by content, shared by jobs on one machine."""
+    embedding_cache_gib: float = Field(8.0, gt=0)
+    """Bound of that folder; the least recently used go first."""
     object_store_gib: float | None = Field(None, gt=0)
     """Object store of a Ray instance that this job starts; default: Ray's own choice (30 % of RAM)."""
     clip_timeout_s: float = Field(600.0, gt=0)

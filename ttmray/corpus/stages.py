@@ -24,6 +24,7 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.errors import ClipError, UserError
 from ttmray.models.bundle import Models, open_bundle
+from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder
 
@@ -237,7 +238,10 @@ class Score(Stage):
 
     def __init__(self, context: Context) -> None:
         protocol = open_bundle(context.config.bundle).protocol(context.config.reward_text)
-        self.scorer = Scorer(context.models, protocol, context.config.runtime.threads)
+        runtime = context.config.runtime
+        kept = runtime.embedding_cache
+        cache = EmbeddingCache(kept, int(runtime.embedding_cache_gib * 2**30)) if kept else None
+        self.scorer = Scorer(context.models, protocol, runtime.threads, cache)
 
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()

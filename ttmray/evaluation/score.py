@@ -1,7 +1,8 @@
 """`ttmray score FILE...`: reward, CLAP score, loudness and true peak of any audio files, as a table or JSON.
 
-A file of one clip's length has the numbers that the corpus job gives that clip. Longer files are scored under
-the protocol of the released TuneJury tables: the 10 s in the middle for CLAP, all of it for MERT.
+A file of 5 to 10 s has the numbers that the corpus job gives its one clip, which is padded with zeros to 10 s. Shorter
+files are scored as they are. Longer ones are scored under the protocol of the released TuneJury tables: the 10 s in
+the middle for CLAP, all of it for MERT.
 """
 
 import json
@@ -9,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from ttmray.audio import io as audio_io
-from ttmray.audio import loudness
+from ttmray.audio import loudness, segment
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
@@ -24,6 +26,7 @@ from ttmray.storage import split_path
 LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
 """Half a second is the shortest that the loudness standard (0.4 s) and MERT can say anything about."""
 SILENT_DBFS = -80.0
+CLIP = segment.SegmentRule()
 CACHE_BYTES = 8 * 2**30
 
 
@@ -40,6 +43,9 @@ def read_mono(path: str) -> tuple[np.ndarray, dict[str, Any]]:
     except UserError as error:
         raise ClipError("failed", "unreadable", error.message) from error
     facts: dict[str, Any] = {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
+    segments = segment.partition(audio.shape[1], rate, CLIP)
+    if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded
+        audio = segment.cut(audio, rate, *segments[0])
     clip = audio_io.resample(audio, rate, SAMPLE_RATE)
     peak = float(np.abs(clip).max())
     if peak < 10 ** (SILENT_DBFS / 20):
@@ -101,7 +107,7 @@ def _print(rows: list[dict[str, Any]], protocol: str, note: str) -> None:
     for row in rows:
         numbers = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in columns]
         status = "ok" if row["status"] == "ok" else f"{row['status']}: {row['reason']}: {row['message']}"
-        table.add_row(row["file"], *numbers, status)
+        table.add_row(*(escape(cell) for cell in (row["file"], *numbers, status)))
     console.print(table)
     console.print(f"scores by {protocol}")
     if note:

@@ -200,7 +200,7 @@ class ReleasedBundle(Bundle):
         return {
             "separator": lambda: _separator(load_separator(folder("separator")), device, options),
             "clap": lambda: clap("clap"),
-            "mert": lambda: load_mert(folder("mert"), device=device, batch=options.batch),
+            "mert": lambda: load_mert(weights("mert"), device=device, batch=options.batch),
             "tunejury": lambda: load_tunejury(weights("tunejury"), device=device),
             "latents": latents,
             "text": lambda: load_text_encoder(folder("text"), device=device, batch=options.batch),

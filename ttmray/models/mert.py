@@ -153,8 +153,8 @@ def load_mert(
     """MERT from a local copy of the hub's folder, or from a state dict.
 
     Args:
-        source: folder with model.safetensors or pytorch_model.bin (and config.json and
-            preprocessor_config.json, read if present), or a state dict. Weight-norm tensors may be named
+        source: folder with model.safetensors or pytorch_model.bin, or one such file (config.json and
+            preprocessor_config.json beside it are read if present), or a state dict. Weight-norm tensors may be named
             weight_g / weight_v.
         config: architecture; default: the folder's config.json, else `mert_330m_config()`. Weights are
             checked against it.
@@ -169,8 +169,9 @@ def load_mert(
     if isinstance(source, Mapping):
         what, state = "the MERT state dict", dict(source)
     else:
-        folder = Path(source)
-        what, state = str(folder), _folder_weights(folder)
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+        what, state = str(path), _read_weights(path)
         if config is None and (folder / "config.json").is_file():
             config = _hubert_config(folder / "config.json")
         if normalize is None and (folder / "preprocessor_config.json").is_file():
@@ -186,12 +187,11 @@ def load_mert(
     return Mert(model, bool(normalize), device, batch)
 
 
-def _folder_weights(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin").is_file():
-        return load_restricted(folder / "pytorch_model.bin")
-    raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin", "Copy m-a-p/MERT-v1-330M there.")
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
+        if file.is_file():
+            return load_file(file) if file.suffix == ".safetensors" else load_restricted(file)
+    raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin", "Copy m-a-p/MERT-v1-330M there.")
 
 
 def _hubert_config(path: Path) -> HubertConfig:

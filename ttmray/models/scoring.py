@@ -51,7 +51,10 @@ class Scorer:
         self._threads = threads
         self._cache = cache
         self._texts: dict[str, np.ndarray] = {}
-        described = json.dumps(asdict(protocol) | {"text": ""}, sort_keys=True)  # text does not touch audio
+        # Embeddings depend neither on the text nor on the head, but on a GPU their last bits differ.
+        weights = [item for item in protocol.hashes if not item[0].startswith("tunejury")]
+        device = models.clap.device.type
+        described = json.dumps(asdict(protocol) | {"text": "", "hashes": weights, "device": device}, sort_keys=True)
         self._cache_name = hashlib.sha256(described.encode()).hexdigest()
 
     def embed(self, waves: Sequence[np.ndarray] | np.ndarray) -> Embeddings:
