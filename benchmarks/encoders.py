@@ -27,6 +27,7 @@ import argparse
 import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,8 +84,8 @@ class Stopwatch:
     def __init__(self, device: torch.device, modules: Sequence[torch.nn.Module]) -> None:
         self._device = device
         self._modules = modules
-        self._inside = 0.0
-        self._entered = 0.0
+        self._inside: dict[int, float] = {}  # by thread: clips may run side by side
+        self._entered: dict[int, float] = {}
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -92,10 +93,11 @@ class Stopwatch:
         return time.perf_counter()
 
     def _enter(self, *_: object) -> None:
-        self._entered = self._now()
+        self._entered[threading.get_ident()] = self._now()
 
     def _leave(self, *_: object) -> None:
-        self._inside += self._now() - self._entered
+        thread = threading.get_ident()
+        self._inside[thread] = self._inside.get(thread, 0.0) + self._now() - self._entered[thread]
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -108,11 +110,12 @@ class Stopwatch:
                 hook.remove()
 
     def run(self, call: Callable[[], Any]) -> Timed:
-        self._inside = 0.0
+        self._inside = {}
         with self._hooked():
             started = self._now()
             call()
-            return Timed(self._now() - started, self._inside)
+            wall_s = self._now() - started
+            return Timed(wall_s, sum(self._inside.values()) / max(len(self._inside), 1))
 
 
 def compare(
@@ -156,7 +159,7 @@ def music(count: int, rate: int, channels: int) -> np.ndarray:
 def clap_lines(size: Size) -> list[Line]:
     with seeded(0):
         model = ClapModel(htsat_base_config())
-    clap = Clap(model, byte_roberta_tokenizer(), size.device, size.batch)
+    clap = Clap(model, byte_roberta_tokenizer(), size.device, size.batch, torch.get_num_threads())
     extractor = ClapFeatureExtractor(
         feature_size=64,
         sampling_rate=CLAP_SAMPLE_RATE,

@@ -370,3 +370,15 @@ def test_debug_models_follow_their_seed_and_leave_the_global_generator_alone():
 def test_the_package_itself_imports_neither_torch_nor_transformers():
     code = "import sys, ttmray.models; sys.exit(bool({'torch', 'transformers', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_clips_embedded_side_by_side_keep_their_bits() -> None:
+    waves = [0.1 * np.random.default_rng(i).standard_normal(480_000).astype(np.float32) for i in range(3)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = debug_clap(0).embed_audio(waves)
+        assert np.array_equal(debug_clap(0, threads=3).embed_audio(waves), alone)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)

@@ -118,7 +118,8 @@ class RuntimeConfig(Config):
     """Clips per model forward. On a CPU models always see one clip at a time: larger batches are not faster
     there and change last bits."""
     threads: int = Field(1, ge=1)
-    """Threads that resample in one worker. Models always compute in one thread: more would change last bits."""
+    """Clips that one worker resamples and embeds side by side on CPUs. Each is computed in one thread, because more
+    would change last bits; more workers are the better use of many cores."""
     fuse: Literal["auto", "all", "models", "none"] = "auto"
     """Which stages share a Ray process: `all` of them (nothing travels), the `models` stages (one process holds
     all models; best on one card), or `none` (stages spread over many cards). `auto`: `models` where there are

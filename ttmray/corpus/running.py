@@ -43,6 +43,7 @@ class Job:
         options = LoadOptions(
             device=config.runtime.device,
             batch=config.runtime.batch,
+            threads=config.runtime.threads,
             clip_samples=round(config.segments.clip_s * SAMPLE_RATE),
             instrumental=config.separation.instrumental,
             overlap=config.separation.overlap,

@@ -6,14 +6,18 @@ imports neither torch nor transformers.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def micro_batch(device: "torch.device", batch: int) -> int:
@@ -86,6 +90,27 @@ def one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
+    """`work` of every item, in order, `threads` of them at a time, each computed in one torch thread.
+
+    Splitting clips over cores instead of matrices keeps each clip's bits, and is faster: nothing is synchronised.
+    """
+    if threads <= 1 or len(items) <= 1:
+        return [work(item) for item in items]
+    import torch
+
+    def alone(item: Item) -> Result:
+        torch.set_num_threads(1)  # OpenMP counts per calling thread
+        with torch.inference_mode():  # which is per thread, too
+            return work(item)
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(alone, items))
+    torch.set_num_threads(before)
+    return results
 
 
 @contextmanager

@@ -48,10 +48,15 @@ ROLES = (*Models.__dataclass_fields__, "vocoder")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How models are loaded. `clip_samples` at 44.1 kHz; the separator's fields are those of its adapter."""
+    """How models are loaded.
+
+    `clip_samples` is at 44.1 kHz, `threads` is how many clips a CPU embeds side by side, and the last three are the
+    separator's.
+    """
 
     device: str = "cpu"
     batch: int = 8
+    threads: int = 1
     clip_samples: int = 441_000
     instrumental: Literal["sum", "residual"] = "sum"
     overlap: float = 0.25
@@ -122,17 +127,17 @@ class DebugBundle(Bundle):
         from ttmray.models.tunejury import debug_tunejury
         from ttmray.models.vae import LatentEncoder, debug_vae
 
-        seed, width, batch = self.seed, self.width, options.batch
+        seed, width, batch, threads = self.seed, self.width, options.batch, options.threads
         return {
             "separator": lambda: _separator(debug_separator(seed, width=4 * width), device, options),
-            "clap": lambda: debug_clap(seed, width, device, batch),
-            "mert": lambda: debug_mert(seed, width, device, batch),
+            "clap": lambda: debug_clap(seed, width, device, batch, threads),
+            "mert": lambda: debug_mert(seed, width, device, batch, threads),
             "tunejury": lambda: debug_tunejury(seed, 64 * width, device),
             "latents": lambda: LatentEncoder(
                 debug_vae(seed, 16 * width), options.clip_samples, device, debug_bigvgan(seed) if vocoder else None
             ),
             "text": lambda: debug_text_encoder(seed, width=width, device=device, batch=batch),
-            "clap_condition": lambda: debug_clap(seed + 1, width, device, batch),
+            "clap_condition": lambda: debug_clap(seed + 1, width, device, batch, threads),
         }
 
 
@@ -191,7 +196,7 @@ class ReleasedBundle(Bundle):
             return paths(role)[0].parent
 
         def clap(role: str) -> "Clap":
-            return _clap(weights(role), folder("tokenizer"), device, options.batch)
+            return _clap(weights(role), folder("tokenizer"), device, options)
 
         def latents() -> "LatentEncoder":
             generator = load_bigvgan(weights("vocoder")) if vocoder else None
@@ -200,7 +205,7 @@ class ReleasedBundle(Bundle):
         return {
             "separator": lambda: _separator(load_separator(folder("separator")), device, options),
             "clap": lambda: clap("clap"),
-            "mert": lambda: load_mert(weights("mert"), device=device, batch=options.batch),
+            "mert": lambda: load_mert(weights("mert"), device=device, batch=options.batch, threads=options.threads),
             "tunejury": lambda: load_tunejury(weights("tunejury"), device=device),
             "latents": latents,
             "text": lambda: load_text_encoder(folder("text"), device=device, batch=options.batch),
@@ -265,7 +270,7 @@ def _read_beside(role: str, weights: Path) -> Path | None:
     return weights.with_suffix(".json") if role == "tunejury" else None
 
 
-def _clap(path: Path, tokenizer: Path, device: str, batch: int) -> "Clap":
+def _clap(path: Path, tokenizer: Path, device: str, options: LoadOptions) -> "Clap":
     """A `config.json` of transformers beside the weights overrides HTSAT-base."""
     from transformers import ClapConfig
 
@@ -273,4 +278,4 @@ def _clap(path: Path, tokenizer: Path, device: str, batch: int) -> "Clap":
 
     own = (path.parent / "config.json").is_file()
     config = ClapConfig.from_pretrained(path.parent, local_files_only=True) if own else None
-    return load_laion_clap(path, tokenizer, config=config, device=device, batch=batch)
+    return load_laion_clap(path, tokenizer, config=config, device=device, batch=options.batch, threads=options.threads)

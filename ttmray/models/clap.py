@@ -19,7 +19,7 @@ from transformers import ClapConfig, ClapModel, PreTrainedTokenizerBase, Roberta
 from transformers.audio_utils import mel_filter_bank
 
 from ttmray.errors import UserError
-from ttmray.models import as_waves, init_for_debug, micro_batch, require_finite, seeded, to_float32
+from ttmray.models import as_waves, init_for_debug, micro_batch, require_finite, seeded, side_by_side, to_float32
 from ttmray.models.clap_weights import convert_laion_state_dict, load_restricted
 from ttmray.models.protocol import CLAP_SAMPLE_RATE, Crop
 
@@ -110,6 +110,7 @@ class Clap:
         device: torch device.
         batch: most windows or texts per forward pass on an accelerator; a CPU always takes one at a time
             (see `ttmray.models.micro_batch`).
+        threads: windows that a CPU computes side by side, each in one thread.
 
     Raises:
         UserError: the tokenizer does not belong to the model, or the model uses fusion.
@@ -121,6 +122,7 @@ class Clap:
         tokenizer: PreTrainedTokenizerBase,
         device: str | torch.device = "cpu",
         batch: int = 16,
+        threads: int = 1,
     ) -> None:
         text: Any = model.config.text_config
         audio: Any = model.config.audio_config
@@ -138,6 +140,7 @@ class Clap:
         self.front_end = ClapFrontEnd().to(self.device)
         self.dim: int = model.config.projection_dim
         self._batch = micro_batch(self.device, batch)
+        self._threads = threads if self.device.type == "cpu" else 1
 
     @torch.inference_mode()
     def embed_audio(
@@ -186,14 +189,16 @@ class Clap:
         return _unit(out, "CLAP audio")
 
     def _embed_windows(self, windows: list[np.ndarray], int16: bool) -> np.ndarray:
-        parts = [np.empty((0, self.dim), np.float32)]
-        for start in range(0, len(windows), self._batch):
-            x = torch.from_numpy(np.stack(windows[start : start + self._batch])).to(self.device)
+        def embed(part: list[np.ndarray]) -> np.ndarray:
+            x = torch.from_numpy(np.stack(part)).to(self.device)
             mel = self.front_end(quantise_int16(x) if int16 else x)
             # From transformers 5 on an output object, whose pooler_output is projected and of unit norm.
             features = self.model.get_audio_features(input_features=mel.to(self.model.dtype)).pooler_output
-            parts.append(to_float32(features, (len(x), self.dim), "CLAP audio"))
-        return np.concatenate(parts)
+            return to_float32(features, (len(x), self.dim), "CLAP audio")
+
+        parts = [windows[start : start + self._batch] for start in range(0, len(windows), self._batch)]
+        embedded = side_by_side(embed, parts, self._threads)
+        return np.concatenate([np.empty((0, self.dim), np.float32), *embedded])
 
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts; the empty string gives the zero vector (TuneJury's protocol).
@@ -279,6 +284,7 @@ def load_laion_clap(
     config: ClapConfig | None = None,
     device: str | torch.device = "cpu",
     batch: int = 16,
+    threads: int = 1,
 ) -> Clap:
     """CLAP from a LAION checkpoint, or from a safetensors file made by `convert_laion_state_dict`.
 
@@ -288,6 +294,7 @@ def load_laion_clap(
         config: architecture, default `htsat_base_config()`; the weights are checked against it.
         device: torch device.
         batch: most items per forward pass on an accelerator.
+        threads: as in `Clap`.
 
     Raises:
         UserError: files that are absent or unsafe, weights of another architecture, another tokenizer, or a
@@ -305,7 +312,7 @@ def load_laion_clap(
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise UserError(f"{path} is not of the configured CLAP architecture: {error}") from error
-    clap = Clap(model, RobertaTokenizer.from_pretrained(tokenizer_dir, local_files_only=True), device, batch)
+    clap = Clap(model, RobertaTokenizer.from_pretrained(tokenizer_dir, local_files_only=True), device, batch, threads)
     check_text_tower(clap)
     return clap
 
@@ -340,7 +347,9 @@ def byte_roberta_tokenizer() -> RobertaTokenizer:
     return RobertaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
 
 
-def debug_clap(seed: int, width: int = 1, device: str | torch.device = "cpu", batch: int = 16) -> Clap:
+def debug_clap(
+    seed: int, width: int = 1, device: str | torch.device = "cpu", batch: int = 16, threads: int = 1
+) -> Clap:
     """Tiny untrained CLAP with seeded weights and a byte tokenizer; 512-dimensional like the real one.
 
     Args:
@@ -348,6 +357,7 @@ def debug_clap(seed: int, width: int = 1, device: str | torch.device = "cpu", ba
         width: factor on the hidden sizes, to make a costlier model for benchmarks.
         device: torch device.
         batch: most items per forward pass on an accelerator.
+        threads: as in `Clap`.
     """
     config = ClapConfig(
         audio_config={
@@ -375,4 +385,4 @@ def debug_clap(seed: int, width: int = 1, device: str | torch.device = "cpu", ba
     norm = model.audio_model.audio_encoder.batch_norm
     norm.running_mean.fill_(-30.0)
     norm.running_var.fill_(20.0**2)
-    return Clap(model, byte_roberta_tokenizer(), device, batch)
+    return Clap(model, byte_roberta_tokenizer(), device, batch, threads)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel
 
 from ttmray.errors import UserError
-from ttmray.models import as_waves, init_for_debug, micro_batch, require_finite, seeded, to_float32
+from ttmray.models import as_waves, init_for_debug, micro_batch, require_finite, seeded, side_by_side, to_float32
 from ttmray.models.clap_weights import load_restricted
 from ttmray.models.protocol import MERT_SAMPLE_RATE
 
@@ -57,9 +57,11 @@ class Mert:
         normalize: bool = False,
         device: str | torch.device = "cpu",
         batch: int = 16,
+        threads: int = 1,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.eval().to(self.device)
+        self._threads = threads if self.device.type == "cpu" else 1
         self.normalize = normalize
         self.dim: int = model.config.hidden_size
         self._batch = micro_batch(self.device, batch)
@@ -100,9 +102,9 @@ class Mert:
         weight = np.zeros((len(checked), 1), np.float64)
         for length, segments in by_length.items():
             per_pass = max(min(self._batch, self._batch * TEN_SECONDS // length), 1)
-            for start in range(0, len(segments), per_pass):
-                chunk = segments[start : start + per_pass]
-                means = self._time_means(np.stack([segment for _, segment in chunk]))
+            chunks = [segments[start : start + per_pass] for start in range(0, len(segments), per_pass)]
+            stacked = [np.stack([segment for _, segment in chunk]) for chunk in chunks]
+            for chunk, means in zip(chunks, side_by_side(self._time_means, stacked, self._threads), strict=True):
                 for (i, _), mean in zip(chunk, means, strict=True):
                     total[i] += self.frames(length) * mean.astype(np.float64)
                     weight[i] += self.frames(length)
@@ -149,6 +151,7 @@ def load_mert(
     normalize: bool | None = None,
     device: str | torch.device = "cpu",
     batch: int = 16,
+    threads: int = 1,
 ) -> Mert:
     """MERT from a local copy of the hub's folder, or from a state dict.
 
@@ -184,7 +187,7 @@ def load_mert(
             f"{what} does not fit the configured MERT architecture: {error}",
             "Check config.json beside the weights.",
         ) from error
-    return Mert(model, bool(normalize), device, batch)
+    return Mert(model, bool(normalize), device, batch, threads)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -212,7 +215,9 @@ def _do_normalize(path: Path) -> bool:
     return bool(given.get("do_normalize", True))  # transformers' default where the file is silent
 
 
-def debug_mert(seed: int, width: int = 1, device: str | torch.device = "cpu", batch: int = 16) -> Mert:
+def debug_mert(
+    seed: int, width: int = 1, device: str | torch.device = "cpu", batch: int = 16, threads: int = 1
+) -> Mert:
     """Tiny untrained MERT (hidden size 64 x width) with seeded weights.
 
     Args:
@@ -235,4 +240,4 @@ def debug_mert(seed: int, width: int = 1, device: str | torch.device = "cpu", ba
     with seeded(seed):
         model = HubertModel(config)
         init_for_debug(model)
-    return Mert(model, normalize=False, device=device, batch=batch)
+    return Mert(model, normalize=False, device=device, batch=batch, threads=threads)
