@@ -31,6 +31,7 @@ test-slow: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/corpus.py --output benchmarks/results/corpus.json
 	$(BIN)/python benchmarks/loudness.py --output benchmarks/results/loudness.json
+	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
