@@ -292,13 +292,14 @@ def _local_write(target: Path, data: bytes, replace: bool) -> None:
             os.replace(temporary, target)
         else:
             os.link(temporary, target)
-        _fsync_folder(target.parent)
+        fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

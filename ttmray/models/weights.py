@@ -26,7 +26,7 @@ from ttmray.config import Config, load_config
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.models.download import Remote, download, forget, hub_endpoint
-from ttmray.storage import Folder, absolute, explained
+from ttmray.storage import Folder, absolute, explained, fsync
 
 Role = Literal["clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer"]
 
@@ -400,17 +400,9 @@ def licence_text(entry: Entry) -> str:
 def publish(temporary: Path, final: Path) -> None:
     """Gives a complete file its name, durably, so that the name is never that of a half file."""
     with explained(str(final)):
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, final)
-        _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(final.parent)
 
 
 def _local(folder: Path, name: str) -> Path:
