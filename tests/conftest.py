@@ -1,9 +1,13 @@
 """Shared fixtures. Golden and real data live outside the repository and their absence skips, never fails."""
 
+import logging
 import os
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -25,3 +29,37 @@ def golden_dir() -> Path:
 def data_dir() -> Path:
     """Folder of real audio and metadata (environment variable TTMRAY_DATA)."""
     return _outside("TTMRAY_DATA", "data")
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[Callable[[str], str]]:
+    """Makes buckets, by name, of an object store that runs in this process."""
+    import botocore.session
+    from s3fs import S3FileSystem
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        S3FileSystem.clear_instance_cache()  # instances remember the endpoint of the module before
+        client = botocore.session.get_session().create_client("s3")
+
+        def create(name: str) -> str:
+            client.create_bucket(Bucket=name)
+            return f"s3://{name}"
+
+        yield create
+        S3FileSystem.clear_instance_cache()
+        server.stop()
+
+
+@pytest.fixture
+def bucket(object_store: Callable[[str], str]) -> str:
+    """An empty bucket. Its name is new because moto's objects outlive its servers."""
+    return object_store(f"bucket-{uuid.uuid4().hex}")

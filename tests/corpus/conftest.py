@@ -1,15 +1,13 @@
 """Tiny songs, configs for them, and one finished run that tests copy before they change it."""
 
 import json
-import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from moto.server import ThreadedMotoServer
 
 from ttmray.config import load_config
 from ttmray.corpus.catalogue import build_catalogue
@@ -85,25 +83,3 @@ def prepare() -> Callable[[CorpusConfig], tuple[Job, Plan, list[Unit]]]:
         return job, plan, [Unit(name, tracks) for name, tracks in plan.units()]
 
     return prepare
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty bucket of an object store that runs in this process."""
-    import botocore.session
-    from s3fs import S3FileSystem
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    S3FileSystem.clear_instance_cache()  # instances remember the endpoint of the test before
-    botocore.session.get_session().create_client("s3").create_bucket(Bucket="corpus")
-    yield "s3://corpus"
-    S3FileSystem.clear_instance_cache()
-    server.stop()

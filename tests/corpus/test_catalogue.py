@@ -214,39 +214,24 @@ def test_an_id_that_looks_like_another_tracks_made_up_id_is_told_apart():
     assert len(set(ids)) == 2
 
 
-def test_a_bucket_is_listed_probed_and_compared_like_a_folder(tmp_path, monkeypatch):
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        import s3fs
-
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("songs")
-        write_demo_songs(tmp_path)
-        bucket = Folder.at("s3://songs/demo")
-        for entry in Folder.at(str(tmp_path)).files():
-            bucket.write(entry.name, (tmp_path / entry.name).read_bytes())
-        config = {"output": str(tmp_path / "out"), "splits": {"validation": 1, "test": 1}}
-        plans = []
-        for source in (str(tmp_path), bucket.uri):
-            corpus = CorpusConfig(input=source, **config)
-            plans.append(build_plan(build_catalogue(source, corpus.catalogue), corpus))
-        local, remote = plans
-        assert remote.root == "s3://songs/demo"
-        assert remote.identity() == local.identity()
-        assert remote.table.column("clips").equals(local.table.column("clips"))
-        with pytest.raises(UserError, match="no-such-bucket"):
-            build_catalogue("s3://no-such-bucket/x", CatalogueConfig())
-        with pytest.raises(UserError, match="holds no audio"):
-            build_catalogue("s3://songs/elsewhere", CatalogueConfig())
-    finally:
-        server.stop()
+def test_a_bucket_is_listed_probed_and_compared_like_a_folder(tmp_path, bucket):
+    write_demo_songs(tmp_path)
+    songs = Folder.at(f"{bucket}/demo")
+    for entry in Folder.at(str(tmp_path)).files():
+        songs.write(entry.name, (tmp_path / entry.name).read_bytes())
+    config = {"output": str(tmp_path / "out"), "splits": {"validation": 1, "test": 1}}
+    plans = []
+    for source in (str(tmp_path), songs.uri):
+        corpus = CorpusConfig(input=source, **config)
+        plans.append(build_plan(build_catalogue(source, corpus.catalogue), corpus))
+    local, remote = plans
+    assert remote.root == f"{bucket}/demo"
+    assert remote.identity() == local.identity()
+    assert remote.table.column("clips").equals(local.table.column("clips"))
+    with pytest.raises(UserError, match="no-such-bucket"):
+        build_catalogue("s3://no-such-bucket/x", CatalogueConfig())
+    with pytest.raises(UserError, match="holds no audio"):
+        build_catalogue(f"{bucket}/elsewhere", CatalogueConfig())
 
 
 def test_planning_does_not_load_torch_or_ray():
