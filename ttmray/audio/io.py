@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 import soxr
+from scipy.io import wavfile
 
 from ttmray.errors import ClipError
 
@@ -268,7 +269,7 @@ def to_mono(x: np.ndarray) -> np.ndarray:
 def write_audio(file: Source, x: np.ndarray, rate: int, format: str = "flac") -> None:
     """Write samples (channels, frames) as 16-bit FLAC (`flac`) or float32 WAV (`wav`); see `encode_flac`.
 
-    The same samples give the same FLAC bytes. WAV keeps every bit of float32 samples.
+    The same samples give the same bytes. WAV keeps every bit of float32 samples.
 
     Raises:
         ValueError: for another format, or NaN or infinite samples.
@@ -278,7 +279,7 @@ def write_audio(file: Source, x: np.ndarray, rate: int, format: str = "flac") ->
         samples = np.clip(np.rint(_finite(x).T * 32768.0), -32768, 32767).astype(np.int16)
         soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
     elif format == "wav":
-        soundfile.write(file, _finite(x).T.astype(np.float32), rate, format="WAV", subtype="FLOAT")
+        wavfile.write(file, rate, _finite(x).T.astype(np.float32))  # libsndfile would add the time of day
     else:
         raise ValueError(f"format is 'flac' or 'wav', not {format!r}")
 

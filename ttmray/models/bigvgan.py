@@ -7,7 +7,6 @@ plain weights when a checkpoint is read. Module names are those of the released 
 
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from ttmray.errors import UserError
 from ttmray.models import seeded
+from ttmray.models.state_dicts import load_exactly, read_state_dict
 
 _TAPS = 12  # length of the anti-aliasing filters
 
@@ -232,54 +230,6 @@ def fold_weight_norm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
         else:
             folded[key] = value
     return folded
-
-
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a `.safetensors` file, or of a torch checkpoint read without running code from it.
-
-    Raises:
-        UserError: no such file, unreadable, or not a dictionary (a single level of nesting such as
-            {"generator": ...} is left to the caller).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights file not found: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path} was not read: {error}",
-            "Only safetensors and torch checkpoints of plain tensors are accepted.",
-        ) from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of weights")
-    return loaded
-
-
-def load_exactly(model: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Gives `model` (usually built on the meta device) the tensors of `state` as float32: all and no others.
-
-    Raises:
-        UserError: missing or unexpected names, other shapes, or values that are not tensors.
-    """
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    odd = [
-        key
-        for key in sorted(expected.keys() & state.keys())
-        if not isinstance(state[key], torch.Tensor) or state[key].shape != expected[key].shape
-    ]
-    for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", odd)):
-        if keys:
-            some = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
-            raise UserError(
-                f"{what}: {len(keys)} weights {kind}: {some}",
-                "The file belongs to another model or another size of it.",
-            )
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
 
 
 def load_bigvgan(path: str | Path, config: BigVGANConfig | None = None) -> BigVGAN:

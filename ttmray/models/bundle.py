@@ -18,6 +18,7 @@ from ttmray.models.protocol import Protocol
 from ttmray.models.weights import Store, digest_file, licences, open_store
 
 if TYPE_CHECKING:
+    from ttmray.models.backbone import FluxAudio
     from ttmray.models.clap import Clap
     from ttmray.models.mert import Mert
     from ttmray.models.separator import Separator
@@ -41,6 +42,7 @@ class Models:
     latents: "LatentEncoder" = None  # type: ignore[assignment]
     text: "TextEncoder" = None  # type: ignore[assignment]
     clap_condition: "Clap" = None  # type: ignore[assignment]
+    backbone: "FluxAudio" = None  # type: ignore[assignment]
 
 
 ROLES = (*Models.__dataclass_fields__, "vocoder")
@@ -74,8 +76,8 @@ class Bundle(ABC):
     note: str
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What decides its numbers, as plain JSON types."""
+    def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
+        """What decides its numbers, as plain JSON types: of some roles, whose weights must be here, or of all."""
 
     @abstractmethod
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
@@ -110,7 +112,7 @@ class DebugBundle(Bundle):
     def note(self) -> str:  # type: ignore[override]
         return f"{self.name} bundle: models are tiny, seeded and untrained: scores and latents mean nothing"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         # Seeded weights also depend on the versions of the libraries that draw them.
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "demucs")}
         return {"name": self.name, "seed": self.seed, "width": self.width, "versions": versions}
@@ -119,6 +121,7 @@ class DebugBundle(Bundle):
         return Protocol(text=reward_text, hashes=(("debug", f"seed{self.seed}-width{self.width}"),))
 
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        from ttmray.models.backbone_weights import debug_backbone
         from ttmray.models.bigvgan import debug_bigvgan
         from ttmray.models.clap import debug_clap
         from ttmray.models.mert import debug_mert
@@ -138,6 +141,7 @@ class DebugBundle(Bundle):
             ),
             "text": lambda: debug_text_encoder(seed, width=width, device=device, batch=batch),
             "clap_condition": lambda: debug_clap(seed + 1, width, device, batch, threads),
+            "backbone": lambda: debug_backbone(seed, width=width, text_dim=64 * width, device=device),
         }
 
 
@@ -168,8 +172,10 @@ class ReleasedBundle(Bundle):
                 hashes |= {f"{name}/{file}": sha256 for file, sha256 in found.items()}
         return hashes
 
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "weights": self._hashes()}
+    def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
+        if roles is not None and not {"clap", "clap_condition"}.isdisjoint(roles):
+            roles = {*roles, "tokenizer"}
+        return {"name": self.name, "weights": self._hashes(roles)}
 
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
         hashes = self._hashes(("clap", "tokenizer", "mert", "tunejury"))
@@ -202,7 +208,14 @@ class ReleasedBundle(Bundle):
             generator = load_bigvgan(weights("vocoder")) if vocoder else None
             return LatentEncoder(load_vae(weights("latents")), options.clip_samples, device, generator)
 
+        def backbone() -> "FluxAudio":
+            raise UserError(
+                f"bundle {self.name} has no backbone: the paper's weights are not in the registry.",
+                "Name a file of your own or a released one (checkpoint).",
+            )
+
         return {
+            "backbone": backbone,
             "separator": lambda: _separator(load_separator(folder("separator")), device, options),
             "clap": lambda: clap("clap"),
             "mert": lambda: load_mert(weights("mert"), device=device, batch=options.batch, threads=options.threads),

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from ttmray.errors import ClipError, UserError
 from ttmray.models import micro_batch, seeded
-from ttmray.models.bigvgan import load_exactly
+from ttmray.models.state_dicts import load_exactly
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Instrumental = Literal["sum", "residual"]

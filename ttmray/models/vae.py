@@ -21,7 +21,8 @@ from torch import nn
 from ttmray.audio.mel import LogMel, MelConfig
 from ttmray.errors import UserError
 from ttmray.models import micro_batch, seeded, to_float32
-from ttmray.models.bigvgan import BigVGAN, debug_bigvgan, load_exactly, read_state_dict
+from ttmray.models.bigvgan import BigVGAN, debug_bigvgan
+from ttmray.models.state_dicts import load_exactly, read_state_dict
 
 _EPS = 1e-4
 _CLIP = 256.0  # bound of the activations after each block

@@ -1,0 +1,287 @@
+"""Weights of the backbone: files in and out, from one head to another, and how many there are.
+
+Reads our safetensors (the config is in their metadata), released `.pth` files with 198 or 203 tensors, and older ones
+that also hold tables. Every tensor is accounted for: nothing is loaded in part without saying so.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ttmray.console import console
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.models import seeded
+from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio, Size, gated_width
+from ttmray.models.score_heads import HEADS, NAMES, Head, Null
+from ttmray.models.state_dicts import load_exactly, read_state_dict
+
+METADATA = "ttmray"
+"""Key of the metadata of safetensors files that holds JSON; its `backbone` is the config."""
+TABLES = ("latent_rot", "text_rot", "t_embed.freqs")
+LATENT_LENGTHS = {20: 312, 40: 430}
+CHALLENGE_LIMIT = 500_000_000
+"""Parameters that the efficiency track allows (paper, introduction)."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What became of every tensor when weights of one model were put into another."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+
+    def lines(self) -> list[str]:
+        """For people: counts, and the names of everything that was not loaded."""
+        lines = [f"{len(self.loaded)} tensors loaded"]
+        for what, names in (
+            ("not in the file, kept as they were", self.missing),
+            ("in the file only, left out", self.unexpected),
+            ("of another shape, left out", self.reshaped),
+        ):
+            if names:
+                lines.append(f"{len(names)} {what}: {', '.join(names)}")
+        return lines
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    head: Head | None = None,
+    null: Null | None = None,
+    device: str | torch.device = "cpu",
+) -> FluxAudio:
+    """A backbone with the weights of a file, in eval mode and without gradients.
+
+    Args:
+        path: `.safetensors` or `.pth` / `.pt` with a plain state dict.
+        head: forward that uses the weights; default: the one that the file names, else v1 where it has a score
+            embedding (v1, v2 and v4 share their tensors) and none where it has not.
+        null: what a dropped score is; default: what the file names.
+        device: torch device.
+
+    Raises:
+        UserError: unreadable files, tensors that are no backbone, or no fit for the head.
+    """
+    path = Path(path)
+    state = tidy(read_state_dict(path), str(path))
+    config = config_of(state, read_config(path), str(path))
+    if head is not None and (head == "none") != (config.head == "none"):
+        has = "no score embedding" if config.head == "none" else f"a score embedding ({config.head})"
+        raise UserError(
+            f"{path} has {has}, which does not fit head {head}.",
+            "Choose a head that fits, or train one from this file (train_sft.py with init).",
+        )
+    config = config.with_head(head or config.head, null)
+    with torch.device("meta"):
+        model = FluxAudio(config)
+    # copies: tensors of a mapped file lie where its header ends, and their alignment decides the last bits of products
+    load_exactly(model, {key: value.clone() for key, value in state.items()}, str(path))
+    for name in ("latent_mean", "latent_std"):
+        if not torch.isfinite(getattr(model, name)).all():
+            raise UserError(
+                f"{path}: {name} is not finite: these weights were never trained on a corpus.",
+                "Take the weights of a training run.",
+            )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def tidy(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    """A state dict with the names and shapes of ours.
+
+    Takes off `module.` and nesting under "weights", "model" or "state_dict"; drops tables that are computed; accepts
+    (1, T, D) and (1, D) features of the empty text; an older file without the pooled one gets the mean over tokens.
+
+    Raises:
+        UserError: it holds something else than tensors.
+    """
+    for outer in ("state_dict", "weights", "model"):
+        if isinstance(state.get(outer), Mapping):
+            state = state[outer]
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items()}
+    odd = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UserError(
+            f"{what} is not a state dict of the backbone: {odd[0]} is a {type(tensors[odd[0]]).__name__}.",
+            "Take an exported file (ttmray checkpoint export) or a released state dict.",
+        )
+    tensors = {key: value for key, value in tensors.items() if key not in TABLES}
+    for key, dims in (("empty_string_feat", 2), ("empty_string_feat_c", 1)):
+        if key in tensors and tensors[key].ndim == dims + 1 and len(tensors[key]) == 1:
+            tensors[key] = tensors[key][0]
+    if "empty_string_feat" in tensors:
+        tensors.setdefault("empty_string_feat_c", tensors["empty_string_feat"].mean(dim=0))
+    return tensors
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config in a safetensors file's metadata; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get(METADATA, "{}")).get("backbone") or {}
+
+
+def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) -> BackboneConfig:
+    """The config of a state dict: read from shapes, checked against what its file says.
+
+    Lengths and RoPE cannot be read from shapes: 430 latents for 40 channels, 312 for 20, and RoPE on, unless `known`
+    says otherwise.
+
+    Raises:
+        UserError: the tensors are not those of a backbone, or contradict `known`.
+    """
+    try:
+        hidden, latent_dim = state["audio_input_proj.0.weight"].shape[:2]
+        text_len, text_dim = state["empty_string_feat"].shape
+        found: dict[str, Any] = {
+            "latent_dim": latent_dim,
+            "hidden": hidden,
+            "text_len": text_len,
+            "text_dim": text_dim,
+            "text_c_dim": len(state["empty_string_feat_c"]),
+            "heads": hidden // len(state["joint_blocks.0.latent_block.attn.q_norm.weight"]),
+            "fused_depth": _count(state, "fused_blocks"),
+            "depth": _count(state, "fused_blocks") + _count(state, "joint_blocks"),
+        }
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{what} does not hold a FluxAudio backbone ({len(state)} tensors, {error} is missing or odd).",
+            "Take an exported file (ttmray checkpoint export) or a released state dict.",
+        ) from error
+    known = {key: value for key, value in known.items() if key in {field.name for field in fields(BackboneConfig)}}
+    wrong = {key: value for key, value in found.items() if key in known and known[key] != value}
+    if wrong:
+        raise UserError(f"{what}: its config and its tensors disagree: config {known}, tensors {wrong}.")
+    scored = any(key.startswith("score_embed.") for key in state)
+    if known.get("head") not in (None, *HEADS) or known.get("null") not in (None, *get_args(Null)):
+        raise UserError(f"{what}: unknown head {known.get('head')!r} or null {known.get('null')!r} in its config.")
+    defaults = {"latent_len": LATENT_LENGTHS.get(latent_dim, 430), "head": "v1" if scored else "none"}
+    config = BackboneConfig(**{**defaults, **found, **known})
+    if gated_width(int(config.hidden * config.mlp_ratio)) != len(state["audio_input_proj.2.w1.weight"]):
+        raise UserError(f"{what}: its MLPs are not {config.mlp_ratio} times as wide as its blocks.")
+    return config
+
+
+def _count(state: Mapping[str, Tensor], name: str) -> int:
+    return len({key.split(".")[1] for key in state if key.startswith(f"{name}.")})
+
+
+def transfer(model: FluxAudio, state: Mapping[str, Tensor]) -> Transfer:
+    """Put every tensor that fits by name and shape into `model` (paper III-D, Stage 3: v1 -> v2 transfers all 203)."""
+    own = model.state_dict()
+    shared = own.keys() & state.keys()
+    fits = sorted(key for key in shared if own[key].shape == state[key].shape)
+    model.load_state_dict({key: state[key] for key in fits}, strict=False)
+    return Transfer(
+        loaded=fits,
+        missing=sorted(own.keys() - state.keys()),
+        unexpected=sorted(state.keys() - own.keys()),
+        reshaped=sorted(key for key in shared if own[key].shape != state[key].shape),
+    )
+
+
+def with_head(model: FluxAudio, head: Head, null: Null | None = None) -> tuple[FluxAudio, Transfer]:
+    """The same weights under another head, and what was transferred; a new head starts at zero."""
+    other = FluxAudio(model.config.with_head(head, null))
+    report = transfer(other, model.state_dict())
+    device = model.latent_mean.device
+    return other.to(device).train(model.training), report
+
+
+def debug_backbone(
+    seed: int, head: Head = "v1", *, width: int = 1, text_dim: int = 64, device: str | torch.device = "cpu"
+) -> FluxAudio:
+    """A tiny, seeded, untrained backbone whose output depends on latents, time, text and score.
+
+    Args:
+        seed: of the weights; torch's global generator is left as it was.
+        width: factor on the hidden width of 64.
+        text_dim: of the text encoder.
+    """
+    config = BackboneConfig(text_dim=text_dim, hidden=64 * width, heads=2, depth=3, fused_depth=1, head=head)
+    with seeded(seed):
+        model = FluxAudio(config)
+        with torch.no_grad():
+            # the reference starts with zeros here, and would answer zero to everything
+            for name, parameter in model.named_parameters():
+                if "adaLN_modulation" in name or name.startswith("final_layer.conv"):
+                    parameter.normal_(std=0.1)
+                elif name.startswith(("score_embed.mlp.2", "score_embed.gate", "empty_string")):
+                    parameter.normal_(std=0.5)
+            model.latent_mean.zero_()
+            model.latent_std.fill_(1.0)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def count_parameters(config: BackboneConfig) -> list[tuple[str, int, int]]:
+    """(part, trainable, frozen) per part of a backbone, without making its weights."""
+    with torch.device("meta"):
+        model: nn.Module = FluxAudio(config)
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0] if parameter.requires_grad else "latent statistics, empty text"
+        counts.setdefault(part, [0, 0])[not parameter.requires_grad] += parameter.numel()
+    return [(part, trainable, frozen) for part, (trainable, frozen) in counts.items()]
+
+
+def forward_flops(config: BackboneConfig) -> dict[str, float]:
+    """FLOPs of one clip (a multiplication and an addition are two): `text` projections, and `velocity` of one step.
+
+    Counts matrix products and direct convolutions; a method that needs fewer is faster than its bound.
+    """
+    d, n, t = config.hidden, config.latent_len, config.text_len
+    inner = gated_width(int(d * config.mlp_ratio))
+    joint = config.depth - config.fused_depth
+
+    def mlp(length: int, taps: int = 1) -> float:
+        return 2 * length * 3 * d * inner * taps
+
+    def block(length: int, taps: int) -> float:
+        return 2 * length * d * 3 * d + 2 * length * d * d * taps + mlp(length, taps)
+
+    def attention(length: int) -> float:
+        return 2 * 2 * length**2 * d
+
+    modulation = 2 * d * d * (12 * joint - 4 + 6 * config.fused_depth + 2)
+    velocity = 2 * n * config.latent_dim * d * 7 * 2 + mlp(n, 7) + 2 * (256 + d) * d + modulation
+    velocity += joint * (block(n, 3) + block(t, 1) + attention(n + t)) - (2 * t * d * d + mlp(t))
+    velocity += config.fused_depth * (block(n, 3) + attention(n))
+    text = 2 * (t * config.text_dim + config.text_c_dim) * d + mlp(t) + mlp(1)
+    return {"text": text, "velocity": velocity}
+
+
+def show_params(size: Size, head: Head, path: str | None = None) -> int:
+    """`ttmray params`: print the table of a size and head, or of a file's backbone."""
+    from rich.table import Table
+
+    config = SIZES[size].with_head(head)
+    if path is not None:
+        config = config_of(tidy(read_state_dict(path), path), read_config(Path(path)), path)
+    counts = count_parameters(config)
+    trainable, frozen = sum(row[1] for row in counts), sum(row[2] for row in counts)
+    title = f"{path or size}, {head_label(config)}: {config.hidden} wide, {config.depth} blocks"
+    table = Table("part", "trainable", "frozen", title=title)
+    for row in [*counts, ("all", trainable, frozen)]:
+        table.add_row(row[0], f"{row[1]:,}", f"{row[2]:,}")
+    console.print(table)
+    total = trainable + frozen
+    verdict = "within" if total <= CHALLENGE_LIMIT else "[red]over[/red]"
+    console.print(
+        f"{total:,} parameters, {total / CHALLENGE_LIMIT:.1%} of the challenge's {CHALLENGE_LIMIT:,}: {verdict}"
+    )
+    console.print("encoders, VAE, vocoder and separator are not counted: they are not trained here")
+    return EXIT_OK
+
+
+def head_label(config: BackboneConfig) -> str:
+    """For logs and cards, e.g. `v2 InputAdd`."""
+    return NAMES["none"] if config.head == "none" else f"{config.head} {NAMES[config.head]}"
