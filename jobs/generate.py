@@ -1,0 +1,8 @@
+"""Generate clips: python jobs/generate.py --config configs/debug/generate.yaml --prompt "a calm piano" --play-page"""
+
+import sys
+
+from ttmray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -1,0 +1,344 @@
+"""The generation job: what it writes, how it goes on, and that nobody can tell who made a clip."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from safetensors.torch import save_file
+
+from ttmray.audio.loudness import integrated_loudness, true_peak
+from ttmray.config import load_config
+from ttmray.errors import UserError
+from ttmray.generation import generate as job
+from ttmray.generation.config import GenerateConfig
+from ttmray.generation.generate import generate, plan_clips
+from ttmray.generation.prompts import Prompt
+from ttmray.generation.worker import Worker
+from ttmray.models.backbone import BackboneConfig, FluxAudio
+from ttmray.models.backbone_weights import debug_backbone
+
+MakeConfig = Callable[..., GenerateConfig]
+PROMPTS = {"a": "a calm piano", "b": "driving drums", "c": "a quiet café 🎹"}
+FINISH = "postprocess={passes: 0}"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    path.write_text(json.dumps([{"id": name, "prompt": text} for name, text in PROMPTS.items()]))
+    return path
+
+
+def make(prompts: Path, output: Path, *sets: str) -> GenerateConfig:
+    usual = ("sampler.steps=1", "runtime.device=cpu", "runtime.threads=1")
+    return load_config(GenerateConfig, None, [f"prompts={prompts}", f"output={output}", *usual, *sets])
+
+
+def files(run: Path, below: str = "clips") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / below).iterdir())}
+
+
+def rows(run: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in pq.read_table(run / "manifest.parquet").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def finished(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three clips, with loudness and scores. Do not change it: see `run`."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert generate(make(prompts, output, FINISH, "scores=true")) == 0
+    return output
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def same(prompts: Path, run: Path) -> Callable[..., int]:
+    """The same command once more, on the copy."""
+    return lambda **options: generate(make(prompts, run, FINISH, "scores=true"), **options)
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no models may be loaded."""
+
+    def refuse(self: Worker, job: object) -> None:
+        raise AssertionError("models are loaded")
+
+    monkeypatch.setattr(Worker, "__init__", refuse)
+
+
+def test_every_clip_has_a_file_and_a_row_that_says_what_it_is(finished):
+    found = rows(finished)
+    assert list(found) == ["a", "b", "c"]
+    assert list(files(finished)) == ["a.wav", "b.wav", "c.wav"]
+    for name, row in found.items():
+        data = (finished / row["file"]).read_bytes()
+        wave, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        assert (rate, wave.shape) == (44100, (441_000, 1))
+        assert row["sha256"] == hashlib.sha256(data).hexdigest()
+        assert row["lufs"] == pytest.approx(integrated_loudness(wave.T, rate), abs=1e-6)
+        assert row["lufs"] == pytest.approx(-16.5, abs=0.1)
+        assert row["true_peak_db"] == pytest.approx(true_peak(wave.T, rate), abs=1e-6)
+        assert row["true_peak_db"] <= -1.0
+        assert np.isfinite([row["reward_score"], row["clap_score"]]).all()
+        assert row["protocol"].startswith("debug/")
+        assert (row["status"], row["prompt"], row["seed"], row["score"]) == ("ok", PROMPTS[name], 42, 5.0)
+        assert row["text"] == "high quality instrumental music, " + PROMPTS[name]
+        assert row["settings"] == json.loads((finished / "run.json").read_text())["fingerprint"]
+    assert len({row["sha256"] for row in found.values()}) == 3
+    with open(finished / "manifest.csv", newline="", encoding="utf-8") as file:
+        assert [row["prompt"] for row in csv.DictReader(file)] == list(PROMPTS.values())
+
+
+def test_a_finished_run_does_nothing_and_loads_nothing(same, run, idle):
+    before = files(run)
+    assert same() == 0
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("damage", ["row", "audio", "bytes"])
+def test_only_what_is_missing_or_changed_is_made_again_with_the_same_bytes(same, run, finished, monkeypatch, damage):
+    if damage == "row":
+        (run / "manifest/b.json").unlink()
+    elif damage == "audio":
+        (run / "clips/b.wav").unlink()
+    else:
+        (run / "clips/b.wav").write_bytes(b"RIFF")
+    made: list[str] = []
+    original = Worker._write_one
+    monkeypatch.setattr(Worker, "_write_one", lambda self, work: made.append(work.clip.name) or original(self, work))
+    assert same() == 0
+    assert made == ["b"]
+    assert files(run) == files(finished)
+    assert files(run, "manifest") == files(finished, "manifest")
+
+
+def test_other_settings_are_refused_with_their_differences(prompts, run, idle):
+    with pytest.raises(UserError, match=r"another run:\n    config.sampler.steps: 1 -> 3"):
+        generate(make(prompts, run, FINISH, "scores=true", "sampler.steps=3"))
+    with pytest.raises(UserError, match=r"config.seed: 42 -> 55"):
+        generate(make(prompts, run, FINISH, "scores=true", "seed=55"))
+
+
+def test_prompts_can_be_added_but_an_id_keeps_its_prompt(run, finished, tmp_path):
+    longer = tmp_path / "more.csv"
+    longer.write_text("id,prompt\nd,a harp\na,a calm piano\n")
+    assert generate(make(longer, run, FINISH, "scores=true")) == 0
+    assert {name: data for name, data in files(run).items() if name != "d.wav"} == files(finished)
+    assert list(rows(run)) == ["d", "a", "b", "c"]
+    longer.write_text("id,prompt\na,a loud piano\n")
+    with pytest.raises(UserError, match="has a clip a of another prompt: 'a calm piano', not 'a loud piano'"):
+        generate(make(longer, run, FINISH, "scores=true"))
+
+
+def test_order_threads_and_company_do_not_change_a_clip(finished, tmp_path):
+    shuffled = tmp_path / "prompts.csv"
+    shuffled.write_text("id,prompt\nc,a quiet café 🎹\nb,driving drums\n")
+    config = make(shuffled, tmp_path / "run", FINISH, "scores=true", "runtime.threads=2")
+    assert generate(config) == 0
+    assert files(tmp_path / "run") == {k: v for k, v in files(finished).items() if k != "a.wav"}
+    assert rows(tmp_path / "run") == {k: rows(finished)[k] for k in ("c", "b")}
+
+
+def test_two_ray_actors_give_the_same_bytes(prompts, finished, tmp_path):
+    import ray
+
+    sets = ("runtime.pool.runner=ray", "runtime.pool.workers=2")
+    try:
+        assert generate(make(prompts, tmp_path / "run", FINISH, "scores=true", *sets)) == 0
+    finally:
+        ray.shutdown()
+    assert files(tmp_path / "run") == files(finished)
+    assert files(tmp_path / "run", "manifest") == files(finished, "manifest")
+
+
+def test_a_failed_clip_is_a_row_and_the_others_are_made(prompts, tmp_path, monkeypatch, capsys):
+    original = Worker._finish_one
+
+    def fail(self: Worker, work: Any) -> None:
+        if work.clip.name == "b":
+            raise RuntimeError("no sound")
+        original(self, work)
+
+    monkeypatch.setattr(Worker, "_finish_one", fail)
+    config = make(prompts, tmp_path / "run", "runtime.threads=2")
+    archive = tmp_path / "clips.zip"
+    assert generate(config, zip_to=str(archive)) == 3
+    assert not archive.exists()
+    assert list(files(tmp_path / "run")) == ["a.wav", "c.wav"]
+    row = rows(tmp_path / "run")["b"]
+    assert (row["status"], row["reason"], row["message"]) == ("failed", "error", "RuntimeError: no sound")
+    assert row["file"] is None
+    assert "b: error: RuntimeError: no sound" in capsys.readouterr().out
+    assert generate(config.model_copy(update={"max_failures": 1})) == 0
+    monkeypatch.setattr(Worker, "_finish_one", original)
+    assert generate(config) == 3  # a failed clip is not made again unasked
+    assert generate(config, retry_failed=True, zip_to=str(archive)) == 0
+    assert rows(tmp_path / "run")["b"]["status"] == "ok"
+
+
+def test_the_archive_is_flat_and_reproducible(same, run, tmp_path, idle):
+    assert same(zip_to=str(tmp_path / "one.zip")) == 0
+    assert same(zip_to=str(tmp_path / "new/two.zip")) == 0
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "new/two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip") as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == files(run)
+    with pytest.raises(UserError, match="not a local file"):
+        same(zip_to=str(tmp_path))
+
+
+def test_the_page_has_a_player_for_every_clip_and_needs_nothing_else(same, run, idle):
+    assert same(play_page=True) == 0
+    page = (run / "index.html").read_text(encoding="utf-8")
+    assert [run / source for source in re.findall(r"<audio[^>]* src='([^']+)'", page)] == [
+        run / f"clips/{name}.wav" for name in PROMPTS
+    ]
+    assert "a quiet café 🎹" in page
+    assert "http" not in page
+    assert "<script" not in page
+
+
+def test_a_prompt_cannot_put_markup_into_the_page(tmp_path, idle):
+    from ttmray.generation.play import write_page
+    from ttmray.storage import Folder
+
+    row = dict.fromkeys(("lufs", "true_peak_db", "reward_score", "clap_score", "file"))
+    row |= {"name": "x", "prompt_id": "x", "prompt": "<script>alert(1)</script>", "status": "failed", "message": "<b>"}
+    write_page(Folder.at(str(tmp_path)), [row], {"fingerprint": "0", "note": ""})
+    page = (tmp_path / "index.html").read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+
+
+def save(backbone: FluxAudio, path: Path) -> str:
+    save_file(backbone.state_dict(), path, {"backbone": json.dumps(backbone.config.to_dict())})
+    return str(path)
+
+
+def test_checkpoints_heads_and_two_checkpoints_reach_the_sampler(prompts, tmp_path):
+    first = save(debug_backbone(1), tmp_path / "first.safetensors")
+    second = save(debug_backbone(2), tmp_path / "second.safetensors")
+    one = tmp_path / "one.txt"
+    one.write_text("a calm piano\n")
+    settings = {
+        "v1": (f"checkpoint={first}",),
+        "v2": (f"checkpoint={first}", "head=v2"),
+        "second": (f"checkpoint={second}",),
+        "mix": (f"checkpoint={first}", f"second_checkpoint={second}", "sampler.mode=average"),
+    }
+    for name, sets in settings.items():
+        assert generate(make(one, tmp_path / name, "pad_to=null", *sets)) == 0
+    found = {name: next(iter(rows(tmp_path / name).values())) for name in settings}
+    assert len({row["sha256"] for row in found.values()}) == 4
+    assert found["mix"]["duration_s"] == 440_320 / 44_100
+    weights = json.loads(found["mix"]["weights"])
+    assert weights["second_checkpoint"] == hashlib.sha256(Path(second).read_bytes()).hexdigest()
+    save(debug_backbone(3), tmp_path / "first.safetensors")
+    with pytest.raises(UserError, match=r"belongs to another run:\n    weights.checkpoint"):
+        generate(make(one, tmp_path / "v1", "pad_to=null", *settings["v1"]))
+
+
+def test_weights_that_give_no_numbers_fail_every_clip(prompts, tmp_path):
+    broken = debug_backbone(0)
+    broken.final_layer.conv.bias.fill_(float("nan"))
+    path = save(broken, tmp_path / "broken.safetensors")
+    assert generate(make(prompts, tmp_path / "run", f"checkpoint={path}")) == 3
+    assert {row["status"] for row in rows(tmp_path / "run").values()} == {"failed"}
+    assert "not finite" in rows(tmp_path / "run")["a"]["message"]
+
+
+def test_a_job_whose_clips_all_fail_stops(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "ABORT_AFTER", 2)
+    broken = debug_backbone(0)
+    broken.final_layer.conv.bias.fill_(float("nan"))
+    path = save(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(UserError, match="2 of 2 clips failed, so the job stopped"):
+        generate(make(prompts, tmp_path / "run", f"checkpoint={path}"))
+    assert list(files(tmp_path / "run", "manifest")) == ["a.json", "b.json"]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_an_empty_folder(prompts, tmp_path):
+    other = BackboneConfig(text_dim=64, hidden=64, heads=2, depth=3, fused_depth=1, latent_dim=20, latent_len=312)
+    model = FluxAudio(other)
+    model.latent_mean.data.zero_()
+    model.latent_std.data.fill_(1.0)
+    path = save(model, tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match=r"checkpoint: the backbone makes 20 latent channels, the VAE .* has 40"):
+        generate(make(prompts, tmp_path / "run", f"checkpoint={path}"))
+    with pytest.raises(UserError, match="no score embedding, which does not fit head v1"):
+        generate(make(prompts, tmp_path / "run", f"checkpoint={path}", "head=v1"))
+    assert not (tmp_path / "run/run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("checkpoint=/none.safetensors",), r"checkpoint: /none.safetensors is not a file"),
+        (("head=v9", "checkpoint=x"), "head: Input should be 'none', 'v1'"),
+        (("head=v2",), "head and null say how a checkpoint is used"),
+        (("second_checkpoint=x", "checkpoint=x"), "sampler.mode single does not go with second_checkpoint"),
+        (("seed=-1",), "seed: Input should be greater than or equal to 0"),
+        (("samples=0",), "samples: Input should be greater than or equal to 1"),
+        (("sampler.score=.nan",), "sampler.score: Input should be a finite number"),
+        (("sampler.steps=0",), "sampler.steps: Input should be greater than or equal to 1"),
+        (("texts=[x]",), "needs prompts .a file. or texts, and not both"),
+        (("prompts=/none.csv",), r"/none.csv: not found"),
+        (("bundle=x",), "bundle: there is no bundle 'x'"),
+        (("runtime.device=tpu",), "runtime.device"),
+        (("postprocess={format: flac}",), "postprocess.format differs from format"),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_loaded_or_written(prompts, tmp_path, idle, sets, message):
+    with pytest.raises(UserError, match=message):
+        generate(make(prompts, tmp_path / "run", *sets))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_of_others_are_left_alone(prompts, tmp_path, idle):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not a generation run: it holds notes.txt"):
+        generate(make(prompts, tmp_path))
+    (tmp_path / "run.json").write_text('{"kind": "corpus"}')
+    with pytest.raises(UserError, match="does not describe a generation run"):
+        generate(make(prompts, tmp_path))
+
+
+def test_several_samples_are_numbered_and_planned_in_order(prompts):
+    config = make(prompts, Path("x"), "samples=2", "seed=7")
+    clips = plan_clips([Prompt("p", "x"), Prompt("q_1", "y")], config)
+    assert [clip.name for clip in clips] == ["p_0", "p_1", "q_1_0", "q_1_1"]
+    assert [(c.draw.prompt_id, c.draw.candidate, c.draw.seed) for c in clips[1:3]] == [("p", 1, 7), ("q_1", 0, 7)]
+
+
+def test_the_config_survives_the_way_to_a_worker(prompts):
+    for sets in ((), (FINISH, "format=flac"), ("postprocess={passes: 2, lufs: -14}", "bundle=debug-wide")):
+        config = make(prompts, Path("x"), *sets)
+        assert GenerateConfig.model_validate_json(config.model_dump_json()) == config
+    assert config.postprocess is not None
+    assert config.postprocess.bundle == "debug-wide"
+
+
+@pytest.mark.parametrize(("format", "subtype"), [("wav16", "PCM_16"), ("flac", "PCM_16"), ("wav", "FLOAT")])
+def test_files_have_the_format_that_was_asked_for(tmp_path, format, subtype):
+    config = load_config(
+        GenerateConfig, None, ["texts=[x]", f"output={tmp_path}", "sampler.steps=1", f"format={format}"]
+    )
+    assert generate(config) == 0
+    (row,) = rows(tmp_path).values()
+    assert row["file"].endswith(format.removesuffix("16"))
+    assert soundfile.info(str(tmp_path / row["file"])).subtype == subtype

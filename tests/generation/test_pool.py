@@ -1,0 +1,363 @@
+"""A pool is a corpus of generated clips: what it holds, who may make it, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ttmray.config import load_config
+from ttmray.corpus.shards import read_samples
+from ttmray.corpus.unit import Unit
+from ttmray.corpus.verify import problems
+from ttmray.errors import UserError
+from ttmray.generation.filter import read_pool
+from ttmray.generation.pool import choose_prompts, generate_pool, most_similar, plan_pool
+from ttmray.generation.pool_worker import CandidatesConfig, Vocode, Worker
+from ttmray.generation.sampler import Draw, Sampler, noise
+from ttmray.models.backbone import BackboneConfig, FluxAudio
+from ttmray.models.backbone_weights import debug_backbone
+from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.storage import Folder
+from ttmray.synth.corpus import write_random_corpus
+from ttmray.training.data import DataConfig, SourceConfig, open_mixture
+
+PROMPTS = {"a": "a calm piano", "b_1": "driving drums", "c": "A calm  piano"}
+KINDS = ("clap_audio.npy", "json", "latent_mean.npy", "latent_std.npy", "mert.npy")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    path.write_text(json.dumps([{"id": name, "prompt": text} for name, text in PROMPTS.items()]))
+    return path
+
+
+def make(source: Path | str, output: Path, *sets: str) -> CandidatesConfig:
+    usual = ("sampler.steps=1", "candidates=2", "unit_clips=4", "runtime.device=cpu", "runtime.threads=1")
+    return load_config(CandidatesConfig, None, [f"prompts={source}", f"output={output}", *usual, *sets])
+
+
+@pytest.fixture(scope="module")
+def finished(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two candidates for each of three prompts in two units. Do not change it: see `run`."""
+    output = tmp_path_factory.mktemp("finished") / "pool"
+    assert generate_pool(make(prompts, output)) == 0
+    return output
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "pool"))
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no models may be loaded."""
+
+    def refuse(self: Worker, config: str, protocol: str) -> None:
+        raise AssertionError("models are loaded")
+
+    monkeypatch.setattr(Worker, "__init__", refuse)
+
+
+def rows(run: Path) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in pq.read_table(run / "index.parquet").to_pylist()}
+
+
+def samples(run: Path) -> dict[str, dict[str, Any]]:
+    found = [dict(read_samples(path.read_bytes(), path.name)) for path in sorted((run / "shards").iterdir())]
+    return {key: sample for shard in found for key, sample in shard.items()}
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """What depends on the clips alone; names carry hashes of contents."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for folder in ("index", "shards", "captions")
+        for path in sorted((run / folder).iterdir())
+    } | {"index.parquet": (run / "index.parquet").read_bytes()}
+
+
+def test_every_candidate_has_a_row_that_says_how_it_was_drawn_and_what_it_scores(finished):
+    found = rows(finished)
+    assert list(found) == ["a_0", "a_1", "b_1_0", "b_1_1", "c_0", "c_1"]
+    for key, row in found.items():
+        assert key == f"{row['prompt_id']}_{row['candidate']}"
+        assert (row["status"], row["split"], row["pool_seed"], row["input_score"]) == ("ok", "train", 42, 2.0)
+        assert row["caption"] == " ".join(PROMPTS[row["prompt_id"]].split())  # without the sampler's prefix
+        assert row["reward_score"] == row["instrumental_reward_score"]
+        assert row["clap_score"] == row["instrumental_clap_score"]
+        values = [row[name] for name in ("reward_score", "clap_score", "lufs", "true_peak_db", "silence", "similarity")]
+        assert np.isfinite(values).all()
+        assert row["clipping"] == 0
+        assert row["similar_to"] in found.keys() - {key}
+        assert row["duration_s"] == pytest.approx(440_320 / 44_100)
+    assert len({row["sha256"] for row in found.values()}) == 6
+    assert len({row["unit"] for row in found.values()}) == 2
+
+
+def test_it_passes_the_checks_of_a_corpus_and_the_filter_reads_it(finished):
+    assert list(problems(Folder(str(finished)))) == []
+    table, fingerprint = read_pool(str(finished))
+    assert table.num_rows == 6
+    assert fingerprint == json.loads((finished / "run.json").read_text())["fingerprint"]
+
+
+def test_latents_are_those_of_the_sampler_and_points(finished):
+    models = open_bundle("debug").load(["text", "clap_condition", "backbone"], LoadOptions(device="cpu"))
+    config = CandidatesConfig(prompts="x").sampler.model_copy(update={"steps": 1})
+    sampler = Sampler([models.backbone], models.text, models.clap_condition, config)
+    expected = sampler.sample([Draw("b_1", "driving drums", seed=42, candidate=1)]).latents[0]
+    found = samples(finished)["b_1_1"]
+    assert sorted(found) == sorted(KINDS)
+    np.testing.assert_array_equal(found["latent_mean.npy"], expected.astype(np.float16))
+    assert not found["latent_std.npy"].any()
+    assert found["clap_audio.npy"].shape == (2, 512)
+    for kind in ("clap_audio.npy", "mert.npy"):
+        np.testing.assert_array_equal(*found[kind])
+    assert found["json"]["clipping"] == 0.0
+
+
+def test_candidates_of_one_prompt_differ_and_prompts_of_one_text_do_not_share_noise(finished):
+    found = samples(finished)
+    latents = {key: sample["latent_mean.npy"].astype(np.float32) for key, sample in found.items()}
+    assert not np.array_equal(latents["a_0"], latents["a_1"])
+    shape = latents["a_0"].shape
+    assert abs(np.corrcoef(noise(42, "a", shape, 0).ravel(), noise(42, "c", shape, 0).ravel())[0, 1]) < 0.05
+
+
+def test_training_reads_it_as_a_source(finished):
+    source = SourceConfig(corpus=str(finished), repeat=5)
+    mixture = open_mixture(DataConfig(sources=(source,)))
+    assert (len(mixture), mixture.shape) == (30, (430, 40))
+    read = mixture.read(np.arange(6), range(6), [(1, i) for i in range(6)])
+    found, stored = rows(finished), samples(finished)
+    captions = open_bundle("debug").load(["text"], LoadOptions(device="cpu")).text
+    for i, key in enumerate(read.keys):
+        assert read.batch.score is not None
+        assert read.batch.score[i].item() == pytest.approx(found[key]["instrumental_reward_score"])
+        np.testing.assert_array_equal(read.batch.mean[i], stored[key]["latent_mean.npy"])
+        expected = captions.encode([found[key]["caption"]])[0].astype(np.float16)
+        np.testing.assert_array_equal(read.batch.text[i], expected)
+    assert not read.batch.std.any()
+
+
+def test_units_change_no_clip(finished, prompts, tmp_path):
+    assert generate_pool(make(prompts, tmp_path / "pool", "unit_clips=1", "runtime.threads=2")) == 0
+    placed = {"unit", "shard"}
+    one, other = ({k: {n: v for n, v in row.items() if n not in placed} for k, row in rows(r).items()}
+                  for r in (finished, tmp_path / "pool"))  # fmt: skip
+    assert one == other
+
+
+def test_a_finished_pool_does_nothing_and_loads_nothing(prompts, run, idle, capsys):
+    before = files(run)
+    assert generate_pool(make(prompts, run)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert files(run) == before
+
+
+def test_only_what_is_not_committed_is_made_and_bytes_are_the_same(prompts, run, finished, monkeypatch):
+    for name in ("index/u000001.parquet", "index.parquet", "_SUCCESS.json"):
+        (run / name).unlink()
+    stray = run / "shards" / "u000001-000000000000.tar"  # of a writer that was killed before its commit
+    stray.write_bytes(b"half")
+    made = []
+    call = Worker.__call__
+    monkeypatch.setattr(Worker, "__call__", lambda self, unit: made.append(unit.name) or call(self, unit))
+    assert generate_pool(make(prompts, run)) == 0
+    assert made == ["u000001"]
+    assert files(run) == files(finished)
+
+
+def test_a_pool_that_was_killed_before_its_end_is_finished_without_models(prompts, run, finished, idle):
+    (run / "_SUCCESS.json").unlink()
+    (run / "index.parquet").unlink()
+    assert generate_pool(make(prompts, run)) == 0
+    assert files(run) == files(finished)
+    assert (run / "_SUCCESS.json").exists()
+
+
+def test_captions_can_have_the_prefix_and_scores_stay_those_of_the_prompt(finished, prompts, tmp_path):
+    config = make(prompts, tmp_path / "pool", "caption=prefixed", "prompt_count=1")
+    assert generate_pool(config) == 0
+    expected, found = rows(finished)["a_1"], rows(tmp_path / "pool")["a_1"]
+    assert found["caption"] == config.sampler.prefix + "a calm piano"
+    for name in ("sha256", "clap_score", "reward_score"):
+        assert found[name] == expected[name]
+
+
+def test_audio_can_be_kept(prompts, tmp_path):
+    assert generate_pool(make(prompts, tmp_path / "pool", "keep_audio=true", "prompt_count=1", "candidates=1")) == 0
+    (sample,) = samples(tmp_path / "pool").values()
+    assert sample["flac"].startswith(b"fLaC")
+
+
+class Decoder:
+    """Gives the waves that a test wants."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *waves: np.ndarray) -> None:
+        self.waves = list(waves)
+
+    def to_audio(self, latents: np.ndarray) -> np.ndarray:
+        return self.waves.pop(0)[None]
+
+
+def test_clipped_clips_are_rejected_and_short_ones_padded():
+    loud = (0.9 * np.sin(np.arange(1000))).astype(np.float32)
+    clipped = np.clip(3 * loud, -1, 1)
+    unit = Unit("u", [], [{"key": k, "status": "ok"} for k in ("loud", "clipped")])
+    unit.clips = {"latent_mean": np.zeros((2, 3, 4), np.float16)}
+    config = CandidatesConfig(prompts="x", pad_to=1500)
+    done = Vocode(config, Decoder(loud, clipped), threads=1)(unit)
+    statuses = [(row["status"], row.get("reason", "")) for row in done.rows]
+    assert statuses == [("ok", ""), ("rejected", "clipped")]
+    assert done.rows[1]["clipping"] == pytest.approx(np.mean(np.abs(clipped) >= 0.999))
+    assert done.clips["mix"].shape == (1, 1, 1500)
+    np.testing.assert_array_equal(done.clips["mix"][0, 0, :1000], loud)
+    assert not done.clips["mix"][0, 0, 1000:].any()
+
+
+def test_a_pool_of_silence_is_refused_and_not_finished(prompts, tmp_path):
+    config = make(prompts, tmp_path / "pool", "silence_dbfs=0", "prompt_count=1")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the 2 clips is usable \(silent 2\)"):
+            generate_pool(config)
+        assert not (tmp_path / "pool" / "_SUCCESS.json").exists()
+
+
+def backbone_file(path: Path, scale: float, **config: Any) -> Path:
+    model = debug_backbone(0)
+    if config:
+        model = FluxAudio(BackboneConfig(hidden=64, heads=2, depth=3, fused_depth=1, **config))
+        model.latent_mean.zero_()
+    model.latent_std.fill_(scale)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+def test_latents_beyond_float16_fail_with_a_reason(prompts, tmp_path):
+    weights = backbone_file(tmp_path / "w.safetensors", 1e7)
+    config = make(prompts, tmp_path / "pool", f"checkpoint={weights}", "prompt_count=1", "candidates=1")
+    with pytest.raises(UserError, match=r"none of the 1 clips is usable \(error 1\)"):
+        generate_pool(config)
+    row = pq.read_table(tmp_path / "pool" / "index" / "u000000.parquet").to_pylist()[0]
+    assert (row["status"], row["stage"]) == ("failed", "sample")
+    assert "latents as float16: not finite" in row["message"]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_no_run_behind(prompts, tmp_path):
+    weights = backbone_file(tmp_path / "w.safetensors", 1.0, latent_dim=20, text_dim=64)
+    with pytest.raises(UserError, match="20 latent channels"):
+        generate_pool(make(prompts, tmp_path / "pool", f"checkpoint={weights}"))
+    assert [path for path in (tmp_path / "pool").rglob("*") if path.is_file()] == []
+
+
+def test_another_run_is_refused_with_what_differs(prompts, run, tmp_path, idle):
+    weights = backbone_file(tmp_path / "w.safetensors", 1.0)
+    for sets, line in (
+        (("seed=1",), "config.seed: 42 -> 1"),
+        (("sampler.score=3",), "config.sampler.score: 2.0 -> 3.0"),
+        ((f"checkpoint={weights}",), "weights.checkpoint"),
+        (("prompt_count=2",), "1 prompt removed: c"),
+    ):
+        with pytest.raises(UserError) as error:
+            generate_pool(make(prompts, run, *sets))
+        assert line in str(error.value)
+
+
+def test_a_folder_of_something_else_is_refused(prompts, tmp_path, idle):
+    (tmp_path / "thesis.doc").write_text("x")
+    with pytest.raises(UserError, match=r"holds thesis\.doc"):
+        generate_pool(make(prompts, tmp_path))
+    (tmp_path / "run.json").write_text('{"kind": "corpus"}')
+    with pytest.raises(UserError, match="does not describe a pool"):
+        generate_pool(make(prompts, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("table", "sets", "message"),
+    [
+        ("id,prompt\na.b,x\n", (), "the id a.b cannot be part of a key"),
+        (f"id,prompt\n{'a' * 65},x\n", (), "cannot be part of a key"),
+        ("id,prompt\na,x\n", ("prompt_count=2",), "has 1 prompts, prompt_count is 2"),
+        ("id,prompt\na,x\n", ("checkpoint=gone.safetensors",), "is not a file"),
+        ("id,prompt\n", (), "holds no prompts"),
+    ],
+)
+def test_wrong_input_is_found_before_anything_is_written(tmp_path, idle, table, sets, message):
+    (tmp_path / "prompts.csv").write_text(table)
+    with pytest.raises(UserError, match=message):
+        generate_pool(make(tmp_path / "prompts.csv", tmp_path / "pool", *sets))
+    assert not (tmp_path / "pool").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("corpus=x",), "prompts .* or corpus"),
+        (("prompts=null",), "prompts .* or corpus"),
+        (("head=v2",), "there is none"),
+        (("sampler.mode=average",), "one checkpoint"),
+    ],
+)
+def test_contradicting_settings_are_refused(tmp_path, sets, message):
+    with pytest.raises(UserError, match=message):
+        make("x.csv", tmp_path, *sets)
+
+
+@pytest.mark.parametrize("held", ["id,prompt\nz,A CALM piano\n", "id,prompt\nb_1,something else\n"])
+def test_held_out_prompts_are_refused_by_text_and_by_id(prompts, tmp_path, idle, held):
+    (tmp_path / "held.csv").write_text(held)
+    with pytest.raises(UserError, match="held out by"):
+        generate_pool(make(prompts, tmp_path / "pool", f"held_out={tmp_path / 'held.csv'}"))
+
+
+def test_prompts_of_a_corpus_are_captions_of_training_clips_alone(tmp_path):
+    sizes = {"latent": (5, 4), "text": (3, 8), "clips_per_track": 1}
+    corpus = write_random_corpus(str(tmp_path / "corpus"), tracks=9, captions=6, validation=1, test=1, **sizes).uri
+    # tracks 7 and 8 are held out and share the captions of tracks 1 and 2
+    usual = ("prompts=null", f"corpus={corpus}")
+    chosen = choose_prompts(make("x", tmp_path / "pool", *usual))
+    assert {prompt.text for prompt in chosen} == {f"a caption of number {i}" for i in (0, 3, 4, 5)}
+    some = choose_prompts(make("x", tmp_path / "pool", *usual, "prompt_count=2"))
+    assert some == chosen[:2]
+    orders = {tuple(p.id for p in choose_prompts(make("x", tmp_path, *usual, f"seed={s}"))) for s in range(9)}
+    assert len(orders) > 1
+
+
+def test_a_caption_of_several_prompts_is_stored_once(prompts, tmp_path):
+    plan = plan_pool(choose_prompts(make(prompts, tmp_path)), make(prompts, tmp_path))
+    assert plan.table["caption_owner"].to_pylist() == [True, True, True]  # texts differ by case
+    (tmp_path / "p.csv").write_text("id,prompt\na,same\nb,same\n")
+    config = make(tmp_path / "p.csv", tmp_path)
+    assert plan_pool(choose_prompts(config), config).table["caption_owner"].to_pylist() == [True, False]
+
+
+@given(st.integers(2, 12), st.integers(0, 2**32 - 1))
+def test_the_most_similar_clip_is_that_of_the_highest_cosine(count, seed):
+    vectors = np.random.default_rng(seed).normal(size=(count, 5)).astype(np.float32)
+    found = most_similar({f"k{i:02}": vector for i, vector in enumerate(vectors)})
+    for i, vector in enumerate(vectors):
+        others = {
+            f"k{j:02}": float(vector @ other / np.linalg.norm(vector) / np.linalg.norm(other))
+            for j, other in enumerate(vectors)
+            if j != i
+        }
+        cosine, key = found[f"k{i:02}"]
+        assert cosine == pytest.approx(max(others.values()), abs=2e-6)
+        assert others[key] == pytest.approx(cosine, abs=2e-6)
+
+
+def test_one_clip_is_similar_to_none():
+    assert most_similar({"a": np.ones(3, np.float32)}) == {}

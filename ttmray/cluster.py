@@ -1,0 +1,85 @@
+"""Ray for everybody else: join or start a cluster, and do the same work over many items.
+
+Only this file, `corpus/pipeline.py` (Ray Data), `training/launch.py` (Ray Train) and `chain.py` import Ray.
+"""
+
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from ttmray.config import Config
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class PoolConfig(Config):
+    """Where work runs; none of it changes a result beyond last bits of a device."""
+
+    runner: Literal["local", "ray"] = "local"
+    """`ray` joins the cluster that RAY_ADDRESS names, else starts one on this machine."""
+    workers: int = Field(1, ge=1)
+    """Ray actors; at most one per item."""
+    cpus: float = Field(1.0, gt=0)
+    """CPUs per actor."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs per actor."""
+
+
+def each(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: PoolConfig) -> Iterator[Result]:
+    """Results in any order. `make` builds the work once per process, e.g. loads models; it must pickle.
+
+    Raises:
+        Exception: what the work raised, with its own type.
+    """
+    if config.runner == "local" or not items:
+        yield from map(make(), items) if items else ()
+        return
+    import ray
+    from ray.util import ActorPool
+
+    count = min(config.workers, len(items))
+    connect(max(math.ceil(count * config.cpus), os.cpu_count() or 1))
+    actor = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=3, max_task_retries=3)(_Actor)
+    pool = ActorPool([actor.remote(make) for _ in range(count)])
+    try:
+        yield from pool.map_unordered(lambda worker, item: worker.work.remote(item), list(items))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+class _Actor:
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        self._make = make
+        self._work: Callable[[Any], Any] | None = None
+
+    def work(self, item: Any) -> Any:
+        self._work = self._work or self._make()  # here, because errors of a constructor lose their type
+        return self._work(item)
+
+
+def connect(cpus: int, *, object_store_gib: float | None = None, show_workers: bool = False) -> None:
+    """Join the cluster that RAY_ADDRESS names (set by `ray job submit`), else start an instance on this machine.
+
+    Args:
+        cpus: logical CPUs that an instance started here has.
+        object_store_gib: its object store; default: Ray's own choice (30 % of RAM).
+        show_workers: print what workers print.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        options = {"address": "local", "include_dashboard": False, "num_cpus": cpus}
+        if object_store_gib:
+            options["object_store_memory"] = int(object_store_gib * 2**30)
+    on_termination = signal.getsignal(signal.SIGTERM)
+    ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
+    signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word

@@ -1,0 +1,106 @@
+"""The config of `jobs/generate.py` and `ttmray generate`: prompts in, audio files and a manifest out."""
+
+import os
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ttmray.cluster import PoolConfig
+from ttmray.config import Config, execution
+from ttmray.generation.postprocess import PostprocessConfig
+from ttmray.generation.sampler import SamplerConfig
+from ttmray.models.score_heads import Head, Null
+
+OURS = ("bundle", "format")
+"""Fields of post-processing that are those of the whole run."""
+
+
+class RuntimeConfig(Config):
+    """Where and how fast. On CPUs none of it changes a byte; a GPU, its batch and `compile` change last bits."""
+
+    pool: PoolConfig = PoolConfig()
+    """In this process, or Ray actors. An actor has a GPU only if `pool.gpus` says so."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` is cuda where there is one."""
+    batch: int = Field(16, ge=1, le=1024)
+    """Clips per forward on a GPU. On a CPU models always see one clip at a time."""
+    threads: int | Literal["auto"] = Field("auto")
+    """Clips that a process makes side by side on a CPU, and finishes (loudness, files) side by side everywhere, each
+    in one thread; `auto` is one per CPU, for Ray actors as many as `pool.cpus`."""
+    compile: bool = False
+    """Compile the backbone: minutes at the first batch, faster from then on."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.threads, int) and self.threads < 1:
+            raise ValueError("threads needs 1 or more, or auto")
+        return self
+
+    @property
+    def thread_count(self) -> int:
+        if isinstance(self.threads, int):
+            return self.threads
+        return (os.cpu_count() or 1) if self.pool.runner == "local" else max(1, int(self.pool.cpus))
+
+
+class GenerateConfig(Config):
+    """What to generate, and how."""
+
+    prompts: str | None = execution(None)
+    """File of prompts (CSV, TSV, JSON, JSON lines, or text with one per line)."""
+    texts: tuple[str, ...] = execution(())
+    """Prompts, instead of a file."""
+    output: str = execution("runs/generate")
+    """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
+    added to a folder, other settings need another one."""
+    bundle: str = "debug"
+    """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
+    checkpoint: str | None = execution(None)
+    """Weights of the backbone (.safetensors or .pth; its hash is part of the run's identity); default: the bundle's.
+    On a cluster every node must see the file under this path."""
+    second_checkpoint: str | None = execution(None)
+    """For `sampler.mode` crossover, crossover_reverse and average."""
+    head: Head | None = None
+    """Forward that uses the checkpoint's score embedding; default: the one that the file names."""
+    null: Null | None = None
+    """What a dropped score is; default: what the file names."""
+    seed: int = Field(42, ge=0, lt=2**63)
+    """Seed of the noise, together with the prompt's id (the paper's submissions: 42 and 55)."""
+    samples: int = Field(1, ge=1, le=10_000)
+    """Clips per prompt; more than one are named `<id>_0`, `<id>_1`, ..."""
+    sampler: SamplerConfig = SamplerConfig()
+    pad_to: int | None = Field(441_000, ge=1)
+    """Samples at 44.1 kHz that a clip is padded to with zeros, or cut to, before post-processing: 430 latents are
+    440,320 samples and the challenge wants 10 s. null: as decoded."""
+    postprocess: PostprocessConfig | None = None
+    """Separation and loudness; null: none. Its bundle and format are those of the run."""
+    format: Literal["wav", "wav16", "flac"] = "wav"
+    """`wav` is float32, `wav16` and `flac` have 16 bits with dither."""
+    scores: bool = False
+    """Also write reward and CLAP score (with the prompt, without prefix) of every clip into the manifest."""
+    max_failures: Annotated[int, Field(ge=0)] = execution(0)
+    """Exit code 3 when more clips than this failed."""
+    runtime: RuntimeConfig = execution(RuntimeConfig())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_postprocess(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("postprocess"), dict):
+            ours = {name: values.get(name, cls.model_fields[name].default) for name in OURS}
+            return values | {"postprocess": ours | values["postprocess"]}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.prompts is None) == (not self.texts):
+            raise ValueError("needs prompts (a file) or texts, and not both")
+        if (self.sampler.mode == "single") != (self.second_checkpoint is None):
+            raise ValueError(f"sampler.mode {self.sampler.mode} does not go with second_checkpoint")
+        if self.second_checkpoint is not None and self.checkpoint is None:
+            raise ValueError("second_checkpoint needs a checkpoint")
+        if self.checkpoint is None and (self.head or self.null):
+            raise ValueError("head and null say how a checkpoint is used; there is none")
+        for name in OURS:
+            if self.postprocess is not None and getattr(self.postprocess, name) != getattr(self, name):
+                raise ValueError(f"postprocess.{name} differs from {name}; leave it out")
+        return self

@@ -1,0 +1,333 @@
+"""Which generated clips are worth learning from: gates, a blend of two z-scores, the top decile (paper III-D, Stage 2).
+
+A pool (generation/pool.py) is a corpus run of generated clips, whose index has more columns than a corpus's.
+"""
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from ttmray.config import Config, differences, identity
+from ttmray.console import console
+from ttmray.corpus import index, shards
+from ttmray.corpus.job import RUN
+from ttmray.corpus.unit import OK
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.generation.pool import COLUMNS
+from ttmray.storage import Folder
+from ttmray.training.files import VERIFY
+
+KEPT, REPORT = "kept.txt", "selection.json"
+PERCENTILES = (5, 25, 50, 75, 90, 95)
+Reward = Literal["reward_score", "instrumental_reward_score"]
+
+
+class FilterConfig(Config):
+    """What is kept of a pool. Gates are ours: the paper names none."""
+
+    reward: Reward = "instrumental_reward_score"
+    """Column of the reward."""
+    reward_weight: float = Field(0.5, ge=0)
+    """Of its z-score in the blend. Only the ratio of the weights counts."""
+    clap_weight: float = Field(0.5, ge=0)
+    """Of the z-score of `clap_score`, the cosine of prompt and clip."""
+    share: float = Field(0.1, gt=0, lt=1)
+    """Share of the clips that pass the gates, rounded up."""
+    count: int | None = Field(None, ge=1)
+    """Number of clips instead of a share; the paper keeps 64."""
+    per_prompt: int | None = Field(None, ge=1)
+    """Most clips of one prompt; null: the best of all, whatever their prompts, as in the paper."""
+    max_silence: float | None = Field(0.5, ge=0, le=1)
+    """Largest share of silent 100 ms frames."""
+    max_clipping: float | None = Field(0.01, ge=0, le=1)
+    """Largest share of samples at full scale. The pool has rejected what is above its own `max_clipping`."""
+    max_similarity: float | None = Field(0.99, ge=-1, le=1)
+    """CLAP cosine from which a clip is a near-duplicate of a better one that is kept."""
+
+
+class Selection(NamedTuple):
+    """Keys of the kept clips, best first, and the report as plain JSON types."""
+
+    keys: list[str]
+    report: dict[str, Any]
+
+
+def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None = None) -> int:
+    """Choose clips of a finished pool; writes `kept.txt`, `selection.json` and `selection.md` into `output`.
+
+    Args:
+        corpus: run folder of the training corpus, whose rewards the kept ones are compared with.
+
+    Raises:
+        UserError: no pool, too few clips, scores that are all equal, or an output folder of another selection.
+    """
+    table, fingerprint = read_pool(pool)
+    out = Folder.at(output)
+    what = json.loads(json.dumps({"pool": fingerprint, "filter": identity(config)}))
+    if out.exists(REPORT):
+        lines = differences(json.loads(out.read(REPORT)).get("identity"), what)
+        if lines:
+            raise UserError(f"{out} holds another selection:\n    " + "\n    ".join(lines), "Choose another folder.")
+    embeddings = {} if config.max_similarity is None else read_embeddings(Folder.at(pool), table)
+    try:
+        keys, report = select(table, config, embeddings)
+    except UserError as error:
+        raise UserError(f"{pool}: {error.message}", error.hint) from error
+    if corpus is not None:
+        kept = report["distributions"]["reward"]["after"]["mean"]
+        report["train"] = compare(train_rewards(corpus, config.reward), kept)
+    report = {"identity": what, **report}
+    out.write(REPORT, json.dumps(report, indent=1).encode())
+    out.write("selection.md", markdown(report).encode())
+    out.write(KEPT, "".join(f"{key}\n" for key in keys).encode())
+    console.print(f"{len(keys)} of {table.num_rows} clips kept: {out.path(KEPT)}", markup=False)
+    return EXIT_OK
+
+
+def read_pool(folder: str) -> tuple[pa.Table, str]:
+    """All rows of a finished pool, and its fingerprint.
+
+    Raises:
+        UserError: not finished, damaged, or no pool.
+    """
+    run = Folder.at(folder)
+    if not run.exists(index.MERGED):
+        raise UserError(f"{folder} is not a finished pool: it has no {index.MERGED}.", "Finish its generation.")
+    table = index.read_merged(run)
+    whole = pq.read_table(io.BytesIO(run.read(index.MERGED)))
+    missing = [name for name in COLUMNS.names if name not in whole.column_names]
+    if missing:
+        raise UserError(f"{folder} is no pool: its index has no column {missing[0]}.", "Make one with `ttmray pool`.")
+    for name in COLUMNS.names:
+        table = table.append_column(name, whole[name])
+    try:
+        return table, str(json.loads(run.read(RUN))["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.path(RUN)} does not describe a run.", "Restore it, or make the pool again.") from error
+
+
+def read_embeddings(run: Folder, table: pa.Table) -> dict[str, np.ndarray]:
+    """(512,) CLAP embedding of every ok clip by its key.
+
+    Raises:
+        UserError: a shard is missing or damaged.
+    """
+    rows = table.filter(pc.equal(table["status"], OK))
+    found = {}
+    for name in sorted(set(rows["shard"].to_pylist())):
+        for key, sample in shards.read_samples(run.read(name), run.path(name)):
+            found[key] = np.atleast_2d(sample["clap_audio.npy"])[0].astype(np.float64)
+    for row in rows.select(["key", "shard"]).to_pylist():
+        if row["key"] not in found:
+            raise UserError(f"{run.path(row['shard'])} is damaged: clip {row['key']} is not there.", VERIFY)
+    return found
+
+
+def z_scores(values: np.ndarray, what: str) -> np.ndarray:
+    """(n,) values with mean 0 and standard deviation 1 (ddof 0).
+
+    Raises:
+        UserError: they are all equal.
+    """
+    spread = values.std()
+    if not spread > 1e-12 * np.abs(values).max(initial=0):  # sums of equal numbers round
+        raise UserError(
+            f"{what} is the same ({values[0]:g}) for all {len(values)} clips, so it ranks none.",
+            "Give it weight 0, or score the pool with another model.",
+        )
+    return (values - values.mean()) / spread
+
+
+def blend(reward: np.ndarray, clap: np.ndarray, reward_weight: float, clap_weight: float) -> np.ndarray:
+    """(n,) weighted mean of the z-scores of rewards and CLAP scores; equal weights are the paper's.
+
+    Raises:
+        UserError: no weight, or a score that is the same for all.
+    """
+    total = reward_weight + clap_weight
+    if total <= 0:
+        raise UserError("reward_weight and clap_weight are both 0.", "Give one of them a weight.")
+    blended = np.zeros(len(reward))
+    for name, values, weight in (("the reward", reward, reward_weight), ("clap_score", clap, clap_weight)):
+        if weight:
+            blended += weight / total * z_scores(values, name)
+    return blended
+
+
+def excluded(table: pa.Table, config: FilterConfig) -> np.ndarray:
+    """(n,) why a clip does not take part, "" where it does. What was not measured does not pass."""
+    ok = table["status"].to_numpy() == OK
+    reason = np.where(ok, "", table["status"].to_numpy()).astype(object)
+
+    def refuse(where: np.ndarray, why: str) -> None:
+        reason[(reason == "") & where] = why
+
+    for name, weight in ((config.reward, config.reward_weight), ("clap_score", config.clap_weight)):
+        if weight:
+            refuse(~np.isfinite(numbers(table, name)), f"no {name}")
+    for name, bound in (("silence", config.max_silence), ("clipping", config.max_clipping)):
+        if bound is not None:
+            values = numbers(table, name)
+            refuse(np.isnan(values), f"no {name}")
+            refuse(values > bound, f"{name} > {bound:g}")
+    return reason
+
+
+def numbers(table: pa.Table, column: str) -> np.ndarray:
+    """(n,) float64 of a column; NaN for null."""
+    return table[column].to_numpy().astype(np.float64)
+
+
+def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.ndarray]) -> Selection:
+    """The best clips of a pool by the blend, whose z-scores are those of all clips that pass the gates.
+
+    The same clips in any order give the same selection: equal blends are ordered by key.
+
+    Args:
+        embeddings: by key; needed where `config.max_similarity` is set.
+
+    Raises:
+        UserError: scores that are all equal, or fewer clips than are to be kept.
+    """
+    reason = excluded(table, config)
+    rows = table.filter(pa.array(reason == ""))
+    out = dict(sorted(Counter(why for why in reason.tolist() if why).items()))
+    count = config.count or math.ceil(round(config.share * rows.num_rows, 9))
+    least = count + 1 if config.count else math.ceil(round(1 / config.share, 9))
+    if rows.num_rows < least:
+        raise UserError(
+            f"{rows.num_rows} of {table.num_rows} clips can be chosen from (left out: {_counts(out)}), "
+            f"at least {least} are needed to keep the best {config.count or f'{config.share:.0%}'}.",
+            "Sample more candidates, keep another share, or loosen the gates.",
+        )
+    # sums must not depend on the order of the rows
+    rows = rows.sort_by("key")
+    reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
+    blended = blend(reward, clap, config.reward_weight, config.clap_weight)
+    kept, passed_over = _pick(rows, np.argsort(-blended, kind="stable"), count, config, embeddings)
+    if len(kept) < count:
+        raise UserError(
+            f"only {len(kept)} of the {count} clips to be kept are left (passed over: {_counts(passed_over)}).",
+            "Sample more candidates, or raise per_prompt or max_similarity.",
+        )
+    of_prompt = rows["prompt_id"].to_pylist()
+    eligible, chosen = Counter(of_prompt), Counter(of_prompt[i] for i in kept)
+    parts = {"reward": reward, "clap_score": clap, "blend": blended}
+    report = {
+        "clips": {"pool": table.num_rows, "eligible": rows.num_rows, "kept": len(kept)},
+        "excluded": out,
+        "passed_over": passed_over,
+        "distributions": {
+            name: {"before": describe(values), "after": describe(values[kept])}
+            for name, values in parts.items()
+            if np.isfinite(values).all()
+        },
+        "prompts": {
+            "pool": len(set(table["prompt_id"].to_pylist())),
+            "kept": len(chosen),
+            "largest_share": max(chosen.values()) / len(kept),
+            "each": {name: {"eligible": eligible[name], "kept": chosen[name]} for name in sorted(eligible)},
+        },
+    }
+    keys = rows["key"].to_pylist()
+    return Selection([keys[i] for i in kept], report)
+
+
+def _pick(
+    rows: pa.Table, order: np.ndarray, count: int, config: FilterConfig, embeddings: Mapping[str, np.ndarray]
+) -> tuple[list[int], dict[str, int]]:
+    """Rows from the best on, but no near-duplicates of better ones and no more of a prompt than allowed."""
+    keys, prompts = rows["key"].to_pylist(), rows["prompt_id"].to_pylist()
+    kept: list[int] = []
+    directions: list[np.ndarray] = []
+    of_prompt: Counter[str] = Counter()
+    passed_over = {"prompt has enough": 0, "near-duplicate": 0}
+    for i in order.tolist():
+        if len(kept) == count:
+            break
+        if config.per_prompt is not None and of_prompt[prompts[i]] >= config.per_prompt:
+            passed_over["prompt has enough"] += 1
+            continue
+        if config.max_similarity is not None:
+            vector = embeddings[keys[i]] / np.linalg.norm(embeddings[keys[i]])
+            if directions and np.max(np.stack(directions) @ vector) >= config.max_similarity:
+                passed_over["near-duplicate"] += 1
+                continue
+            directions.append(vector)
+        kept.append(i)
+        of_prompt[prompts[i]] += 1
+    return kept, passed_over
+
+
+def describe(values: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation (ddof 1), extremes and percentiles."""
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    found = {"mean": float(values.mean()), "std": spread, "min": float(values.min()), "max": float(values.max())}
+    return found | {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+
+
+def train_rewards(corpus: str, column: str) -> np.ndarray:
+    """Rewards of the train split of a corpus.
+
+    Raises:
+        UserError: there are none.
+    """
+    table = index.read_index(Folder.at(corpus))
+    rows = table.filter(pc.and_(pc.equal(table["status"], OK), pc.equal(table["split"], "train")))
+    values = numbers(rows, column)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        raise UserError(f"{corpus} has no {column} in its train split.", "Compare with another corpus, or with none.")
+    return values
+
+
+def compare(train: np.ndarray, kept_mean: float) -> dict[str, Any]:
+    """Where the mean reward of the kept clips lies among the training clips (the paper: +1.05, the upper 20 %)."""
+    return {
+        "clips": len(train),
+        **describe(train),
+        "kept_mean": kept_mean,
+        "share_at_or_above_kept_mean": float(np.mean(train >= kept_mean)),
+    }
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    clips, prompts = report["clips"], report["prompts"]
+    lines = [
+        "# Selection",
+        "",
+        f"- {clips['kept']} kept of {clips['eligible']} eligible clips; {clips['pool']} in the pool",
+        f"- left out: {_counts(report['excluded'])}",
+        f"- passed over: {_counts(report['passed_over'])}",
+        f"- {prompts['kept']} of {prompts['pool']} prompts; the largest share of one is {prompts['largest_share']:.1%}",
+    ]
+    if "train" in report:
+        train = report["train"]
+        lines.append(
+            f"- mean reward of the kept clips {train['kept_mean']:+.3f}: "
+            f"{train['share_at_or_above_kept_mean']:.1%} of {train['clips']} training clips have as much"
+        )
+    columns = ("mean", "std", "min", *(f"p{p}" for p in PERCENTILES), "max")
+    rows = {
+        f"{name}, {when}": values for name, part in report["distributions"].items() for when, values in part.items()
+    }
+    rows |= {"reward, training clips": report["train"]} if "train" in report else {}
+    lines += ["", f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    lines += [f"| {name} | {' | '.join(f'{row[c]:+.3f}' for c in columns)} |" for name, row in rows.items()]
+    lines += ["", "| prompt | eligible | kept |", "|---|---|---|"]
+    lines += [f"| {name} | {row['eligible']} | {row['kept']} |" for name, row in prompts["each"].items() if row["kept"]]
+    return "\n".join(lines) + "\n"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{why} {count}" for why, count in counts.items() if count) or "none"

@@ -1,0 +1,246 @@
+"""The generation job: plan, resume by manifest, make, merge.
+
+A run folder holds `run.json` (settings and weights), `clips/` and `manifest/` (one row per clip, written after its
+audio). A clip is done when its row is there and its file has the hash that the row says; so killing the job at any time
+costs the clips in work and nothing else. Rows of failed clips stay until `--retry-failed`.
+"""
+
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ttmray import __version__
+from ttmray.cluster import each
+from ttmray.config import differences, fingerprint, identity
+from ttmray.console import console, meter
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.generation import manifest
+from ttmray.generation.config import GenerateConfig
+from ttmray.generation.manifest import FAILED, OK
+from ttmray.generation.play import write_page
+from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
+from ttmray.generation.sampler import Draw
+from ttmray.generation.worker import Clip, Job, Worker, roles_of
+from ttmray.models.bundle import Bundle, open_bundle, resolve_device
+from ttmray.models.weights import digest_file
+from ttmray.storage import Folder, absolute
+
+RUN = "run.json"
+ABORT_AFTER = 50
+"""Once this many clips are done and more than half of them failed, the job stops."""
+
+
+def generate(
+    config: GenerateConfig, *, retry_failed: bool = False, zip_to: str | None = None, play_page: bool = False
+) -> int:
+    """Make, or go on making, the clips of `config`; returns the exit code.
+
+    Args:
+        retry_failed: make failed clips once more.
+        zip_to: local file for an archive of the clips (`<name>.wav`, flat): the challenge's submission.
+        play_page: write `index.html` with players into the run folder.
+
+    Raises:
+        UserError: for everything that the user can mend; wrong input is found before any model runs.
+    """
+    started = time.perf_counter()
+    config = _with_absolute_paths(config)
+    clips = plan_clips(given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts), config)
+    run = Folder.at(config.output)
+    bundle = open_bundle(config.bundle)
+    described = _describe(config, bundle)
+    rows = manifest.read_rows(run) if _same_run(run, described) else {}
+    _check_prompts(run, clips, rows)
+    if bundle.note:
+        console.print(f"[yellow]{bundle.note}[/yellow]")
+    todo = _todo(run, clips, rows, retry_failed)
+    seconds: Counter[str] = Counter()
+    made: list[dict[str, Any]] = []
+    if todo:
+        if len(todo) < len(clips):
+            console.print(f"{len(clips) - len(todo)} of {len(clips)} clips are done, {len(todo)} to do")
+        run.sweep_temporary()
+        fresh = run.create(RUN, json.dumps(described, indent=1).encode())
+        try:
+            made = _make(config, described, todo, seconds)
+        except UserError:
+            if fresh and not run.files(manifest.ROWS, sizes=False):
+                run.delete(RUN)  # settings that made nothing shall not bind the folder
+            raise
+    else:
+        console.print(f"nothing to do: all {len(clips)} clips of {run} are done")
+    rows |= {row["name"]: row for row in made}
+    planned = [rows.pop(clip.name) for clip in clips]
+    manifest.merge(run, planned + [rows[name] for name in sorted(rows)])  # clips of other prompts stay in the table
+    failed = _report(run, planned, made, seconds, time.perf_counter() - started)
+    if play_page:
+        page = write_page(run, planned, described)
+        console.print(f"players: open {page}", markup=False)
+    if zip_to is not None and failed:
+        console.print(f"[red]no {zip_to}: {failed} clips are missing[/red]; --retry-failed makes them once more")
+    elif zip_to is not None:
+        console.print(f"{manifest.write_zip(run, planned, zip_to)} clips in {zip_to}", markup=False)
+    return EXIT_TOO_MANY_FAILURES if failed > (0 if zip_to is not None else config.max_failures) else EXIT_OK
+
+
+def plan_clips(prompts: Sequence[Prompt], config: GenerateConfig) -> list[Clip]:
+    """All clips in the order of the prompts.
+
+    A single sample is named as its prompt, several have the candidate's number after an underscore.
+    """
+    many = config.samples > 1
+    return [
+        Clip(f"{prompt.id}_{k}" if many else prompt.id, Draw(prompt.id, prompt.text, config.seed, k))
+        for prompt in prompts
+        for k in range(config.samples)
+    ]
+
+
+def _with_absolute_paths(config: GenerateConfig) -> GenerateConfig:
+    """Ray's workers run in another folder."""
+    paths = {name: getattr(config, name) for name in ("prompts", "output", "checkpoint", "second_checkpoint")}
+    return config.model_copy(update={name: absolute(path) for name, path in paths.items() if path is not None})
+
+
+def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
+    """What `run.json` holds. Prompts are not part of the identity: more can be added later."""
+    roles = roles_of(config) | (
+        {"separator"} if config.postprocess is not None and config.postprocess.passes else set()
+    )
+    models = bundle.identity(roles)
+    weights = {"bundle": fingerprint(models)}
+    for field in ("checkpoint", "second_checkpoint"):
+        path = getattr(config, field)
+        if path is not None:
+            if not Path(path).is_file():
+                raise UserError(f"{field}: {path} is not a file.", "Give the path of a .safetensors or .pth file.")
+            weights[field] = digest_file(Path(path)).sha256
+    what = {"config": identity(config), "bundle": models, "weights": weights}
+    return {
+        "kind": "generate",
+        "fingerprint": fingerprint(what),
+        "identity": what,
+        "note": bundle.note,
+        "config": config.model_dump(mode="json"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"ttmray": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "demucs")},
+    }
+
+
+def _same_run(run: Folder, described: dict[str, Any]) -> bool:
+    """Whether the folder holds a run of these settings; False for a new folder.
+
+    Raises:
+        UserError: it holds another run, or something else.
+    """
+    if not run.exists(RUN):
+        strange = run.files(sizes=False)
+        if strange:
+            raise UserError(
+                f"{run} is not a generation run: it holds {strange[0].name} but no {RUN}.",
+                "Choose an empty or new output folder.",
+            )
+        return False
+    try:
+        existing = json.loads(run.read(RUN))
+        known = existing["kind"] == "generate" and existing["fingerprint"] == fingerprint(existing["identity"])
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{run.path(RUN)} does not describe a generation run.", "Choose a new output folder.")
+    if existing["fingerprint"] != described["fingerprint"]:
+        lines = differences(existing["identity"], described["identity"])
+        raise UserError(
+            f"{run} belongs to another run:\n    " + "\n    ".join(lines),
+            "Choose a new output folder, or restore the old settings to go on with this one.",
+        )
+    return True
+
+
+def _check_prompts(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str, Any]]) -> None:
+    for clip in clips:
+        row = rows.get(clip.name)
+        if row is not None and row["prompt"] != clip.draw.prompt:
+            raise UserError(
+                f"{run} has a clip {clip.name} of another prompt: {row['prompt']!r}, not {clip.draw.prompt!r}.",
+                "Choose a new output folder, or give the prompt another id.",
+            )
+
+
+def _todo(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str, Any]], retry_failed: bool) -> list[Clip]:
+    mine = [rows[clip.name] for clip in clips if clip.name in rows]
+    finished = [row for row in mine if row["status"] == OK]
+    done = manifest.intact(run, finished)
+    if len(done) < len(finished):
+        damaged = [row["name"] for row in finished if row["name"] not in done]
+        console.print(f"[yellow]{len(damaged)} files are gone or changed and are made again: {damaged[0]}...[/yellow]")
+    if not retry_failed:
+        done |= {row["name"] for row in mine if row["status"] == FAILED}
+    return [clip for clip in clips if clip.name not in done]
+
+
+def _make(
+    config: GenerateConfig, described: dict[str, Any], todo: Sequence[Clip], seconds: Counter[str]
+) -> list[dict[str, Any]]:
+    weights = json.dumps(described["identity"]["weights"])
+    job = Job(config.model_dump_json(), described["fingerprint"], weights)
+    runtime = config.runtime
+    local = runtime.pool.runner == "local"
+    on_gpu = resolve_device(runtime.device) != "cpu" if local else runtime.pool.gpus > 0
+    # what one forward or all threads take: a kill costs no more, and with Ray every worker has some
+    size = max(runtime.batch if on_gpu else 1, runtime.thread_count)
+    size = size if local else min(size, -(-len(todo) // runtime.pool.workers))
+    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+    made: list[dict[str, Any]] = []
+    failed = 0
+    with meter("clips", len(todo)) as progress:
+        for rows, spent in each(partial(Worker, job), batches, runtime.pool):
+            made += rows
+            seconds.update(spent)
+            failed += sum(row["status"] == FAILED for row in rows)
+            progress.advance(len(rows), f"{failed} failed")
+            if len(made) >= ABORT_AFTER and failed > len(made) / 2:
+                last = next(row for row in reversed(made) if row["status"] == FAILED)
+                raise UserError(
+                    f"{failed} of {len(made)} clips failed, so the job stopped. The last: {last['name']}: "
+                    f"{last['message']}",
+                    "What was made stays. Mend the cause and start again with --retry-failed.",
+                )
+    return made
+
+
+def _report(
+    run: Folder,
+    planned: Sequence[dict[str, Any]],
+    made: Sequence[dict[str, Any]],
+    seconds: Counter[str],
+    wall_s: float,
+) -> int:
+    """Print and save counts and times; returns the number of planned clips that failed."""
+    counts = Counter(row["status"] for row in planned)
+    summary = {
+        "clips": {OK: counts[OK], FAILED: counts[FAILED]},
+        "reasons": dict(Counter(row["reason"] for row in planned if row["status"] == FAILED)),
+        "this_launch": {
+            "clips": len(made),
+            "wall_s": round(wall_s, 3),
+            "stage_s": {name: round(value, 3) for name, value in seconds.items()},
+        },
+    }
+    if made or not run.exists("summary.json"):
+        run.write("summary.json", json.dumps(summary, indent=1).encode())
+    console.print(f"{run}: {counts[OK]} clips ok, {counts[FAILED]} failed", markup=False)
+    for row in [row for row in planned if row["status"] == FAILED][:5]:
+        console.print(f"  {row['name']}: {row['reason']}: {row['message']}", markup=False)
+    if made:
+        spent = ", ".join(f"{name} {value / len(made):.2f}" for name, value in seconds.items())
+        console.print(f"{len(made)} made in {wall_s:.1f} s, {wall_s / len(made):.2f} s per clip (s per clip: {spent})")
+    return counts[FAILED]

@@ -1,0 +1,130 @@
+"""What a generation run has made: a row per clip, committed after its audio file, and all rows in one table."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ttmray.errors import UserError
+from ttmray.storage import TEMPORARY_PREFIX, Folder, absolute, explained, is_remote
+
+ROWS, CLIPS = "manifest", "clips"
+OK, FAILED = "ok", "failed"
+READERS = 16
+"""Files read at the same time; object stores answer slowly, but many requests at once."""
+SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("prompt_id", pa.string()),
+        ("candidate", pa.int32()),
+        ("prompt", pa.string()),
+        ("text", pa.string()),
+        ("seed", pa.int64()),
+        ("score", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("file", pa.string()),
+        ("sha256", pa.string()),
+        ("duration_s", pa.float64()),
+        ("sample_rate", pa.int32()),
+        ("channels", pa.int32()),
+        ("lufs", pa.float64()),
+        ("true_peak_db", pa.float64()),
+        ("outcome", pa.string()),
+        ("reward_score", pa.float64()),
+        ("clap_score", pa.float64()),
+        ("protocol", pa.string()),
+        ("sampler", pa.string()),
+        ("weights", pa.string()),
+        ("settings", pa.string()),
+    ]
+)
+
+
+def commit(run: Folder, row: Mapping[str, Any]) -> None:
+    """Write the row of a clip; its audio file must be complete."""
+    run.write(f"{ROWS}/{row['name']}.json", json.dumps(row, ensure_ascii=False, indent=1).encode())
+
+
+def read_rows(run: Folder) -> dict[str, dict[str, Any]]:
+    """Committed rows by the name of the clip.
+
+    Raises:
+        UserError: a file that is no row.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            row: dict[str, Any] = json.loads(run.read(f"{ROWS}/{name}"))
+            if row.keys() == set(SCHEMA.names) and f"{row['name']}.json" == name:
+                return row
+        except (ValueError, AttributeError):  # no JSON, or no object
+            pass
+        raise UserError(f"{run.path(f'{ROWS}/{name}')} is no row of this version.", "Delete it to make its clip again.")
+
+    names = [entry.name for entry in run.files(ROWS, sizes=False)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return {row["name"]: row for row in pool.map(read, names)}
+
+
+def intact(run: Folder, rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Names of the clips whose audio file is there and has the bytes that its row says."""
+    present = {entry.name for entry in run.files(CLIPS, sizes=False)}
+
+    def check(row: Mapping[str, Any]) -> str | None:
+        if row["file"].removeprefix(f"{CLIPS}/") not in present:
+            return None
+        return row["name"] if hashlib.sha256(run.read(row["file"])).hexdigest() == row["sha256"] else None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return {name for name in pool.map(check, rows) if name is not None}
+
+
+def merge(run: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `manifest.parquet` and `manifest.csv` with the rows in their order."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], SCHEMA), sink)
+    run.write("manifest.parquet", sink.getvalue())
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    run.write("manifest.csv", text.getvalue().encode())
+
+
+def write_zip(run: Folder, rows: Iterable[Mapping[str, Any]], path: str) -> int:
+    """Archive of the audio files, flat and sorted by name; returns their number. The same clips give the same bytes.
+
+    Raises:
+        UserError: `path` is no local file.
+    """
+    target = Path(absolute(path))
+    if is_remote(path) or target.is_dir():
+        raise UserError(f"zip: {path} is not a local file.", "Give a path such as submission.zip.")
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    files = sorted(row["file"] for row in rows)
+    with explained(f"zip {path}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with zipfile.ZipFile(temporary, "w") as archive:  # stored: deflate differs between versions of zlib
+                for name in files:
+                    entry = zipfile.ZipInfo(name.removeprefix(f"{CLIPS}/"), date_time=(1980, 1, 1, 0, 0, 0))
+                    entry.create_system, entry.external_attr = 3, 0o644 << 16
+                    with run.open(name) as source, archive.open(entry, "w") as member:
+                        shutil.copyfileobj(source, member)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return len(files)

@@ -1,0 +1,386 @@
+"""A pool: many candidates per prompt from one checkpoint, scored, in the format of a corpus (paper III-D, Stage 2).
+
+A prompt takes the place of a track and its candidates that of the track's clips, so that everything that reads a corpus
+reads a pool: training, `ttmray corpus verify`, `stats` and `ls`, `ttmray status`. Commit and resume are the corpus's,
+too: a unit is all candidates of a few prompts, and its index file, written last and only once, is the commit. A
+candidate depends on the checkpoint, the settings, the prompt's id and its number alone, never on who makes it.
+
+What differs from a corpus: latents are points (their deviation is 0); clips are not separated, so `reward_score` and
+`instrumental_reward_score` are the same number, as are the two CLAP scores, and both rows of the embeddings; `sha256`
+is that of the latents. The merged `index.parquet` has more columns than the units' files (see `COLUMNS`).
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ttmray import __version__
+from ttmray.cluster import each
+from ttmray.config import differences, fingerprint, identity
+from ttmray.console import console, meter
+from ttmray.corpus import index, shards
+from ttmray.corpus.finalise import SUCCESS, check_rows, latent_statistics, reward_statistics, sweep
+from ttmray.corpus.job import RUN
+from ttmray.corpus.plan import SCHEMA, Plan, pack_units, plan_difference
+from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.generation.pool_worker import CandidatesConfig, Worker
+from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, read_prompts
+from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.models.weights import digest_file
+from ttmray.storage import Folder, absolute
+
+ABORT_AFTER = 50
+"""Once this many candidates are done and more than half of them failed, the job stops."""
+COLUMNS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("candidate", pa.int32()),
+        ("pool_seed", pa.int64()),
+        ("input_score", pa.float64()),  # null: sampled without a score
+        ("clipping", pa.float64()),  # share of samples at full scale, 0..1; null unless ok
+        ("similarity", pa.float64()),  # highest CLAP cosine with another ok clip of the pool; null unless ok
+        ("similar_to", pa.string()),  # the key of that clip
+    ]
+)
+"""What the merged index has beside the columns of a corpus; `clipping` is also in every clip's JSON."""
+
+
+def generate_pool(config: CandidatesConfig) -> int:
+    """Make, or go on making, a pool; returns the exit code.
+
+    Raises:
+        UserError: for everything that the user can mend; wrong input is found before any model runs.
+    """
+    started = time.perf_counter()
+    names = ("prompts", "corpus", "held_out", "output", "checkpoint")  # Ray's workers run in another folder
+    paths = {name: absolute(getattr(config, name)) for name in names if getattr(config, name) is not None}
+    config = config.model_copy(update=paths)
+    run, bundle = Folder.at(config.output), open_bundle(config.bundle)
+    plan = plan_pool(choose_prompts(config), config)
+    described = _describe(config, plan, bundle)
+    fresh = not _same_run(run, described, plan)
+    if bundle.note:
+        console.print(f"[yellow]{bundle.note}[/yellow]")
+    committed = set(index.committed_units(run))
+    units = [Unit(name, tracks) for name, tracks in plan.units()]
+    todo = [unit for unit in units if unit.name not in committed]
+    if not todo and run.exists(SUCCESS):
+        summary = json.loads(run.read(SUCCESS))["summary"]
+        console.print(f"nothing to do: all {len(units)} units of {run} are committed")
+    else:
+        run.sweep_temporary()
+        if fresh:
+            plan.save(run)
+            run.create(RUN, json.dumps(described, indent=1).encode())
+        if committed:
+            console.print(f"resuming: {len(committed)} of {len(units)} units are committed, {len(todo)} to do")
+        timing: dict[str, list[float]] = {}
+        try:
+            _make(config, described["protocol_id"], todo, timing)
+        except UserError:
+            if fresh and not index.committed_units(run):
+                run.delete(RUN)  # settings that made nothing shall not bind the folder
+                run.delete("plan.parquet")
+            raise
+        summary = _finalise(run, plan, config, described, timing, time.perf_counter() - started)
+    for line in _summary_lines(summary, run):
+        console.print(line, markup=False)
+    return EXIT_TOO_MANY_FAILURES if summary["rows"][FAILED] > config.max_failures else EXIT_OK
+
+
+def sample_pool(config: CandidatesConfig, weights: str, output: str) -> None:
+    """The pool of `config` from other weights in another folder, as every round of Stage 2 needs one.
+
+    Raises:
+        UserError: as `generate_pool`, and where more clips failed than `config.max_failures`.
+    """
+    if generate_pool(config.model_copy(update={"checkpoint": weights, "output": output})) != EXIT_OK:
+        raise UserError(f"{output}: too many clips failed.", "See its summary.md, or raise max_failures of the pool.")
+
+
+def choose_prompts(config: CandidatesConfig) -> list[Prompt]:
+    """The prompts of a pool, in order.
+
+    Raises:
+        UserError: they cannot be read, are too few, held out, or have ids that cannot be keys of clips.
+    """
+    if config.prompts is not None:
+        source, prompts = config.prompts, read_prompts(config.prompts)
+    else:
+        assert config.corpus is not None
+        source, prompts = config.corpus, _captions(config.corpus, config.seed)
+    wanted = config.prompt_count or len(prompts)
+    if len(prompts) < wanted:
+        raise UserError(f"{source} has {len(prompts)} prompts, prompt_count is {wanted}.", "Lower prompt_count.")
+    prompts = prompts[:wanted]
+    for prompt in prompts:
+        if "." in prompt.id or len(prompt.id) > 64:
+            raise UserError(
+                f"{source}: the id {prompt.id} cannot be part of a key in a pool.",
+                "Use at most 64 letters, digits, '_' and '-'.",
+            )
+    if config.held_out is not None:
+        kept_away = read_prompts(config.held_out)
+        ids, texts = {prompt.id for prompt in kept_away}, {prompt.text.casefold() for prompt in kept_away}
+        bad = [prompt for prompt in prompts if prompt.id in ids or prompt.text.casefold() in texts]
+        if bad:
+            raise UserError(
+                f"{source}: {len(bad)} prompts are held out by {config.held_out}, e.g. {bad[0].id}: {bad[0].text!r}.",
+                "Remove them: who learns from the prompts of the evaluation measures nothing.",
+            )
+    return prompts
+
+
+def _captions(corpus: str, seed: int) -> list[Prompt]:
+    """Captions that only training clips of a corpus have, in an order by `seed`."""
+    rows = index.read_index(Folder.at(corpus))
+    rows = rows.filter(pc.equal(rows["status"], OK)).select(["split", "caption"]).to_pylist()
+    texts: dict[bool, set[str]] = {True: set(), False: set()}
+    for row in rows:
+        texts[row["split"] == "train"].add(" ".join((row["caption"] or "").split()))
+    usable = [text for text in texts[True] - texts[False] if 0 < len(text) <= MAX_CHARACTERS]
+    if not usable:
+        raise UserError(f"{corpus} has no captions of training clips to use as prompts.", "Give a file of prompts.")
+    return given_prompts(sorted(usable, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()))
+
+
+def plan_pool(prompts: Sequence[Prompt], config: CandidatesConfig) -> Plan:
+    """One row per prompt, in order; units of whole prompts."""
+    prefix = config.sampler.prefix if config.caption == "prefixed" else ""
+    captions = [prefix + prompt.text for prompt in prompts]
+    first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
+    count = len(prompts)
+    columns: dict[str, Sequence[Any]] = {
+        "unit": pack_units([config.candidates] * count, [0.0] * count, config.unit_clips),
+        "track_id": [prompt.id for prompt in prompts],
+        "size": [-1] * count,
+        "duration_s": [float("nan")] * count,
+        "clips": [config.candidates] * count,
+        "split": ["train"] * count,
+        "caption": captions,
+        "caption_id": [hashlib.sha256(caption.encode()).hexdigest()[:16] for caption in captions],
+        "caption_owner": [first[caption] == i for i, caption in enumerate(captions)],
+        "status": [OK] * count,
+    }
+    empty = [""] * count
+    return Plan(pa.table({name: columns.get(name, empty) for name in SCHEMA.names}).cast(SCHEMA), "")
+
+
+def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle) -> dict[str, Any]:
+    """What `run.json` holds."""
+    protocol = bundle.protocol(config.reward_text)
+    weights = {}
+    if config.checkpoint is not None:
+        if not Path(config.checkpoint).is_file():
+            raise UserError(
+                f"checkpoint: {config.checkpoint} is not a file.",
+                "Make one from a run: ttmray checkpoint export RUN --out FILE",
+            )
+        weights["checkpoint"] = digest_file(Path(config.checkpoint)).sha256
+    what = {
+        "config": identity(config),
+        "plan": plan.identity(),
+        "bundle": bundle.identity(),
+        "protocol": protocol.id(),
+        "weights": weights,
+    }
+    return {
+        "kind": "pool",
+        "fingerprint": fingerprint(what),
+        "identity": what,
+        "protocol_id": f"{bundle.name}/{protocol.id()}",
+        "note": bundle.note,
+        "config": config.model_dump(mode="json"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"ttmray": __version__} | {name: metadata.version(name) for name in ("torch", "numpy", "pyarrow")},
+    }
+
+
+def _same_run(run: Folder, described: dict[str, Any], plan: Plan) -> bool:
+    """Whether the folder holds this run; False for a new folder.
+
+    Raises:
+        UserError: it holds another run, or something else.
+    """
+    if not run.exists(RUN):
+        strange = [entry.name for entry in run.files(sizes=False) if entry.name != "plan.parquet"]
+        if strange:
+            raise UserError(
+                f"{run} is not a pool: it holds {strange[0]} but no {RUN}.", "Choose an empty or new output folder."
+            )
+        return False
+    try:
+        existing = json.loads(run.read(RUN))
+        known = existing["kind"] == "pool" and existing["fingerprint"] == fingerprint(existing["identity"])
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{run.path(RUN)} does not describe a pool.", "Choose an empty or new output folder.")
+    if existing["fingerprint"] != described["fingerprint"]:
+        lines = differences(existing["identity"], described["identity"])
+        prompts = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
+        raise UserError(
+            f"{run} belongs to another run:\n    " + "\n    ".join(lines + prompts),
+            "Choose a new output folder, or restore the old settings and prompts to go on with this one.",
+        )
+    return True
+
+
+def _make(config: CandidatesConfig, protocol: str, todo: Sequence[Unit], timing: dict[str, list[float]]) -> None:
+    counts: Counter[str] = Counter()
+    with meter("clips", len(todo) and sum(len(unit.tracks) for unit in todo) * config.candidates) as progress:
+        for unit in each(partial(Worker, config.model_dump_json(), protocol), todo, config.runtime.pool):
+            counts.update(row["status"] for row in unit.rows)
+            for stage, values in unit.timing.items():
+                total = timing.setdefault(stage, [0.0, 0.0, 0.0])
+                timing[stage] = [a + b for a, b in zip(total, values, strict=True)]
+            progress.advance(len(unit.rows), f"{counts[REJECTED]} rejected, {counts[FAILED]} failed")
+            if counts.total() >= ABORT_AFTER and counts[FAILED] > counts.total() / 2:
+                row = next(row for row in unit.rows if row["status"] == FAILED)
+                raise UserError(
+                    f"{counts[FAILED]} of {counts.total()} clips failed, so the job stopped. The last: {row['key']}: "
+                    f"{row['message']}",
+                    "What was committed stays; mend the cause and start with a new output folder.",
+                )
+
+
+def _finalise(
+    run: Folder,
+    plan: Plan,
+    config: CandidatesConfig,
+    described: dict[str, Any],
+    timing: dict[str, list[float]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Merge, check and sum up a pool whose units are all committed; `_SUCCESS.json` is written last.
+
+    Raises:
+        UserError: rows and plan do not add up, a shard is damaged, or there is no usable clip.
+    """
+    units = index.read_units(run, [name for name, _ in plan.units()])
+    table = pa.concat_tables([rows for rows, _ in units])
+    problems = check_rows(table, plan)
+    if problems:
+        raise UserError("the index does not match the plan:\n    " + "\n    ".join(problems[:20]))
+    statuses = Counter(table["status"].to_pylist())
+    bad = table.filter(pc.not_equal(table["status"], OK)).select(["status", "stage", "reason"]).to_pylist()
+    reasons = [
+        {"status": status, "stage": stage, "reason": reason, "count": count}
+        for (status, stage, reason), count in sorted(Counter(tuple(row.values()) for row in bad).items())
+    ]
+    if not statuses[OK]:
+        why = ", ".join(f"{entry['reason']} {entry['count']}" for entry in reasons)
+        raise UserError(f"{run}: none of the {table.num_rows} clips is usable ({why}).", "Choose another checkpoint.")
+    described_units = [data for _, data in units]
+    added = _more_columns(run, table, described_units, config)
+    for name in COLUMNS.names:
+        table = table.append_column(COLUMNS.field(name), added[name])
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    run.write(index.MERGED, sink.getvalue())
+    rewards = reward_statistics(table)
+    run.write("stats/latents.json", json.dumps(latent_statistics(described_units), indent=1).encode())
+    scored = {"protocol": described["protocol_id"], "splits": rewards}
+    run.write("stats/rewards.json", json.dumps(scored, indent=1).encode())
+    similar = np.array([value for value in added["similarity"].to_pylist() if value is not None])
+    summary = {
+        "rows": {"total": table.num_rows} | {status: statuses[status] for status in (OK, REJECTED, FAILED)},
+        "reasons": reasons,
+        "tracks": len(plan.table),
+        "clips_expected": plan.expected_clips(),
+        "clips_found": table.num_rows,
+        "splits": {"train": statuses[OK]},
+        "units": len(units),
+        "bytes": sum(file["bytes"] for data in described_units for file in data["files"].values()),
+        "rewards": rewards,
+        "similarity": dict(zip(("p50", "p95", "max"), np.percentile(similar, (50, 95, 100)).tolist(), strict=True))
+        if len(similar)
+        else None,
+        "protocol": described["protocol_id"],
+        "note": described["note"],
+        "swept_files": sweep(run, described_units),
+        "launch_seconds": round(seconds, 1),
+        "stages": {
+            stage: {"wall_ms_per_clip": 1000 * wall / max(clips, 1), "cpu_ms_per_clip": 1000 * cpu / max(clips, 1)}
+            for stage, (wall, cpu, clips) in timing.items()
+        },
+    }
+    run.write("summary.json", json.dumps(summary, indent=1).encode())
+    markdown = ["# Pool", "", *(f"- {line}" for line in _summary_lines(summary, run))]
+    run.write("summary.md", ("\n".join(markdown) + "\n").encode())
+    run.write(SUCCESS, json.dumps({"fingerprint": described["fingerprint"], "summary": summary}, indent=1).encode())
+    return summary
+
+
+def _more_columns(
+    run: Folder, table: pa.Table, units: Sequence[dict[str, Any]], config: CandidatesConfig
+) -> dict[str, pa.Array]:
+    """`COLUMNS` of every row; what was measured is read from the shards."""
+    clipping: dict[str, float] = {}
+    vectors: dict[str, np.ndarray] = {}
+    for name in [name for data in units for name in data["files"] if name.startswith(shards.SHARDS)]:
+        for key, sample in shards.read_samples(run.read(name), run.path(name)):
+            clipping[key], vectors[key] = sample["json"]["clipping"], sample["clap_audio.npy"][0]
+    nearest = most_similar(vectors)
+    keys = table["key"].to_pylist()
+    ok = [key if status == OK else "" for key, status in zip(keys, table["status"].to_pylist(), strict=True)]
+    columns: dict[str, list[Any]] = {
+        "prompt_id": table["track_id"].to_pylist(),
+        "candidate": table["segment"].to_pylist(),
+        "pool_seed": [config.seed] * len(keys),
+        "input_score": [config.sampler.score] * len(keys),
+        "clipping": [clipping.get(key) for key in ok],
+        "similarity": [nearest[key][0] if key in nearest else None for key in ok],
+        "similar_to": [nearest[key][1] if key in nearest else None for key in ok],
+    }
+    return {name: pa.array(columns[name], COLUMNS.field(name).type) for name in COLUMNS.names}
+
+
+def most_similar(vectors: dict[str, np.ndarray]) -> dict[str, tuple[float, str]]:
+    """Highest cosine of every vector with another one, and the key of that one; empty for fewer than two.
+
+    Cosines are rounded to 6 digits, and of equal ones the first key in order wins: sums of another library or number of
+    threads would otherwise show in the index.
+    """
+    keys = sorted(vectors)
+    if len(keys) < 2:
+        return {}
+    matrix = np.stack([vectors[key] for key in keys]).astype(np.float64)
+    matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+    found = {}
+    for i, key in enumerate(keys):
+        cosines = np.round(matrix @ matrix[i], 6)
+        cosines[i] = -2.0
+        other = int(cosines.argmax())
+        found[key] = (float(cosines[other]), keys[other])
+    return found
+
+
+def _summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
+    rows = summary["rows"]
+    lines = [
+        f"{rows[OK]} clips ok, {rows[REJECTED]} rejected, {rows[FAILED]} failed; {summary['tracks']} prompts",
+        *(f"  {r['status']} in {r['stage']}: {r['reason']} x {r['count']}" for r in summary["reasons"]),
+        *(f"  {stage}: {rate['wall_ms_per_clip']:.0f} ms per clip" for stage, rate in summary["stages"].items()),
+    ]
+    if summary["similarity"]:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in summary["similarity"].items())
+        lines.append(f"CLAP cosine with the most similar other clip: {shown}")
+    reward = summary["rewards"]["train"]["reward_score"]
+    lines.append(f"reward: mean {reward['mean']:+.3f}, std {reward['std']:.3f}, max {reward['max']:+.3f}")
+    lines.append(f"scores by {summary['protocol']}" + (f" ({summary['note']})" if summary["note"] else ""))
+    return [*lines, f"index: {run.path(index.MERGED)}"]

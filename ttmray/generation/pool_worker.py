@@ -1,0 +1,231 @@
+"""What a pool is made by: its config, and the models of one process as stages over units."""
+
+import hashlib
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ttmray.config import Config, execution
+from ttmray.corpus import index
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.running import run_stages
+from ttmray.corpus.stages import Context, Measure, Stage, Text, Write
+from ttmray.corpus.unit import REJECTED, Unit
+from ttmray.errors import ClipError, UserError
+from ttmray.generation.config import RuntimeConfig
+from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
+from ttmray.models import one_thread, require_finite, side_by_side
+from ttmray.models.backbone_weights import load_backbone
+from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.score_heads import Head, Null
+from ttmray.models.scoring import SAMPLE_RATE, Scorer
+
+FULL_SCALE = 0.999
+"""Samples from here on count as clipped."""
+
+
+class PoolSampler(SamplerConfig):
+    """The sampler, at the score of the paper's pool."""
+
+    score: Score = Field(2.0, ge=-SCORE_LIMIT, le=SCORE_LIMIT)
+    """Score to generate for (III-D: s = 2.0, within the range of the training); null: none."""
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> Self:
+        if self.mode != "single":
+            raise ValueError("mode: a pool comes from one checkpoint, so only single will do")
+        return self
+
+
+class CandidatesConfig(Config):
+    """`ttmray pool`: the paper samples about 630 clips at s = 2.0; prompts and candidates per prompt are not named."""
+
+    prompts: str | None = execution(None)
+    """File of prompts, as for `ttmray generate`; ids have letters, digits, `_` and `-`, at most 64."""
+    corpus: str | None = execution(None)
+    """Corpus run whose training captions are the prompts, instead of a file. Captions that validation or test tracks
+    have as well are left out."""
+    prompt_count: int | None = Field(None, ge=1)
+    """Only so many prompts: the first of a file, or a choice by `seed` of the captions of a corpus. null: all."""
+    held_out: str | None = execution(None)
+    """File of prompts that must not be among them, by id or by text: those of the evaluation."""
+    output: str = execution("runs/pool")
+    """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
+    bundle: str = "debug"
+    """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
+    checkpoint: str | None = execution(None)
+    """Weights of the backbone (.safetensors or .pth; their hash is part of the run's identity); default: the bundle's.
+    On a cluster every node must see the file under this path."""
+    head: Head | None = None
+    """Forward that uses the checkpoint's score embedding; default: the one that the file names."""
+    null: Null | None = None
+    """What a dropped score is; default: what the file names."""
+    seed: int = Field(42, ge=0, lt=2**63)
+    """Seed of the noise, together with the prompt's id and the candidate's number."""
+    candidates: int = Field(10, ge=1, le=256)
+    """Clips per prompt."""
+    sampler: PoolSampler = PoolSampler()
+    caption: Literal["prompt", "prefixed"] = "prompt"
+    """Text that training on the pool will see: the prompt alone, since captions of the corpus have no prefix either, or
+    with the sampler's prefix. CLAP scores are always those of the prompt alone."""
+    pad_to: int = Field(441_000, ge=1)
+    """Samples at 44.1 kHz that a clip is padded to with zeros, or cut to, before it is measured: a corpus clip's."""
+    reward_text: Literal["empty", "caption"] = "empty"
+    """Text input of the reward: choose that of the corpus."""
+    silence_dbfs: float = Field(-80.0, le=0)
+    """A clip whose sample peak is below this is rejected as silent."""
+    max_clipping: float = Field(0.01, ge=0, le=1)
+    """A clip with a larger share of samples at full scale is rejected as clipped."""
+    keep_audio: bool = False
+    """Also store every clip as mono 16-bit FLAC."""
+    unit_clips: int = Field(32, ge=1, le=256)
+    """Most clips per unit (but always whole prompts): what is committed, and repeated after a kill."""
+    max_failures: int = execution(0, ge=0)
+    """Exit code 3 when more clips than this failed."""
+    runtime: RuntimeConfig = execution(RuntimeConfig())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.prompts is None) == (self.corpus is None):
+            raise ValueError("needs prompts (a file) or corpus (a run folder), and not both")
+        if self.checkpoint is None and (self.head or self.null):
+            raise ValueError("head and null say how a checkpoint is used; there is none")
+        return self
+
+
+class Worker:
+    """The models of one process. A call makes, scores and commits all candidates of a unit.
+
+    Raises:
+        UserError: models that are not there, or do not fit each other or the config.
+    """
+
+    def __init__(self, config: str, protocol: str) -> None:
+        self.config, self.protocol = CandidatesConfig.model_validate_json(config), protocol
+        runtime, bundle = self.config.runtime, open_bundle(self.config.bundle)
+        device, threads = resolve_device(runtime.device), runtime.thread_count
+        roles = {"text", "clap_condition", "latents", "vocoder", *Scorer.roles}
+        roles |= {"backbone"} if self.config.checkpoint is None else set()
+        models = bundle.load(roles, LoadOptions(device=device, batch=runtime.batch, threads=threads))
+        backbone = models.backbone
+        if self.config.checkpoint is not None:
+            head, null = self.config.head, self.config.null
+            backbone = load_backbone(self.config.checkpoint, head=head, null=null, device=device)
+        if backbone.config.latent_dim != models.latents.channels:
+            raise UserError(
+                f"checkpoint: the backbone makes {backbone.config.latent_dim} latent channels, the VAE of the bundle "
+                f"has {models.latents.channels}.",
+                "Name the bundle that it was trained with.",
+            )
+        sampler = Sampler(
+            [backbone],
+            models.text,
+            models.clap_condition,
+            self.config.sampler,
+            batch=runtime.batch,
+            threads=threads,
+            compile=runtime.compile,
+        )
+        scorer = Scorer(models, bundle.protocol(self.config.reward_text), threads)
+        shared = {name: getattr(self.config, name) for name in ("bundle", "silence_dbfs", "keep_audio", "reward_text")}
+        context = Context(CorpusConfig(input="none", output=self.config.output, **shared), "", protocol, models)
+        self.stages: list[Stage] = [
+            Sample(self.config, sampler),
+            Vocode(self.config, models.latents, threads),
+            Measure(context),
+            Judge(self.config, scorer),
+            Text(context),
+            Write(context),
+        ]
+        one_thread()
+
+    def __call__(self, unit: Unit) -> Unit:
+        unit.rows = [
+            index.new_row(track, unit.name, self.protocol)
+            | {"key": f"{track['track_id']}_{k}", "segment": k, "start_s": 0.0}
+            | {"prompt_id": track["track_id"], "candidate": k, "pool_seed": self.config.seed}
+            | {"input_score": self.config.sampler.score}
+            for track in unit.tracks
+            for k in range(self.config.candidates)
+        ]
+        return run_stages(self.stages, unit)
+
+
+class Sample(Stage):
+    """Rows -> `latent_mean` (n, N, C) float16, what the VAE decodes, and `latent_std`, zeros."""
+
+    name, model_roles = "sample", ()
+
+    def __init__(self, config: CandidatesConfig, sampler: Sampler) -> None:
+        self.config, self.sampler = config, sampler
+
+    def __call__(self, unit: Unit) -> Unit:
+        rows = unit.ok_rows()
+        draws = [Draw(row["prompt_id"], _prompt(row, self.config), self.config.seed, row["candidate"]) for row in rows]
+        with np.errstate(over="ignore"):  # the next line says it better
+            latents = self.sampler.sample(draws).latents.astype(np.float16)
+        require_finite(latents, "latents as float16")
+        for row, clip in zip(rows, latents, strict=True):
+            row.update(stage=self.name, sha256=hashlib.sha256(clip.tobytes()).hexdigest())
+        unit.clips = {"latent_mean": latents, "latent_std": np.zeros_like(latents)}
+        return unit
+
+
+class Vocode(Stage):
+    """`latent_mean` -> `mix` (n, 1, samples) float32 at 44.1 kHz, without clips that are clipped."""
+
+    name, model_roles = "vocode", ()
+
+    def __init__(self, config: CandidatesConfig, latents: Any, threads: int) -> None:
+        self.config, self.latents, self.threads = config, latents, threads
+
+    def __call__(self, unit: Unit) -> Unit:
+        stored = unit.clips["latent_mean"].astype(np.float32)  # scores are those of what training will see
+        if self.latents.device.type == "cpu":
+            waves = side_by_side(lambda one: self.latents.to_audio(one[None])[0], list(stored), self.threads)
+        else:
+            waves = list(self.latents.to_audio(stored, self.config.runtime.batch))
+        mix = np.zeros((len(waves), 1, self.config.pad_to), np.float32)
+        for i, wave in enumerate(waves):
+            mix[i, 0, : len(wave)] = wave[: self.config.pad_to]
+        unit.clips["mix"] = mix
+        rows, seconds = unit.ok_rows(), min(len(waves[0]), self.config.pad_to) / SAMPLE_RATE
+
+        def check(i: int) -> None:
+            clipping = float(np.mean(np.abs(waves[i][: self.config.pad_to]) >= FULL_SCALE))
+            rows[i].update(stage=self.name, duration_s=seconds, sample_rate=SAMPLE_RATE, channels=1, clipping=clipping)
+            if clipping > self.config.max_clipping:
+                raise ClipError(REJECTED, "clipped", f"{clipping:.2%} of the samples are at full scale")
+
+        unit.one_by_one(self.name, check)
+        return unit
+
+
+class Judge(Stage):
+    """CLAP and MERT embeddings, the reward and the cosine with the prompt, of the clips as they are."""
+
+    name, model_roles = "score", ()
+
+    def __init__(self, config: CandidatesConfig, scorer: Scorer) -> None:
+        self.config, self.scorer = config, scorer
+
+    def __call__(self, unit: Unit) -> Unit:
+        rows, mix = unit.ok_rows(), unit.clips["mix"][:, 0]
+        texts = self.scorer.texts([_prompt(row, self.config) for row in rows])
+        found = self.scorer.embed(mix)
+        for i, (row, reward) in enumerate(zip(rows, self.scorer.rewards(found, texts).tolist(), strict=True)):
+            clap = float(found.clap[i] @ texts[i])
+            row.update(stage=self.name, reward_score=reward, instrumental_reward_score=reward)
+            row.update(clap_score=clap, instrumental_clap_score=clap)
+        unit.clips = {name: unit.clips[name] for name in ("latent_mean", "latent_std")} | {
+            "clap_audio": np.repeat(found.clap[:, None], 2, axis=1),
+            "mert": np.repeat(found.mert[:, None], 2, axis=1),
+        }
+        if self.config.keep_audio:
+            unit.clips["instrumental"] = mix
+        return unit
+
+
+def _prompt(row: dict[str, Any], config: CandidatesConfig) -> str:
+    return str(row["caption"][len(config.sampler.prefix) if config.caption == "prefixed" else 0 :])

@@ -1,0 +1,155 @@
+"""Prompts: from files that users have, or from the command line. Everything wrong is found before any model runs.
+
+Files by their ending: `.csv` and `.tsv` with a header, `.json` (a list of texts or objects), `.jsonl` (one per line),
+everything else one prompt per line. The text is the column `prompt`, `caption` or `text`, the id `id` or `prompt_id`.
+Ids name files and key the noise. A prompt without one has the first 16 hex digits of its SHA-256, as captions of the
+corpus have.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ttmray.errors import UserError
+from ttmray.storage import read_file
+
+MAX_CHARACTERS = 2000
+"""Encoders read the first 77 tokens, about 350 characters; a text that is far longer is no prompt."""
+TEXT_COLUMNS = ("prompt", "caption", "text")
+ID_COLUMNS = ("id", "prompt_id")
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`id` is a safe file name, `text` has single spaces."""
+
+    id: str
+    text: str
+
+
+class Row(NamedTuple):
+    """A prompt as it was found, unchecked; `id` is None where there is none."""
+
+    where: str
+    id: Any
+    text: Any
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """Prompts of a file, in order.
+
+    Raises:
+        UserError: the file cannot be read or holds no prompts; an empty or too long prompt; an id that is no safe file
+            name or is used twice (which for prompts without ids means the same text twice).
+    """
+    try:
+        text = read_file(source).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source} is not UTF-8 ({error.reason} at byte {error.start}).", "Save it as UTF-8."
+        ) from error
+    ending = source.lower().rsplit(".", 1)[-1]
+    if ending in ("csv", "tsv"):
+        rows = _delimited(source, text, "\t" if ending == "tsv" else ",")
+    elif ending in ("json", "jsonl"):
+        rows = _json(source, text, ending == "jsonl")
+    else:
+        rows = (Row(f"{source}, line {i}", None, line) for i, line in enumerate(text.splitlines(), 1) if line.strip())
+    return _checked(rows, source)
+
+
+def given_prompts(texts: Sequence[str]) -> list[Prompt]:
+    """Prompts of the command line.
+
+    Raises:
+        UserError: as `read_prompts`.
+    """
+    return _checked((Row(f"prompt {i}", None, text) for i, text in enumerate(texts, 1)), "the command line")
+
+
+def _delimited(source: str, text: str, separator: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for row in reader:
+            where = f"{source}, line {reader.line_num}"
+            if None in row:
+                raise UserError(f"{where} has more cells than the header.", "Quote prompts that hold the separator.")
+            yield _row(where, {name: value or "" for name, value in row.items()})
+    except csv.Error as error:
+        where = f"{source}, line {reader.reader.line_num}"  # the outer count is of whole rows
+        raise UserError(f"{where}: {error}.", "Check the quotes near that line.") from error
+
+
+def _json(source: str, text: str, lines: bool) -> Iterator[Row]:
+    try:
+        if lines:
+            items = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not valid JSON: {error}", "Check the brackets and quotes there.") from error
+    if not isinstance(items, list):
+        raise UserError(f"{source} holds a {type(items).__name__}, not a list.", "Write [{id, prompt}, ...].")
+    for number, item in enumerate(items, 1):
+        where = f"{source}, item {number}"
+        yield _row(where, item) if isinstance(item, dict) else Row(where, None, item)
+
+
+def _row(where: str, cells: Mapping[str, Any]) -> Row:
+    known = {name.strip().lower(): value for name, value in cells.items()}
+    text_column = next((name for name in TEXT_COLUMNS if name in known), None)
+    id_column = next((name for name in ID_COLUMNS if name in known), None)
+    if text_column is None:
+        raise UserError(
+            f"{where} has no prompt; it has {', '.join(known) or 'nothing'}.", f"Name it {' or '.join(TEXT_COLUMNS)}."
+        )
+    return Row(where, None if id_column is None else known[id_column], known[text_column])
+
+
+def _checked(rows: Iterable[Row], source: str) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    places: dict[str, str] = {}
+    for where, identifier, text in rows:
+        prompt = _prompt(where, identifier, text)
+        other = places.setdefault(prompt.id.casefold(), where)  # some file systems take a and A for one name
+        if other is not where:
+            same = f"the id {prompt.id} of" if identifier is not None else "the same prompt as"
+            raise UserError(f"{where} has {same} {other}.", "Give every prompt an id of its own.")
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{source} holds no prompts.", "Write one per line, or rows with id and prompt.")
+    return prompts
+
+
+def _prompt(where: str, identifier: Any, text: Any) -> Prompt:
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the prompt is a {type(text).__name__}, not text.", "Write text there.")
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(
+            f"{where}: the prompt has {len(text):,} characters, {MAX_CHARACTERS:,} are allowed.",
+            "Shorten it: the text encoders read the first 77 tokens, about 350 characters.",
+        )
+    text = " ".join(text.split())
+    if not text:
+        raise UserError(f"{where}: the prompt is empty.", "Describe the music, or remove the row.")
+    try:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the prompt is not valid Unicode.", "Write the file as UTF-8.") from error
+    if identifier is None:
+        return Prompt(digest, text)
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+        raise UserError(f"{where}: the id {identifier!r} is a {type(identifier).__name__}, not text.")
+    name = str(identifier).strip()
+    if not _ID.fullmatch(name):
+        raise UserError(
+            f"{where}: {name!r} cannot be an id, because files are named after it.",
+            "Use 1 to 100 letters, digits, '_', '-' and '.', not starting with '.'.",
+        )
+    return Prompt(name, text)

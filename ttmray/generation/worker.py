@@ -1,0 +1,218 @@
+"""The models of one process, and the way of a clip through them: sample, decode, finish, score, write."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ttmray.audio.loudness import integrated_loudness, true_peak
+from ttmray.errors import ClipError, UserError
+from ttmray.generation import manifest
+from ttmray.generation.config import GenerateConfig
+from ttmray.generation.postprocess import PostprocessConfig, encode, open_separator, postprocess_clip
+from ttmray.generation.sampler import Draw, Sampler
+from ttmray.models import one_thread, side_by_side
+from ttmray.models.backbone_weights import load_backbone
+from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.scoring import Scorer
+from ttmray.storage import Folder
+
+SILENT_DBFS = -80.0
+"""Clips with a lower sample peak get no scores, as in the corpus."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to make clips: the config as JSON, and what rows say about the run."""
+
+    config: str
+    settings: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A planned clip; `name` is that of its file without ending."""
+
+    name: str
+    draw: Draw
+
+
+@dataclass
+class _Work:
+    """A clip on its way."""
+
+    clip: Clip
+    latents: np.ndarray | None = None
+    wave: np.ndarray | None = None
+    audio: np.ndarray | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    error: ClipError | None = None
+
+
+class Worker:
+    """Makes clips: writes their audio files and rows, and returns the rows and the seconds per stage.
+
+    Raises:
+        UserError: models that are not there, or do not fit each other or the config.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.config = config = GenerateConfig.model_validate_json(job.config)
+        self.run = Folder.at(config.output)
+        runtime = config.runtime
+        device = resolve_device(runtime.device)
+        self.threads = runtime.thread_count
+        bundle = open_bundle(config.bundle)
+        options = LoadOptions(device=device, batch=runtime.batch, threads=self.threads)
+        self.models = models = bundle.load(roles_of(config), options)
+        backbones = [models.backbone]
+        if config.checkpoint is not None:
+            paths = [path for path in (config.checkpoint, config.second_checkpoint) if path is not None]
+            backbones = [load_backbone(path, head=config.head, null=config.null, device=device) for path in paths]
+        if backbones[0].config.latent_dim != models.latents.channels:
+            raise UserError(
+                f"checkpoint: the backbone makes {backbones[0].config.latent_dim} latent channels, the VAE of the "
+                f"bundle has {models.latents.channels}.",
+                "Name the bundle that it was trained with.",
+            )
+        self.sampler = Sampler(
+            backbones,
+            models.text,
+            models.clap_condition,
+            config.sampler,
+            batch=runtime.batch,
+            threads=self.threads,
+            compile=runtime.compile,
+        )
+        self.on_cpu = self.sampler.device.type == "cpu"
+        finish = config.postprocess
+        self.separator = open_separator(finish.model_copy(update={"device": device})) if finish else None
+        self.scorer = self.protocol = None
+        if config.scores:
+            protocol = bundle.protocol("empty")
+            self.scorer, self.protocol = Scorer(models, protocol, self.threads), f"{bundle.name}/{protocol.id()}"
+        one_thread()
+
+    def __call__(self, clips: Sequence[Clip]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        works = [_Work(clip) for clip in clips]
+        seconds: dict[str, float] = {}
+        stages = (self._sample, self._decode, self._finish, *([self._score] if self.scorer else []), self._write)
+        for stage in stages:
+            started = time.perf_counter()
+            alive = [work for work in works if work.error is None]
+            if alive:
+                _attempt(stage, alive)
+            seconds[stage.__name__.strip("_")] = time.perf_counter() - started
+        rows = []
+        for work in works:
+            row = self._row(work)
+            manifest.commit(self.run, row)
+            rows.append(row)
+        return rows, seconds
+
+    def _sample(self, works: list[_Work]) -> None:
+        samples = self.sampler.sample([work.clip.draw for work in works])
+        for work, latents in zip(works, samples.latents, strict=True):
+            work.latents = latents
+
+    def _decode(self, works: list[_Work]) -> None:
+        arrays = [work.latents for work in works if work.latents is not None]
+        decoder = self.models.latents
+        if self.on_cpu:
+            waves = side_by_side(lambda latents: decoder.to_audio(latents[None])[0], arrays, self.threads)
+        else:
+            waves = list(decoder.to_audio(np.stack(arrays), self.config.runtime.batch))
+        for work, wave in zip(works, waves, strict=True):
+            work.wave = _padded(wave, self.config.pad_to)[None]
+
+    def _finish(self, works: list[_Work]) -> None:
+        # passes of several clips at once would only take more of a GPU's memory
+        threads = 1 if self.separator and not self.on_cpu else self.threads
+        side_by_side(self._finish_one, works, threads)
+
+    def _finish_one(self, work: _Work) -> None:
+        assert work.wave is not None
+        rate = self.models.latents.sample_rate
+        facts: dict[str, Any]
+        if self.config.postprocess is None:
+            work.audio = work.wave
+            levels = integrated_loudness(work.audio, rate), true_peak(work.audio, rate)
+            lufs, peak = (value if math.isfinite(value) else None for value in levels)
+            facts = {"sample_rate": rate, "channels": 1, "lufs": lufs, "true_peak_db": peak}
+        else:
+            work.audio, made = postprocess_clip(work.wave, rate, self.config.postprocess, self.separator)
+            facts = {name: made[name] for name in ("sample_rate", "channels", "outcome")}
+            facts |= {"lufs": made["lufs_after"], "true_peak_db": made["true_peak_after"]}
+        work.facts = facts | {"duration_s": work.audio.shape[1] / facts["sample_rate"]}
+
+    def _score(self, works: list[_Work]) -> None:
+        """Before 16-bit files are rounded: a score of the file differs in its last digits."""
+        assert self.scorer is not None
+        audible = [w for w in works if w.audio is not None and np.abs(w.audio).max() >= 10 ** (SILENT_DBFS / 20)]
+        embeddings = self.scorer.embed([w.audio.mean(axis=0) for w in audible if w.audio is not None])
+        texts = self.scorer.texts([work.clip.draw.prompt for work in audible])
+        rewards = self.scorer.rewards(embeddings, texts)
+        for i, work in enumerate(audible):
+            work.facts["reward_score"] = float(rewards[i])
+            work.facts["clap_score"] = float(embeddings.clap[i] @ texts[i])
+
+    def _write(self, works: list[_Work]) -> None:
+        side_by_side(self._write_one, works, self.threads)
+
+    def _write_one(self, work: _Work) -> None:
+        assert work.audio is not None
+        data = _encoded(work.audio, work.facts["sample_rate"], self.config)
+        name = f"{manifest.CLIPS}/{work.clip.name}.{'flac' if self.config.format == 'flac' else 'wav'}"
+        self.run.write(name, data)
+        work.facts |= {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _row(self, work: _Work) -> dict[str, Any]:
+        draw, sampler = work.clip.draw, self.config.sampler
+        row: dict[str, Any] = dict.fromkeys(manifest.SCHEMA.names)
+        row |= {"name": work.clip.name, "prompt_id": draw.prompt_id, "candidate": draw.candidate, "seed": draw.seed}
+        row |= {"prompt": draw.prompt, "text": sampler.prefix + draw.prompt, "score": sampler.score}
+        row |= {"weights": self.job.weights, "settings": self.job.settings, "sampler": sampler.model_dump_json()}
+        if work.error is not None:
+            return row | {"status": manifest.FAILED, "reason": work.error.reason, "message": work.error.message}
+        return row | {"status": manifest.OK, "protocol": self.protocol} | work.facts
+
+
+def roles_of(config: GenerateConfig) -> set[str]:
+    """Models that a run loads, without the separator, which post-processing opens itself."""
+    roles = {"text", "clap_condition", "latents", "vocoder"}
+    roles |= {"backbone"} if config.checkpoint is None else set()
+    return roles | (set(Scorer.roles) if config.scores else set())
+
+
+def _encoded(audio: np.ndarray, rate: int, config: GenerateConfig) -> bytes:
+    return encode(audio, rate, config.postprocess or PostprocessConfig(format=config.format))
+
+
+def _padded(wave: np.ndarray, samples: int | None) -> np.ndarray:
+    if samples is None:
+        return wave
+    return np.pad(wave[:samples], (0, max(0, samples - len(wave))))
+
+
+def _attempt(stage: Callable[[list[_Work]], None], works: list[_Work]) -> None:
+    """A stage over clips; where it fails, they are tried one by one to find the bad ones."""
+    try:
+        stage(works)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of a GPU
+            raise UserError(f"the GPU is out of memory: {error}", "Lower runtime.batch.") from error
+        if isinstance(error, UserError | MemoryError | OSError) or "CUDA error" in str(error):
+            raise  # would hit every other clip too
+        if len(works) > 1:
+            for work in works:
+                _attempt(stage, [work])
+        elif isinstance(error, ClipError):
+            works[0].error = error
+        else:
+            works[0].error = ClipError("failed", "error", f"{type(error).__name__}: {error}"[:500])
