@@ -1,0 +1,26 @@
+"""Made-up votes follow the rewards, but for chance."""
+
+import numpy as np
+import pytest
+
+from ttmray.errors import UserError
+from ttmray.synth.votes import draw_votes
+
+
+def test_votes_follow_the_rewards_with_the_stated_certainty():
+    rewards = np.random.default_rng(0).normal(size=40)
+    keys = [f"clip_{i}" for i in range(40)]
+    value = dict(zip(keys, rewards, strict=True))
+    votes = draw_votes(keys, rewards, 2000, seed=1)
+    assert votes == draw_votes(keys, rewards, 2000, seed=1)
+    decided = [vote for vote in votes if vote["label"] != "tie"]
+    assert 0.9 < len(decided) / len(votes) < 1
+    agreeing = [(value[vote["a"]] > value[vote["b"]]) == (vote["label"] == "a") for vote in decided]
+    assert 0.85 < np.mean(agreeing) < 0.99
+    assert all(vote["a"] != vote["b"] for vote in votes)
+
+
+@pytest.mark.parametrize("rewards", [[], [1.0], [2.0, 2.0]])
+def test_rewards_that_say_nothing_are_refused(rewards):
+    with pytest.raises(UserError, match="no votes"):
+        draw_votes([str(i) for i in range(len(rewards))], np.array(rewards), 5, 0)

@@ -1,0 +1,352 @@
+"""Stage 3: the loss and its closed form, pairs that share their draws, a reference that stays, a toy that learns."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from ttmray.config import load_config
+from ttmray.errors import UserError
+from ttmray.models.backbone import FluxAudio
+from ttmray.models.score_heads import Head
+from ttmray.storage import Folder
+from ttmray.synth.pool import Candidate, write_pool
+from ttmray.training import preference_pairs
+from ttmray.training.config import (
+    CheckpointConfig,
+    EmaConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from ttmray.training.crpo import (
+    CrpoConfig,
+    CrpoFlow,
+    CrpoOptimizer,
+    CrpoTask,
+    LoserWatch,
+    crpo_losses,
+    open_pairs,
+    train_crpo,
+)
+from ttmray.training.data import DataConfig, SourceConfig, draws, loader
+from ttmray.training.export import export
+from ttmray.training.flow_matching import flow_losses
+from ttmray.training.launch import launch
+from ttmray.training.preference_pairs import PairsConfig, build_pairs
+from ttmray.training.sft import DEBUG, SftTask
+from ttmray.training.tensors import pack
+
+REPO = Path(__file__).resolve().parents[2]
+SHAPE = (4, 2)
+CPU = torch.device("cpu")
+Configure = Callable[..., CrpoConfig]
+
+
+def initial(path: Path, head: Head) -> str:
+    """A file of seeded weights."""
+    shape = {"latent_dim": SHAPE[1], "latent_len": SHAPE[0], "text_len": 3, "text_dim": 8}
+    torch.manual_seed(0)
+    model = FluxAudio(replace(DEBUG, **shape, head=head))
+    with torch.no_grad():
+        model.latent_mean.zero_()
+        model.latent_std.fill_(1.0)
+    path.write_bytes(pack(model.state_dict(), {"backbone": model.config.to_dict()}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pool/` of 24 prompts, whose winners lie around 0.5 and losers around -0.5, `pairs/`, and `v1.safetensors`, a v1
+    model after a short training on all clips."""
+    folder, rng = tmp_path_factory.mktemp("crpo"), np.random.default_rng(0)
+    clips = []
+    for i in range(24):
+        for candidate, mean in enumerate((0.5, -0.5)):
+            latent = mean + 0.5 * rng.standard_normal(SHAPE)
+            clips.append(Candidate(f"p{i}", candidate, latent, mean, float(latent.mean())))
+    prompts = {f"p{i}": (f"prompt {i}", rng.standard_normal((3, 8))) for i in range(24)}
+    pool = write_pool(str(folder / "pool"), clips, prompts)
+    build_pairs(pool.uri, str(folder / "pairs"), PairsConfig())
+    config = TrainConfig(
+        output=str(folder / "stage1"),
+        data=DataConfig(sources=(SourceConfig(corpus=pool.uri),), threads=0),
+        model=ModelConfig(size="debug", head="v1", init=initial(folder / "initial.safetensors", "v1")),
+        optimizer=CrpoOptimizer(lr=2e-3, warmup=0),
+        ema=EmaConfig(sigma_rels=(0.05,)),
+        batch=32,
+        steps=60,
+        precision="fp32",
+        validation=ValidationConfig(clips=0),
+        runtime=RuntimeConfig(device="cpu", threads=1, device_batch=32, tensorboard=False),
+    )
+    assert launch("sft", config, SftTask) == 0
+    export(config.output, str(folder / "v1.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def configure(folder: Path, tmp_path: Path) -> Configure:
+    def make(**fields: Any) -> CrpoConfig:
+        batch = fields.get("batch", 4)
+        usual: dict[str, Any] = {
+            "output": str(tmp_path / "run"),
+            "pairs": str(folder / "pairs" / "pairs.parquet"),
+            "data": DataConfig(sources=(SourceConfig(corpus=str(folder / "pool"), split="all"),), threads=0),
+            "model": ModelConfig(size="debug", head="v2", init=str(folder / "v1.safetensors")),
+            "optimizer": CrpoOptimizer(lr=1e-4, warmup=0),
+            "ema": EmaConfig(sigma_rels=(0.05,)),
+            "batch": batch,
+            "steps": 4,
+            "precision": "fp32",
+            "checkpoint": CheckpointConfig(every=1000),
+            "runtime": RuntimeConfig(device="cpu", threads=1, device_batch=batch, log_every=2, tensorboard=False),
+        }
+        return CrpoConfig(**(usual | fields))
+
+    return make
+
+
+def metrics(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def double(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor([value], dtype=torch.float64) for value in values]
+
+
+def test_golden_values_of_the_loss():
+    found = crpo_losses(*double(0.50, 0.60, 0.51, 0.59))
+    assert found.inside.item() == pytest.approx(20)
+    assert found.total.item() - 0.5 == pytest.approx(2.06e-9, rel=1e-2)
+    found = crpo_losses(*double(0.5001, 0.6000, 0.5000, 0.6000))
+    assert found.inside.item() == pytest.approx(-0.1)
+    assert found.total.item() == pytest.approx(1.244497, abs=1e-6)
+    assert found.dpo.item() == pytest.approx(0.744397, abs=1e-6)
+    literal = crpo_losses(*double(0.5001, 0.6000, 0.5000, 0.6000), factor=1.0)
+    assert literal.inside.item() == pytest.approx(-0.2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 2), min_size=4, max_size=4), st.floats(0.1, 5000), st.floats(0, 3))
+def test_gradients_are_those_of_the_closed_form(values, beta, weight):
+    tensors = [tensor.requires_grad_() for tensor in double(*values)]
+    found = crpo_losses(*tensors, beta=beta, fm_weight=weight)
+    found.total.sum().backward()
+    winner, loser, reference_winner, reference_loser = values
+    inside = -beta / 2 * ((winner - loser) - (reference_winner - reference_loser))
+    pull = beta / 2 / (1 + math.exp(min(inside, 700)))  # beta / 2 sigmoid(-inside)
+    for tensor, expected in zip(tensors, (pull + weight, -pull, -pull, pull), strict=True):
+        assert tensor.grad.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert torch.autograd.gradcheck(lambda *x: crpo_losses(*x, beta=5.0).total, tensors)
+
+
+def test_winner_and_loser_share_the_draws_of_their_pair(configure):
+    config = configure()
+    pairs = open_pairs(config.pairs, config.data)
+    table = preference_pairs.read_pairs(config.pairs)
+    partner = dict(zip(table["winner"].to_pylist(), table["loser"].to_pylist(), strict=True))
+    assert len(pairs) == 24
+    for samples in (next(loader(pairs, config.data, start=start, batch=3)) for start in (0, 22, 100)):
+        assert samples.numbers.tolist()[:3] == samples.numbers.tolist()[3:]
+        assert [partner[key] for key in samples.keys[:3]] == samples.keys[3:]
+        assert samples.batch.score.tolist() == [0.5] * 3 + [-0.5] * 3
+        assert (samples.batch.mean[:3].mean((1, 2)) > samples.batch.mean[3:].mean((1, 2))).all()
+        assert torch.equal(samples.batch.text[:3], samples.batch.text[3:])
+        for i, number in enumerate(samples.numbers.tolist()[:3]):
+            for name, expected in draws(config.data.seed, number, SHAPE)._asdict().items():
+                drawn = getattr(samples.batch, name)
+                np.testing.assert_array_equal(drawn[i], expected.squeeze())
+                np.testing.assert_array_equal(drawn[i + 3], expected.squeeze())
+
+
+def test_every_epoch_draws_every_pair_once_in_another_order(configure):
+    config = configure()
+    pairs = open_pairs(config.pairs, config.data)
+    epochs = pairs.clips(range(48)).reshape(2, 24)
+    assert all(sorted(epoch.tolist()) == list(range(24)) for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_at_the_start_policy_and_reference_agree_to_the_bit(configure):
+    config = configure(gradients_every=1)
+    task = CrpoTask(config, CPU)
+    samples = next(task.batches(0, 4, 0, 1, False))
+    found = task.losses(samples, task.model.train())
+    assert found.losses.shape == found.t.shape == (4,)
+    assert found.extra["margin"].tolist() == [0.0] * 4
+    assert found.extra["implicit_accuracy"].tolist() == [0.0] * 4
+    losses, t = flow_losses(task.model, samples.batch, config.flow)
+    assert torch.equal(t[:4], t[4:])
+    torch.testing.assert_close(found.losses, math.log(2) + losses[:4])
+    # so the gradients are 500 (g_w - g_l) and g_w
+    trained = [p for p in task.model.parameters() if p.requires_grad]
+    expected = []
+    for term in (500 * (losses[:4] - losses[4:]).mean(), losses[:4].mean()):
+        parts = torch.autograd.grad(term, trained, retain_graph=True)
+        expected.append(torch.cat([part.flatten() for part in parts]).norm())
+    torch.testing.assert_close(found.extra["dpo_grad_norm"], expected[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.extra["fm_grad_norm"], expected[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.extra["dpo_fm_grad_ratio"], expected[0] / expected[1], rtol=1e-4, atol=0)
+    assert all(p.grad is None for p in trained)
+
+
+def test_the_reference_is_the_whole_starting_model_and_stays(configure, folder):
+    task = CrpoTask(configure(), CPU)
+    start = load_file(folder / "v1.safetensors")
+    before = {name: tensor.clone() for name, tensor in task.reference.state_dict().items()}
+    assert before.keys() == start.keys()
+    assert all(torch.equal(before[name], start[name]) for name in start)
+    assert not task.reference.training
+    assert not any(p.requires_grad for p in task.reference.parameters())
+    optimizer = torch.optim.AdamW([p for p in task.model.parameters() if p.requires_grad], 1e-3)
+    task.losses(next(task.batches(0, 4, 0, 1, False)), task.model.train()).losses.mean().backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.reference.state_dict().items())
+    changed = {name for name, tensor in task.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    for part in ("score_embed", "text_input_proj", "text_cond_proj", "t_embed"):  # conditioning layers learn, too
+        assert any(name.startswith(part) for name in changed)
+
+
+@pytest.mark.parametrize(("score", "expected"), [("own", [0.5, -0.5]), (2.0, [2.0, 2.0]), (None, None)])
+def test_what_pairs_are_conditioned_on_is_a_choice(configure, monkeypatch, score, expected):
+    task = CrpoTask(configure(score=score, flow=CrpoFlow(score_dropout_rate=0), gradients_every=0), CPU)
+    seen = []
+
+    def forward(*inputs: Any) -> torch.Tensor:
+        seen.append(inputs[4:])
+        return task.model(*inputs)
+
+    task.losses(next(task.batches(0, 1, 0, 1, False)), forward)
+    ((scores, null),) = seen
+    assert (scores is None) if expected is None else scores.tolist() == expected
+    assert null is None or not null.any()
+
+
+def test_a_toy_learns_its_preferences_without_unlearning_the_winners(configure, capsys):
+    config = configure(batch=16, steps=50, optimizer=CrpoOptimizer(lr=1e-4, warmup=5), gradients_every=10)
+    assert train_crpo(config) == 0
+    printed = capsys.readouterr().out
+    tensors = len(CrpoTask(config, CPU).model.state_dict())
+    assert f"init: {tensors} tensors loaded" in printed  # v1 -> v2, all of them
+    lines = metrics(config.output)
+    last = lines[-5:]
+    assert np.mean([line["implicit_accuracy"] for line in last]) > 0.9
+    assert np.mean([line["margin"] for line in last]) > 1
+    gains = [line["winner_loss"] - line["reference_winner_loss"] for line in last]
+    assert np.mean(gains) < 0
+    assert lines[0]["dpo_fm_grad_ratio"] > 10  # the FM term hardly counts at first
+    assert lines[0]["dpo_fm_grad_ratio"] > 3 * min(line.get("dpo_fm_grad_ratio", math.inf) for line in lines)
+
+
+def test_a_resumed_run_ends_in_the_same_bits_and_measuring_changes_none(configure, tmp_path):
+    weights = {}
+    for name, stops, every in (("whole", [6], 0), ("resumed", [2, 6], 0), ("measured", [6], 1)):
+        for steps in stops:
+            config = configure(
+                output=str(tmp_path / name), steps=steps, gradients_every=every, checkpoint=CheckpointConfig(every=2)
+            )
+            assert train_crpo(config) == 0
+        weights[name] = load_file(tmp_path / name / "checkpoints" / "step-00000006" / "model.safetensors")
+    for other in ("resumed", "measured"):
+        assert all(torch.equal(weights["whole"][key], weights[other][key]) for key in weights["whole"])
+    assert not any("dpo_grad_norm" in line for line in metrics(str(tmp_path / "whole")))
+    assert len(metrics(str(tmp_path / "resumed"))) == len(metrics(str(tmp_path / "whole"))) == 3
+
+
+def test_the_watch_speaks_once_per_occurrence():
+    rng = np.random.default_rng(0)
+    watch = LoserWatch()
+    healthy = [(-0.01 * i, 0.01 * i) for i in range(30)]  # winners get better, losers worse
+    assert not any(watch.add(*line) for line in healthy)
+    spoken = [watch.add(-0.3 + 0.001 * i, 0.3 + 0.01 * i) for i in range(30)]
+    assert sum(spoken) == 1
+    assert watch.bad
+    assert not any(watch.add(-0.3 - 0.01 * i, 0.6) for i in range(30))
+    assert not watch.bad
+    assert sum(watch.add(-0.6, 0.6 + 0.01 * i) for i in range(30)) == 1
+    still = LoserWatch()  # noise alone
+    alarms = sum(still.add(*(0.001 * rng.standard_normal(2))) for _ in range(2000))
+    assert alarms < 100
+
+
+def test_a_run_that_unlearns_is_told_so(configure, capsys):
+    task = CrpoTask(configure(), CPU)
+    for i in range(12):
+        task._seen += torch.tensor([0.01 * i, 0.1 * i, 1.0])
+        noted = task.note(4 * i, 4 * (i + 1))
+    assert noted == {"loser_rises": True}
+    assert capsys.readouterr().out.count("unlearns losers") == 1
+
+
+def test_a_reference_of_another_head_is_refused(configure, folder, tmp_path):
+    def model(file: str, head: Head) -> ModelConfig:
+        return ModelConfig(size="debug", head=head, init=file)
+
+    for theirs, ours, message in (
+        ("none", "v2", "has no score head"),
+        ("v3", "v2", "has the score head v3, model.head is v2"),
+        ("v2", "v1", "was trained as v2 and collapses as v1"),
+    ):
+        file = initial(tmp_path / f"{theirs}.safetensors", theirs)
+        with pytest.raises(UserError, match=message):
+            CrpoTask(configure(model=model(file, ours)), CPU)
+    CrpoTask(configure(model=model(str(folder / "v1.safetensors"), "v4")), CPU)
+
+
+def test_pairs_must_be_those_of_the_pool(configure, folder, tmp_path):
+    clips = [Candidate("p0", i, np.zeros(SHAPE), float(i), float(i), split="test") for i in range(2)]
+    other = write_pool(str(tmp_path / "other"), clips, {"p0": ("prompt 0", np.zeros((3, 8)))})
+    source = DataConfig(sources=(SourceConfig(corpus=other.uri, split="all"),), threads=0)
+    with pytest.raises(UserError, match="another pool"):
+        CrpoTask(configure(data=source), CPU)
+    (tmp_path / "keys.txt").write_text("p0_0\n")
+    some = SourceConfig(corpus=str(folder / "pool"), split="all", keys=str(tmp_path / "keys.txt"))
+    with pytest.raises(UserError, match="47 clips are not among those of"):
+        CrpoTask(configure(data=DataConfig(sources=(some,), threads=0)), CPU)
+
+
+def test_wrong_configs_are_refused_and_defaults_are_the_papers(configure, folder):
+    pool = SourceConfig(corpus=str(folder / "pool"), split="all")
+    for fields, message in (
+        ({"model": ModelConfig(size="debug", head="v2")}, "init is needed"),
+        ({"data": DataConfig(sources=(pool, pool))}, "must be the one pool"),
+        ({"validation": ValidationConfig()}, "clips must be 0"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            configure(**fields)
+    sets = [
+        "output=run",
+        "pairs=pairs.parquet",
+        "model.init=a.safetensors",
+        "model.head=v2",
+        "flow.score_dropout_rate=0",
+    ]
+    config = load_config(CrpoConfig, None, [*sets, "data={sources: [{corpus: pool}]}", "optimizer.eps=1e-8"])
+    assert (config.beta, config.fm_weight, config.log_ratio, config.steps, config.batch) == (
+        2000,
+        1,
+        "tangoflux",
+        5000,
+        8,
+    )
+    assert (config.optimizer.lr, config.optimizer.warmup, config.optimizer.schedule) == (1e-6, 100, "constant")
+    assert (config.flow.text_dropout, config.flow.score_dropout_rate) == (0, 0)
+    assert Folder.at(config.output).uri.endswith("/run")
+
+
+@pytest.mark.parametrize(("name", "beta", "updates"), [("debug", 2000, 30), ("paper", 2000, 5000)])
+def test_shipped_configs_are_valid(name, beta, updates):
+    config = load_config(CrpoConfig, f"{REPO}/configs/{name}/stage3.yaml")
+    assert (config.model.head, config.beta, config.steps, config.flow.text_dropout) == ("v2", beta, updates, 0)

@@ -1,0 +1,68 @@
+"""Made-up votes about the clips of a corpus, for demos and tests of the ranker.
+
+    python -m ttmray.synth.votes RUN TABLE.csv [--count N] [--seed S]
+
+A made-up listener prefers the clip with the higher `reward_score`, but for chance:
+P(a) = sigmoid(4 * difference / sd of all rewards).
+"""
+
+import argparse
+import csv
+import io
+import sys
+
+import numpy as np
+
+from ttmray.corpus import index
+from ttmray.errors import UserError
+from ttmray.storage import Folder, split_path
+
+CERTAINTY = 4.0
+TIE = 0.05
+"""A difference of less than this many standard deviations is a tie."""
+
+
+def draw_votes(keys: list[str], rewards: np.ndarray, count: int, seed: int) -> list[dict[str, str]]:
+    """Rows `a`, `b`, `label` about random pairs of different clips.
+
+    Raises:
+        UserError: fewer than two clips, or rewards that are all equal.
+    """
+    spread = float(np.std(rewards)) if len(rewards) else 0.0
+    if len(keys) < 2 or spread == 0:
+        raise UserError(f"{len(keys)} clips with a reward spread of {spread:g} give no votes.", "Score more songs.")
+    draw = np.random.default_rng(seed)
+    votes = []
+    for _ in range(count):
+        a, b = draw.choice(len(keys), 2, replace=False)
+        gap = (rewards[a] - rewards[b]) / spread
+        label = "a" if draw.random() < 1 / (1 + np.exp(-CERTAINTY * gap)) else "b"
+        votes.append({"a": keys[a], "b": keys[b], "label": "tie" if abs(gap) < TIE else label})
+    return votes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run folder of the corpus job")
+    parser.add_argument("table", help="CSV file to write")
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    rows = [row for row in index.read_index(Folder.at(given.run)).to_pylist() if row["status"] == "ok"]
+    rewards = np.array([row["reward_score"] for row in rows], np.float64)
+    votes = draw_votes([row["key"] for row in rows], rewards, given.count, given.seed)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["a", "b", "label"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(votes)
+    folder, name = split_path(given.table)
+    folder.write(name, text.getvalue().encode())
+    print(f"{len(votes)} votes about {len(rows)} clips: {given.table}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,177 @@
+"""Configs of training runs. Defaults are the paper's Stage 1 (III-D) unless a field says otherwise."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ttmray.config import Config, execution
+from ttmray.models.score_heads import Head, Null
+from ttmray.storage import absolute
+from ttmray.training.data import DataConfig
+from ttmray.training.flow_matching import FlowMatchingConfig
+from ttmray.training.schedule import Schedule
+
+
+class ModelConfig(Config):
+    """Which backbone, and where its weights come from."""
+
+    size: Literal["s_44k", "l_44k", "s_16k", "l_16k", "debug"] = "s_44k"
+    """FluxAudio-S or L for 44.1 or 16 kHz latents; `debug` is tiny and takes any corpus."""
+    head: Head = "v1"
+    """How the score enters (models/score_heads.py). The paper trains v1."""
+    null: Null = "zero_embedding"
+    """What a dropped score is; the paper's null = 0 can be read as either."""
+    init: str | None = execution(None)
+    """Weights to start from: an exported file, a released one, or a run folder. Default: from scratch. Their hash is
+    part of the identity."""
+    seed: int = 0
+    """Of the initial weights."""
+
+
+class OptimizerConfig(Config):
+    """AdamW over all trainable weights, without exclusions from decay, as in the public trainer."""
+
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate after the warm-up."""
+    warmup: int = Field(1000, ge=0)
+    """Updates of linear warm-up."""
+    schedule: Schedule = "constant"
+    """After the warm-up. The paper's text says constant; the public config says step (x0.1 at 80 % and 90 %)."""
+    weight_decay: float = Field(1e-6, ge=0)
+    """Public trainer."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Public trainer."""
+    eps: float = Field(1e-6, gt=0)
+    """Public trainer under mixed precision (1e-8 without)."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global norm of the gradient."""
+
+
+class EmaConfig(Config):
+    """Averages of the weights (training/ema.py)."""
+
+    sigma_rels: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = Field((0.05, 0.1), min_length=1)
+    """Relative widths; the first one is used for validation and samples."""
+    snapshot_every: int = execution(10_000, ge=1)
+    """Updates between the snapshots from which other averages are made after training; there is one at the end."""
+
+
+class CheckpointConfig(Config):
+    """How often the whole state is saved, and what is kept."""
+
+    every: int = Field(2000, ge=1)
+    """Updates. There is also one at the end, and one when the run is interrupted."""
+    keep: int = Field(2, ge=2)
+    """Newest checkpoints that stay."""
+    keep_every: int | None = Field(None, ge=1)
+    """Steps whose multiples stay for good."""
+
+
+class ValidationConfig(Config):
+    """Loss on held-out clips, with averaged weights, no dropout and the same draws every time."""
+
+    every: int = Field(5000, ge=1)
+    """Updates."""
+    clips: int = Field(512, ge=0)
+    """At most this many clips of the split `validation` of the same corpora; 0: no validation."""
+
+
+class SampleConfig(Config):
+    """Audio to listen to while a run goes on."""
+
+    every: int = Field(0, ge=0)
+    """Updates; 0: no audio. There is some before the first update, too: a missing decoder is noticed at once."""
+    prompts: tuple[str, ...] = ("a calm piano piece", "an energetic rock song with distorted guitars")
+    """Texts, without the prefix that generation adds."""
+    score: float | None = 1.0
+    """Score for models with a score head."""
+    steps: int = Field(25, ge=1)
+    """Euler steps."""
+
+
+class RuntimeConfig(Config):
+    """Where and how fast. None of it changes the trajectory beyond the order of sums."""
+
+    runner: Literal["local", "ray"] = "local"
+    """`local` trains in this process on one device; `ray` starts workers with Ray Train."""
+    workers: int = Field(1, ge=1)
+    """Ray Train workers, one device each."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Device of a worker; `auto` is cuda where there is one: in this machine, or under Ray in the cluster."""
+    cpus: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves per worker."""
+    threads: int | None = Field(None, ge=1)
+    """torch threads per worker on a CPU; default: torch's own choice locally, 1 under Ray."""
+    device_batch: int | Literal["auto"] = "auto"
+    """Samples per forward and device; must divide `batch / workers`. `auto`: what should fit in memory."""
+    compile: bool = False
+    """torch.compile the backbone."""
+    checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more time."""
+    log_every: int = Field(50, ge=1)
+    """Updates per log line."""
+    tensorboard: bool = True
+    """Write TensorBoard events where the extra `track` is installed."""
+    watchdog_s: float = Field(1800.0, gt=0)
+    """A run without any finished update for so long dumps the stacks of all threads and ends."""
+    max_restarts: int = Field(3, ge=0)
+    """How often Ray's workers are started again when one is lost."""
+
+
+class TrainConfig(Config):
+    """`jobs/train_sft.py` and `ttmray train-sft`: Stage 1, from scratch or from weights."""
+
+    output: str = execution()
+    """Run folder: a local path or s3:// prefix."""
+    data: DataConfig
+    """Corpora and their mixture."""
+    model: ModelConfig = ModelConfig()
+    flow: FlowMatchingConfig = FlowMatchingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    batch: int = Field(64, ge=1)
+    """Samples per update, over all workers and accumulated micro-batches."""
+    steps: int = Field(200_000, ge=1)
+    """Updates. With a constant learning rate a finished run may be continued to more."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast type of the forward pass; weights and optimiser state are float32."""
+    latent_std: Literal["samples", "means"] = "samples"
+    """Latents are normalised by the deviation of posterior samples, or of posterior means. The paper's statistics
+    are not public; samples are what the model sees."""
+    checkpoint: CheckpointConfig = execution(CheckpointConfig())
+    validation: ValidationConfig = execution(ValidationConfig())
+    samples: SampleConfig = execution(SampleConfig())
+    runtime: RuntimeConfig = execution(RuntimeConfig())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        scored = self.data.sources[0].score_column is not None
+        if scored and self.model.head == "none":
+            raise ValueError("model.head is none, so data.sources need score_column: null")
+        if not scored and self.model.head != "none":
+            raise ValueError(f"model.head {self.model.head} needs a score_column in data.sources")
+        if self.batch % self.runtime.workers:
+            raise ValueError(f"batch ({self.batch}) must be a multiple of runtime.workers ({self.runtime.workers})")
+        share = self.batch // self.runtime.workers
+        if isinstance(self.runtime.device_batch, int) and share % self.runtime.device_batch:
+            raise ValueError(
+                f"runtime.device_batch ({self.runtime.device_batch}) must divide batch / workers ({share})"
+            )
+        if self.runtime.runner == "local" and self.runtime.workers > 1:
+            raise ValueError("runtime.workers above 1 need runtime.runner: ray")
+        if self.runtime.runner == "ray" and ":" in self.runtime.device:
+            raise ValueError("runtime.device: Ray chooses the GPUs, so it is cuda, cpu or auto")
+        return self
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Ray workers run elsewhere: every path absolute."""
+    sources = tuple(
+        source.model_copy(
+            update={"corpus": absolute(source.corpus), "keys": absolute(source.keys) if source.keys else None}
+        )
+        for source in config.data.sources
+    )
+    model = config.model.model_copy(update={"init": absolute(config.model.init) if config.model.init else None})
+    data = config.data.model_copy(update={"sources": sources, "cache": absolute(config.data.cache)})
+    return config.model_copy(update={"output": absolute(config.output), "data": data, "model": model})

@@ -1,0 +1,355 @@
+"""Stage 3: CRPO, a DPO loss for flow matching on winner and loser of one prompt (paper III-D, Eq. 1).
+
+The loss is that of TangoFlux (Hung et al. 2024), which the paper uses: log pi(x) is approximated by the flow-matching
+loss. Winner and loser, policy and reference share one time and one noise. The reference is the whole starting model,
+text projections and score head included, in evaluation mode.
+
+Losses of the reference are not computed ahead: time and noise are new at every draw of a pair, so there would be as
+many reference forwards as now (a quarter of the work); fewer, fixed draws per pair would be another loss.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from ttmray.config import execution, fingerprint
+from ttmray.console import console
+from ttmray.errors import UserError
+from ttmray.models.backbone import FluxAudio
+from ttmray.models.backbone_weights import read_config, tidy
+from ttmray.models.state_dicts import read_state_dict
+from ttmray.storage import Folder, absolute
+from ttmray.training.clips import Clips
+from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig, with_absolute_paths
+from ttmray.training.data import DataConfig, Mixture, Samples, loader, open_mixture
+from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
+from ttmray.training.loop import Losses
+from ttmray.training.memory import step_flops
+from ttmray.training.preference_pairs import read_pairs
+from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, weights_file, write_samples
+
+LogRatio = Literal["tangoflux", "equation_1"]
+FACTORS: dict[LogRatio, float] = {"tangoflux": 0.5, "equation_1": 1.0}
+"""log[pi(x)/pi_ref(x)] = -factor (L(x) - L_ref(x)). TangoFlux's code has the half of a Gaussian's log-density; the
+paper's Eq. 1 shows beta without it."""
+WATCHED = 10
+"""Log lines over which `LoserWatch` looks."""
+
+
+class CrpoFlow(FlowMatchingConfig):
+    """Times and dropout, the same for winner, loser, policy and reference."""
+
+    text_dropout: float = Field(0.0, ge=0, le=1)
+    """0 as in TangoFlux: then nothing trains the branch without text that guidance also uses."""
+
+
+class CrpoOptimizer(OptimizerConfig):
+    """AdamW with the paper's rate."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Learning rate after the warm-up (paper)."""
+    warmup: int = Field(100, ge=0)
+    """Updates of linear warm-up (public config)."""
+
+
+class CrpoConfig(TrainConfig):
+    """`jobs/train_crpo.py` and `ttmray train-crpo`: Stage 3. `data.sources` is the pool of the pairs."""
+
+    pairs: str = execution()
+    """`pairs.parquet` of `ttmray pairs`. What it holds is part of the identity."""
+    beta: float = Field(2000.0, gt=0)
+    """Of DPO (paper). Losses are means over frames and channels; for sums it would be divided by their number."""
+    log_ratio: LogRatio = "tangoflux"
+    """`tangoflux`: beta / 2 times the difference of losses. `equation_1`: beta times, Eq. 1 read to the letter."""
+    fm_weight: float = Field(1.0, ge=0)
+    """lambda: weight of the winner's flow-matching loss (paper)."""
+    score: float | Literal["own"] | None = "own"
+    """What the model is conditioned on: each clip's own reward, one number for all, or null for no score. The paper
+    does not say."""
+    gradients_every: int = execution(100, ge=0)
+    """Updates between measurements of the gradient norms of both terms, which cost an update each; 0: never."""
+    flow: CrpoFlow = CrpoFlow()
+    optimizer: CrpoOptimizer = CrpoOptimizer()
+    batch: int = Field(8, ge=1)
+    """Pairs per update. The public script says 8, its config 32, the paper nothing."""
+    steps: int = Field(5000, ge=1)
+    """Updates (paper): 20 epochs of 2,000 pairs."""
+    checkpoint: CheckpointConfig = execution(CheckpointConfig(every=500))
+    validation: ValidationConfig = execution(ValidationConfig(clips=0))
+    """Not used: there are no held-out pairs. Compare checkpoints on held-out prompts instead."""
+
+    @model_validator(mode="after")
+    def _for_pairs(self) -> Self:
+        if self.model.init is None:
+            raise ValueError("model.init is needed: CRPO starts from trained weights, which are its reference")
+        if len(self.data.sources) != 1:
+            raise ValueError("data.sources must be the one pool that the pairs come from")
+        if self.validation.clips:
+            raise ValueError("validation.clips must be 0")
+        return self
+
+
+class CrpoLosses(NamedTuple):
+    """(B,) each: what is minimised; its DPO term; `inside`, the argument of the log-sigmoid: above 0 the policy
+    prefers the winner more than the reference does."""
+
+    total: Tensor
+    dpo: Tensor
+    inside: Tensor
+
+
+def crpo_losses(
+    winner: Tensor,
+    loser: Tensor,
+    reference_winner: Tensor,
+    reference_loser: Tensor,
+    *,
+    beta: float = 2000.0,
+    fm_weight: float = 1.0,
+    factor: float = 0.5,
+) -> CrpoLosses:
+    """-log sigmoid(-factor beta [(Lw - Ll) - (Lw_ref - Ll_ref)]) + fm_weight Lw of every pair.
+
+    Args:
+        winner, loser: (B,) flow-matching losses of the policy, means over frames and channels.
+        reference_winner, reference_loser: (B,) of the reference, at the same times and noises.
+    """
+    inside = -factor * beta * ((winner - loser) - (reference_winner - reference_loser))
+    dpo = F.softplus(-inside)  # -log sigmoid
+    return CrpoLosses(dpo + fm_weight * winner, dpo, inside)
+
+
+class PairMixture(Mixture):
+    """Pairs as an endless, reproducible sequence. A sample is a pair, read as two rows that share their draws; of B
+    pairs come first all winners, then all losers.
+
+    Args:
+        pool: clips that the pairs are of.
+        winners, losers: (n,) rows of the pool.
+        seed: of the order and the draws.
+    """
+
+    def __init__(self, pool: Clips, winners: np.ndarray, losers: np.ndarray, seed: int) -> None:
+        super().__init__([pool], [1.0], seed)
+        self._winners, self._losers = winners, losers
+
+    def __len__(self) -> int:
+        return len(self._winners)
+
+    def _permuted(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self))
+
+    def read(
+        self, clips: np.ndarray, numbers: Sequence[int], streams: Sequence[tuple[int, int]], pin: bool = False
+    ) -> Samples:
+        """Winners and losers of the pairs `clips`; see `Mixture.read`."""
+        rows = np.concatenate([self._winners[clips], self._losers[clips]])
+        return super().read(rows, [*numbers, *numbers], [*streams, *streams], pin)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the pool and the pairs."""
+        pairs = [self._winners.tolist(), self._losers.tolist()]
+        return fingerprint({"pool": super().fingerprint(), "pairs": pairs})
+
+
+def open_pairs(path: str, data: DataConfig) -> PairMixture:
+    """The pairs of a file, read from the pool `data.sources`.
+
+    Raises:
+        UserError: another pool, or one that lacks a clip.
+    """
+    pool = open_mixture(data).sources[0]
+    table = read_pairs(path, pool.corpus)
+    row_of = {key: row for row, key in enumerate(pool.keys.to_pylist())}
+    absent = [key for side in ("winner", "loser") for key in table[side].to_pylist() if key not in row_of]
+    if absent:
+        source = data.sources[0]
+        raise UserError(
+            f"{path}: {len(absent)} clips are not among those of {source.corpus}, e.g. {absent[0]}.",
+            "Set split: all and keys: null for the pool in data.sources.",
+        )
+    winners, losers = (np.array([row_of[key] for key in table[side].to_pylist()]) for side in ("winner", "loser"))
+    return PairMixture(pool, winners, losers, data.seed)
+
+
+class LoserWatch:
+    """Notices when the margin grows by worse losers and not by better winners.
+
+    Both numbers are losses less those of the reference at the same draws, which takes the noise of the draws out.
+    """
+
+    def __init__(self, lines: int = WATCHED) -> None:
+        self.lines = lines
+        self.history: deque[tuple[float, float]] = deque(maxlen=lines)
+        self.bad = False
+
+    def add(self, winner: float, loser: float) -> bool:
+        """Means over a log line; true where the trouble begins, false while it lasts.
+
+        Trouble: from the older half of the window to the newer one the loser's loss rises by more than two standard
+        errors, and the winner's does not fall.
+        """
+        self.history.append((winner, loser))
+        if len(self.history) < self.lines:
+            return False
+        older, newer = np.split(np.array(self.history), [self.lines // 2])
+        rise = newer.mean(0) - older.mean(0)
+        error = np.sqrt(newer.var(0, ddof=1) / len(newer) + older.var(0, ddof=1) / len(older))
+        bad = bool(rise[1] > 2 * error[1] and rise[0] >= 0)
+        begins, self.bad = bad and not self.bad, bad
+        return begins
+
+
+class CrpoTask:
+    """Stage 3 as the loop sees it.
+
+    Args:
+        config: of the run, a `CrpoConfig`.
+        device: of this rank.
+
+    Raises:
+        UserError: pairs and pool, or weights and model, do not fit.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        assert isinstance(config, CrpoConfig)
+        self.config = config
+        self.pairs = open_pairs(config.pairs, config.data)
+        self.model, self.init = initial_model(config, self.pairs)
+        assert config.model.init is not None
+        check_head(self.model, weights_file(config.model.init))
+        self.model.to(device)
+        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        # compiled like the policy: rounding errors that both share cancel before beta multiplies them
+        self._refer = torch.compile(self.reference) if config.runtime.compile else self.reference
+        # two clips forward and backward, and forward through the reference
+        self.flops_per_sample = step_flops(self.model.config) * (2 + 2 / 3)
+        self.identity: dict[str, Any] = {
+            "data": self.pairs.fingerprint(),
+            "backbone": self.model.config.to_dict(),
+            "init": self.init,
+            "frozen": frozen_digest(self.model),
+        }
+        self.watch = LoserWatch()
+        self.rank = 0
+        self._seen = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def batches(self, start: int, batch: int, rank: int, world: int, pin: bool) -> Generator[Samples, None, None]:
+        self.rank = rank
+        yield from loader(self.pairs, self.config.data, start=start, batch=batch, rank=rank, world=world, pin=pin)
+
+    def losses(self, samples: Samples, forward: Callable[..., Tensor]) -> Losses:
+        samples = self._scored(samples)
+        every, update = self.config.gradients_every, int(samples.numbers[0]) // self.config.batch
+        measured = self.gradient_norms(samples) if every and update % every == 0 else {}
+        winner, loser, reference_winner, reference_loser, found, t = self._terms(samples, forward)
+        extra = {
+            "winner_loss": winner,
+            "loser_loss": loser,
+            "reference_winner_loss": reference_winner,
+            "reference_loser_loss": reference_loser,
+            "margin": found.inside,
+            "implicit_accuracy": (found.inside > 0).float(),
+            **measured,
+        }
+        with torch.no_grad():
+            gaps = [(winner - reference_winner).sum(), (loser - reference_loser).sum(), winner.new_tensor(len(winner))]
+            self._seen += torch.stack(gaps).double()
+        return Losses(found.total, t, extra)
+
+    def gradient_norms(self, samples: Samples) -> dict[str, Tensor]:
+        """Norms of the gradients of the two terms of the loss, and their ratio, on a micro-batch of this rank.
+
+        By a forward of the bare model and two backward passes: nothing of it touches the gradients of the update.
+        """
+        winner, *_, found, _ = self._terms(samples, self.model)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norms = []
+        for term in (found.dpo.mean(), self.config.fm_weight * winner.mean()):
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            norms.append(get_total_norm([g for g in gradients if g is not None]))
+        ratio = norms[0] / norms[1].clamp_min(1e-30)
+        return {"dpo_grad_norm": norms[0], "fm_grad_norm": norms[1], "dpo_fm_grad_ratio": ratio}
+
+    def _terms(
+        self, samples: Samples, forward: Callable[..., Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, CrpoLosses, Tensor]:
+        """Losses of winner and loser, of both by the reference, of the pair; and times. All (B,)."""
+        policy, t = flow_losses(self.model, samples.batch, self.config.flow, forward)
+        with torch.no_grad():
+            reference, _ = flow_losses(self.reference, samples.batch, self.config.flow, self._refer)
+        (winner, loser), (reference_winner, reference_loser) = policy.chunk(2), reference.chunk(2)
+        found = crpo_losses(
+            winner,
+            loser,
+            reference_winner,
+            reference_loser,
+            beta=self.config.beta,
+            fm_weight=self.config.fm_weight,
+            factor=FACTORS[self.config.log_ratio],
+        )
+        return winner, loser, reference_winner, reference_loser, found, t.chunk(2)[0]
+
+    def _scored(self, samples: Samples) -> Samples:
+        own, score = samples.batch.score, self.config.score
+        if own is None or score == "own":
+            return samples
+        return samples._replace(
+            batch=samples.batch._replace(score=None if score is None else own.new_full(own.shape, score))
+        )
+
+    def validate(self, device: torch.device, rank: int, world: int) -> None:
+        return None
+
+    def sample(self, folder: Folder, step: int) -> None:
+        write_samples(self.model, self.config, corpus_bundle(self.config.data), folder, step)
+
+    def note(self, start: int, stop: int) -> dict[str, Any]:
+        winner, loser, count = self._seen.tolist()
+        self._seen.zero_()
+        if count and self.watch.add(winner / count, loser / count) and self.rank == 0:
+            console.print(
+                f"[yellow]update {stop // self.config.batch}: over the last {WATCHED} log lines the losers' loss rose "
+                "and the winners' did not fall: the policy unlearns losers and learns nothing from winners. Compare "
+                "earlier checkpoints, or lower optimizer.lr.[/yellow]"
+            )
+        return {"loser_rises": self.watch.bad}
+
+
+def check_head(model: FluxAudio, path: Path) -> None:
+    """The score head of the weights must be the model's: the reference cannot have a new one.
+
+    Raises:
+        UserError: another one, or v2 weights under v1, which collapse (paper IV-B).
+    """
+
+    def score_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("score_embed.")}
+
+    theirs = score_shapes(tidy(read_state_dict(path), str(path)))
+    head, named = model.config.head, read_config(path).get("head")
+    if theirs != score_shapes(model.state_dict()):
+        what = f"the score head {named or 'of another shape'}" if theirs else "no score head"
+        raise UserError(
+            f"model.init: {path} has {what}, model.head is {head}.",
+            "v1, v2 and v4 share their tensors; else choose the head of the weights.",
+        )
+    if named == "v2" and head in ("v1", "v4"):
+        raise UserError(f"model.init: {path} was trained as v2 and collapses as {head}.", "Set model.head: v2.")
+
+
+def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = False) -> int:
+    """Stage 3 from start to end, or from where it was; returns the exit code."""
+    from ttmray.training.launch import launch
+
+    ready = with_absolute_paths(config).model_copy(update={"pairs": absolute(config.pairs)})
+    return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force)

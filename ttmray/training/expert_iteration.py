@@ -1,0 +1,214 @@
+"""Stage 2 (paper III-D): fine-tune on the best of the model's own clips, mixed into the corpus; polish on them alone.
+
+A round is a sequence of steps, each of which is skipped when it is done and goes on where it was killed: sample a pool,
+filter it, fine-tune, export, polish, export. The paper has one round. The control takes the same steps without the kept
+clips, in a folder of its own: what both gain is not the experts' doing.
+"""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from ttmray.config import Config, execution, fingerprint, identity
+from ttmray.console import console
+from ttmray.corpus.finalise import SUCCESS
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.generation import pool
+from ttmray.generation.filter import KEPT, FilterConfig, filter_pool
+from ttmray.generation.pool_worker import CandidatesConfig
+from ttmray.models.weights import digest_file
+from ttmray.storage import Folder, absolute
+from ttmray.training.config import OptimizerConfig, TrainConfig, with_absolute_paths
+from ttmray.training.data import SourceConfig
+from ttmray.training.export import export
+from ttmray.training.launch import claim, launch
+from ttmray.training.sft import SftTask, weights_file
+
+SamplePool = Callable[[str, str], None]
+"""(weights file, run folder): sample a pool from the weights, or go on with one."""
+
+
+class FineTuneOptimizer(OptimizerConfig):
+    """AdamW with the rate of the fine-tuning."""
+
+    lr: float = Field(1e-5, gt=0)
+    """Learning rate (paper)."""
+    warmup: int = Field(0, ge=0)
+    """Updates of linear warm-up (public script)."""
+
+
+class PolishConfig(Config):
+    """The last updates, on the kept clips alone. Of all else the paper says nothing: it is as in the fine-tuning."""
+
+    steps: int = Field(5000, ge=0)
+    """Updates; 0: no polish."""
+    lr: float = Field(1e-6, gt=0)
+    """Constant learning rate."""
+
+
+class ExpertIterationConfig(TrainConfig):
+    """`jobs/expert_iteration.py` and `ttmray expert-iteration`: Stage 2. `data` is the corpus without generated clips,
+    `model.init` the weights of Stage 1, `optimizer` and `steps` are those of the fine-tuning."""
+
+    optimizer: FineTuneOptimizer = FineTuneOptimizer()
+    steps: int = Field(30_000, ge=1)
+    """Updates of the fine-tuning (paper)."""
+    polish: PolishConfig = PolishConfig()
+    rounds: int = Field(1, ge=1)
+    """Rounds of sampling and training; every one trains on the clips of its own pool."""
+    pool: CandidatesConfig | None = None
+    """What is sampled in every round; checkpoint and output are those of the round."""
+    pools: tuple[str, ...] = execution(())
+    """Finished pools of the first rounds, in place of sampling them."""
+    filter: FilterConfig = FilterConfig()
+    """What is kept of a pool."""
+    oversample: float = Field(5.0, gt=0)
+    """Draws of a kept clip per epoch of the mixture (paper)."""
+    weights: str = Field("raw", pattern=r"^(raw|ema:[0-9.]+)$")
+    """Weights that go from step to step: `raw` as in the released chain, or `ema:0.05`."""
+    control: bool = False
+    """The same number of updates at the same rates without kept clips: both steps draw from the corpus."""
+
+    @model_validator(mode="after")
+    def _for_rounds(self) -> Self:
+        if self.model.init is None:
+            raise ValueError("model.init is needed: the weights of Stage 1")
+        if len(self.pools) > self.rounds:
+            raise ValueError(f"pools: {len(self.pools)} for {self.rounds} rounds")
+        return self
+
+
+def expert_iteration(
+    config: ExpertIterationConfig,
+    sample_pool: SamplePool | None = None,
+    *,
+    plan_only: bool = False,
+    force: bool = False,
+) -> int:
+    """Stage 2 from start to end, or from where it was; returns the exit code.
+
+    The run folder has `expert/` or `control/`, and in it `round-1/` with `pool/`, `selection/`, the training runs
+    `finetune/` and `polish/`, and what they made: `finetune.safetensors`, `polish.safetensors`. `_SUCCESS.json` names
+    the last of them.
+
+    Args:
+        sample_pool: makes the pools that `config.pools` does not name; default: by `config.pool`.
+        plan_only: print the derived numbers of the fine-tuning and stop.
+        force: go on although the config differs from the run folder's.
+
+    Raises:
+        UserError: for everything that the user can mend.
+    """
+    config = absolute_paths(config)
+    if sample_pool is None and config.pool is not None:
+        sample_pool = partial(pool.sample_pool, config.pool)
+    assert config.model.init is not None
+    weights = str(weights_file(config.model.init))
+    root = Folder.at(config.output).sub("control" if config.control else "expert")
+    if root.remote:
+        raise UserError(f"output: {root} is remote.", "Weights go from step to step as files: name a local folder.")
+    if plan_only:
+        return launch("sft", finetuning(config, root, weights, None), SftTask, plan_only=True)
+    described = _described(config, weights)
+    claim(root, described, force)
+    for number in range(1, config.rounds + 1):
+        place = root.sub(f"round-{number}")
+        last = "polish.safetensors" if config.polish.steps else "finetune.safetensors"
+        if place.exists(last):
+            weights = place.path(last)
+            continue
+        console.print(f"round {number} of {config.rounds}, from {weights}", markup=False)
+        experts = None if config.control else _experts(config, number, weights, place, sample_pool)
+        weights = _trained(config, finetuning(config, place, weights, experts), "finetune", place, force)
+        if config.polish.steps:
+            weights = _trained(config, polishing(config, place, weights, experts), "polish", place, force)
+    body = {"fingerprint": described["fingerprint"], "steps": config.steps, "weights": weights}
+    root.write(SUCCESS, json.dumps(body, indent=1).encode())
+    console.print(f"Stage 2 is done: {weights}", markup=False)
+    return EXIT_OK
+
+
+def finetuning(config: ExpertIterationConfig, place: Folder, weights: str, experts: SourceConfig | None) -> TrainConfig:
+    """The run on the corpus and, `oversample` times, the kept clips."""
+    sources = config.data.sources
+    if experts is not None:
+        sources = (*sources, experts.model_copy(update={"repeat": config.oversample}))
+    return _phase(config, place.path("finetune"), weights, sources, config.optimizer, config.steps)
+
+
+def polishing(config: ExpertIterationConfig, place: Folder, weights: str, experts: SourceConfig | None) -> TrainConfig:
+    """The run on the kept clips alone; the control's on the corpus. Validation stays that of the corpus."""
+    sources = config.data.sources
+    if experts is not None:
+        sources = (*(source.model_copy(update={"repeat": 0.0}) for source in sources), experts)
+    optimizer = config.optimizer.model_copy(update={"lr": config.polish.lr, "warmup": 0, "schedule": "constant"})
+    return _phase(config, place.path("polish"), weights, sources, optimizer, config.polish.steps)
+
+
+def _phase(
+    config: ExpertIterationConfig,
+    output: str,
+    weights: str,
+    sources: tuple[SourceConfig, ...],
+    optimizer: OptimizerConfig,
+    steps: int,
+) -> TrainConfig:
+    same: dict[str, Any] = {name: getattr(config, name) for name in TrainConfig.model_fields}
+    same |= {"output": output, "optimizer": optimizer, "steps": steps}
+    same["model"] = config.model.model_copy(update={"init": weights})
+    same["data"] = config.data.model_copy(update={"sources": sources})
+    return TrainConfig(**same)
+
+
+def _experts(
+    config: ExpertIterationConfig, number: int, weights: str, place: Folder, sample_pool: SamplePool | None
+) -> SourceConfig:
+    """The kept clips of a round's pool, which is sampled and filtered now unless that is done."""
+    if number <= len(config.pools):
+        source = Folder.at(config.pools[number - 1])
+    else:
+        source = place.sub("pool")
+        if not source.exists(SUCCESS):
+            if sample_pool is None:
+                raise UserError(
+                    f"there is no pool for round {number}.",
+                    f"Set pool, or sample one from {weights} and name it in pools.",
+                )
+            sample_pool(weights, source.uri)
+    corpus = config.data.sources[0]
+    selection = place.sub("selection")
+    filter_pool(source.uri, selection.uri, config.filter, corpus.corpus)
+    return SourceConfig(
+        corpus=source.uri, split="all", keys=selection.path(KEPT), score_column=corpus.score_column, repeat=1.0
+    )
+
+
+def _trained(config: ExpertIterationConfig, phase: TrainConfig, name: str, place: Folder, force: bool) -> str:
+    """Weights of a training run, which starts or goes on now unless it is done."""
+    out = f"{name}.safetensors"
+    if not place.exists(out):
+        launch("sft", phase, SftTask, force=force)
+        export(phase.output, place.path(out), config.weights)
+    return place.path(out)
+
+
+def _described(config: ExpertIterationConfig, weights: str) -> dict[str, Any]:
+    what = json.loads(json.dumps({"config": identity(config), "init": digest_file(Path(weights)).sha256}))
+    return {
+        "kind": "expert-iteration",
+        "fingerprint": fingerprint(what),
+        "identity": what,
+        "config": config.model_dump(mode="json"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def absolute_paths(config: ExpertIterationConfig) -> ExpertIterationConfig:
+    """Ray workers run elsewhere: every path absolute."""
+    pools = tuple(absolute(path) for path in config.pools)
+    return with_absolute_paths(config).model_copy(update={"pools": pools})  # type: ignore[return-value]

@@ -1,0 +1,283 @@
+"""Features of all clips and prompts of a pair table: each distinct one is encoded once, then packed into arrays.
+
+Clips are told apart by the SHA-256 of their bytes. A part of them is one Parquet file in `features/`, written when all
+its clips are encoded: relaunching encodes only what no file holds, also after pairs were added.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from ttmray.audio import io as audio_io
+from ttmray.audio import segment
+from ttmray.cluster import PoolConfig, each
+from ttmray.config import fingerprint
+from ttmray.console import meter
+from ttmray.corpus import index, shards
+from ttmray.errors import ClipError, UserError
+from ttmray.models import one_thread
+from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.cache import EmbeddingCache
+from ttmray.models.scoring import SAMPLE_RATE, Embeddings, Scorer
+from ttmray.storage import Folder, split_path
+
+FEATURES = "features"
+PART_CLIPS = 64
+LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
+
+
+class EncodingConfig(PoolConfig):
+    """Where clips are encoded."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Device of the encoders."""
+    batch: int = Field(8, ge=1, le=256)
+    """Clips per model forward on a GPU."""
+    embedding_cache: str | None = None
+    """Local folder that keeps embeddings by content, shared with the corpus job."""
+    embedding_cache_gib: float = Field(8.0, gt=0)
+    """Bound of that folder."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Packed features.
+
+    Attributes:
+        clips: address -> row of the clip blocks.
+        prompts: text -> row of the text block; "" is a row of zeros.
+        clap_audio: (n, 512) float32 unit vectors.
+        mert: (n, H) float32 time means.
+        text: (m, 512) float32 unit vectors.
+        failed: address -> reason, for the clips that have no row.
+    """
+
+    clips: dict[str, int]
+    prompts: dict[str, int]
+    clap_audio: np.ndarray
+    mert: np.ndarray
+    text: np.ndarray
+    failed: dict[str, str]
+
+    def block_dims(self) -> tuple[int, int, int]:
+        return self.clap_audio.shape[1], self.mert.shape[1], self.text.shape[1]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Clips (SHA-256 -> address) or prompts (text -> "") that are encoded and stored together."""
+
+    kind: str
+    members: dict[str, str]
+
+
+def extract(clips: Iterable[str], prompts: Iterable[str], bundle: str, run: Folder, config: EncodingConfig) -> Features:
+    """Features of clips and prompts, from the run folder where they are there already.
+
+    Args:
+        clips: addresses (see `Pair`).
+        bundle: models of the roles clap and mert.
+        run: where parts are kept.
+
+    Raises:
+        UserError: weights or device are not there, or a corpus was made by other models.
+    """
+    addresses, texts = list(dict.fromkeys(clips)), [text for text in dict.fromkeys(prompts) if text]
+    audio = [address for address in addresses if "#" not in address]
+    from_corpus = _from_corpora([address for address in addresses if "#" in address], bundle)
+    digests, failed = _digests(audio)
+    made_by = _made_by(bundle, config)
+    known = _known(run, made_by)
+    todo = [
+        _Part("text", dict.fromkeys(some, ""))
+        for some in _chunks([text for text in texts if ("text", text) not in known], 8 * PART_CLIPS)
+    ]
+    missing = {digest: address for address, digest in digests.items() if ("clip", digest) not in known}
+    todo += [
+        _Part("clip", {digest: missing[digest] for digest in some}) for some in _chunks(sorted(missing), PART_CLIPS)
+    ]
+    if todo:
+        with meter("clips and prompts encoded", sum(len(part.members) for part in todo)) as progress:
+            for done in each(partial(_Encoder, bundle, config.model_dump_json(), run.uri, made_by), todo, config):
+                progress.advance(done)
+        known = _known(run, made_by)
+    rows: dict[str, tuple[np.ndarray, np.ndarray]] = dict(from_corpus)
+    for address, digest in digests.items():
+        found = known["clip", digest]
+        if isinstance(found, str):
+            failed[address] = found
+        else:
+            rows[address] = found
+    failed |= {address: "not an ok clip of the corpus" for address in addresses if address not in rows | failed}
+    usable = [address for address in addresses if address in rows]
+    if not usable:
+        example = next(iter(failed.items()), ("no clip", "the table is empty"))
+        raise UserError(f"none of {len(addresses)} clips can be used; {example[0]}: {example[1]}")
+    clap, mert = (np.stack([rows[address][i] for address in usable]) for i in (0, 1))
+    text = [known["text", text] for text in texts]
+    width = clap.shape[1]
+    return Features(
+        clips={address: i for i, address in enumerate(usable)},
+        prompts={text: i for i, text in enumerate(["", *texts])},
+        clap_audio=clap,
+        mert=mert,
+        text=np.stack([np.zeros(width, np.float32), *(row for row, _ in text)]),
+        failed=failed,
+    )
+
+
+def read_clip(address: str) -> np.ndarray:
+    """An audio file as mono float32 at 44.1 kHz; 5 to 10 s are padded to 10 s, as in the corpus job.
+
+    Raises:
+        ClipError: why it cannot be used.
+    """
+    try:
+        folder, name = split_path(address)
+        with folder.open(name) as file:
+            audio, rate = audio_io.decode(file, LIMITS)
+    except UserError as error:
+        raise ClipError("failed", "unreadable", error.message) from error
+    segments = segment.partition(audio.shape[1], rate)
+    if len(segments) == 1 and segments[0][1] > audio.shape[1]:
+        audio = segment.cut(audio, rate, *segments[0])
+    return audio_io.resample(audio, rate, SAMPLE_RATE).mean(axis=0)
+
+
+class _Encoder:
+    """The models of one process; a call encodes one part, writes its file and returns how many members it has."""
+
+    def __init__(self, bundle: str, config: str, run: str, made_by: str) -> None:
+        settings = EncodingConfig.model_validate_json(config)
+        chosen = open_bundle(bundle)
+        models = chosen.load(("clap", "mert"), LoadOptions(device=settings.device, batch=settings.batch))
+        one_thread()  # more would change last bits
+        folder, bound = settings.embedding_cache, int(settings.embedding_cache_gib * 2**30)
+        cache = EmbeddingCache(folder, bound) if folder else None
+        self._scorer = Scorer(models, chosen.protocol("empty"), cache=cache)
+        self._run, self._made_by, self._batch = Folder.at(run), made_by, settings.batch
+
+    def __call__(self, part: _Part) -> int:
+        rows: dict[str, Any] = {}
+        if part.kind == "text":
+            vectors = self._scorer.texts(list(part.members))
+            rows = {text: (vector, np.zeros(0, np.float32)) for text, vector in zip(part.members, vectors, strict=True)}
+        else:
+            for batch in _chunks(list(part.members), self._batch):
+                waves = {}
+                for digest in batch:
+                    try:
+                        waves[digest] = read_clip(part.members[digest])
+                    except ClipError as error:
+                        rows[digest] = str(error)
+                rows |= dict(zip(waves, self._embed(list(waves.values())), strict=True))
+        _write_part(self._run, self._made_by, part.kind, {name: rows[name] for name in part.members})
+        return len(rows)
+
+    def _embed(self, waves: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray] | str]:
+        try:
+            made: Embeddings = self._scorer.embed(waves)
+            return list(zip(made.clap, made.mert, strict=True))
+        except (ValueError, RuntimeError) as error:
+            if len(waves) > 1:  # find the bad one
+                return [row for wave in waves for row in self._embed([wave])]
+            if isinstance(error, ValueError) or "not finite" in str(error):
+                return [str(error)]
+            raise
+
+
+def _made_by(bundle: str, config: EncodingConfig) -> str:
+    """Everything that decides a feature: the head and the text input do not, the kind of device does."""
+    chosen = open_bundle(bundle)
+    how = asdict(chosen.protocol("empty")) | {"text": "", "device": resolve_device(config.device).split(":")[0]}
+    how["hashes"] = [list(item) for item in how["hashes"] if not item[0].startswith("tunejury")]
+    return fingerprint(how)
+
+
+def _digests(addresses: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Address -> SHA-256 of the file, and address -> reason where it cannot be read."""
+
+    def one(address: str) -> tuple[str, str]:
+        try:
+            folder, name = split_path(address)
+            return hashlib.sha256(folder.read(name)).hexdigest(), ""
+        except UserError as error:
+            return "", error.message
+
+    with ThreadPoolExecutor(16) as pool:
+        found = dict(zip(addresses, pool.map(one, addresses), strict=True))
+    digests = {address: digest for address, (digest, _) in found.items() if digest}
+    return digests, {address: reason for address, (digest, reason) in found.items() if not digest}
+
+
+def _write_part(run: Folder, made_by: str, kind: str, rows: Mapping[str, Any]) -> None:
+    """Columns name, reason, first, second: lists of float32 (CLAP and MERT, or a text vector), null with a reason."""
+    arrays = {name: (None, None) if isinstance(row, str) else row for name, row in rows.items()}
+    vector = pa.list_(pa.float32())
+    table = pa.table(
+        {
+            "name": list(rows),
+            "reason": [row if isinstance(row, str) else "" for row in rows.values()],
+            "first": pa.array([first for first, _ in arrays.values()], vector),
+            "second": pa.array([second for _, second in arrays.values()], vector),
+        }
+    )
+    table = table.replace_schema_metadata({"ttmray.made_by": made_by, "ttmray.kind": kind})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none")
+    digest = fingerprint([made_by, kind, list(rows)])
+    run.write(f"{FEATURES}/{kind}-{digest[:16]}.parquet", buffer.getvalue())
+
+
+def _known(run: Folder, made_by: str) -> dict[tuple[str, str], Any]:
+    """(kind, name) -> both arrays, or the reason why there are none, of every part by the same models."""
+    known: dict[tuple[str, str], Any] = {}
+    for entry in run.files(FEATURES, sizes=False):
+        name = f"{FEATURES}/{entry.name}"
+        try:
+            table = pq.read_table(pa.BufferReader(run.read(name)))
+            about = table.schema.metadata
+            if about[b"ttmray.made_by"] != made_by.encode():
+                continue
+            kind = about[b"ttmray.kind"].decode()
+            columns = [table[column] for column in ("name", "reason", "first", "second")]
+        except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+            raise UserError(f"{run.path(name)} is damaged: {error}", "Delete it: it is then made again.") from error
+        for clip, reason, first, second in zip(*columns, strict=True):
+            arrays = (first.values.to_numpy(), second.values.to_numpy()) if not reason.as_py() else reason.as_py()
+            known[kind, clip.as_py()] = arrays
+    return known
+
+
+def _from_corpora(addresses: Sequence[str], bundle: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Embeddings of the mix that a corpus run stored, for those addresses that are ok clips of it."""
+    wanted: dict[str, set[str]] = {}
+    for address in addresses:
+        uri, _, key = address.rpartition("#")
+        wanted.setdefault(uri, set()).add(key)
+    found = {}
+    for uri, keys in wanted.items():
+        run = Folder.at(uri)
+        made = json.loads(run.read("run.json"))["identity"]["bundle"]
+        if made != json.loads(json.dumps(open_bundle(bundle).identity())):
+            raise UserError(f"{uri} was made by {made}, not by the bundle {bundle}.", "Name the bundle of the corpus.")
+        rows = index.read_index(run).select(["key", "status", "shard"]).to_pylist()
+        for shard in sorted({row["shard"] for row in rows if row["status"] == "ok" and row["key"] in keys}):
+            for key, sample in shards.read_samples(run.read(shard), run.path(shard)):
+                if key in keys:
+                    found[f"{uri}#{key}"] = (sample["clap_audio.npy"][0], sample["mert.npy"][0])
+    return found
+
+
+def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

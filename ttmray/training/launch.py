@@ -1,0 +1,294 @@
+"""Start a training run: say what will happen, claim the run folder, train here or on Ray Train workers.
+
+Ray Train gives processes, the process group and restarts. Checkpoints and positions are ours, so a restarted worker
+group, like a restarted command, goes on from the newest valid checkpoint.
+"""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ttmray import __version__
+from ttmray.cluster import connect
+from ttmray.config import differences, fingerprint
+from ttmray.console import console
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.models.bundle import resolve_device
+from ttmray.storage import Folder
+from ttmray.training.config import TrainConfig
+from ttmray.training.logbook import METRICS
+from ttmray.training.loop import CHECKPOINTS, Ranks, Task, train, trajectory
+from ttmray.training.memory import Split, split_batch, step_flops
+
+RUN, SUCCESS = "run.json", "_SUCCESS.json"
+
+MakeTask = Callable[[TrainConfig, torch.device], Task]
+
+
+def launch(
+    kind: str,
+    config: TrainConfig,
+    make_task: MakeTask,
+    *,
+    plan_only: bool = False,
+    force: bool = False,
+    keep: Callable[[TrainConfig, Task], None] | None = None,
+) -> int:
+    """Run, or go on with, a training job; returns the exit code.
+
+    Args:
+        kind: of the run, for `run.json`.
+        make_task: builds the task of one rank from config and device, without writing; must pickle for Ray.
+        plan_only: print every derived number and stop.
+        force: go on although the config differs from the run folder's.
+        keep: writes what workers and later launches need, once the run folder is known to be this run's.
+
+    Raises:
+        UserError: for everything that the user can mend.
+        KeyboardInterrupt: Ctrl-C or SIGTERM. The local runner saves first, Ray's workers end at once.
+    """
+    out, local = Folder.at(config.output), config.runtime.runner == "local"
+    if not local:
+        needed = math.ceil(config.runtime.workers * config.runtime.cpus) + 1  # Ray Train's controller may take one
+        connect(max(needed, os.cpu_count() or 1), show_workers=True)
+    device, free = _local_device(config) if local else _ray_device(config)
+    task = make_task(config, device if local else torch.device("cpu"))
+    split = plan(config, task, free)
+    if plan_only:
+        return EXIT_OK
+    described = describe(kind, config, task)
+    claim(out, described, force)
+    if keep is not None:
+        keep(config, task)
+    if local:
+        train(task, config, Ranks(), device, split.device_batch, force)
+    else:
+        del task
+        _train_on_ray(config, device, make_task, split.device_batch, force)
+    finish(out, described, config)
+    return EXIT_OK
+
+
+def _local_device(config: TrainConfig) -> tuple[torch.device, int | None]:
+    """Device of this process, and its free bytes if it is a GPU."""
+    device = torch.device(resolve_device(config.runtime.device))
+    if config.runtime.threads and device.type == "cpu":
+        torch.set_num_threads(config.runtime.threads)
+    return device, _free_bytes() if device.type == "cuda" else None
+
+
+def _free_bytes() -> int:
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def plan(config: TrainConfig, task: Task, free: int | None) -> Split:
+    """Micro-batches, memory and work of the run, printed with their reasons.
+
+    Args:
+        free: bytes of a GPU; None for a CPU.
+    """
+    backbone = task.model.config
+    wish = config.runtime.device_batch
+    split = split_batch(
+        backbone,
+        share=config.batch // config.runtime.workers,
+        device_batch=None if wish == "auto" else wish,
+        averages=len(config.ema.sigma_rels),
+        bf16=config.precision == "bf16",
+        checkpointing=config.runtime.checkpointing,
+        free_bytes=free,
+    )
+    trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    workers = config.runtime.workers
+    flops = config.steps * config.batch * step_flops(backbone)
+    rows = [
+        (
+            "trainable weights",
+            f"{trainable:,}",
+            f"{backbone.hidden} wide, {backbone.depth} blocks, head {backbone.head}",
+        ),
+        ("update", f"{config.batch} samples", f"{workers} workers x {split.accumulation} x {split.device_batch}"),
+        (
+            "memory per device",
+            f"{split.bytes / 2**30:.2f} GiB",
+            f"estimate: {split.state_bytes / 2**30:.2f} state + {split.device_batch} x {split.sample_bytes / 2**20:.0f}"
+            f" MiB activations{'' if free is None else f', {free / 2**30:.1f} GiB free'}",
+        ),
+        ("updates", f"{config.steps:,}", f"{config.steps * config.batch:,} samples"),
+        (
+            "work",
+            f"{flops / 1e15:,.2f} PFLOP",
+            f"{step_flops(backbone) / 1e9:,.2f} GFLOP per sample, forward and backward",
+        ),
+    ]
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, reason in rows:
+        console.print(f"{name:<{width}}  {value}  ({reason})", markup=False)
+    return split
+
+
+def describe(kind: str, config: TrainConfig, task: Task) -> dict[str, Any]:
+    """What `run.json` holds."""
+    what = {"config": trajectory(config), **task.identity}
+    what = json.loads(json.dumps(what))
+    return {
+        "kind": kind,
+        "fingerprint": fingerprint(what),
+        "identity": what,
+        "config": config.model_dump(mode="json"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"ttmray": __version__} | {name: metadata.version(name) for name in ("torch", "ray", "numpy")},
+    }
+
+
+def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
+    """Write `run.json`, or check that the folder's run is this one and note its config as it is now.
+
+    Raises:
+        UserError: the folder belongs to another run or to something else.
+    """
+    if out.create(RUN, json.dumps(described, indent=1).encode()):
+        return
+    try:
+        existing = json.loads(out.read(RUN))
+        kind, found, created = existing["kind"], existing["identity"], existing["created"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{out.path(RUN)} does not describe a training run.", "Choose another output folder."
+        ) from error
+    if kind != described["kind"]:
+        raise UserError(f"{out} holds a run of kind {kind}, not {described['kind']}.", "Choose another output folder.")
+    lines = differences(found, described["identity"])
+    if lines and not force:
+        raise UserError(
+            f"{out} belongs to another run:\n    " + "\n    ".join(lines),
+            "Choose a new output folder, restore the old settings, or go on all the same with --force.",
+        )
+    out.write(RUN, json.dumps(described | {"created": created}, indent=1).encode())
+    if out.exists(SUCCESS) and json.loads(out.read(SUCCESS)).get("steps") != described["config"]["steps"]:
+        out.delete(SUCCESS)  # it goes on to more
+
+
+def finish(out: Folder, described: dict[str, Any], config: TrainConfig) -> None:
+    """`_SUCCESS.json`, and where things lie."""
+    body = {"fingerprint": described["fingerprint"], "steps": config.steps, "samples": config.steps * config.batch}
+    out.write(SUCCESS, json.dumps(body, indent=1).encode())
+    console.print(f"{config.steps:,} updates, {config.steps * config.batch:,} samples: {out}", markup=False)
+    console.print(f"metrics: {out.path(METRICS)}; checkpoints: {out.path(CHECKPOINTS)}", markup=False)
+    sigma = config.ema.sigma_rels[0]
+    console.print(
+        f"inference weights: ttmray checkpoint export {out} --weights ema:{sigma:g} --out model.safetensors",
+        markup=False,
+    )
+
+
+def _ray_device(config: TrainConfig) -> tuple[torch.device, int | None]:
+    """Device of the workers, and the free bytes of one of the cluster's GPUs."""
+    import ray
+
+    wanted = config.runtime.device
+    if wanted == "cpu" or (wanted == "auto" and not ray.cluster_resources().get("GPU")):
+        return torch.device("cpu"), None
+    return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes).remote()))
+
+
+def _train_on_ray(
+    config: TrainConfig, device: torch.device, make_task: MakeTask, device_batch: int, force: bool
+) -> None:
+    """Start workers until the run is done, again where one was lost.
+
+    A new start goes on from the newest checkpoint as every launch does, so Ray Train's own retries have nothing to
+    add, and would repeat errors that only the user can mend.
+    """
+    import tempfile
+
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    runtime, gpu = config.runtime, device.type == "cuda"
+    given = {
+        "config": config.model_dump_json(),
+        "class": type(config),
+        "make_task": make_task,
+        "device_batch": device_batch,
+        "force": force,
+    }
+    for restarts in range(runtime.max_restarts + 1):
+        with tempfile.TemporaryDirectory() as unused, _restored_interrupt():  # checkpoints are ours
+            trainer = TorchTrainer(
+                _on_worker,
+                train_loop_config=given,
+                scaling_config=ScalingConfig(
+                    num_workers=runtime.workers,
+                    use_gpu=gpu,
+                    resources_per_worker={"CPU": runtime.cpus, **({"GPU": 1} if gpu else {})},
+                ),
+                run_config=RunConfig(
+                    name="ttmray",
+                    storage_path=unused,
+                    failure_config=FailureConfig(max_failures=0),
+                ),
+            )
+            try:
+                trainer.fit()
+                return
+            except TrainingFailedError as error:
+                if (known := user_error(error)) is not None:
+                    raise known from error
+                if restarts == runtime.max_restarts:
+                    raise
+                reason = str(error).strip().splitlines()[-1]
+                restart = f"restart {restarts + 1} of at most {runtime.max_restarts}"
+                console.print(f"a worker was lost ({reason}); {restart}", markup=False)
+
+
+@contextmanager
+def _restored_interrupt() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt inside, too: Ray Train's own handler exits with code 0, as if all were done."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError of a worker inside of Ray's wrappers, if there is one."""
+    todo, seen = [error], set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, UserError):
+            return node
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        inner = [getattr(node, "cause", None), node.__cause__, *getattr(node, "worker_failures", {}).values()]
+        todo += [child for child in inner if isinstance(child, BaseException)]
+    return None
+
+
+def _on_worker(given: dict[str, Any]) -> None:
+    """What a Ray Train worker runs."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    config = given["class"].model_validate_json(given["config"])
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(config.runtime.threads or 1)
+    ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    task = given["make_task"](config, device)
+    train(task, config, ranks, device, given["device_batch"], given["force"])

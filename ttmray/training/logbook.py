@@ -1,0 +1,99 @@
+"""What a training run writes about itself: one line per logged step, for people, for pandas and for TensorBoard."""
+
+import json
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from ttmray.console import console
+from ttmray.storage import Folder, explained
+
+METRICS = "metrics.jsonl"
+
+
+class Logbook:
+    """`metrics.jsonl` of a run: one JSON object per logged step, none twice, whatever was interrupted.
+
+    A line survives the end of its process from `write` on, a power cut from the next `flush` on; in a bucket, which
+    cannot append, it is there from the next `flush` on.
+
+    Args:
+        out: run folder.
+        step: where the run goes on; lines of later steps belong to work that was lost and are taken out.
+        tensorboard: also write events, if tensorboard is installed and the folder is local.
+    """
+
+    def __init__(self, out: Folder, step: int, tensorboard: bool) -> None:
+        self.out = out
+        old = out.read(METRICS).decode(errors="replace").splitlines() if out.exists(METRICS) else []
+        self._lines = [line for line in old if _step(line) <= step]
+        self._write_all()
+        self._file = None if out.remote else open(out.path(METRICS), "a", encoding="utf-8")  # noqa: SIM115
+        self._events = _tensorboard(out, step) if tensorboard and not out.remote else None
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Add a line; `values` has a `step`. Numbers also go to TensorBoard."""
+        line = json.dumps(values)
+        if self._file is not None:
+            with explained(self.out.path(METRICS)):
+                self._file.write(line + "\n")
+                self._file.flush()
+        else:
+            self._lines.append(line)
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._events.add_scalar(name, value, values["step"])
+
+    def flush(self) -> None:
+        """Make all lines so far durable. In a bucket the file is replaced by a longer one."""
+        if self._file is None:
+            self._write_all()
+        else:
+            os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
+
+    def _write_all(self) -> None:
+        self.out.write(METRICS, "".join(line + "\n" for line in self._lines).encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def show(values: dict[str, Any], total: int, extra: Iterable[str] = ()) -> None:
+    """One line for people: the usual numbers, and those called `extra`."""
+    parts = [f"step {values['step']}/{total}", f"loss {values['loss']:.4f}"]
+    parts += [f"{name} {values[name]:.4g}" for name in ("lr", "grad_norm") if name in values]
+    parts.append(f"{values['samples_per_s']:.3g} samples/s")
+    parts += [f"MFU {values['mfu']:.1%}", f"data wait {values['data_wait']:.1%}"]
+    parts.append(f"ETA {timedelta(seconds=round(values['eta_s']))}")
+    parts += [f"{name} {values[name]:.4g}" for name in extra]
+    console.print(" | ".join(parts))
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # what a killed process or a full disk left half-written
+        return 1 << 62
+
+
+def _tensorboard(out: Folder, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        console.print("no TensorBoard events: pip install 'ttmray[track]'", markup=False)
+        return None
+    return SummaryWriter(out.path("tensorboard"), purge_step=step + 1)

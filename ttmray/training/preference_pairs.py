@@ -1,0 +1,251 @@
+"""Winner and loser under one prompt, out of a pool of generated clips: the data of CRPO (paper III-D, Stage 3).
+
+Nobody voted on these pairs: a score ranks the candidates of a prompt. Human votes are in training/pairs.py.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from ttmray.config import Config, differences, identity
+from ttmray.console import console
+from ttmray.corpus.unit import OK
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.generation.filter import Reward, blend, describe, numbers, read_pool
+from ttmray.generation.prompts import read_prompts
+from ttmray.storage import Folder, read_file
+
+PAIRS = "pairs.parquet"
+METADATA_KEY = b"ttmray.pairs"
+SCHEMA = pa.schema(
+    [
+        ("winner", pa.string()),
+        ("loser", pa.string()),
+        ("prompt_id", pa.string()),
+        ("caption", pa.string()),
+        ("winner_score", pa.float64()),  # what ranks them: see `by`
+        ("loser_score", pa.float64()),
+        ("margin", pa.float64()),
+        ("winner_reward", pa.float64()),
+        ("loser_reward", pa.float64()),
+        ("winner_clap", pa.float64()),
+        ("loser_clap", pa.float64()),
+    ]
+)
+
+
+class PairsConfig(Config):
+    """Which candidates become pairs."""
+
+    by: Literal["clap", "reward", "blend"] = "clap"
+    """What ranks the candidates of a prompt: `clap_score` (the paper), the reward, or their blend (z-scores over the
+    whole pool, as in the filter of Stage 2)."""
+    reward: Reward = "instrumental_reward_score"
+    """Column of the reward."""
+    reward_weight: float = Field(0.5, ge=0)
+    """Of `blend`."""
+    clap_weight: float = Field(0.5, ge=0)
+    """Of `blend`."""
+    margin: float = Field(0.0, ge=0)
+    """The winner's score must be higher by more than this. Equal scores never make a pair. The paper names none."""
+    count: int = Field(2000, ge=1)
+    """At most this many pairs."""
+    per_prompt: int = Field(1, ge=1)
+    """Pairs of one prompt: the best with the worst, the second best with the second worst, ... The paper does not say
+    how many candidates or pairs a prompt has."""
+    held_out: str | None = None
+    """File of prompts that are never used (format of `ttmray generate`), by id or by text: those of the evaluation."""
+    held_out_share: float = Field(0.0, ge=0, lt=1)
+    """Share of all prompts that are never used, chosen by the hash of their text."""
+    seed: int = Field(0, ge=0)
+    """Of the choice among the prompts where they give more than `count` pairs."""
+
+
+class Made(NamedTuple):
+    """Rows of `SCHEMA` and the report as plain JSON types."""
+
+    rows: list[dict[str, Any]]
+    report: dict[str, Any]
+
+
+def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
+    """Write `pairs.parquet`, `pairs.json` and `pairs.md` into the folder `output`.
+
+    Raises:
+        UserError: no finished pool, no pair, or an output folder of other pairs.
+    """
+    table, fingerprint = read_pool(pool)
+    held_out = () if config.held_out is None else [(p.id, p.text) for p in read_prompts(config.held_out)]
+    digest = sha256(json.dumps(sorted(held_out)).encode()).hexdigest()
+    what = {"pool": fingerprint, "pairs": identity(config) | {"held_out": digest if held_out else None}}
+    out = Folder.at(output)
+    if out.exists(PAIRS):
+        lines = differences(_about(out.read(PAIRS), out.path(PAIRS)), what)
+        if lines:
+            raise UserError(f"{out} holds other pairs:\n    " + "\n    ".join(lines), "Choose another folder.")
+    rows, report = make_pairs(table, config, held_out)
+    if not rows:
+        raise UserError(
+            f"{pool} gives no pair: {_counts(report['prompts'])}.",
+            "Sample more candidates per prompt, or lower the margin.",
+        )
+    buffer = io.BytesIO()
+    made = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({METADATA_KEY: json.dumps(what, sort_keys=True)})
+    pq.write_table(made, buffer, compression="zstd")
+    out.write("pairs.json", json.dumps(report, indent=1).encode())
+    out.write("pairs.md", markdown(report).encode())
+    out.write(PAIRS, buffer.getvalue())
+    console.print(f"{len(rows)} pairs of {table.num_rows} clips: {out.path(PAIRS)}", markup=False)
+    if len(rows) < config.count:
+        console.print(f"fewer than {config.count}; prompts: {_counts(report['prompts'])}", markup=False)
+    return EXIT_OK
+
+
+def read_pairs(path: str, pool: str | None = None) -> pa.Table:
+    """Pairs of a file that `build_pairs` wrote.
+
+    Args:
+        pool: fingerprint that they must come from.
+
+    Raises:
+        UserError: no such file, damaged, empty, a pair of a clip with itself, or pairs of another pool.
+    """
+    data = read_file(path)
+    about = _about(data, path)
+    try:
+        table = pq.read_table(pa.BufferReader(data)).select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(f"{path} does not hold preference pairs: {error}", "Make it with `ttmray pairs`.") from error
+    if not table.num_rows:
+        raise UserError(f"{path} holds no pairs.", "Make it with `ttmray pairs`.")
+    same = table.filter(pc.equal(table["winner"], table["loser"]))
+    if same.num_rows:
+        raise UserError(f"{path}: {same['winner'][0]} is winner and loser of one pair.", "Remove that row.")
+    if pool is not None and about.get("pool") != pool:
+        raise UserError(f"{path} was made from another pool.", "Name the pool of these pairs in data.sources.")
+    return table.replace_schema_metadata(None)
+
+
+def make_pairs(table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[str, str]] = ()) -> Made:
+    """Pairs of a pool, the same for the same clips in any order.
+
+    Candidates are ranked by score, equal ones by key. First comes one pair of every prompt, then second pairs, each
+    time the prompts in the order of a hash, until there are `config.count`.
+
+    Args:
+        held_out: (id, text) of prompts that are never used; either may match.
+
+    Raises:
+        UserError: a blend of scores that are all equal.
+    """
+    ids, texts = {name for name, _ in held_out}, {_plain(text) for _, text in held_out}
+    rows = table.filter(pc.equal(table["status"], OK)).sort_by("key")
+    score = _scores(rows, config)
+    finite = np.isfinite(score)
+    rows, score = rows.filter(pa.array(finite)), score[finite]
+    columns = rows.select(["key", "prompt_id", "caption"]).to_pydict()
+    reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
+    of_prompt: dict[str, list[int]] = {}
+    for i, name in enumerate(columns["prompt_id"]):
+        of_prompt.setdefault(name, []).append(i)
+    prompts = Counter({"pool": len(set(table["prompt_id"].to_pylist()))})
+    found: list[tuple[int, str, int, int]] = []
+    for name, members in of_prompt.items():
+        text = columns["caption"][members[0]] or ""
+        if name in ids or _plain(text) in texts or _unit(_plain(text)) < config.held_out_share:
+            prompts["held out"] += 1
+            continue
+        if len(members) == 1:
+            prompts["one candidate"] += 1
+            continue
+        ranked = sorted(members, key=lambda i: (-score[i], columns["key"][i]))
+        possible = list(zip(ranked, reversed(ranked), strict=True))[: min(config.per_prompt, len(ranked) // 2)]
+        pairs = [(best, worst) for best, worst in possible if score[best] - score[worst] > config.margin]
+        prompts["with pairs" if pairs else "margin too small"] += 1
+        found += [(place, name, best, worst) for place, (best, worst) in enumerate(pairs)]
+    prompts["no usable candidate"] = prompts["pool"] - len(of_prompt)
+    found.sort(key=lambda item: (item[0], _unit(f"{config.seed} {item[1]}"), item[1]))
+    chosen = [(best, worst) for _, _, best, worst in found[: config.count]]
+    made = [
+        {
+            "winner": columns["key"][best],
+            "loser": columns["key"][worst],
+            "prompt_id": columns["prompt_id"][best],
+            "caption": columns["caption"][best],
+            "winner_score": float(score[best]),
+            "loser_score": float(score[worst]),
+            "margin": float(score[best] - score[worst]),
+            "winner_reward": _known(reward[best]),
+            "loser_reward": _known(reward[worst]),
+            "winner_clap": _known(clap[best]),
+            "loser_clap": _known(clap[worst]),
+        }
+        for best, worst in chosen
+    ]
+    report: dict[str, Any] = {
+        "by": config.by,
+        "clips": {"pool": table.num_rows, "ok": len(finite), "no score": int((~finite).sum())},
+        "prompts": dict(prompts),
+        "pairs": {"possible": len(found), "made": len(made)},
+    }
+    if made:
+        best, worst = (np.array(side) for side in zip(*chosen, strict=True))
+        report["margin"] = describe(score[best] - score[worst])
+        for name, values in (("reward", reward), ("clap", clap)):
+            report[f"winners_with_higher_{name}"] = float(np.mean(values[best] > values[worst]))
+    return Made(made, report)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    lines = ["# Preference pairs", "", f"- ranked by {report['by']}"]
+    lines += [f"- {name}: {_counts(report[name])}" for name in ("pairs", "prompts", "clips")]
+    lines.append("- margin: " + ", ".join(f"{name} {value:.4f}" for name, value in report["margin"].items()))
+    for name in ("reward", "clap"):
+        lines.append(f"- the winner has the higher {name} in {report[f'winners_with_higher_{name}']:.1%} of the pairs")
+    return "\n".join(lines) + "\n"
+
+
+def _scores(rows: pa.Table, config: PairsConfig) -> np.ndarray:
+    """(n,) what ranks candidates; NaN where it is not known."""
+    reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
+    if config.by != "blend":
+        return clap if config.by == "clap" else reward
+    score = np.full(len(reward), np.nan)
+    known = np.isfinite(reward) & np.isfinite(clap)
+    if known.any():
+        score[known] = blend(reward[known], clap[known], config.reward_weight, config.clap_weight)
+    return score
+
+
+def _about(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(pq.read_schema(pa.BufferReader(data)).metadata[METADATA_KEY]))
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{what} does not hold preference pairs.", "Make it with `ttmray pairs`.") from error
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _unit(text: str) -> float:
+    """A number in [0, 1) that depends on a text alone."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8]) / 2**64
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

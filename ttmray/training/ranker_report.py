@@ -1,0 +1,210 @@
+"""How good a ranker is: accuracy with intervals, calibration, paired tests, and the report of a run. Pure numpy."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import expit
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Expected calibration error and its bins.
+
+    Attributes:
+        ece: mean |confidence - accuracy| over the bins, weighted by their pairs.
+        counts, confidence, accuracy: per bin, from the smallest margins to the largest.
+    """
+
+    ece: float
+    counts: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+
+def decided(target: np.ndarray) -> np.ndarray:
+    """(P,) bool: pairs that are no tie."""
+    return target != 0.5
+
+
+def correct(margin: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(P,) bool: a is predicted where the margin is positive; a margin of exactly 0 predicts b, as in the release."""
+    return (margin > 0) == (target > 0.5)
+
+
+def calibration(margin: np.ndarray, right: np.ndarray, bins: int = BINS) -> Calibration:
+    """ECE over bins of equal count, the last one with the remainder, of pairs that are no tie.
+
+    Confidence is sigmoid(|margin|), so it starts at 0.5.
+
+    Args:
+        margin: (P,) s(a) - s(b), divided by a temperature if there is one.
+        right: (P,) bool.
+
+    Raises:
+        ValueError: fewer pairs than bins.
+    """
+    if len(margin) < bins:
+        raise ValueError(f"{len(margin)} pairs do not fill {bins} bins")
+    order = np.argsort(np.abs(margin), kind="stable")
+    ends = [*(i * (len(order) // bins) for i in range(1, bins)), len(order)]
+    groups = np.split(order, ends[:-1])
+    confidence = np.array([expit(np.abs(margin[group])).mean() for group in groups])
+    accuracy = np.array([right[group].mean() for group in groups])
+    counts = np.array([len(group) for group in groups])
+    ece = float(counts @ np.abs(confidence - accuracy) / len(order))
+    return Calibration(ece, counts, confidence, accuracy)
+
+
+def accuracy_interval(
+    right: np.ndarray, groups: Sequence[str] | None = None, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `right`.
+
+    Args:
+        right: (P,) bool.
+        groups: (P,) what is resampled as a whole, e.g. prompts, because its pairs are not independent; None: pairs.
+    """
+    _, group = np.unique(np.arange(len(right)) if groups is None else np.asarray(groups), return_inverse=True)
+    hits, sizes = np.bincount(group, right.astype(float)), np.bincount(group).astype(float)
+    draw = np.random.default_rng(seed)
+    at_once = max(1, 2_000_000 // len(sizes))
+    means = []
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        times = draw.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=count)
+        means.append((times @ hits) / (times @ sizes))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def fit_temperature(margin: np.ndarray, target: np.ndarray) -> float:
+    """T that minimises the cross-entropy of sigmoid(margin / T), ties included; in [0.01, 100], 1 without margins."""
+    if not np.any(margin):
+        return 1.0
+
+    def loss(log_t: float) -> float:
+        logit = margin * math.exp(-log_t)
+        return float(np.mean(np.logaddexp(0, logit) - target * logit))
+
+    bound = math.log(100)
+    found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
+    return math.exp(found.x)
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """(chi2, p) of McNemar's test without continuity correction, of two rankers on the same pairs ((P,) bool)."""
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    if only_first + only_second == 0:
+        return 0.0, 1.0
+    chi2 = (only_first - only_second) ** 2 / (only_first + only_second)
+    return chi2, math.erfc(math.sqrt(chi2 / 2))
+
+
+def metrics(
+    margin: np.ndarray,
+    target: np.ndarray,
+    sources: Sequence[str],
+    temperature: float = 1.0,
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Everything about one ranker on one set of pairs, as plain JSON types; ties count in `pairs` only."""
+    keep = decided(target)
+    margin, target = margin[keep], target[keep]
+    names = np.asarray(sources, object)[keep]
+    grouped = None if groups is None else np.asarray(groups, object)[keep].astype(str)
+    right = correct(margin, target)
+
+    def part(which: np.ndarray) -> dict[str, Any]:
+        some = right[which]
+        inside = None if grouped is None else grouped[which].tolist()
+        return {
+            "decided": len(some),
+            "accuracy": float(some.mean()) if len(some) else None,
+            "interval": list(accuracy_interval(some, inside)) if len(some) else None,
+        }
+
+    result = {"pairs": len(keep), **part(np.ones(len(right), bool))}
+    result["mean_abs_margin"] = float(np.abs(margin).mean()) if len(margin) else None
+    if len(margin) >= BINS:
+        result["ece"] = calibration(margin, right).ece
+        result["ece_with_temperature"] = calibration(margin / temperature, right).ece
+    result["sources"] = {name: part(names == name) for name in sorted(set(names.tolist()))}
+    return result
+
+
+def reliability_png(parts: dict[str, Calibration]) -> bytes | None:
+    """Accuracy over confidence per bin, one line per name; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", linewidth=1, label="calibrated")
+    for name, part in parts.items():
+        axes.plot(part.confidence, part.accuracy, marker="o", label=f"{name}, ECE {part.ece:.3f}")
+    axes.set(xlabel="confidence, sigmoid(|margin|)", ylabel="accuracy", xlim=(0.5, 1), ylim=(0, 1.02))
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The report of a run as Markdown; `result` is what `metrics.json` holds."""
+    lines = ["# Preference ranker", ""]
+    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in result["run"].items()]
+    lines += ["", "## Heads on the test split", ""]
+    lines += [
+        "| head | inputs | accuracy | 95 % interval | ECE | with temperature | best epoch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, head in result["heads"].items():
+        test = head["test"]
+        lines.append(
+            f"| {name} | {head['inputs']} | {_shown(test['accuracy'])} | {_span(test['interval'])} "
+            f"| {_shown(test.get('ece'))} | {_shown(test.get('ece_with_temperature'))} | {head['best_epoch']} |"
+        )
+    lines += ["", *(f"{name}: {note}" for name, head in result["heads"].items() if (note := head["note"]))]
+    lines += [
+        "",
+        "## Sources",
+        "",
+        "| head | source | decided pairs | accuracy | 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name, head in result["heads"].items():
+        for source, part in head["test"]["sources"].items():
+            shown = f"{_shown(part['accuracy'])} | {_span(part['interval'])}"
+            lines.append(f"| {name} | {source} | {part['decided']} | {shown} |")
+    if result["leave_one_out"]:
+        lines += [
+            "",
+            "## Leave one source out",
+            "",
+            "| left out | accuracy there | of the full mix | gain of having it |",
+        ]
+        lines += ["|---|---|---|---|"]
+        for source, row in result["leave_one_out"].items():
+            lines.append(
+                f"| {source} | " + " | ".join(_shown(row[key]) for key in ("left_out", "in_mix", "gain")) + " |"
+            )
+    if result["mcnemar"]:
+        lines += ["", "## Paired tests (McNemar)", "", "| heads | chi2 | p |", "|---|---|---|"]
+        lines += [f"| {name} | {row['chi2']:.3f} | {row['p']:.3g} |" for name, row in result["mcnemar"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"

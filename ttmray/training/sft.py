@@ -1,0 +1,279 @@
+"""Stage 1: score-conditioned training of the backbone by flow matching (paper III-D)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from ttmray.audio.io import encode_flac
+from ttmray.config import differences
+from ttmray.console import console
+from ttmray.corpus import index
+from ttmray.corpus.finalise import latent_statistics
+from ttmray.corpus.job import RUN
+from ttmray.corpus.unit import OK
+from ttmray.errors import UserError
+from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
+from ttmray.models import seeded
+from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
+from ttmray.models.backbone_weights import Transfer, config_of, read_config, tidy, transfer
+from ttmray.models.bigvgan import read_state_dict
+from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.weights import digest_file
+from ttmray.storage import Folder, is_remote
+from ttmray.training.config import TrainConfig
+from ttmray.training.data import DataConfig, Mixture, Samples, evaluation_batches, loader, open_mixture
+from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
+from ttmray.training.loop import Losses, Task
+from ttmray.training.memory import step_flops
+from ttmray.training.tensors import pack, unpack
+
+EMPTY_TEXT = "empty_text.safetensors"
+SAMPLE_RATE = 44_100
+DEBUG = BackboneConfig(hidden=64, heads=2, depth=3, fused_depth=1)
+
+
+class SftTask:
+    """Stage 1 as the loop sees it.
+
+    Args:
+        config: of the run.
+        device: of this rank.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        self.mixture = open_mixture(config.data)
+        self.bundle = corpus_bundle(config.data)
+        self.held_out = open_held_out(config.data) if config.validation.clips else None
+        self.model, self.init = initial_model(config, self.mixture)
+        self.model.to(device)
+        self.flops_per_sample = step_flops(self.model.config)
+        self.identity: dict[str, Any] = {
+            "data": self.mixture.fingerprint(),
+            "backbone": self.model.config.to_dict(),
+            "init": self.init,
+            "frozen": frozen_digest(self.model),
+        }
+        self.batch = 1  # of validation; set by the first call of `batches`
+
+    def batches(self, start: int, batch: int, rank: int, world: int, pin: bool) -> Generator[Samples, None, None]:
+        self.batch = batch
+        yield from loader(self.mixture, self.config.data, start=start, batch=batch, rank=rank, world=world, pin=pin)
+
+    def losses(self, samples: Samples, forward: Callable[..., Tensor]) -> Losses:
+        losses, t = flow_losses(self.model, samples.batch, self.config.flow, forward)
+        return Losses(losses, t)
+
+    def validate(self, device: torch.device, rank: int, world: int) -> tuple[Tensor, Tensor] | None:
+        if self.held_out is None:
+            return None
+        kept = FlowMatchingConfig(
+            t_mean=self.config.flow.t_mean, t_scale=self.config.flow.t_scale, text_dropout=0, score_dropout_rate=0
+        )
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        found = [(torch.empty(0, device=device), torch.empty(0, device=device))]
+        for samples in evaluation_batches(self.held_out, self.batch, self.config.validation.clips, rank, world):
+            with autocast:
+                found.append(flow_losses(self.model, samples.to(device).batch, kept))
+        losses, times = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(times)
+
+    def sample(self, folder: Folder, step: int) -> None:
+        write_samples(self.model, self.config, self.bundle, folder, step)
+
+    def note(self, start: int, stop: int) -> dict[str, Any]:
+        return {"drawn": self.mixture.counts(start, stop)} if len(self.mixture.sources) > 1 else {}
+
+
+def corpus_bundle(data: DataConfig) -> str:
+    """Name of the bundle that made all corpora.
+
+    Raises:
+        UserError: they were made by different ones.
+    """
+    runs = [Folder.at(source.corpus) for source in data.sources]
+    described = [json.loads(run.read(RUN)) for run in runs]
+    bundles = [found["identity"].get("bundle") for found in described]
+    for run, bundle in zip(runs, bundles, strict=True):
+        if bundle != bundles[0]:
+            lines = "; ".join(differences(bundles[0], bundle, "bundle"))
+            raise UserError(
+                f"{runs[0]} and {run} were made by different models: {lines}.", "Mix corpora of one bundle."
+            )
+    return str(described[0]["config"]["bundle"])
+
+
+def open_held_out(data: DataConfig) -> Mixture | None:
+    """The split `validation` of the first corpus; None where it has none."""
+    first = data.sources[0].model_copy(update={"split": "validation", "keys": None, "repeat": 1.0})
+    rows = index.read_index(Folder.at(first.corpus))
+    if not pc.any(pc.and_(pc.equal(rows["split"], "validation"), pc.equal(rows["status"], OK))).as_py():
+        console.print(f"no validation: {first.corpus} has no clips of that split", markup=False)
+        return None
+    return open_mixture(data.model_copy(update={"sources": (first,)}))
+
+
+def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str]:
+    """The model before the first update, on the CPU, and what its weights are.
+
+    From scratch: seeded weights, latent statistics of the first corpus, features of the empty text by its bundle. From
+    a file: its weights and its frozen tensors; a missing score head is new and starts at zero.
+
+    Raises:
+        UserError: model and corpus, or model and file, do not fit.
+    """
+    wanted = backbone_config(config, mixture)
+    with seeded(config.model.seed):
+        model = FluxAudio(wanted)
+    if config.model.init is None:
+        mean, std = corpus_latents(config.data.sources[0].corpus, config.latent_std)
+        text, pooled = empty_text(config)
+        with torch.no_grad():
+            model.latent_mean.copy_(mean)
+            model.latent_std.copy_(std)
+            model.empty_string_feat.copy_(text)
+            model.empty_string_feat_c.copy_(pooled)
+        return model, f"scratch, seed {config.model.seed}"
+    path = weights_file(config.model.init)
+    state = tidy(read_state_dict(path), str(path))
+    found = config_of(state, read_config(path), str(path))
+    free = {"head", "null", "latent_len"}  # a new head is fine, and weights are for any length
+    ours = wanted.to_dict()
+    theirs = {name: value for name, value in found.to_dict().items() if name not in free and value != ours[name]}
+    if theirs:
+        lines = "; ".join(f"{name}: file {value}, run {ours[name]}" for name, value in theirs.items())
+        raise UserError(f"{path} does not fit model.size {config.model.size}: {lines}.", "Choose its model.size.")
+    report = transfer(model, state)
+    check_transfer(model, report, path)
+    for line in report.lines():
+        console.print(f"init: {line}", markup=False)
+    return model, digest_file(path).sha256
+
+
+def check_transfer(model: FluxAudio, report: Transfer, path: Path) -> None:
+    """Only a score head may be new, and what the file brings must be usable.
+
+    Raises:
+        UserError: any other tensor would not be loaded, or the latent statistics are NaN.
+    """
+    lost = [name for name in report.missing + report.unexpected + report.reshaped if not name.startswith("score_embed")]
+    if lost:
+        raise UserError(f"{path}: {len(lost)} tensors do not fit: {', '.join(lost[:4])}.", "Choose its model.size.")
+    for name in ("latent_mean", "latent_std"):
+        if not torch.isfinite(getattr(model, name)).all():
+            raise UserError(f"{path}: {name} is not finite: these weights were never trained.", "Take trained ones.")
+
+
+def backbone_config(config: TrainConfig, mixture: Mixture) -> BackboneConfig:
+    """The shape of the backbone: the size's, with the corpus's latents and text features.
+
+    Raises:
+        UserError: a released size on a corpus of other models.
+    """
+    (length, channels), (text_len, text_dim) = mixture.shape, mixture.text_shape
+    data: dict[str, Any] = {"latent_dim": channels, "latent_len": length, "text_len": text_len, "text_dim": text_dim}
+    if config.model.size == "debug":
+        return replace(DEBUG, **data, head=config.model.head, null=config.model.null)
+    size = SIZES[config.model.size]
+    other = {name: value for name, value in data.items() if getattr(size, name) != value}
+    if other:
+        expected = {name: getattr(size, name) for name in other}
+        raise UserError(
+            f"model.size {config.model.size} needs {expected}, the corpus {config.data.sources[0].corpus} has {other}.",
+            "Use a corpus of the paper bundle, or model.size: debug.",
+        )
+    return replace(size, head=config.model.head, null=config.model.null)
+
+
+def corpus_latents(corpus: str, std: str) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel over the train split, (C,) float32.
+
+    Finished corpora have them in stats/latents.json; of a growing one the units' sums are added up.
+
+    Raises:
+        UserError: there is no training clip, or a channel never changes.
+    """
+    run, of = Folder.at(corpus), f"std_of_{std}"
+    if run.exists("stats/latents.json"):
+        splits = json.loads(run.read("stats/latents.json"))
+    else:
+        splits = latent_statistics([data for _, data in index.read_units(run, index.committed_units(run))])
+    if "train" not in splits:
+        raise UserError(f"{corpus} has no training clips, so no latent statistics.", "Lower its splits.")
+    if min(splits["train"][of]) <= 0:
+        raise UserError(f"{corpus}: a channel of the training latents is constant, so it has no deviation.")
+    return torch.tensor(splits["train"]["mean"]), torch.tensor(splits["train"][of])
+
+
+def empty_text(config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Features (T, D) and (512,) of the empty text by the corpus's bundle: those kept in the run folder, else new."""
+    out, bundle = Folder.at(config.output), corpus_bundle(config.data)
+    if out.exists(EMPTY_TEXT):
+        tensors, about = unpack(out.read(EMPTY_TEXT), out.path(EMPTY_TEXT))
+        if about == {"bundle": bundle}:
+            return tensors["text"], tensors["pooled"]
+    models = open_bundle(bundle).load(["text", "clap_condition"], LoadOptions())
+    text, pooled = models.text.encode([""])[0], models.clap_condition.embed_text([""])[0]
+    return torch.from_numpy(text).float(), torch.from_numpy(pooled).float()
+
+
+def keep_empty_text(config: TrainConfig, task: Task) -> None:
+    """So that neither Ray's workers nor later launches load the text encoders."""
+    tensors = {"text": task.model.empty_string_feat, "pooled": task.model.empty_string_feat_c}
+    about = {"bundle": corpus_bundle(config.data)}
+    if config.model.init is None:
+        Folder.at(config.output).write(EMPTY_TEXT, pack({k: t.cpu() for k, t in tensors.items()}, about))
+
+
+def weights_file(path: str) -> Path:
+    """A local weights file.
+
+    Raises:
+        UserError: it is remote or not a file.
+    """
+    if is_remote(path):
+        raise UserError(f"model.init: {path} is remote.", "Copy it here first.")
+    if not Path(path).is_file():
+        raise UserError(
+            f"model.init: {path} is not a file.", "Make one from a run: ttmray checkpoint export RUN --out FILE"
+        )
+    return Path(path)
+
+
+def frozen_digest(model: FluxAudio) -> str:
+    """Hash of the tensors that training does not change."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_samples(model: FluxAudio, config: TrainConfig, bundle: str, folder: Folder, step: int) -> None:
+    """Audio of the config's prompts as `step-<n>-<i>.flac`; the decoders are loaded and freed again."""
+    device = str(model.latent_mean.device)
+    models = open_bundle(bundle).load(
+        ["text", "clap_condition", "latents", "vocoder"], LoadOptions(device=device, batch=1)
+    )
+    score = config.samples.score if model.score_embed is not None else None
+    settings = SamplerConfig(steps=config.samples.steps, score=score, precision=config.precision)
+    sampler = Sampler([model], models.text, models.clap_condition, settings)
+    prompts = config.samples.prompts
+    latents = sampler.sample([Draw(str(i), prompt, seed=0) for i, prompt in enumerate(prompts)]).latents
+    for i, wave in enumerate(models.latents.to_audio(latents, batch=1)):
+        folder.write(f"step-{step:08d}-{i}.flac", encode_flac(wave[None], SAMPLE_RATE))
+    console.print(f"step {step}: {len(prompts)} samples in {folder}", markup=False)
+
+
+def train_sft(config: TrainConfig, *, plan_only: bool = False, force: bool = False) -> int:
+    """Stage 1 from start to end, or from where it was; returns the exit code."""
+    from ttmray.training.launch import launch
+
+    return launch("sft", config, SftTask, plan_only=plan_only, force=force, keep=keep_empty_text)
