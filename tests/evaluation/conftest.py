@@ -1,0 +1,114 @@
+"""Folders as `ttmray evaluate` writes them, for the tests of what reads them: two systems on four prompts."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ttmray.audio import io as audio_io
+from ttmray.audio import loudness
+from ttmray.evaluation import statistics
+from ttmray.evaluation.metrics import Metric
+from ttmray.evaluation.results import CLIPS, COLUMNS, RESULTS
+
+PROTOCOL = "debug/test protocol"
+HOSTILE = "</script><script>alert(1)</script> & \"quotes\" 'too' {{data}} $x^2$"
+PROMPTS = ("calm piano", HOSTILE, "loud guitars", "a choir")
+SYSTEMS = ("_base <b>$", "tuned")
+
+
+@pytest.fixture(scope="session")
+def write_tones() -> Callable[[Path], Path]:
+    """Makes an evaluation of tones below a folder, with one clip that failed; returns its folder."""
+    return _write_tones
+
+
+def _write_tones(folder: Path) -> Path:
+    rows = []
+    for s, system in enumerate(SYSTEMS):
+        for i, prompt in enumerate(PROMPTS):
+            scores = {"reward": [0.1, 0.4, 0.2, 0.3][i] if s == 0 else 1.0 - 0.25 * i, "clap_score": 0.05 * i + 0.2 * s}
+            path = tone(folder / f"clips/{s}/{i}{'.flac' if s else '.wav'}", 300 * (i + 1), 0.1 + 0.3 * s)
+            rows.append(row(system, str(i), prompt, path, **scores))
+    rows.append(row(SYSTEMS[1], "4", "nothing came", None, status="failed", reason="too_short", message="0.1 s <i>"))
+    return write_evaluation(folder / "out", rows)
+
+
+def row(system: str, prompt_id: str, prompt: str, path: Path | None, **scores: Any) -> dict[str, Any]:
+    """A row of clips.parquet; the file's facts are measured."""
+    made: dict[str, Any] = dict.fromkeys(COLUMNS) | {"system": system, "prompt_id": prompt_id, "prompt": prompt}
+    made |= {"sample": 0, "status": "ok", "reason": ""}
+    if path is not None:
+        wave, rate = audio_io.decode(path, audio_io.AudioLimits(min_duration_s=0.05))
+        made |= {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "silence": 0.0}
+        made |= {"duration_s": wave.shape[1] / rate, "true_peak_db": loudness.true_peak(wave, rate)}
+        made["lufs"] = loudness.integrated_loudness(wave, rate)
+    return made | scores
+
+
+def write_evaluation(folder: Path, rows: Sequence[Mapping[str, Any]], **changes: Any) -> Path:
+    """results.json and clips.parquet of these rows, with means and paired tests of reward and CLAP score."""
+    names = list(dict.fromkeys(r["system"] for r in rows))
+    systems, comparisons = [], []
+    for name in names:
+        own = [r for r in rows if r["system"] == name]
+        metrics = {}
+        for key, column in (("clap_score", "clap_score"), ("reward", "reward"), ("lufs", "lufs")):
+            values = np.array([r[column] for r in own if r[column] is not None])
+            half = float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
+            mean = float(values.mean())
+            metrics[key] = asdict(
+                Metric(key, mean, len(values), 0, 512, PROTOCOL, mean - half, mean + half, 0.95, ("few clips",))
+            )
+        prompts = len({r["prompt_id"] for r in own})
+        systems.append(
+            {"name": name, "folder": f"/songs/{name}", "clips": len(own), "prompts": prompts, "metrics": metrics}
+        )
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            for column in ("reward", "clap_score"):
+                scores = [
+                    np.array([r[column] for r in rows if r["system"] == s and r[column] is not None]) for s in (a, b)
+                ]
+                n = min(map(len, scores))
+                test = asdict(statistics.paired(scores[0][:n], scores[1][:n]))
+                kept = {key: test[key] for key in ("n", "difference", "low", "high", "t", "p", "d_z", "wins", "losses")}
+                means = {"mean_a": float(scores[0].mean()), "mean_b": float(scores[1].mean())}
+                adjusted = min(1.0, 2 * test["p"])
+                comparisons.append(
+                    {"a": a, "b": b, "metric": column, **means, **kept, "p_holm": adjusted}
+                    | {"p_wilcoxon": test["wilcoxon_p"], "significant": adjusted < 0.05}
+                )
+    content = {
+        "kind": "evaluation",
+        "created": "2026-01-01T00:00:00+00:00",
+        "protocol": PROTOCOL,
+        "bundle": "debug",
+        "note": "debug bundle: scores mean nothing",
+        "systems": systems,
+        "comparisons": comparisons,
+        "reference": {"name": "reference", "clips": 10, "by": {"seed": 1}},
+        "leaks": {"by_id": [], "by_embedding": [["a", "b", 0.99]]},
+        "warnings": ["N is smaller than the dimension", "<few> prompts"],
+    } | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).write_text(json.dumps(content))
+    table = pa.Table.from_pylist([dict(r) for r in rows], pa.schema(COLUMNS.items()))
+    pq.write_table(table, folder / CLIPS)
+    return folder
+
+
+def tone(path: Path, frequency: float, level: float, seconds: float = 2.0, rate: int = 22050) -> Path:
+    """A stereo tone with a slow swell."""
+    t = np.arange(int(seconds * rate)) / rate
+    wave = level * np.sin(2 * np.pi * frequency * t) * (0.6 + 0.4 * np.sin(2 * np.pi * t))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio_io.write_audio(str(path), np.stack([wave, wave]).astype(np.float32), rate, path.suffix[1:])
+    return path

@@ -1,0 +1,372 @@
+"""The evaluation job: what it writes, how it goes on, and what it says about bad input."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from safetensors.numpy import load_file
+from scipy import stats
+
+from ttmray.config import load_config
+from ttmray.errors import UserError
+from ttmray.evaluation import measure
+from ttmray.evaluation.compare import compare
+from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.fad import fad
+from ttmray.evaluation.measure import MeasureConfig
+from ttmray.evaluation.metrics import kad
+from ttmray.evaluation.reference import build_reference, load_reference
+from ttmray.evaluation.results import read_clips, read_results
+from ttmray.evaluation.score import read_mono
+from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.scoring import Scorer
+from ttmray.storage import Folder
+
+PROMPTS = {"a": "a calm piano", "b": "driving drums", "c": "a choir"}
+RUNTIME = MeasureConfig(device="cpu", threads=1)
+
+
+def music(path: Path, seed: int, seconds: float = 6.0, rate: int = 44100) -> None:
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    tone = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 2000) * t) * (np.sin(2 * np.pi * rng.uniform(1, 6) * t) > 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, (tone + rng.normal(0, rng.uniform(0.005, 0.1), len(t))).astype(np.float32), rate)
+
+
+def make(root: Path, *sets: str, output: str = "out") -> EvaluateConfig:
+    usual = (f"folders=[{root}/one,{root}/two]", f"prompts={root}/prompts.csv", f"output={root}/{output}")
+    fixed = ("runtime.device=cpu", "runtime.threads=1", "resamples=20", f"references={root}/store")
+    return load_config(EvaluateConfig, None, [*usual, *fixed, *sets])
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return pq.read_table(output / "clips.parquet").to_pylist()
+
+
+def results_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two systems of three clips, a reference of three, and their evaluation in `out`. Do not change it: see `root`."""
+    root = tmp_path_factory.mktemp("finished")
+    for s, system in enumerate(("one", "two")):
+        for i, name in enumerate(PROMPTS):
+            music(root / system / f"{name}.wav", 10 * s + i)
+    for i in range(3):
+        music(root / "real" / f"r{i}.flac", 50 + i)
+    with open(root / "prompts.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("id", "prompt"), *PROMPTS.items()])
+    assert build_reference("real", f"{root}/real", store=f"{root}/store", runtime=RUNTIME) == 0
+    assert evaluate(make(root, "reference=real", "training=real")) == 0
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the inputs and the reference, without the evaluation."""
+    return Path(shutil.copytree(finished, tmp_path / "root", ignore=shutil.ignore_patterns("out")))
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are decoded from here on."""
+    names: list[str] = []
+    original = measure._decoded
+
+    def note(path: str, middle: bool) -> Any:
+        names.append(path.rpartition("/")[2])
+        return original(path, middle)
+
+    monkeypatch.setattr(measure, "_decoded", note)
+    return names
+
+
+def test_a_clip_has_the_numbers_that_the_score_command_gives_its_file(finished):
+    bundle = open_bundle("debug")
+    scorer = Scorer(bundle.load(Scorer.roles, LoadOptions(device="cpu")), bundle.protocol("empty"))
+    claps = load_file(finished / "out/embeddings.safetensors")["clap"]
+    rows = rows_of(finished / "out")
+    assert [(row["system"], row["prompt_id"], row["sample"]) for row in rows] == [
+        (system, name, 0) for system in ("one", "two") for name in PROMPTS
+    ]
+    for row, clap in zip(rows, claps, strict=True):
+        wave, facts = read_mono(row["path"])
+        made = scorer.embed([wave])
+        text = scorer.texts([PROMPTS[row["prompt_id"]]])
+        np.testing.assert_array_equal(clap, made.clap[0])
+        assert row["reward"] == float(scorer.rewards(made, text)[0])
+        assert row["clap_score"] == float(made.clap[0] @ text[0])
+        assert {name: row[name] for name in facts} == facts
+        assert 0 <= row["silence"] <= 1
+        assert (row["status"], row["reason"], row["prompt"]) == ("ok", "", PROMPTS[row["prompt_id"]])
+
+
+def test_metrics_are_those_of_the_stored_embeddings_with_n_protocol_and_interval(finished):
+    results = results_of(finished / "out")
+    claps = load_file(finished / "out/embeddings.safetensors")["clap"]
+    protocol = results["embedding_protocol"]
+    reference = load_reference("real", f"{finished}/store", protocol)
+    for i, system in enumerate(results["systems"]):
+        metrics, mine = system["metrics"], claps[3 * i : 3 * i + 3]
+        assert (system["clips"], system["failed"], system["prompts"]) == (3, 0, 3)
+        assert metrics["fad"]["value"] == fad(mine, reference.rows(), protocol=protocol, resamples=0).value
+        assert metrics["kad"]["value"] == kad(mine, reference.rows(), protocol=protocol, resamples=0).value
+        assert (metrics["fad"]["n_generated"], metrics["fad"]["n_reference"]) == (3, 3)
+        assert metrics["fad"]["protocol"] == protocol
+        clips = [row for row in rows_of(finished / "out") if row["system"] == system["name"]]
+        for name, column in (("reward", "reward"), ("lufs", "lufs"), ("true_peak", "true_peak_db")):
+            assert metrics[name]["value"] == pytest.approx(np.mean([row[column] for row in clips]))
+            assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
+        assert 0 <= metrics["near_duplicates"]["value"] <= 1
+    warnings = " ".join(results["warnings"])
+    assert "one: fad: 3 generated clips are fewer than 512 dimensions: FAD is expected to be too high" in warnings
+    assert "one: 3 clips are too few for fad_inf, which needs 8" in warnings
+
+
+def test_comparisons_are_the_paired_tests_of_the_clips(finished):
+    rows = rows_of(finished / "out")
+    cells = results_of(finished / "out")["comparisons"]
+    assert [(cell["metric"], cell["a"], cell["b"]) for cell in cells] == [
+        ("clap_score", "one", "two"),
+        ("reward", "one", "two"),
+    ]
+    for cell in cells:
+        a, b = ([row[cell["metric"]] for row in rows if row["system"] == name] for name in ("one", "two"))
+        assert cell["t"] == pytest.approx(stats.ttest_rel(a, b).statistic, rel=1e-9)
+        assert cell["p"] == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+
+
+def test_a_reference_that_the_model_was_trained_on_is_a_leak(finished):
+    leaks = results_of(finished / "out")["leaks"]
+    assert leaks["by_id"] == ["r0", "r1", "r2"]
+    assert {(a, b) for a, b, cosine in leaks["by_embedding"] if cosine > 0.999999} >= {("r0", "r0")}
+    assert any("shares 3 tracks with the training split" in text for text in results_of(finished / "out")["warnings"])
+
+
+def test_readers_of_the_results_understand_them(finished):
+    folder = Folder.at(str(finished / "out"))
+    results = read_results(folder)
+    assert len(read_clips(folder, results)) == 6
+    assert (finished / "out/_SUCCESS.json").exists()
+    assert compare([str(finished / "out")], format="csv", out=str(finished / "table.csv")) == 0
+    assert "reward,one,two,3" in (finished / "table.csv").read_text()
+
+
+def test_the_same_command_again_decodes_nothing_and_says_the_same(finished, tmp_path, decoded):
+    out = Path(shutil.copytree(finished / "out", tmp_path / "out"))
+    assert evaluate(make(finished, "reference=real", "training=real", f"output={out}")) == 0
+    assert decoded == []
+    changing = ("created", "timing")
+    old, new = (
+        {k: v for k, v in results_of(folder).items() if k not in changing} for folder in (finished / "out", out)
+    )
+    assert old == new
+    assert rows_of(out) == rows_of(finished / "out")
+
+
+def test_a_killed_evaluation_goes_on_and_only_what_changed_is_measured(root, decoded, monkeypatch):
+    monkeypatch.setattr(measure, "CPU_PART", 2)
+    original, calls = measure._write_part, iter(range(9))
+
+    def die(*arguments: Any) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    monkeypatch.setattr(measure, "_write_part", die)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(make(root))
+    assert not (root / "out/results.json").exists()
+    monkeypatch.setattr(measure, "_write_part", original)
+    decoded.clear()
+    assert evaluate(make(root)) == 0
+    assert sorted(decoded) == ["b.wav", "c.wav"]  # of the part that was lost
+    decoded.clear()
+    music(root / "two/a.wav", 99)
+    assert evaluate(make(root)) == 0
+    assert decoded == ["a.wav"]
+    decoded.clear()
+    shutil.move(root / "one", root / "uno")
+    assert evaluate(make(root, f"folders=[{root}/uno,{root}/two]")) == 0
+    assert decoded == []  # by content, not by name
+    assert evaluate(make(root, f"folders=[{root}/uno,{root}/two]", "reward_text=caption")) == 0
+    assert len(decoded) == 6  # another protocol
+
+
+def test_a_damaged_part_is_named(root):
+    assert evaluate(make(root)) == 0
+    part = next((root / "out/parts").iterdir())
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(UserError, match=part.name):
+        evaluate(make(root))
+
+
+def test_bad_clips_are_rows_with_a_reason_and_count_as_failures(root):
+    (root / "one/a.wav").write_bytes(b"no music")
+    (root / "one/b.wav").unlink()
+    soundfile.write(root / "two/c.wav", np.zeros(44100 * 6, np.float32), 44100)
+    assert evaluate(make(root, "max_failures=2")) == 3
+    assert evaluate(make(root, "max_failures=3")) == 0
+    rows = {(row["system"], row["prompt_id"]): row for row in rows_of(root / "out")}
+    assert [rows[key]["reason"] for key in (("one", "a"), ("one", "b"), ("two", "c"))] == [
+        "not_audio",
+        "missing",
+        "silent",
+    ]
+    assert rows["one", "b"]["path"] is None
+    claps = load_file(root / "out/embeddings.safetensors")["clap"]
+    bad = [row["status"] != "ok" for row in rows_of(root / "out")]
+    assert np.isnan(claps).all(axis=1).tolist() == bad
+    results = results_of(root / "out")
+    assert [(s["clips"], s["failed"], s["prompts"]) for s in results["systems"]] == [(1, 2, 1), (2, 1, 2)]
+    warnings = " ".join(results["warnings"])
+    assert "one: 2 clips are in no metric (1 not_audio, 1 missing)" in warnings
+    assert "0 common prompts say nothing" in warnings
+    assert "diversity" not in results["systems"][0]["metrics"]  # of one clip
+    assert "one: 1 clips are too few for diversity" in warnings
+
+
+def test_copies_low_rates_and_odd_lengths_are_said(root):
+    shutil.copy(root / "one/a.wav", root / "one/b.wav")
+    for name in PROMPTS:
+        (root / f"two/{name}.wav").unlink()
+        music(root / f"two/{name}.mp3", 5, seconds=12.0, rate=8000)
+    assert evaluate(make(root)) == 0
+    warnings = " ".join(results_of(root / "out")["warnings"])
+    assert "one: a.wav = one: b.wav" in warnings
+    assert "two: a.mp3 = two: b.mp3 = two: c.mp3" in warnings
+    assert "two: 3 files have a sample rate of 8000 Hz and hold nothing above 4 kHz" in warnings
+    assert "two: 3 clips are longer than 10 s" in warnings
+
+
+def test_samples_of_a_prompt_are_averaged_before_prompts_are(root):
+    for name in PROMPTS:
+        shutil.move(root / f"one/{name}.wav", root / f"one/{name}_s42.wav")
+    music(root / "one/a_s55.wav", 77)
+    assert evaluate(make(root)) == 0
+    rows = [row for row in rows_of(root / "out") if row["system"] == "one"]
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [("a", 42), ("a", 55), ("b", 42), ("c", 42)]
+    reward = [row["reward"] for row in rows]
+    metric = results_of(root / "out")["systems"][0]["metrics"]["reward"]
+    assert metric["value"] == pytest.approx(((reward[0] + reward[1]) / 2 + reward[2] + reward[3]) / 3)
+    assert (metric["n_generated"], metric["details"]["prompts"]) == (4, 3)
+    (cell,) = [cell for cell in results_of(root / "out")["comparisons"] if cell["metric"] == "reward"]
+    assert (cell["n"], cell["mean_a"]) == (3, metric["value"])
+
+
+def test_ccs_is_one_more_metric_of_the_table(root, monkeypatch):
+    asked = []
+
+    def heard(clips: Any, config: Any, output: Folder) -> list[tuple[float | None, str]]:
+        asked.extend(clips)
+        return [(i / 10, "") if i else (None, "judge: no answer") for i in range(len(clips))]
+
+    monkeypatch.setattr("ttmray.evaluation.evaluate.judge", heard)  # the network edge; see test_judge
+    assert evaluate(make(root, "judge={endpoint: http://localhost:1/v1, model: ears}")) == 0
+    assert asked[0] == ("a", PROMPTS["a"], f"{root}/one/a.wav")
+    rows = rows_of(root / "out")
+    assert [row["ccs"] for row in rows] == [None, 0.1, 0.2, 0.3, 0.4, 0.5]
+    assert rows[0]["message"] == "judge: no answer"
+    results = results_of(root / "out")
+    assert results["systems"][1]["metrics"]["ccs"]["value"] == pytest.approx(0.4)
+    assert results["systems"][1]["metrics"]["ccs"]["protocol"].startswith("ccs-ears-")
+    assert [(c["metric"], c["n"]) for c in results["comparisons"]] == [("clap_score", 3), ("reward", 3), ("ccs", 2)]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("bundle=debug-wide", "reference=real"), "the reference real was made under debug/"),
+        (("reference=sdd",), "reference sdd: there is none"),
+        (("baseline=three",), "no system 'three'"),
+        (("bundle=loud",), "no bundle 'loud'"),
+        (("folders=[nowhere]",), "no audio files"),
+        (("prompts=nowhere.csv",), "not found"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_model_is_loaded(root, monkeypatch, sets, message):
+    monkeypatch.setattr(measure._Measurer, "__init__", None)
+    with pytest.raises(UserError, match=message):
+        evaluate(make(root, *sets))
+    assert not (root / "out").exists()
+
+
+def test_configs_need_prompts_once(root):
+    with pytest.raises(UserError, match="needs prompts"):
+        load_config(EvaluateConfig, None, [f"folders=[{root}/one]"])
+    with pytest.raises(UserError, match="needs prompts"):
+        make(root, "texts=[a piano]")
+
+
+def test_a_folder_that_holds_something_else_is_not_written_to(root):
+    with pytest.raises(UserError, match="is no evaluation"):
+        evaluate(make(root, output="real"))
+    (root / "out").mkdir()
+    (root / "out/run.json").write_text('{"kind": "generate"}')
+    with pytest.raises(UserError, match="describes no evaluation"):
+        evaluate(make(root))
+
+
+def test_the_two_published_systems_get_a_full_evaluation(data_dir, tmp_path):
+    with open(data_dir / "clips/clips.csv", newline="") as file:
+        published = list(csv.DictReader(file))
+    with open(tmp_path / "prompts.csv", "w", newline="") as file:
+        rows = [(row["prompt_id"], row["caption"]) for row in published if row["system"] == "sub1"]
+        csv.writer(file).writerows([("id", "prompt"), *rows])
+    store = str(tmp_path / "store")
+    assert build_reference("tracks", str(data_dir / "tracks"), store=store, runtime=RUNTIME) == 0
+    folders = f"folders=[{data_dir}/clips/baseline,{data_dir}/clips/sub1]"
+    assert evaluate(make(tmp_path, folders, "reference=tracks", "baseline=baseline")) == 0
+    results = results_of(tmp_path / "out")
+    assert [(system["name"], system["clips"], system["prompts"]) for system in results["systems"]] == [
+        ("baseline", 24, 24),
+        ("sub1", 24, 24),
+    ]
+    metrics = ["fad", "fad_inf", "kad", "diversity", "clap_score", "reward", "lufs", "true_peak", "silence"]
+    for system in results["systems"]:
+        assert list(system["metrics"]) == metrics
+        assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in system["metrics"].values())
+    assert [(c["a"], c["b"], c["n"]) for c in results["comparisons"]] == [("sub1", "baseline", 24)] * 2
+    for row in rows_of(tmp_path / "out"):
+        assert f"{row['system']}/{int(row['prompt_id']):02d}.flac" in row["path"]
+
+
+def test_everything_may_lie_in_a_bucket(finished, bucket, decoded):
+    folder = Folder.at(f"{bucket}/in")
+    for name in ("one", "two", "real"):
+        for path in (finished / name).iterdir():
+            folder.write(f"{name}/{path.name}", path.read_bytes())
+    folder.write("prompts.csv", (finished / "prompts.csv").read_bytes())
+    assert build_reference("real", f"{folder}/real", store=f"{folder}/store", runtime=RUNTIME) == 0
+    sets = (f"folders=[{folder}/one,{folder}/two]", f"prompts={folder}/prompts.csv", f"references={folder}/store")
+    config = make(finished, *sets, f"output={bucket}/out", "reference=real")
+    assert evaluate(config) == 0
+    assert len(decoded) == 9
+    here, there = (
+        json.loads(one.read("results.json")) for one in (Folder.at(f"{finished}/out"), Folder(f"{bucket}/out"))
+    )
+    for ours, theirs in zip(here["systems"], there["systems"], strict=True):
+        assert ours["metrics"]["fad"] == theirs["metrics"]["fad"]
+        assert ours["metrics"]["reward"] == theirs["metrics"]["reward"]
+    assert evaluate(config) == 0
+    assert len(decoded) == 9
+
+
+@pytest.mark.slow
+def test_ray_actors_give_the_same_numbers_as_this_process(root, finished):
+    runtime = ("runtime.runner=ray", "runtime.workers=2")
+    assert evaluate(make(root, "reference=real", "training=real", *runtime)) == 0
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k != "path"} for row in rows_of(folder / "out")]
+        for folder in (root, finished)
+    )
+    assert ours == theirs

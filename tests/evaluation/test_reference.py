@@ -1,0 +1,202 @@
+"""Reference sets: what they hold, what they refuse, and what they share with a training split."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from safetensors.numpy import load, save
+
+from ttmray.config import load_config
+from ttmray.corpus import index, shards
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.job import score_corpus
+from ttmray.errors import UserError
+from ttmray.evaluation import measure
+from ttmray.evaluation.fad import Gaussian
+from ttmray.evaluation.measure import MeasureConfig, embedding_protocol
+from ttmray.evaluation.metrics import find_leaks
+from ttmray.evaluation.reference import build_reference, load_reference, load_training
+from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.scoring import Scorer
+from ttmray.storage import Folder
+
+PROTOCOL = embedding_protocol("debug", open_bundle("debug").protocol("empty"))
+RUNTIME = MeasureConfig(device="cpu", threads=1)
+
+
+def song(path: Path, seconds: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * 44100)) / 44100
+    tone = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 2000) * t) * (np.sin(2 * np.pi * rng.uniform(1, 6) * t) > 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, (tone + rng.normal(0, 0.02, len(t))).astype(np.float32), 44100)
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("songs")
+    for i, seconds in enumerate((6, 10, 13.5)):
+        song(folder / f"{i:02d}/track{i}.flac", seconds, i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Store with the set `three`. Do not change it."""
+    folder = tmp_path_factory.mktemp("store")
+    assert build_reference("three", str(songs), store=str(folder), runtime=RUNTIME) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus run of the songs; track2 is held out. Do not change it."""
+    output = tmp_path_factory.mktemp("corpus") / "run"
+    sets = (f"input={songs}", f"output={output}", "runtime.runner=local", "runtime.workers=0", "runtime.device=cpu")
+    assert score_corpus(load_config(CorpusConfig, None, [*sets, "splits.validation=1", "splits.test=0"])) == 0
+    return output
+
+
+def test_a_folder_gives_one_row_per_track_of_its_middle_ten_seconds(store, songs):
+    found = load_reference("three", str(store), PROTOCOL)
+    assert found.tracks == ["track0", "track1", "track2"]
+    wave, _ = soundfile.read(songs / "02/track2.flac", dtype="float32")
+    middle = wave[round(1.75 * 44100) :][:441_000]
+    bundle = open_bundle("debug")
+    scorer = Scorer(bundle.load(Scorer.roles, LoadOptions(device="cpu")), bundle.protocol("empty"))
+    np.testing.assert_array_equal(found.rows()[2], scorer.embed([middle]).clap[0])
+    rows = pq.read_table(store / "three/tracks.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ["00/track0.flac", "01/track1.flac", "02/track2.flac"]
+    expected = Gaussian.of(found.rows(), PROTOCOL)
+    assert found.gaussian is not None
+    np.testing.assert_array_equal(found.gaussian.cov, expected.cov)
+    assert isinstance(found.for_fad(), np.ndarray)  # three clips: the rows say more than their covariance
+    about = json.loads((store / "three/reference.json").read_text())
+    assert (about["n"], about["tracks"], about["protocol"], about["made_from"]) == (3, 3, PROTOCOL, "folder")
+
+
+def test_building_again_measures_nothing_and_a_new_track_alone(store, songs, tmp_path, monkeypatch):
+    mine = Path(shutil.copytree(store, tmp_path / "store"))
+    read: list[str] = []
+    original = measure._decoded
+    monkeypatch.setattr(measure, "_decoded", lambda path, middle: read.append(path) or original(path, middle))
+    assert build_reference("three", str(songs), store=str(mine), runtime=RUNTIME) == 0
+    assert read == []
+    more = Path(shutil.copytree(songs, tmp_path / "songs"))
+    song(more / "new.flac", 6, 9)
+    shutil.copytree(mine / "three/parts", mine / "four/parts")
+    assert build_reference("four", str(more), store=str(mine), runtime=RUNTIME) == 0
+    assert read == [f"{more}/new.flac"]
+    assert len(load_reference("four", str(mine), PROTOCOL).rows()) == 4
+
+
+def test_a_name_belongs_to_one_source_and_protocol(store, songs, tmp_path):
+    song(tmp_path / "a.flac", 6, 1)
+    with pytest.raises(UserError, match="the reference three is another one"):
+        build_reference("three", str(tmp_path), store=str(store), runtime=RUNTIME)
+    with pytest.raises(UserError, match="cannot name"):
+        build_reference("../three", str(songs), store=str(store), runtime=RUNTIME)
+
+
+def test_a_set_of_another_bundle_is_refused_and_one_of_another_reward_is_not(store):
+    other = open_bundle("debug-wide")
+    with pytest.raises(UserError, match="was made under debug/"):
+        load_reference("three", str(store), embedding_protocol(other.name, other.protocol("empty")))
+    same = embedding_protocol("debug", open_bundle("debug").protocol("caption"))
+    assert load_reference(str(store / "three"), "nowhere", same).about["name"] == "three"
+
+
+def test_a_reference_that_does_not_exist_says_how_to_build_it(tmp_path):
+    with pytest.raises(UserError, match="there is none") as error:
+        load_reference("sdd-706", str(tmp_path), PROTOCOL)
+    assert "ttmray reference build sdd-706" in error.value.hint
+
+
+@pytest.mark.parametrize("file", ["clap.safetensors", "gaussian.safetensors", "tracks.parquet", "reference.json"])
+def test_damaged_sets_are_refused(store, tmp_path, file):
+    mine = Path(shutil.copytree(store, tmp_path / "store"))
+    (mine / "three" / file).write_bytes(b"{}")
+    with pytest.raises(UserError):
+        load_reference("three", str(mine), PROTOCOL)
+
+
+def test_files_of_two_sets_do_not_go_together(store, tmp_path):
+    mine = Path(shutil.copytree(store, tmp_path / "store"))
+    clap = load((mine / "three/clap.safetensors").read_bytes())["clap"]
+    (mine / "three/clap.safetensors").write_bytes(save({"clap": clap[:2]}))
+    with pytest.raises(UserError, match="do not belong together"):
+        load_reference("three", str(mine), PROTOCOL)
+
+
+def test_a_track_that_cannot_be_read_stops_the_set_unless_it_is_allowed(songs, tmp_path, capsys):
+    mine = Path(shutil.copytree(songs, tmp_path / "songs"))
+    (mine / "broken.mp3").write_bytes(b"no music")
+    assert build_reference("r", str(mine), store=str(tmp_path), runtime=RUNTIME) == 3
+    assert "broken.mp3: not_audio" in capsys.readouterr().out
+    assert not (tmp_path / "r/reference.json").exists()
+    assert build_reference("r", str(mine), store=str(tmp_path), runtime=RUNTIME, max_failures=1) == 0
+    assert load_reference("r", str(tmp_path), PROTOCOL).about["failed"] == 1
+
+
+def test_one_clip_makes_no_reference(tmp_path):
+    song(tmp_path / "in/a.flac", 6, 1)
+    with pytest.raises(UserError, match="1 clips make no reference set"):
+        build_reference("r", str(tmp_path / "in"), store=str(tmp_path), runtime=RUNTIME)
+
+
+@pytest.mark.parametrize(("stem", "row"), [("mix", 0), ("instrumental", 1)])
+def test_a_corpus_gives_its_stored_embeddings(corpus, tmp_path, stem, row, monkeypatch):
+    monkeypatch.setattr(measure, "_decoded", None)  # nothing is decoded
+    assert build_reference("c", str(corpus), store=str(tmp_path), stem=stem, split="train") == 0
+    found = load_reference("c", str(tmp_path), PROTOCOL)
+    run = Folder.at(str(corpus))
+    rows = {r["key"]: r for r in index.read_index(run).to_pylist() if r["split"] == "train" and r["status"] == "ok"}
+    stored = {
+        key: sample["clap_audio.npy"][row]
+        for shard in {r["shard"] for r in rows.values()}
+        for key, sample in shards.read_samples(run.read(shard), shard)
+    }
+    keys = pq.read_table(io.BytesIO((tmp_path / "c/tracks.parquet").read_bytes()))["id"].to_pylist()
+    assert sorted(keys) == sorted(rows)
+    np.testing.assert_array_equal(found.rows(), np.stack([stored[key] for key in keys]))
+    assert found.tracks == [rows[key]["track_id"] for key in keys]
+
+
+def test_a_corpus_of_another_bundle_or_without_such_clips_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="was made under debug/"):
+        build_reference("c", str(corpus), store=str(tmp_path), bundle="debug-wide")
+    with pytest.raises(UserError, match="no ok clips in the split test"):
+        build_reference("c", str(corpus), store=str(tmp_path), split="test")
+    with pytest.raises(UserError, match="unknown"):
+        build_reference("c", str(corpus), store=str(tmp_path), stem="vocals")
+
+
+def test_a_damaged_shard_is_named(corpus, tmp_path):
+    mine = Path(shutil.copytree(corpus, tmp_path / "run"))
+    shard = next((mine / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(UserError, match=shard.name):
+        build_reference("c", str(mine), store=str(tmp_path))
+
+
+def test_leaks_are_found_by_id_and_by_sound_in_the_training_split_alone(store, corpus):
+    reference = load_reference("three", str(store), PROTOCOL)
+    training = load_training(str(corpus), "nowhere", PROTOCOL)
+    split = {r["track_id"]: r["split"] for r in index.read_index(Folder.at(str(corpus))).to_pylist()}
+    trained = sorted(track for track in split if split[track] == "train")
+    assert len(trained) == 2
+    leaks = find_leaks(reference.tracks, training.tracks, reference.rows(), iter(training.clap), 0.99999)
+    assert list(leaks.by_id) == trained
+    # tracks of up to 10 s are their own middle, so their mix is found with a cosine of 1
+    short = {track for track in trained if track != "track2"}
+    assert {a for a, b, _ in leaks.by_embedding if a == b} >= short
+
+
+def test_training_that_is_no_corpus_is_refused(songs):
+    with pytest.raises(UserError, match="no corpus run and no reference set"):
+        load_training(str(songs), "nowhere", PROTOCOL)

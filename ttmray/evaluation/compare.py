@@ -1,0 +1,283 @@
+"""Paired comparisons of systems from scores per prompt: the table of `ttmray evaluate` and `ttmray compare`.
+
+Every cell pairs the means of both systems over their samples of a prompt. Holm's correction covers all cells of the
+table. No models are needed: scores come from an evaluation, a manifest of a generation run, or any table of them.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.markup import escape
+from rich.table import Table
+
+from ttmray.console import console
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.evaluation.results import CLIPS, RESULTS
+from ttmray.evaluation.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
+from ttmray.generation import manifest
+from ttmray.storage import Folder, absolute, split_path
+from ttmray.training.pairs import read_rows
+
+COMPARED = {
+    "clap_score": ("clap_score",),
+    "reward": ("reward", "reward_score", "tunejury_reward"),
+    "ccs": ("ccs",),
+}
+"""Metrics of single clips by which systems are compared (more is better), and their columns in tables of others."""
+Format = Literal["table", "markdown", "latex", "csv"]
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of one clip."""
+
+    system: str
+    prompt_id: str
+    metric: str
+    value: float
+
+
+def prompt_means(scores: Iterable[Score]) -> dict[tuple[str, str], dict[str, float]]:
+    """(metric, system) -> prompt id -> mean over the samples."""
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for score in scores:
+        values.setdefault((score.metric, score.system), {}).setdefault(score.prompt_id, []).append(score.value)
+    return {key: {one: float(np.mean(some)) for one, some in table.items()} for key, table in values.items()}
+
+
+def comparisons(
+    scores: Iterable[Score], baseline: str | None = None, alpha: float = ALPHA, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The paired table, and warnings about prompts that only one side has.
+
+    Args:
+        scores: of all systems; systems keep their order.
+        baseline: compare every other system with this one, as b; None compares all pairs.
+        alpha: `significant` says that Holm's p is below it.
+        seed: of the bootstrap.
+
+    Returns:
+        One dict per cell: a, b, metric, n (common prompts), mean_a, mean_b, difference (a - b), low and high (95 % t
+        interval), t, p (paired t test), p_holm, p_wilcoxon, d_z, wins, ties, losses, p_mcnemar (exact, of wins against
+        losses), boot_low and boot_high (95 % bootstrap over prompts, which carries the scatter of samples), n_needed
+        (prompts that find this difference with a chance of 80 %), significant. Numbers that do not exist are None.
+
+    Raises:
+        UserError: no such baseline, or scores that are not finite.
+    """
+    means = prompt_means(scores)
+    systems = list(dict.fromkeys(system for _, system in means))
+    if baseline is not None and baseline not in systems:
+        raise UserError(f"baseline: there is no system {baseline!r}.", f"Systems: {', '.join(systems)}.")
+    if baseline is None:
+        pairs = list(combinations(systems, 2))
+    else:
+        pairs = [(system, baseline) for system in systems if system != baseline]
+    cells, warnings = [], []
+    for metric in COMPARED:
+        for a, b in pairs:
+            if (metric, a) in means and (metric, b) in means:
+                cell, warning = _cell(metric, a, b, means[metric, a], means[metric, b], seed)
+                cells += [cell] if cell else []
+                warnings += [warning] if warning else []
+    corrected = holm({i: cell["p"] for i, cell in enumerate(cells)})
+    for i, cell in enumerate(cells):
+        cell |= {"p_holm": corrected[i], "significant": corrected[i] < alpha}
+    return [plain(cell) for cell in cells], warnings
+
+
+def compare(
+    sources: Sequence[str],
+    *,
+    format: Format = "table",
+    out: str | None = None,
+    baseline: str | None = None,
+    alpha: float = ALPHA,
+) -> int:
+    """Print (or write to `out`) the paired table of evaluations, generation runs with scores, or tables of scores.
+
+    Raises:
+        UserError: sources without scores, scores under several protocols, or fewer than two systems.
+    """
+    scores: list[Score] = []
+    protocols: dict[str, str] = {}
+    for source in sources:
+        found, protocol = read_scores(source)
+        names = {score.system for score in found}
+        if names & {score.system for score in scores}:
+            end = absolute(source).rpartition("/")[2]
+            found = [Score(f"{end}/{s.system}", s.prompt_id, s.metric, s.value) for s in found]
+        scores += found
+        protocols.setdefault(protocol, source)
+    if len(protocols) > 1:
+        lines = [f"{source}: {protocol or 'unknown'}" for protocol, source in protocols.items()]
+        raise UserError("the scores were made under several protocols:\n    " + "\n    ".join(lines), "Evaluate again.")
+    cells, warnings = comparisons(scores, baseline, alpha)
+    if not cells:
+        systems = sorted({score.system for score in scores})
+        raise UserError(
+            f"nothing to compare: systems {', '.join(systems)}. {' '.join(warnings)}",
+            "Two systems with scores of the same two or more prompts are needed.",
+        )
+    header, rows = paired_table(cells)
+    if out is not None:
+        folder, name = split_path(out)
+        folder.write(name, render(header, rows, "markdown" if format == "table" else format).encode())
+        console.print(f"{len(rows)} comparisons in {out}", markup=False)
+    else:
+        show(header, rows, format)
+    if out is not None or format == "table":
+        console.print(f"scores by {next(iter(protocols)) or 'an unknown protocol'}; {legend(alpha)}", markup=False)
+        for warning in warnings:
+            console.print(f"[yellow]{escape(warning)}[/yellow]")
+    return EXIT_OK
+
+
+def read_scores(source: str) -> tuple[list[Score], str]:
+    """Scores of the ok clips of one source, and their protocol, "" where nothing says it.
+
+    Args:
+        source: folder of an evaluation or of a generation run, or a table (.csv, .tsv, .json, .jsonl, .parquet) with
+            the columns prompt_id (or id), one or more metrics (`COMPARED`), and system (default: the file's name).
+
+    Raises:
+        UserError: none of that, or values that are no finite numbers.
+    """
+    folder = Folder.at(source)
+    if folder.exists(RESULTS):
+        try:
+            rows = pq.read_table(pa.BufferReader(folder.read(CLIPS))).to_pylist()
+            protocol = str(json.loads(folder.read(RESULTS))["protocol"])
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no evaluation: {error}", "Run `ttmray evaluate` again.") from error
+        places = [(f"{folder.path(CLIPS)}, row {i}", row) for i, row in enumerate(rows, 1) if row["status"] == "ok"]
+    elif folder.exists("run.json"):
+        made = [row for row in manifest.read_rows(folder).values() if row["status"] == manifest.OK]
+        name = folder.uri.rpartition("/")[2]
+        places = [(f"{folder}: {row['name']}", row | {"system": name}) for row in made]
+        known = {row["protocol"] or "" for row in made}
+        protocol = known.pop() if len(known) == 1 else ""
+    else:
+        places, protocol = read_rows(absolute(source)), ""
+    default = split_path(source)[1].rpartition(".")[0] or source
+    scores = [score for place, row in places for score in _row_scores(row, place, default)]
+    if not scores:
+        columns = ", ".join(name for names in COMPARED.values() for name in names)
+        raise UserError(f"{source} holds no scores of prompts.", f"Columns prompt_id, system and {columns} count.")
+    return scores, protocol
+
+
+def paired_table(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text; a star marks what is significant after Holm's correction."""
+    header = ["metric", "A", "B", "n", "mean A", "mean B", "A - B", "95 % CI", "t", "p", "p Holm", "p Wilcoxon"]
+    header += ["d_z", "wins/ties/losses", ""]
+    rows = []
+    for cell in cells:
+        means = [f"{cell[name]:+.4f}" for name in ("mean_a", "mean_b", "difference")]
+        interval = f"[{cell['low']:+.4f}, {cell['high']:+.4f}]"
+        p_values = [f"{cell[name]:.2g}" for name in ("p", "p_holm", "p_wilcoxon")]
+        t, d_z = (f"{cell[name]:.2f}" if cell[name] is not None else "inf" for name in ("t", "d_z"))
+        wins = f"{cell['wins']}/{cell['ties']}/{cell['losses']}"
+        star = "*" if cell["significant"] else ""
+        rows.append(
+            [cell["metric"], cell["a"], cell["b"], str(cell["n"]), *means, interval, t, *p_values, d_z, wins, star]
+        )
+    return header, rows
+
+
+def legend(alpha: float = ALPHA) -> str:
+    return f"paired t tests over prompts; * is p < {alpha:g} after Holm's correction over the table"
+
+
+def render(header: Sequence[str], rows: Sequence[Sequence[str]], format: Literal["markdown", "latex", "csv"]) -> str:
+    """A table as text that ends in a newline."""
+    if format == "csv":
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        return text.getvalue()
+    if format == "latex":
+        lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in (header, *rows)]
+        body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        return "\n".join([rf"\begin{{tabular}}{{{'l' * len(header)}}}", *body, r"\end{tabular}", ""])
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:], ""])
+
+
+def show(header: Sequence[str], rows: Sequence[Sequence[str]], format: Format = "table") -> None:
+    """Print a table: drawn by rich, or as `render` gives it."""
+    if format != "table":
+        console.print(render(header, rows, format), markup=False, end="")
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON types; what is not finite is None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(
+    metric: str, a: str, b: str, of_a: Mapping[str, float], of_b: Mapping[str, float], seed: int
+) -> tuple[dict[str, Any] | None, str]:
+    common = [one for one in of_a if one in of_b]
+    only = len(of_a) + len(of_b) - 2 * len(common)
+    warning = f"{metric}, {a} against {b}: {only} prompts have a score on one side only." if only else ""
+    if len(common) < 2:
+        return None, f"{metric}, {a} against {b}: {len(common)} common prompts say nothing about a difference."
+    x, y = (np.array([table[one] for one in common]) for table in (of_a, of_b))
+    result = paired(x, y)
+    boot = hierarchical_bootstrap(x[:, None], y[:, None], seeds="nested", seed=seed)
+    wins, losses = result.wins or 0, result.losses or 0
+    try:
+        needed = prompts_needed(result.difference, result.sd)
+    except UserError:  # no difference, or none that ten million prompts would find
+        needed = None
+    cell = {"a": a, "b": b, "metric": metric, "n": result.n, "mean_a": float(x.mean()), "mean_b": float(y.mean())}
+    cell |= {name: getattr(result, name) for name in ("difference", "sd", "low", "high", "t", "p", "d_z")}
+    cell |= {"p_wilcoxon": result.wilcoxon_p, "wins": wins, "ties": result.ties, "losses": losses}
+    cell |= {"p_mcnemar": mcnemar(wins, losses, exact=True)[1], "n_needed": needed}
+    return cell | {"boot_low": boot.low, "boot_high": boot.high}, warning
+
+
+def _row_scores(row: Mapping[str, Any], place: str, default: str) -> list[Score]:
+    identifier = row.get("prompt_id", row.get("id"))
+    if identifier is None or identifier == "":
+        raise UserError(f"{place}: no prompt_id.", "Every row needs the id of its prompt.")
+    system = str(row.get("system") or default)
+    scores = []
+    for metric, columns in COMPARED.items():
+        cell = next((row[name] for name in columns if row.get(name) not in (None, "")), None)
+        if cell is None:
+            continue
+        try:
+            value = float(cell)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{place}: {metric} is {cell!r}, not a number.") from error
+        if not math.isfinite(value):
+            raise UserError(f"{place}: {metric} is {cell!r}.", "Leave the cell empty where there is no score.")
+        scores.append(Score(system, str(identifier), metric, value))
+    return scores
+
+
+def _latex(cell: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in cell)

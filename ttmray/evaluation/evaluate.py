@@ -1,0 +1,390 @@
+"""The evaluation job: folders of audio in; metrics with N, protocol and interval, and paired statistics out.
+
+The output folder holds `results.json`, `clips.parquet` (a row per clip that a system owes), `embeddings.safetensors`
+(`clap`, row i of clips.parquet, NaN where there is none), `parts/` and `judge/` (what is done, see `measure` and
+`judge`), and `_SUCCESS.json`, written last. The same command goes on where it stopped.
+"""
+
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, model_validator
+from rich.markup import escape
+from safetensors.numpy import save as save_tensors
+
+from ttmray import __version__
+from ttmray.config import Config, execution, identity
+from ttmray.console import console
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, plain, prompt_means, show
+from ttmray.evaluation.fad import fad, fad_inf
+from ttmray.evaluation.judge import JudgeConfig, judge
+from ttmray.evaluation.measure import FACTS, FAILED, OK, MeasureConfig, embedding_protocol, measure
+from ttmray.evaluation.metrics import (
+    NEAR_DUPLICATE,
+    RESAMPLES,
+    Leaks,
+    Metric,
+    diversity,
+    find_leaks,
+    kad,
+    near_duplicate_rate,
+)
+from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_training
+from ttmray.evaluation.results import CLIPS, RESULTS
+from ttmray.evaluation.statistics import hierarchical_bootstrap
+from ttmray.evaluation.systems import System, find_systems
+from ttmray.generation.prompts import given_prompts, read_prompts
+from ttmray.models.bundle import Bundle, ReleasedBundle, open_bundle
+from ttmray.models.weights import licences
+from ttmray.storage import Folder, absolute
+
+EMBEDDINGS, SUCCESS = "embeddings.safetensors", "_SUCCESS.json"
+RUN = {"kind": "evaluation"}
+CLIP_S = 10.0
+FULL_BAND_HZ = 32_000
+"""Files of a lower rate lack sound that others have; FAD and the scores see that."""
+SCHEMA = pa.schema(
+    [
+        ("system", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("prompt", pa.string()),
+        ("path", pa.string()),
+        *FACTS,
+        ("ccs", pa.float64()),
+    ]
+)
+LEVELS = {
+    "lufs": ("lufs", "ITU-R BS.1770-4"),
+    "true_peak": ("true_peak_db", "dBTP, ITU-R BS.1770-4 annex 2"),
+    "silence": ("silence", "share of 100 ms frames under -60 dBFS RMS"),
+}
+"""Metric -> column of its clips, and protocol."""
+
+
+class EvaluateConfig(Config):
+    """`ttmray evaluate` and `jobs/evaluate.py`."""
+
+    folders: tuple[str, ...] = execution(min_length=1)
+    """Systems: folders of audio, local or s3://, made by `ttmray generate` or not; `NAME=FOLDER` names one."""
+    prompts: str | None = execution(None)
+    """File of prompts with their ids (CSV, TSV, JSON, JSON lines). Clips are matched to them by the manifest of a
+    generation run, else by name: `<id>.wav`, or `<id>_<k>.wav` and `<id>_s<k>.wav` for several samples."""
+    texts: tuple[str, ...] = execution(())
+    """Prompts, instead of a file."""
+    reference: str | None = execution(None)
+    """Reference set of FAD and KAD: its name in the store, or its folder (`ttmray reference build`). null: none."""
+    training: str | None = execution(None)
+    """Corpus run or reference set that the systems were trained on: near-duplicates and leaks are looked for there."""
+    references: str = execution(STORE)
+    """Folder of the reference sets, local or s3://."""
+    output: str = execution("runs/evaluation")
+    """Folder of the results: a local path or s3:// prefix."""
+    bundle: str = "debug"
+    """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
+    reward_text: Literal["empty", "caption"] = "empty"
+    """What the reward sees as text; CLAP scores always use the raw prompt."""
+    baseline: str | None = None
+    """Name of the system that every other one is compared with; null: all pairs."""
+    alpha: float = Field(0.05, gt=0, lt=1)
+    """Chance of even one false star in the paired table (Holm)."""
+    near_duplicate: float = Field(NEAR_DUPLICATE, ge=-1, le=1)
+    """CLAP cosine from which two clips count as the same."""
+    resamples: int = Field(RESAMPLES, ge=10, le=100_000)
+    """Half-samples behind the interval of FAD, KAD and diversity."""
+    seed: int = Field(0, ge=0)
+    """Of all resampling."""
+    judge: JudgeConfig | None = None
+    """Judge of the concept coverage score; null: none."""
+    max_failures: Annotated[int, Field(ge=0)] = execution(0)
+    """Exit code 3 when more clips than this are missing or cannot be measured."""
+    runtime: MeasureConfig = execution(MeasureConfig())
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompts is None) == (not self.texts):
+            raise ValueError("needs prompts (a file) or texts, and not both")
+        return self
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Evaluate, or go on evaluating, the folders of `config`; returns the exit code.
+
+    Raises:
+        UserError: for everything that the user can mend; wrong input is found before any model runs.
+    """
+    started = time.perf_counter()
+    prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(absolute(config.prompts))
+    systems = find_systems(config.folders, prompts)
+    if config.baseline is not None and config.baseline not in [system.name for system in systems]:
+        names = ", ".join(system.name for system in systems)
+        raise UserError(f"baseline: there is no system {config.baseline!r}.", f"Systems: {names}.")
+    bundle = open_bundle(config.bundle)
+    protocol = bundle.protocol(config.reward_text)
+    audio_protocol = embedding_protocol(bundle.name, protocol)
+    reference = training = None
+    if config.reference is not None:
+        reference = load_reference(config.reference, config.references, audio_protocol)
+    if config.training is not None:
+        training = load_training(config.training, config.references, audio_protocol)
+    out = Folder.at(config.output)
+    _claim(out)
+    if bundle.note:
+        console.print(f"[yellow]{escape(bundle.note)}[/yellow]")
+    rows, claps, seconds = _clip_rows(systems, config, out)
+    warnings = [warning for system in systems for warning in system.warnings] + _file_warnings(rows)
+    leaks = Leaks((), ())
+    if reference and training:
+        leaks = find_leaks(
+            reference.tracks, training.tracks, reference.rows(), iter(training.clap), config.near_duplicate
+        )
+        if leaks.by_id or leaks.by_embedding:
+            warnings.append(
+                f"the reference shares {len(leaks.by_id)} tracks with the training split by id, and "
+                f"{len(leaks.by_embedding)} clips by sound: FAD is too good for a model that was trained on them."
+            )
+    scores = [
+        Score(row["system"], row["prompt_id"], metric, row[metric])
+        for row in rows
+        for metric in COMPARED
+        if row["status"] == OK and row[metric] is not None
+    ]
+    described = []
+    for system in systems:
+        metrics, more = _system_metrics(system.name, rows, claps, scores, config, bundle, reference, training)
+        ok = [row for row in rows if row["system"] == system.name and row["status"] == OK]
+        counts = {"clips": len(ok), "failed": sum(row["system"] == system.name for row in rows) - len(ok)}
+        counts["prompts"] = len({row["prompt_id"] for row in ok})
+        described.append({"name": system.name, "folder": system.folder, **counts, "metrics": metrics})
+        warnings += more
+    if reference and len({system["clips"] for system in described}) > 1:
+        warnings.append("systems have other numbers of clips: their FAD cannot be compared, KAD can.")
+    cells, more = comparisons(scores, config.baseline, config.alpha, config.seed)
+    total = time.perf_counter() - started
+    results = {
+        **RUN,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "protocol": f"{bundle.name}/{protocol.id()}",
+        "embedding_protocol": audio_protocol,
+        "bundle": bundle.name,
+        "note": bundle.note,
+        "config": identity(config),
+        "prompts": {"file": config.prompts and absolute(config.prompts), "count": len(prompts)},
+        "systems": described,
+        "comparisons": cells,
+        "alpha": config.alpha,
+        "reference": reference.about if reference else {},
+        "leaks": _plain_leaks(leaks, training, config.near_duplicate) if training else {},
+        "warnings": list(dict.fromkeys(warnings + more)),
+        "license_notes": licences(bundle.name) if isinstance(bundle, ReleasedBundle) else [],
+        "timing": {"wall_s": total, **seconds},
+    }
+    _write(out, results, rows, claps)
+    return _report(out, results, rows, config)
+
+
+def _claim(out: Folder) -> None:
+    if not out.exists("run.json"):
+        strange = out.files(sizes=False)
+        if strange:
+            raise UserError(
+                f"{out} is no evaluation: it holds {strange[0].name} but no run.json.", "Choose an empty or new folder."
+            )
+        out.create("run.json", json.dumps(RUN).encode())
+    try:
+        known = json.loads(out.read("run.json"))["kind"] == RUN["kind"]
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{out.path('run.json')} describes no evaluation.", "Choose an empty or new output folder.")
+    out.delete(SUCCESS)
+
+
+def _clip_rows(
+    systems: Sequence[System], config: EvaluateConfig, out: Folder
+) -> tuple[list[dict[str, Any]], np.ndarray, Counter[str]]:
+    """Rows of clips.parquet, their (n, 512) embeddings with NaN where there is none, and the seconds of `measure`."""
+    clips = [clip for system in systems for clip in system.clips]
+    there = [clip for clip in clips if clip.path is not None]
+    sources = [(str(clip.path), clip.prompt) for clip in there]
+    measured, seconds = measure(sources, config.bundle, config.reward_text, out, config.runtime)
+    facts = dict(zip(there, measured, strict=True))
+    rows = []
+    for clip in clips:
+        row = dict.fromkeys((*SCHEMA.names, "clap")) | asdict(clip) | {"status": FAILED}
+        row |= {name: facts[clip][name] for name in (*FACTS.names, "clap")} if clip in facts else {}
+        rows.append(row)
+    if config.judge is not None:
+        heard = [row for row in rows if row["status"] == OK]
+        asked = [(row["prompt_id"], row["prompt"], row["path"]) for row in heard]
+        for row, (ccs, problem) in zip(heard, judge(asked, config.judge, out), strict=True):
+            row |= {"ccs": ccs, "message": problem}
+    width = next((len(row["clap"]) for row in rows if row["status"] == OK), 0)
+    claps = np.full((len(rows), width), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        if row["status"] == OK:
+            claps[i] = row["clap"]
+    return rows, claps, seconds
+
+
+def _file_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the numbers must know about the files."""
+    warnings = []
+    same: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["sha256"]:
+            same.setdefault(row["sha256"], []).append(row)
+    copies = [[f"{row['system']}: {row['path'].rpartition('/')[2]}" for row in some] for some in same.values()]
+    copies = [some for some in copies if len(some) > 1]
+    if copies:
+        shown = "; ".join(" = ".join(some[:4]) for some in copies[:3]) + ("; ..." if len(copies) > 3 else "")
+        warnings.append(f"{len(copies)} files occur more than once, byte by byte: {shown}.")
+    for system in dict.fromkeys(row["system"] for row in rows):
+        mine = [row for row in rows if row["system"] == system and row["status"] == OK]
+        rates = Counter(row["sample_rate"] for row in mine if row["sample_rate"] < FULL_BAND_HZ)
+        for rate, count in sorted(rates.items()):
+            warnings.append(
+                f"{system}: {count} files have a sample rate of {rate} Hz and hold nothing above {rate / 2000:g} kHz, "
+                "which lowers their scores and raises FAD."
+            )
+        for odd, what in (
+            ([row for row in mine if row["duration_s"] > CLIP_S + 0.05], "longer than 10 s: CLAP sees the middle"),
+            ([row for row in mine if row["duration_s"] < CLIP_S / 2], "shorter than 5 s: scored as they are"),
+        ):
+            if odd:
+                warnings.append(f"{system}: {len(odd)} clips are {what}.")
+        reasons = Counter(row["reason"] for row in rows if row["system"] == system and row["status"] != OK)
+        if reasons:
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            warnings.append(f"{system}: {sum(reasons.values())} clips are in no metric ({counts}).")
+    return warnings
+
+
+def _system_metrics(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    claps: np.ndarray,
+    scores: Sequence[Score],
+    config: EvaluateConfig,
+    bundle: Bundle,
+    reference: Embedded | None,
+    training: Embedded | None,
+) -> tuple[dict[str, Any], list[str]]:
+    mine = [i for i, row in enumerate(rows) if row["system"] == name and row["status"] == OK]
+    clips, clap = [rows[i] for i in mine], claps[mine]
+    audio = embedding_protocol(bundle.name, bundle.protocol("empty"))
+    how: dict[str, Any] = {"protocol": audio, "resamples": config.resamples, "seed": config.seed}
+    sets: dict[str, tuple[int, Callable[[], Metric]]] = {}
+    """Metric -> least number of clips, and what makes it."""
+    if reference is not None:
+        against, real = reference.for_fad(), reference.rows()
+        sets["fad"] = 2, lambda: fad(clap, against, **how)
+        sets["fad_inf"] = 8, lambda: fad_inf(clap, against, **how)
+        sets["kad"] = 2, lambda: kad(clap, real, **how)
+    sets["diversity"] = 2, lambda: diversity(clap, **how)
+    if training is not None:
+        sets["near_duplicates"] = (
+            1,
+            lambda: near_duplicate_rate(clap, iter(training.clap), protocol=audio, threshold=config.near_duplicate),
+        )
+    metrics = {metric: make() for metric, (least, make) in sets.items() if len(clips) >= least}
+    warnings = [
+        f"{name}: {len(clips)} clips are too few for {metric}, which needs {least}."
+        for metric, (least, _) in sets.items()
+        if len(clips) < least
+    ]
+    protocols = dict.fromkeys(COMPARED, f"{bundle.name}/{bundle.protocol(config.reward_text).id()}")
+    protocols |= {"clap_score": audio} | ({"ccs": config.judge.name} if config.judge else {})
+    per_prompt = prompt_means([score for score in scores if score.system == name])
+    samples = Counter(score.metric for score in scores if score.system == name)
+    for metric in COMPARED:
+        if (metric, name) in per_prompt:
+            values = list(per_prompt[metric, name].values())
+            metrics[metric] = _mean(metric, values, samples[metric], protocols[metric], config.seed)
+    for metric, (column, made) in LEVELS.items():
+        levels = [Score(name, row["prompt_id"], metric, row[column]) for row in clips if row[column] is not None]
+        if levels:
+            values = list(prompt_means(levels)[metric, name].values())
+            metrics[metric] = _mean(metric, values, len(levels), made, config.seed)
+    warnings += [f"{name}: {metric}: {text}" for metric, made in metrics.items() for text in made.warnings]
+    return {metric: plain(asdict(made)) for metric, made in metrics.items()}, warnings
+
+
+def _mean(name: str, values: Sequence[float], clips: int, protocol: str, seed: int) -> Metric:
+    """Mean of the prompts' means, with a bootstrap interval over prompts."""
+    array = np.array(values)
+    low = high = None
+    details = {"prompts": float(len(array))}
+    if len(array) > 1:
+        estimate = hierarchical_bootstrap(array[:, None], seeds="nested", seed=seed)
+        low, high = estimate.low, estimate.high
+        details["sd"] = float(array.std(ddof=1))
+    return Metric(name, float(array.mean()), clips, 0, 0, protocol, low, high, 0.95, details=details)
+
+
+def _plain_leaks(leaks: Leaks, training: Embedded, threshold: float) -> dict[str, Any]:
+    found = {"by_id": list(leaks.by_id), "by_embedding": [list(leak) for leak in leaks.by_embedding]}
+    return {"training": training.about["source"], "clips": len(training.tracks), "threshold": threshold, **found}
+
+
+def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], claps: np.ndarray) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], SCHEMA), sink)
+    out.write(CLIPS, sink.getvalue())
+    out.write(EMBEDDINGS, save_tensors({"clap": claps}, {"protocol": results["embedding_protocol"]}))
+    out.write(RESULTS, json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False).encode())
+    out.write(SUCCESS, json.dumps({**RUN, "created": results["created"]}).encode())
+
+
+def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], config: EvaluateConfig) -> int:
+    header, lines = system_table(results["systems"])
+    show(header, lines)
+    if results["comparisons"]:
+        show(*paired_table(results["comparisons"]))
+        console.print(legend(config.alpha))
+    console.print(f"scores by {results['protocol']}", markup=False)
+    for warning in results["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+    bad = [row for row in rows if row["status"] != OK]
+    for row in bad[:5]:
+        where = row["path"] or f"{row['system']}, prompt {row['prompt_id']}"
+        console.print(f"  {where}: {row['reason']}: {row['message']}", markup=False)
+    timing = results["timing"]
+    if timing.get("clips"):
+        console.print(
+            f"{timing['clips']} clips measured, {len(rows)} in the results, {timing['wall_s']:.1f} s in all: "
+            f"{timing['busy']:.1f} s of measuring, {timing['embed'] / timing['busy']:.0%} of it embedding (models and "
+            f"resampling), {timing['read']:.1f} s of reading beside it"
+        )
+    else:
+        console.print(f"nothing to measure: all {len(rows)} clips are done; {timing['wall_s']:.1f} s of statistics")
+    console.print(f"{out}/{RESULTS}", markup=False)
+    if len(bad) > config.max_failures:
+        console.print(f"[red]{len(bad)} clips failed, {config.max_failures} are allowed (max_failures)[/red]")
+        return EXIT_TOO_MANY_FAILURES
+    return EXIT_OK
+
+
+def system_table(systems: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text: a row per system, value and interval of every metric that any of them has."""
+    names = list(dict.fromkeys(name for system in systems for name in system["metrics"]))
+    rows = []
+    for system in systems:
+        cells = []
+        for name in names:
+            metric = system["metrics"].get(name)
+            interval = f" [{metric['low']:.4g}, {metric['high']:.4g}]" if metric and metric["low"] is not None else ""
+            cells.append(f"{metric['value']:.4f}{interval}" if metric else "")
+        rows.append([system["name"], str(system["clips"]), *cells])
+    return ["system", "clips", *names], rows

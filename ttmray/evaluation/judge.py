@@ -1,0 +1,266 @@
+"""Concept coverage score (CCS): which of a prompt's concepts a large audio-language model hears in a clip.
+
+The judge is any endpoint that speaks the OpenAI chat API with `input_audio`: a provider's, or a local server such as
+vLLM with an open model. The challenge's own judge and questions are not published, so values compare systems under one
+judge, not with official ones. Two questions are asked: once per prompt for its concepts (unless a table gives them),
+once per clip which of them can be heard. Every question and answer is kept in `judge/`; what is there is not asked
+again. The key comes from an environment variable and is never written.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import soundfile
+from pydantic import Field, field_validator
+
+from ttmray.audio import io as audio_io
+from ttmray.config import Config, execution, fingerprint
+from ttmray.console import meter
+from ttmray.errors import ClipError, UserError
+from ttmray.evaluation.score import LIMITS
+from ttmray.storage import Folder, read_file
+from ttmray.training.pairs import read_rows
+
+ASK_CONCEPTS = (
+    "List the musical concepts that this description asks for: genre, instruments, mood, tempo, rhythm, texture. "
+    'Answer with a JSON list of at most {limit} short strings and nothing else.\n\nDescription: "{prompt}"'
+)
+ASK_COVERAGE = (
+    "Listen to the music. For each numbered concept say whether it can clearly be heard. Answer with one line per "
+    "concept, `<number>. yes` or `<number>. no`, and nothing else.\n\n{concepts}"
+)
+MAX_ANSWER_BYTES = 1 << 20
+LONGEST_WAIT_S = 60.0
+RETRIED = (408, 409, 425, 429)
+"""HTTP statuses that may pass; those from 500 on are tried again as well."""
+LOCAL = ("localhost", "127.0.0.1", "::1")
+_VERDICT = re.compile(r"^\W*(\d+)\W+(yes|no)\b", re.IGNORECASE | re.MULTILINE)
+
+Parsed = TypeVar("Parsed")
+
+
+class JudgeConfig(Config):
+    """Who judges, and how it is asked."""
+
+    endpoint: str
+    """Base address of the API, e.g. `http://localhost:8000/v1`; `/chat/completions` is added."""
+    model: str
+    """Name of the model at that endpoint."""
+    concepts: str | None = None
+    """Table with the columns prompt_id (or id) and concepts, separated by semicolons; default: the judge names them."""
+    max_concepts: int = Field(8, ge=1, le=50)
+    """Concepts that the judge may name per prompt."""
+    key_variable: str = execution("TTMRAY_JUDGE_KEY")
+    """Environment variable that holds the API key; none is sent where it is empty."""
+    attempts: int = execution(5, ge=1, le=20)
+    """Tries per question: failures of the network or server, and answers that cannot be read."""
+    timeout_s: float = execution(120.0, gt=0)
+    """Per try."""
+    backoff_s: float = execution(1.0, ge=0)
+    """Wait after the first failure; it doubles, up to a minute."""
+    parallel: int = execution(4, ge=1, le=64)
+    """Questions at the same time."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _web_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ValueError("needs an address such as https://host/v1, without a user")
+        return value.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """Protocol of the scores: the model and everything that decides the questions."""
+        asked = [self.model, self.endpoint, self.concepts, self.max_concepts, ASK_CONCEPTS, ASK_COVERAGE]
+        return f"ccs-{self.model}-{fingerprint(asked)[:8]}"
+
+
+def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Folder) -> list[tuple[float | None, str]]:
+    """CCS of each clip, the share of its prompt's concepts that the judge hears, or None and the reason.
+
+    Args:
+        clips: (prompt id, prompt, address of the audio file).
+        output: its `judge/` keeps questions and answers.
+
+    Raises:
+        UserError: the endpoint refuses (key, address, model), or a concept table that does not fit.
+    """
+    if _key(config) and urlsplit(config.endpoint).scheme == "http" and urlsplit(config.endpoint).hostname not in LOCAL:
+        raise UserError(
+            f"judge.endpoint {config.endpoint} would get the key of {config.key_variable} unencrypted.", "Use https."
+        )
+    given = _given_concepts(config)
+    prompts = dict.fromkeys((one, text) for one, text, _ in clips)
+    unknown = [one for one, _ in prompts if given is not None and one not in given]
+    if unknown:
+        raise UserError(f"{config.concepts}: no concepts of prompt {unknown[0]}.", "Every prompt needs some.")
+
+    def concepts_of(item: tuple[str, str]) -> list[str] | ClipError:
+        if given is not None:
+            return given[item[0]]
+        question = ASK_CONCEPTS.format(limit=config.max_concepts, prompt=item[1])
+        try:
+            return _asked(config, output, question, None, lambda answer: _concepts(answer, config.max_concepts))
+        except ClipError as error:
+            return error
+
+    def coverage(clip: tuple[str, str, str]) -> tuple[float | None, str]:
+        named = concepts[clip[0], clip[1]]
+        try:
+            if isinstance(named, ClipError):
+                raise named
+            question = ASK_COVERAGE.format(concepts="\n".join(f"{i}. {one}" for i, one in enumerate(named, 1)))
+            verdicts = _asked(config, output, question, clip[2], lambda answer: parse_verdicts(answer, len(named)))
+            return sum(verdicts) / len(verdicts), ""
+        except ClipError as error:
+            return None, str(error)
+
+    with ThreadPoolExecutor(config.parallel) as pool, meter("judged", len(clips)) as progress:
+        concepts = dict(zip(prompts, pool.map(concepts_of, prompts), strict=True))
+        scores = []
+        for score in pool.map(coverage, clips):
+            scores.append(score)
+            progress.advance(1)
+    return scores
+
+
+def parse_verdicts(answer: str, count: int) -> list[bool]:
+    """Verdicts 1 to `count` from lines such as `2. yes`.
+
+    Raises:
+        ValueError: one is missing, given twice with different words, or of an unknown number.
+    """
+    found: dict[int, bool] = {}
+    for number, word in _VERDICT.findall(answer):
+        heard = word.lower() == "yes"
+        if found.setdefault(int(number), heard) != heard:
+            raise ValueError(f"concept {number} has two verdicts")
+    if sorted(found) != list(range(1, count + 1)):
+        raise ValueError(f"verdicts of {sorted(found)}, not of 1 to {count}")
+    return [found[i] for i in range(1, count + 1)]
+
+
+def _concepts(answer: str, limit: int) -> list[str]:
+    start, end = answer.find("["), answer.rfind("]")  # models like to wrap JSON in prose or fences
+    named = json.loads(answer[start : end + 1] if start >= 0 else answer)
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise ValueError("no JSON list of strings")
+    clean = list(dict.fromkeys(" ".join(one.split())[:100] for one in named if one.strip()))
+    if not clean:
+        raise ValueError("no concepts")
+    return clean[:limit]
+
+
+def _given_concepts(config: JudgeConfig) -> dict[str, list[str]] | None:
+    if config.concepts is None:
+        return None
+    given: dict[str, list[str]] = {}
+    for place, row in read_rows(config.concepts):
+        one = str(row.get("prompt_id", row.get("id", ""))).strip()
+        named = [part.strip() for part in str(row.get("concepts") or "").split(";") if part.strip()]
+        if not one or not named:
+            raise UserError(f"{place}: needs prompt_id and concepts.", "Separate concepts by semicolons.")
+        given[one] = named
+    return given
+
+
+def _asked(
+    config: JudgeConfig, output: Folder, question: str, audio: str | None, parse: Callable[[str], Parsed]
+) -> Parsed:
+    """The parsed answer, from the output folder where it was asked before.
+
+    Raises:
+        ClipError: the audio cannot be read, or no try gave an answer that can be.
+    """
+    sound, digest = _wav(audio) if audio is not None else (b"", "")
+    name = f"judge/{fingerprint([config.endpoint, config.model, question, digest])[:32]}.json"
+    if output.exists(name):
+        try:
+            return parse(json.loads(output.read(name))["answer"])
+        except (ValueError, KeyError, TypeError):
+            pass  # damaged by hand: asked again
+    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if sound:
+        encoded = base64.b64encode(sound).decode()
+        content.append({"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}})
+    body = {"model": config.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+    problem = ""
+    for attempt in range(config.attempts):
+        if attempt:
+            wait = min(LONGEST_WAIT_S, config.backoff_s * 2 ** (attempt - 1))
+            time.sleep(wait * random.uniform(0.5, 1.0))
+        try:
+            answer = _post(config, body)
+            parsed = parse(answer)
+        except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
+            problem = f"{type(error).__name__}: {error}"[:300]
+            continue
+        kept = {"question": question, "audio": audio, "audio_sha256": digest, "model": config.model}
+        kept |= {"endpoint": config.endpoint, "answer": answer}
+        output.write(name, json.dumps(kept, ensure_ascii=False, indent=1).encode())
+        return parsed
+    raise ClipError("failed", "judge", f"no usable answer in {config.attempts} tries; the last: {problem}")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _post(config: JudgeConfig, body: dict[str, Any]) -> str:
+    """Text of the answer.
+
+    Raises:
+        OSError, ValueError, ...: what another try may mend.
+        UserError: what it will not.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key := _key(config):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(f"{config.endpoint}/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=config.timeout_s) as response:
+            data = response.read(MAX_ANSWER_BYTES)
+    except urllib.error.HTTPError as error:
+        if error.code in RETRIED or error.code >= 500:
+            raise
+        said = error.read(500).decode(errors="replace")
+        raise UserError(
+            f"judge.endpoint {config.endpoint} answered {error.code}: {said}",
+            f"Check the address, judge.model, and the key in {config.key_variable}.",
+        ) from error
+    answer = json.loads(data)["choices"][0]["message"]["content"]
+    if not isinstance(answer, str):
+        raise ValueError(f"the answer is a {type(answer).__name__}")
+    return answer
+
+
+def _key(config: JudgeConfig) -> str:
+    return os.environ.get(config.key_variable, "").strip()
+
+
+def _wav(path: str) -> tuple[bytes, str]:
+    """A file as mono 16-bit WAV at its own rate, which every endpoint takes, and the SHA-256 of the file."""
+    try:
+        data = read_file(path)
+    except UserError as error:
+        raise ClipError("failed", "unreadable", error.message) from error
+    audio, rate = audio_io.decode(io.BytesIO(data), LIMITS)
+    file = io.BytesIO()
+    soundfile.write(file, audio_io.to_mono(audio), rate, format="WAV", subtype="PCM_16")
+    return file.getvalue(), hashlib.sha256(data).hexdigest()

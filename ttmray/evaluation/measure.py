@@ -1,0 +1,297 @@
+"""The numbers of every clip: decoded once, embedded once, in this process or on Ray actors.
+
+What is done is kept in `parts/` of the output folder, one Parquet file per few clips, by the SHA-256 of the file, the
+prompt, and everything that decides a number. So the same command goes on where it was killed, and clips that were added
+or changed are the only ones that are measured again.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from ttmray.audio import io as audio_io
+from ttmray.audio import loudness, segment
+from ttmray.cluster import each
+from ttmray.config import fingerprint
+from ttmray.console import meter
+from ttmray.errors import ClipError, UserError
+from ttmray.evaluation.score import CLIP, LIMITS, SILENT_DBFS
+from ttmray.models import one_thread
+from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.cache import EmbeddingCache
+from ttmray.models.protocol import Protocol
+from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.storage import Folder, split_path
+from ttmray.training.features import EncodingConfig
+
+PARTS = "parts"
+OK, FAILED = "ok", "failed"
+READERS = 16
+CPU_PART = 8
+"""Clips that a kill costs at most, per process."""
+GPU_BATCHES = 4
+"""Batches per part on a GPU: the next ones are read while one is in the models."""
+FACTS = pa.schema(
+    [
+        ("sha256", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("message", pa.string()),
+        ("duration_s", pa.float64()),
+        ("sample_rate", pa.int32()),
+        ("channels", pa.int32()),
+        ("clap_score", pa.float64()),
+        ("reward", pa.float64()),
+        ("lufs", pa.float64()),
+        ("true_peak_db", pa.float64()),
+        ("silence", pa.float64()),
+    ]
+)
+_PART = FACTS.append(pa.field("prompt", pa.string())).append(pa.field("clap", pa.list_(pa.float32())))
+
+Source = tuple[str, str]
+"""Address of an audio file, and the prompt that it answers; "" where there is none."""
+
+
+class MeasureConfig(EncodingConfig):
+    """Where and how fast; on CPUs none of it changes a number, a GPU and its batch change last bits."""
+
+    threads: int | Literal["auto"] = Field("auto")
+    """Files read side by side (decoding, levels) while others are in the models, and on a CPU clips embedded side by
+    side; `auto` is one per CPU, for Ray actors as many as `cpus`."""
+
+    @property
+    def thread_count(self) -> int:
+        if self.threads == "auto":
+            return (os.cpu_count() or 1) if self.runner == "local" else max(1, int(self.cpus))
+        return max(1, self.threads)
+
+    @property
+    def on_gpu(self) -> bool:
+        return resolve_device(self.device) != "cpu" if self.runner == "local" else self.gpus > 0
+
+
+def embedding_protocol(bundle: str, protocol: Protocol) -> str:
+    """What made an embedding, as sets of them are compared by: the reward's head and text input are no part of it."""
+    hashes = tuple(item for item in protocol.hashes if not item[0].startswith("tunejury"))
+    return f"{bundle}/{replace(protocol, text='empty', hashes=hashes).id()}"
+
+
+def measure(
+    sources: Sequence[Source],
+    bundle: str,
+    reward_text: Literal["empty", "caption"],
+    output: Folder,
+    config: MeasureConfig,
+    what: str = "clips",
+    middle: bool = False,
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Facts of every source in order: the columns of `FACTS`, and `clap`, a (512,) float32 unit vector or None.
+
+    Clips of 5 to 10 s are padded to 10 s, as in the corpus job. A file that cannot be measured has the status `failed`
+    or `rejected`, a reason and a message; `silent` ones are among them, because their reward would mean nothing.
+
+    Args:
+        output: its `parts/` keep what is done.
+        what: of the progress bar.
+        middle: of longer files measure only the 10 s in the middle. CLAP sees no more in any case, but the reward and
+            the levels do.
+
+    Returns:
+        The rows, and seconds over all processes: `embed` (forward passes and the resampling to their rates), `read`
+        (files, in threads beside it: both can add up to more than the whole), `busy` (wall time at work; loading
+        models is not in it), and the count `clips` that were measured now.
+
+    Raises:
+        UserError: models or device are not there, or a damaged part.
+    """
+    made_by = _made_by(bundle, reward_text, config, middle)
+    known = _known(output, made_by)
+    digests = _digests({path for path, _ in sources}) if known else {}
+    rows: dict[Source, dict[str, Any]] = {}
+    for path, prompt in sources:
+        row = known.get((digests.get(path, ""), prompt))
+        if row is not None:
+            rows[path, prompt] = row
+    todo = [source for source in dict.fromkeys(sources) if source not in rows]
+    size = GPU_BATCHES * config.batch if config.on_gpu else CPU_PART
+    if config.runner == "ray":
+        size = max(1, min(size, math.ceil(len(todo) / config.workers)))
+    parts = [todo[start : start + size] for start in range(0, len(todo), size)]
+    spent: Counter[str] = Counter()
+    if todo:
+        output.sweep_temporary()
+        make = partial(_Measurer, bundle, reward_text, config.model_dump_json(), output.uri, made_by, middle)
+        failed = 0
+        with meter(what, len(todo)) as progress:
+            for sources_done, made, seconds in each(make, parts, config):
+                rows |= dict(zip(sources_done, made, strict=True))
+                spent.update(seconds)
+                failed += sum(row["status"] != OK for row in made)
+                progress.advance(len(made), f"{failed} failed" if failed else "")
+    return [rows[source] for source in sources], spent
+
+
+class _Measurer:
+    """The models of one process; a call measures a few clips and writes their part."""
+
+    def __init__(
+        self,
+        bundle: str,
+        reward_text: Literal["empty", "caption"],
+        config: str,
+        output: str,
+        made_by: str,
+        middle: bool,
+    ) -> None:
+        how = MeasureConfig.model_validate_json(config)
+        chosen = open_bundle(bundle)
+        options = LoadOptions(device=how.device, batch=how.batch, threads=how.thread_count)
+        models = chosen.load(Scorer.roles, options)
+        one_thread()  # more would change last bits
+        cache = (
+            EmbeddingCache(how.embedding_cache, int(how.embedding_cache_gib * 2**30)) if how.embedding_cache else None
+        )
+        self.scorer = Scorer(models, chosen.protocol(reward_text), how.thread_count, cache)
+        self.output, self.made_by, self.middle = Folder(output), made_by, middle
+        self.threads = how.thread_count
+        self.batch = how.batch if models.clap.device.type != "cpu" else max(1, min(CPU_PART, how.thread_count))
+
+    def __call__(self, sources: Sequence[Source]) -> tuple[Sequence[Source], list[dict[str, Any]], dict[str, float]]:
+        started, embedding = time.perf_counter(), 0.0
+        rows: list[dict[str, Any]] = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            ahead: list[Future[tuple[dict[str, Any], np.ndarray | None]]] = [
+                pool.submit(_read, path, self.middle) for path, _ in sources
+            ]
+            for start in range(0, len(sources), self.batch):
+                batch = [future.result() for future in ahead[start : start + self.batch]]
+                for (row, _), (_, prompt) in zip(batch, sources[start:], strict=False):
+                    row["prompt"] = prompt
+                begun = time.perf_counter()
+                self._score([(row, wave) for row, wave in batch if wave is not None])
+                embedding += time.perf_counter() - begun
+                rows += [row for row, _ in batch]
+        reading = sum(row.pop("read_s") for row in rows)
+        _write_part(self.output, self.made_by, rows)
+        seconds = {"embed": embedding, "read": reading, "busy": time.perf_counter() - started, "clips": len(rows)}
+        return sources, rows, seconds
+
+    def _score(self, works: Sequence[tuple[dict[str, Any], np.ndarray]]) -> None:
+        if not works:
+            return
+        try:
+            embeddings = self.scorer.embed([wave for _, wave in works])
+        except (ValueError, RuntimeError) as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                raise UserError(f"the GPU is out of memory: {error}", "Lower runtime.batch.") from error
+            if len(works) > 1:  # find the bad one
+                for work in works:
+                    self._score([work])
+            elif isinstance(error, ValueError) or "not finite" in str(error):
+                works[0][0].update(status=FAILED, reason="not_embedded", message=str(error))
+            else:
+                raise
+            return
+        texts = self.scorer.texts([row["prompt"] for row, _ in works])
+        rewards = self.scorer.rewards(embeddings, texts)
+        for i, (row, _) in enumerate(works):
+            row.update(clap=embeddings.clap[i], reward=float(rewards[i]))
+            row["clap_score"] = float(embeddings.clap[i] @ texts[i]) if row["prompt"] else None
+
+
+def _read(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
+    started = time.perf_counter()
+    row, wave = _decoded(path, middle)
+    return row | {"read_s": time.perf_counter() - started}, wave
+
+
+def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Facts of a file, and mono float32 at 44.1 kHz; None where the facts say why not."""
+    row: dict[str, Any] = dict.fromkeys(_PART.names) | {"status": OK, "reason": "", "message": ""}
+    try:
+        folder, name = split_path(path)
+        data = folder.read(name)
+        row["sha256"] = hashlib.sha256(data).hexdigest()
+        audio, rate = audio_io.decode(io.BytesIO(data), LIMITS)
+        row |= {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
+        segments = segment.partition(audio.shape[1], rate, CLIP)
+        if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded
+            audio = segment.cut(audio, rate, *segments[0])
+        elif middle:
+            first = (audio.shape[1] - round(CLIP.clip_s * rate)) // 2
+            audio = audio[:, max(0, first) : max(0, first) + round(CLIP.clip_s * rate)]
+        audio = audio_io.resample(audio, rate, SAMPLE_RATE)
+        row["silence"] = loudness.silence_ratio(audio, SAMPLE_RATE)
+        if np.abs(audio).max() < 10 ** (SILENT_DBFS / 20):
+            raise ClipError("rejected", "silent", f"sample peak under {SILENT_DBFS:g} dBFS")
+        lufs = loudness.integrated_loudness(audio, SAMPLE_RATE)
+        row["lufs"] = lufs if math.isfinite(lufs) else None
+        row["true_peak_db"] = loudness.true_peak(audio, SAMPLE_RATE)
+        return row, audio.mean(axis=0)
+    except UserError as error:
+        return row | {"status": FAILED, "reason": "unreadable", "message": error.message}, None
+    except ClipError as error:
+        return row | {"status": error.status, "reason": error.reason, "message": error.message}, None
+
+
+def _made_by(bundle: str, reward_text: Literal["empty", "caption"], config: MeasureConfig, middle: bool) -> str:
+    how = asdict(open_bundle(bundle).protocol(reward_text))
+    how |= {"bundle": bundle, "gpu": config.on_gpu, "middle": middle}
+    return fingerprint(json.loads(json.dumps(how)))
+
+
+def _write_part(output: Folder, made_by: str, rows: Sequence[dict[str, Any]]) -> None:
+    kept = [row for row in rows if row["sha256"]]  # what could not be read is tried again
+    if not kept:
+        return
+    table = pa.Table.from_pylist(kept, _PART).replace_schema_metadata({"ttmray.made_by": made_by})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none")
+    name = fingerprint([made_by, [[row["sha256"], row["prompt"]] for row in kept]])
+    output.write(f"{PARTS}/{name[:16]}.parquet", buffer.getvalue())
+
+
+def _known(output: Folder, made_by: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """(SHA-256, prompt) -> row, of every part that was made in the same way."""
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in output.files(PARTS, sizes=False):
+        name = f"{PARTS}/{entry.name}"
+        try:
+            table = pq.read_table(pa.BufferReader(output.read(name)))
+            if table.schema.metadata[b"ttmray.made_by"] != made_by.encode():
+                continue
+            rows = table.drop_columns(["clap"]).cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()
+            for row, clap in zip(rows, table["clap"], strict=True):
+                row["clap"] = clap.values.to_numpy() if clap.is_valid else None
+                known[row["sha256"], row["prompt"]] = row
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{output.path(name)} is damaged: {error}", "Delete it: it is then made again.") from error
+    return known
+
+
+def _digests(paths: Iterable[str]) -> dict[str, str]:
+    def one(path: str) -> str:
+        try:
+            folder, name = split_path(path)
+            return hashlib.sha256(folder.read(name)).hexdigest()
+        except UserError:  # measuring says why
+            return ""
+
+    ordered = list(paths)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(ordered, pool.map(one, ordered), strict=True))

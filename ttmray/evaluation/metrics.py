@@ -1,0 +1,354 @@
+"""Metrics of a set of clips, from embeddings alone: KAD, CLAP score, diversity, near-duplicates, leaks.
+
+The Fréchet distances are in `ttmray.evaluation.fad`. Everything is float64 and says with how many clips, under which
+protocol (model, crop, level: see `ttmray.models.protocol`) and with what uncertainty it was measured.
+
+Intervals come from half-samples: the metric of random halves of the generated clips, drawn without replacement. A
+half-sample mean scatters about the mean of all n clips with variance s^2/n, as a bootstrap mean does, but no clip
+occurs twice; repeated clips look like a collapsed generator to FAD, KAD and diversity and push all of a bootstrap's
+values to one side (Politis & Romano 1994, Ann. Statist. 22; Praestgaard & Wellner 1993, Ann. Probab. 21). The
+reference set is held fixed, so an interval is about other clips from the same generator, not other references.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats
+
+from ttmray.errors import UserError
+
+RESAMPLES = 500
+CHUNK = 8192
+"""Rows at a time: 32 MB of 512 dimensions in float64."""
+KAD_SCALE = 100.0
+"""The KAD toolkit prints 100 times the squared MMD, and so do we."""
+BANDWIDTH_ROWS = 2048
+NEAR_DUPLICATE = 0.95
+"""Cosine from which two clips count as the same. No standard exists: calibrate it on distinct training tracks."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a table, with what a reader needs in order to trust it.
+
+    Attributes:
+        n_generated, n_reference: clips on either side; n_reference is 0 where there is no other side.
+        dimension: of the embeddings.
+        protocol: what made the embeddings.
+        low, high: interval at `confidence`; None where there are too few clips for one.
+        warnings: sentences for people, to be shown beside the value.
+        details: further numbers, such as the bandwidth or the quality of a fit.
+    """
+
+    name: str
+    value: float
+    n_generated: int
+    n_reference: int
+    dimension: int
+    protocol: str
+    low: float | None
+    high: float | None
+    confidence: float
+    warnings: tuple[str, ...] = ()
+    details: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What a reference set shares with the training split.
+
+    Attributes:
+        by_id: track ids on both sides, sorted.
+        by_embedding: (reference id, training id, cosine) of each reference clip whose nearest training clip is at
+            the threshold or above, most similar first.
+    """
+
+    by_id: tuple[str, ...]
+    by_embedding: tuple[tuple[str, str, float], ...]
+
+
+def checked(array: np.ndarray, what: str, at_least: int = 1, dimension: int | None = None) -> np.ndarray:
+    """(n, d) embeddings as float64.
+
+    Args:
+        what: names the array in messages, e.g. "generated clips".
+        dimension: what d must be.
+
+    Raises:
+        UserError: not two-dimensional, no numbers, too few rows, another dimension, NaN or infinity.
+    """
+    array = np.asarray(array)
+    if array.ndim != 2 or array.shape[1] == 0 or array.dtype.kind not in "fiu":
+        raise UserError(f"{what}: embeddings must be numbers of shape (n, d), not {array.dtype} {array.shape}.")
+    if len(array) < at_least:
+        raise UserError(f"{what}: {len(array)} embeddings, but at least {at_least} are needed.", "Add clips.")
+    if dimension is not None and array.shape[1] != dimension:
+        raise UserError(
+            f"{what}: {array.shape[1]} dimensions, but the other side has {dimension}.",
+            "Embed both sides with the same model.",
+        )
+    array = array.astype(np.float64, copy=False)
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(bad):
+        raise UserError(
+            f"{what}: {len(bad)} of {len(array)} embeddings hold NaN or infinity, first in row {bad[0]}.",
+            "Look for silent or damaged audio and leave it out.",
+        )
+    return array
+
+
+def half_samples(metric: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> np.ndarray:
+    """`metric(rows)` of `resamples` random halves of n clips; empty where a half would be less than two clips."""
+    return np.array([metric(rows) for rows in _halves(n, resamples, seed)])
+
+
+def half_interval(value: float, halves: np.ndarray, n: int, confidence: float) -> tuple[float | None, float | None]:
+    """Interval about `value`, the metric of all n clips, from the metric of half-samples.
+
+    The half-samples' mean is taken off, so that the bias of a small sample (which is larger in a half) does not
+    enter. For degenerate statistics, such as KAD between equal distributions, the interval is too wide by up to
+    sqrt(3), never too narrow.
+    """
+    _check_confidence(confidence)
+    if len(halves) == 0:
+        return None, None
+    k = n // 2
+    deviations = (halves - halves.mean()) * np.sqrt(k / (n - k))
+    low, high = np.quantile(deviations, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(value - high), float(value - low)
+
+
+def kad(
+    generated: np.ndarray,
+    reference: np.ndarray,
+    *,
+    protocol: str,
+    bandwidth: float | None = None,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Metric:
+    """Kernel Audio Distance: 100 x unbiased squared MMD with a Gaussian kernel (Chung et al. 2025, arXiv:2502.15602).
+
+    Equal distributions give 0 on average at any N, so small negative values are right.
+
+    Args:
+        generated, reference: (n, d) and (m, d).
+        bandwidth: of the kernel exp(-|x - y|^2 / (2 bandwidth^2)); None takes the median distance between reference
+            clips (Gretton et al. 2012, JMLR 13), of at most 2,048 of them, so that it depends on nothing else.
+
+    Raises:
+        UserError: bad embeddings, or no positive bandwidth because reference clips are all the same.
+    """
+    x = checked(generated, "generated clips", 2)
+    y = checked(reference, "reference clips", 2, x.shape[1])
+    center = y.mean(axis=0)  # squared distances by norms lose digits far from the origin
+    x, y = x - center, y - center
+    if bandwidth is None:
+        bandwidth = _median_distance(y)
+    if not (np.isfinite(bandwidth) and bandwidth > 0):
+        raise UserError(f"The kernel's bandwidth is {bandwidth:g}: most reference clips have the same embedding.")
+    n, m = len(x), len(y)
+    sets = np.ones((1, n))
+    if halves := list(_halves(n, resamples, seed)):
+        chosen = np.zeros((len(halves), n))
+        np.put_along_axis(chosen, np.stack(halves), 1.0, axis=1)
+        sets = np.concatenate([sets, chosen])
+    within, across, inside_reference = np.zeros(len(sets)), np.zeros(len(sets)), 0.0
+    for rows in _slices(n):
+        within += ((sets[:, rows] @ _kernel(x[rows], x, bandwidth)) * sets).sum(axis=1)
+        across += sets[:, rows] @ np.concatenate([_kernel(x[rows], y[part], bandwidth) for part in _slices(m)], 1).mean(
+            axis=1
+        )
+    for rows in _slices(m):
+        inside_reference += float(_kernel(y[rows], y, bandwidth).sum())
+    size = sets.sum(axis=1)  # k(x, x) = 1 for each
+    values = (within - size) / (size * (size - 1)) - 2 * across / size + (inside_reference - m) / (m * (m - 1))
+    values *= KAD_SCALE
+    value = float(values[0])
+    low, high = half_interval(value, values[1:], n, confidence)
+    return Metric("kad", value, n, m, x.shape[1], protocol, low, high, confidence, details={"bandwidth": bandwidth})
+
+
+def clap_scores(audio: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """(n,) cosines of row i of `audio` with row i of `text`, both (n, d): one score per prompt.
+
+    Raises:
+        UserError: bad embeddings, another number of rows, or a zero vector, such as that of an empty prompt.
+    """
+    a = _unit(checked(audio, "audio"), "audio")
+    t = _unit(checked(text, "text", dimension=a.shape[1]), "text")
+    if len(a) != len(t):
+        raise UserError(f"{len(a)} audio embeddings, but {len(t)} of text.", "Give one prompt per clip.")
+    return np.einsum("ij,ij->i", a, t)
+
+
+def clap_score(
+    audio: np.ndarray,
+    text: np.ndarray,
+    *,
+    protocol: str,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Metric:
+    """Mean of `clap_scores`."""
+    scores = clap_scores(audio, text)
+    n, value = len(scores), float(scores.mean())
+    halves = half_samples(lambda rows: float(scores[rows].mean()), n, resamples, seed)
+    low, high = half_interval(value, halves, n, confidence)
+    return Metric("clap_score", value, n, 0, np.shape(audio)[1], protocol, low, high, confidence)
+
+
+def diversity(
+    generated: np.ndarray,
+    *,
+    protocol: str,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Metric:
+    """Mean cosine distance (1 - cosine) over all pairs of different clips, in [0, 2]; 0 when all are the same.
+
+    Raises:
+        UserError: bad embeddings, fewer than two, or a zero vector.
+    """
+    x = _unit(checked(generated, "generated clips", 2), "generated clips")
+
+    def mean_distance(rows: np.ndarray) -> float:  # pairs' cosines sum to |sum of unit vectors|^2 - n
+        k = len(rows)
+        total = x[rows].sum(axis=0)
+        return float(1 - (total @ total - k) / (k * (k - 1)))
+
+    n = len(x)
+    value = mean_distance(np.arange(n))
+    low, high = half_interval(value, half_samples(mean_distance, n, resamples, seed), n, confidence)
+    return Metric("diversity", value, n, 0, x.shape[1], protocol, low, high, confidence)
+
+
+def nearest(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Cosine to the most similar row of `corpus` and its index, both (n,), for each of n queries; rows of `corpus`.
+
+    Args:
+        corpus: (m, d), which may be memory-mapped, or such arrays one after the other; rows count through. Only
+            `CHUNK` rows at a time are in float64.
+
+    Raises:
+        UserError: bad embeddings, zero vectors, or nothing in `corpus`.
+    """
+    q = _unit(checked(queries, "clips"), "clips")
+    best, index, start = np.full(len(q), -np.inf), np.zeros(len(q), dtype=np.int64), 0
+    for array in [corpus] if isinstance(corpus, np.ndarray) else corpus:
+        for rows in _slices(len(array)):
+            what = f"corpus rows from {start}"
+            part = _unit(checked(array[rows], what, dimension=q.shape[1]), what)
+            cosines = q @ part.T
+            top = cosines.argmax(axis=1)
+            value = np.take_along_axis(cosines, top[:, None], axis=1)[:, 0]
+            index = np.where(value > best, start + top, index)
+            best = np.maximum(value, best)
+            start += len(part)
+    if start == 0:
+        raise UserError("The corpus to search for near-duplicates is empty.", "Give its embeddings.")
+    return best, index, start
+
+
+def near_duplicate_rate(
+    generated: np.ndarray,
+    training: np.ndarray | Iterable[np.ndarray],
+    *,
+    protocol: str,
+    threshold: float = NEAR_DUPLICATE,
+    confidence: float = 0.95,
+) -> Metric:
+    """Share of generated clips whose nearest training clip has a cosine of `threshold` or above.
+
+    The interval is Wilson's (1927), which is sound at a rate of 0. n_reference counts the training clips.
+    """
+    _check_threshold(threshold)
+    _check_confidence(confidence)
+    cosine, _, seen = nearest(generated, training)
+    n, copies = len(cosine), int((cosine >= threshold).sum())
+    interval = stats.binomtest(copies, n).proportion_ci(confidence, method="wilson")
+    details = {"threshold": threshold, "copies": float(copies), "max_cosine": float(cosine.max())}
+    dimension = np.shape(generated)[1]
+    low, high = float(interval.low), float(interval.high)
+    return Metric(
+        "near_duplicate_rate", copies / n, n, seen, dimension, protocol, low, high, confidence, details=details
+    )
+
+
+def find_leaks(
+    reference_ids: Sequence[str],
+    training_ids: Sequence[str],
+    reference: np.ndarray,
+    training: np.ndarray | Iterable[np.ndarray],
+    threshold: float = NEAR_DUPLICATE,
+) -> Leaks:
+    """Tracks of a reference set that are in the training split, by their ids and by their sound.
+
+    Args:
+        reference_ids, training_ids: track id of each row; several clips may share one.
+        reference, training: embeddings, see `nearest`.
+
+    Raises:
+        UserError: bad embeddings, or other numbers of ids than of rows.
+    """
+    _check_threshold(threshold)
+    x = checked(reference, "reference clips")
+    if len(x) != len(reference_ids):
+        raise UserError(f"{len(reference_ids)} reference ids, but {len(x)} embeddings.")
+    cosine, index, rows = nearest(x, training)
+    if rows != len(training_ids):
+        raise UserError(f"{len(training_ids)} training ids, but {rows} embeddings.")
+    hits = np.flatnonzero(cosine >= threshold).tolist()
+    near = [(reference_ids[i], training_ids[int(index[i])], float(cosine[i])) for i in hits]
+    shared = sorted(set(reference_ids) & set(training_ids))
+    return Leaks(tuple(shared), tuple(sorted(near, key=lambda found: -found[2])))
+
+
+def _halves(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples if n >= 4 else 0):
+        yield rng.permutation(n)[: n // 2]
+
+
+def _slices(n: int) -> Iterator[slice]:
+    for start in range(0, n, CHUNK):
+        yield slice(start, min(start + CHUNK, n))
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1) - 2 * (a @ b.T)
+    return np.maximum(squares, 0, out=squares)
+
+
+def _kernel(a: np.ndarray, b: np.ndarray, bandwidth: float) -> np.ndarray:
+    return np.exp(_squared_distances(a, b) / (-2 * bandwidth**2))
+
+
+def _median_distance(y: np.ndarray) -> float:
+    if len(y) > BANDWIDTH_ROWS:
+        y = y[np.random.default_rng(0).choice(len(y), BANDWIDTH_ROWS, replace=False)]
+    return float(np.sqrt(np.median(_squared_distances(y, y)[np.triu_indices(len(y), 1)])))
+
+
+def _unit(array: np.ndarray, what: str) -> np.ndarray:
+    norm = np.linalg.norm(array, axis=1, keepdims=True)
+    if not norm.all():
+        raise UserError(
+            f"{what}: row {int(norm.argmin())} is a zero vector, which has no cosine.",
+            "An empty prompt has no CLAP score: leave its clip out.",
+        )
+    return array / norm
+
+
+def _check_threshold(threshold: float) -> None:
+    if not -1 <= threshold <= 1:
+        raise UserError(f"threshold must be a cosine in [-1, 1], not {threshold}.")
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must lie between 0 and 1, not {confidence}.")

@@ -1,0 +1,193 @@
+"""Figures of the report: SVG for a light and for a dark page, and small mel spectrograms (extra `report`)."""
+
+import io
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from scipy import stats
+
+from ttmray.audio.io import resample
+from ttmray.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ttmray.audio.mel import LogMel
+
+Theme = Literal["light", "dark"]
+INK = {"light": ("#24221f", "#6b6760", "#dedad3"), "dark": ("#e9e6e1", "#a5a19a", "#3a3c3f")}
+"""Text, quiet text and lines of each theme, as in page/style.css."""
+PALETTE = (
+    ("#0b66a8", "#6db6ee"),
+    ("#b4500b", "#f0a35c"),
+    ("#0a7553", "#5ccb9d"),
+    ("#86479a", "#d29be4"),
+    ("#8a6a00", "#d9bb4a"),
+    ("#b3304f", "#f2899f"),
+    ("#4d5a66", "#aab6c1"),
+    ("#2f6f7a", "#74c5d1"),
+)
+"""(light, dark) colour of each system in turn: 4.5:1 or more on the page, apart for the common kinds of colour
+blindness in the first four."""
+MEL_FLOOR_DB, MEL_TOP_DB = -80.0, 0.0
+"""Range of the spectrograms, the same for all clips, so that louder clips look brighter."""
+MEL_WIDTH, MEL_LEVELS = 420, 32
+
+
+def colour(index: int, theme: Theme) -> str:
+    """Colour of the index-th system."""
+    return PALETTE[index % len(PALETTE)][theme == "dark"]
+
+
+def distributions(scores: Mapping[str, np.ndarray], label: str, theme: Theme) -> bytes:
+    """One row per system: every clip as a dot, the quartiles as a box, the mean with its 95 % t interval.
+
+    Args:
+        scores: (n,) per system.
+    """
+
+    def draw(axes: "Axes") -> None:
+        ink, quiet, _ = INK[theme]
+        place: Any = {"textcoords": "offset points", "ha": "center", "color": quiet, "size": 8}
+        for i, values in enumerate(scores.values()):
+            own = colour(i, theme)
+            jitter = np.random.default_rng(0).uniform(-0.17, 0.17, len(values))
+            axes.scatter(values, i + 0.12 + jitter, s=16, color=own, alpha=0.65, linewidths=0)
+            if len(values) < 2:
+                continue
+            low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+            axes.plot([low, high], [i - 0.22] * 2, color=own, lw=5, alpha=0.35, solid_capstyle="butt")
+            axes.plot([middle] * 2, [i - 0.29, i - 0.15], color=own, lw=1.5)
+            mean, half = float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+            axes.errorbar(mean, i - 0.36, xerr=half, fmt="o", ms=4.5, color=ink, ecolor=ink, elinewidth=1.2, capsize=2)
+            axes.annotate(f"{mean:.3f}".replace("-", "−"), (mean, i - 0.36), (0, 6), **place)
+        axes.set_yticks(range(len(scores)))
+        axes.set_yticklabels(list(scores))
+        axes.set_ylim(len(scores) - 0.55, -0.75)
+        axes.set_xlabel(label)
+
+    return _svg(draw, theme, height=0.8 + 0.8 * len(scores))
+
+
+def differences(values: np.ndarray, a: str, b: str, label: str, theme: Theme, colours: tuple[int, int]) -> bytes:
+    """Per-prompt differences a - b, sorted, with their mean and its 95 % t interval.
+
+    Args:
+        values: (n,).
+        colours: indices of the two systems; a dot has the colour of the better one.
+    """
+
+    def draw(axes: "Axes") -> None:
+        ink, quiet, line = INK[theme]
+        order = np.sort(values)
+        place = np.arange(1, len(order) + 1)
+        mean = float(order.mean())
+        half = float(stats.t.ppf(0.975, len(order) - 1) * stats.sem(order)) if len(order) > 1 else 0.0
+        axes.axhspan(mean - half, mean + half, color=quiet, alpha=0.18, lw=0)
+        axes.axhline(mean, color=ink, lw=1)
+        axes.axhline(0, color=quiet, lw=0.8, dashes=(3, 3))
+        dots = [colour(colours[int(value <= 0)], theme) for value in order]
+        axes.vlines(place, 0, order, color=line, lw=1, zorder=1)
+        axes.scatter(place, order, s=18, c=dots, linewidths=0, zorder=3)
+        axes.set_xlim(0, len(order) + 1)
+        axes.set_xlabel("prompts, by difference")
+        axes.set_ylabel(f"{label}: {a} − {b}")
+
+    return _svg(draw, theme, height=2.9, grid="y")
+
+
+def loudness(levels: Mapping[str, tuple[np.ndarray, np.ndarray]], theme: Theme) -> bytes:
+    """Integrated loudness (LUFS) against true peak (dBTP) of every clip, with a legend."""
+
+    def draw(axes: "Axes") -> None:
+        for i, (name, (lufs, peak)) in enumerate(levels.items()):
+            shape = "osD^vP*X"[i % 8]
+            label = f" {name}"  # matplotlib hides labels that start with _
+            axes.scatter(lufs, peak, s=20, marker=shape, color=colour(i, theme), alpha=0.65, linewidths=0, label=label)
+        axes.axhline(0, color=INK[theme][1], lw=0.8, dashes=(3, 3))
+        axes.set_xlabel("integrated loudness, LUFS")
+        axes.set_ylabel("true peak, dBTP")
+        axes.legend(frameon=False, loc="best", labelcolor=INK[theme][0])
+
+    return _svg(draw, theme, height=3.1, grid="both")
+
+
+def spectrogram(audio: np.ndarray, rate: int) -> bytes:
+    """Mel spectrogram as a palette PNG of `MEL_WIDTH` x 128 pixels or narrower; a few kilobytes.
+
+    Args:
+        audio: (channels, frames) float32; resampled to 44.1 kHz, so that all files share one scale.
+    """
+    from matplotlib import colormaps
+    from PIL import Image
+
+    mel = _mel()
+    wave = resample(audio.mean(axis=0), rate, mel.config.sample_rate)
+    if len(wave) <= mel.config.padding:
+        wave = np.pad(wave, (0, mel.config.padding + 1 - len(wave)))
+    import torch
+
+    with torch.inference_mode():
+        bands = mel(torch.from_numpy(np.ascontiguousarray(wave, np.float32))[None])[0].numpy()
+    width = min(MEL_WIDTH, bands.shape[1])
+    edges = np.linspace(0, bands.shape[1], width + 1).astype(int)[:-1]
+    pooled = np.maximum.reduceat(bands, edges, axis=1) * (20 / np.log(10))
+    share = np.clip((pooled - MEL_FLOOR_DB) / (MEL_TOP_DB - MEL_FLOOR_DB), 0, 1)
+    pixels = np.rint(share[::-1] * (MEL_LEVELS - 1)).astype(np.uint8)
+    image = Image.fromarray(pixels, mode="L")
+    image.putpalette((colormaps["magma"](np.linspace(0, 1, MEL_LEVELS), bytes=True)[:, :3]).tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def require_matplotlib() -> None:
+    """Raises:
+    UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("Reports need matplotlib for their plots.", "pip install 'ttmray[report]'") from error
+
+
+@cache
+def _mel() -> "LogMel":
+    from ttmray.audio.mel import LogMel
+
+    return LogMel()
+
+
+def _svg(draw: Callable[["Axes"], None], theme: Theme, height: float, grid: Literal["x", "y", "both"] = "x") -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    ink, quiet, line = INK[theme]
+    style: dict[Any, Any] = {
+        "text.parse_math": False,  # names of systems may hold dollar signs
+        "svg.hashsalt": "ttmray",  # the same figure gives the same bytes
+        "font.size": 9,
+        "text.color": ink,
+        "axes.labelcolor": quiet,
+        "axes.edgecolor": line,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.axisbelow": True,
+        "grid.color": line,
+        "grid.linewidth": 0.6,
+        "xtick.color": quiet,
+        "ytick.color": line,
+        "ytick.labelcolor": ink,
+        "ytick.major.size": 0,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.4, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis=grid)
+        draw(axes)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return file.getvalue()

@@ -1,0 +1,275 @@
+"""Reference sets: embeddings of real music that FAD and KAD measure generated clips against.
+
+Built once from a folder or bucket of audio, or from a corpus run (whose embeddings are there already), and kept under a
+name such as `sdd-706`: `clap.safetensors` (n, 512), `gaussian.safetensors` (what FAD needs of it), `tracks.parquet` (id
+and track of every row), and `reference.json`, which is written last and says under which protocol it was made. One
+audio file is one row, the 10 s in its middle. A corpus gives a row per clip.
+"""
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from ttmray.config import differences
+from ttmray.console import console
+from ttmray.corpus import index
+from ttmray.corpus.catalogue import track_ids
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.evaluation.fad import Gaussian
+from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, measure
+from ttmray.evaluation.systems import audio_files
+from ttmray.models.bundle import open_bundle
+from ttmray.models.protocol import Protocol
+from ttmray.storage import Folder
+
+STORE = "~/.cache/ttmray/references"
+ABOUT, CLAP, GAUSSIAN, TRACKS = "reference.json", "clap.safetensors", "gaussian.safetensors", "tracks.parquet"
+Stem = Literal["mix", "instrumental"]
+Split = Literal["train", "validation", "test", "all"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_READERS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Embeddings and where they are from.
+
+    Attributes:
+        about: `reference.json`.
+        tracks: (n,) track id of each row; several clips may share one.
+        clap: (n, 512) float32 unit vectors, row i of tracks[i], in one array or several after each other.
+    """
+
+    about: dict[str, Any]
+    tracks: list[str]
+    clap: list[np.ndarray]
+    gaussian: Gaussian | None = None
+
+    def for_fad(self) -> np.ndarray | Gaussian:
+        """Statistics where they say all, the rows where there are no more of them than dimensions."""
+        if self.gaussian is None or self.gaussian.n <= len(self.gaussian.mean):
+            return self.rows()
+        return self.gaussian
+
+    def rows(self) -> np.ndarray:
+        return self.clap[0] if len(self.clap) == 1 else np.concatenate(self.clap)
+
+
+def build_reference(
+    name: str,
+    source: str,
+    *,
+    store: str = STORE,
+    bundle: str = "debug",
+    stem: str = "instrumental",
+    split: str = "all",
+    max_failures: int = 0,
+    runtime: MeasureConfig | None = None,
+) -> int:
+    """Build, or go on building, a reference set; returns the exit code.
+
+    Args:
+        name: letters, digits, `.`, `_` and `-`.
+        source: folder or bucket of audio, or a corpus run.
+        store: folder of all reference sets, local or s3://.
+        stem, split: which embeddings of a corpus run; a folder of audio is taken as it is.
+        max_failures: with more tracks that cannot be measured than this, nothing is kept but what is measured.
+
+    Raises:
+        UserError: for everything that the user can mend, also a name that belongs to another set.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot name a reference set.", "Use letters, digits, '.', '_' and '-'.")
+    if stem not in get_args(Stem) or split not in get_args(Split):
+        raise UserError(f"stem {stem!r}, split {split!r}: unknown.", f"{get_args(Stem)}, {get_args(Split)}.")
+    folder, origin = Folder.at(store).sub(name), Folder.at(source)
+    chosen = open_bundle(bundle)
+    protocol = embedding_protocol(chosen.name, chosen.protocol("empty"))
+    from_corpus = _corpus_run(origin) is not None
+    what = {"source": origin.uri, "made_from": "corpus" if from_corpus else "folder", "protocol": protocol}
+    what |= {"stem": stem, "split": split} if from_corpus else {}
+    if folder.exists(ABOUT):
+        old = _about(folder)
+        changed = differences({key: old.get(key) for key in what}, what)
+        if changed:
+            raise UserError(
+                f"the reference {name} is another one:\n    " + "\n    ".join(changed),
+                f"Choose another name, or delete {folder}.",
+            )
+    if chosen.note:
+        console.print(f"[yellow]{chosen.note}[/yellow]")
+    facts: dict[str, list[Any]] = {}
+    if from_corpus:
+        stems = (("mix", "instrumental").index(stem),)
+        parts = list(_corpus_parts(origin, protocol, stems, split))
+        ids, tracks = ([one for part in parts for one in part[i]] for i in (0, 1))
+        clap, failed = np.concatenate([part[2] for part in parts]), 0
+    else:
+        names = audio_files(origin)
+        sources = [(origin.path(file), "") for file in names]
+        rows, _ = measure(sources, bundle, "empty", folder, runtime or MeasureConfig(), "tracks", True)
+        bad = [(file, row) for file, row in zip(names, rows, strict=True) if row["status"] != OK]
+        failed = len(bad)
+        for file, row in bad[:5]:
+            console.print(f"  {file}: {row['reason']}: {row['message']}", markup=False)
+        if failed > max_failures:
+            console.print(f"[red]{failed} of {len(names)} tracks failed, {max_failures} are allowed[/red]; not built")
+            return EXIT_TOO_MANY_FAILURES
+        good = [i for i, row in enumerate(rows) if row["status"] == OK]
+        tracks_of = track_ids(names)
+        ids, tracks = [names[i] for i in good], [tracks_of[i] for i in good]
+        facts = {key: [rows[i][key] for i in good] for key in ("sha256", "duration_s", "reward", "lufs")}
+        clap = np.stack([rows[i]["clap"] for i in good]) if good else np.zeros((0, 512), np.float32)
+    if len(clap) < 2:
+        raise UserError(f"{source}: {len(clap)} clips make no reference set.", "Two are the least, hundreds are usual.")
+    gaussian = Gaussian.of(clap, protocol)
+    if len(clap) <= clap.shape[1]:
+        console.print(
+            f"[yellow]{len(clap)} reference clips are no more than {clap.shape[1]} dimensions: FAD against them is too "
+            "high and only good for comparing systems with each other[/yellow]"
+        )
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": ids, "track_id": tracks, **facts}), sink)
+    folder.write(TRACKS, sink.getvalue())
+    folder.write(CLAP, save_tensors({"clap": clap}))
+    gaussian.save(folder.path(GAUSSIAN))
+    about: dict[str, Any] = {"kind": "reference", "name": name, **what, "bundle": bundle, "note": chosen.note}
+    about |= {"n": len(clap), "tracks": len(set(tracks)), "dimension": clap.shape[1], "failed": failed}
+    about["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    folder.write(ABOUT, json.dumps(about, indent=1).encode())
+    console.print(f"{folder}: {len(clap)} clips of {about['tracks']} tracks, {protocol}", markup=False)
+    return EXIT_OK
+
+
+def load_reference(address: str, store: str, protocol: str) -> Embedded:
+    """A reference set by its name in the store, or by its folder (an address with a slash).
+
+    Raises:
+        UserError: there is none, it is damaged, or it was made under another protocol.
+    """
+    folder = Folder.at(address) if "/" in address else Folder.at(store).sub(address)
+    if not folder.exists(ABOUT):
+        raise UserError(
+            f"reference {address}: there is none at {folder}.", f"Build it: ttmray reference build {address} SOURCE"
+        )
+    about = _about(folder)
+    if about["protocol"] != protocol:
+        raise UserError(
+            f"the reference {address} was made under {about['protocol']}, these clips are under {protocol}.",
+            f"Build one with the same bundle, under another name: ttmray reference build NAME {about['source']}",
+        )
+    try:
+        clap = load_tensors(folder.read(CLAP))["clap"]
+        tracks = pq.read_table(pa.BufferReader(folder.read(TRACKS)))["track_id"].to_pylist()
+    except (SafetensorError, KeyError, ValueError, OSError, pa.ArrowException) as error:
+        raise UserError(f"{folder} is damaged: {error}", "Delete it and build it again.") from error
+    gaussian = Gaussian.load(folder.path(GAUSSIAN))
+    if not len(clap) == len(tracks) == gaussian.n or clap.ndim != 2 or gaussian.protocol != protocol:
+        raise UserError(f"{folder} is damaged: its files do not belong together.", "Delete it and build it again.")
+    return Embedded(about, tracks, [clap], gaussian)
+
+
+def load_training(address: str, store: str, protocol: str) -> Embedded:
+    """What a model was trained on: the training split of a corpus run, mix and instrumental, or a reference set.
+
+    Shards of a corpus are read up to their embeddings only; of a corpus in a bucket that is nearly all of it, so build
+    a reference set of it once.
+
+    Raises:
+        UserError: as `load_reference`, or a corpus that is damaged or of other models.
+    """
+    folder = Folder.at(address)
+    if not ("/" in address or folder.exists(index.MERGED)) or folder.exists(ABOUT):
+        return load_reference(address, store, protocol)
+    if _corpus_run(folder) is None:
+        raise UserError(f"training: {address} is no corpus run and no reference set.", "Give the folder of one.")
+    parts = list(_corpus_parts(folder, protocol, (0, 1), "train"))
+    tracks = [track for part in parts for track in part[1]]
+    about = {"made_from": "corpus", "source": folder.uri, "split": "train", "n": len(tracks), "protocol": protocol}
+    return Embedded(about, tracks, [part[2] for part in parts])
+
+
+def _corpus_run(folder: Folder) -> dict[str, Any] | None:
+    """`run.json` of a corpus run; None for other folders."""
+    if not folder.exists("run.json"):
+        return None
+    try:
+        run = json.loads(folder.read("run.json"))
+        return run if run["kind"] == "corpus" else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.path('run.json')} is damaged: {error!r}") from error
+
+
+def _corpus_parts(
+    run: Folder, protocol: str, stems: Sequence[int], split: str
+) -> Iterator[tuple[list[str], list[str], np.ndarray]]:
+    """Keys, track ids and (n, 512) embeddings of every shard; stems 0 (mix) and 1 (instrumental) after each other.
+
+    Raises:
+        UserError: the corpus was made under another protocol, has no such clips, or is damaged.
+    """
+    about = _corpus_run(run) or {}
+    try:
+        made = about["identity"]["protocol"]
+        hashes = tuple((str(name), str(value)) for name, value in made["hashes"])
+        theirs = embedding_protocol(about["config"]["bundle"], Protocol(**(made | {"hashes": hashes})))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run.path('run.json')} names no protocol: {error!r}", "Is it a corpus run?") from error
+    if theirs != protocol:
+        raise UserError(f"the corpus {run} was made under {theirs}, not under {protocol}.", "Name its bundle.")
+    rows = index.read_index(run).select(["key", "track_id", "status", "split", "shard"]).to_pylist()
+    wanted: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["status"] == "ok" and split in ("all", row["split"]):
+            wanted.setdefault(row["shard"], {})[row["key"]] = row["track_id"]
+    if not wanted:
+        raise UserError(f"{run} has no ok clips in the split {split}.", "Choose another split, or finish the run.")
+    with ThreadPoolExecutor(_READERS) as pool:
+        for (shard, clips), found in zip(wanted.items(), pool.map(partial(_embeddings, run), wanted), strict=True):
+            absent = clips.keys() - found.keys()
+            if absent:
+                raise UserError(f"{run.path(shard)} lacks the embedding of {min(absent)}.", "ttmray corpus verify")
+            keys = list(clips) * len(stems)
+            arrays = [found[key][stem] for stem in stems for key in clips]
+            yield keys, [clips[key] for key in keys], np.stack(arrays)
+
+
+def _embeddings(run: Folder, shard: str) -> dict[str, np.ndarray]:
+    """Clip key -> (2, 512) of a shard, without reading its latents."""
+    suffix = ".clap_audio.npy"
+    try:
+        with run.open(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            found = {}
+            for member in tar:
+                if member.name.endswith(suffix) and (data := tar.extractfile(member)) is not None:
+                    array = np.load(io.BytesIO(data.read()), allow_pickle=False)
+                    if array.ndim != 2 or len(array) != 2 or array.dtype != np.float32:
+                        raise ValueError(f"{member.name} is {array.dtype} {array.shape}")
+                    found[member.name.removesuffix(suffix)] = array
+            return found
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise UserError(f"{run.path(shard)} is damaged: {error}", "ttmray corpus verify") from error
+
+
+def _about(folder: Folder) -> dict[str, Any]:
+    try:
+        about = json.loads(folder.read(ABOUT))
+        if about["kind"] == "reference" and isinstance(about["protocol"], str):
+            return dict(about)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{folder.path(ABOUT)} describes no reference set.", "Delete it and build it again.")

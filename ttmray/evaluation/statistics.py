@@ -1,0 +1,362 @@
+"""Is one system better than another, by how much, and were there enough prompts to tell?
+
+Everything pairs scores of the same prompt: prompts differ far more among each other than
+systems do on one prompt. Distributions are scipy's.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Literal, TypeVar
+
+import numpy as np
+from scipy import stats
+
+from ttmray.errors import UserError
+
+Alternative = Literal["two-sided", "greater", "less"]
+Cell = TypeVar("Cell", bound=Hashable)
+
+EXACT_SPEARMAN = 8
+"""Up to 8! = 40,320 orders are counted; the t approximation gives p = 0 for three points in perfect order."""
+MOST_PROMPTS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A paired comparison of two systems.
+
+    Attributes:
+        difference: mean of A - B over n prompts; sd is its standard deviation (ddof 1).
+        low, high: t interval of the mean difference at `confidence`, two-sided whatever the alternative.
+        t, p: of the paired t test; p is for `alternative` ("greater": A is better).
+        d_z: difference / sd, the effect size that decides how many prompts are needed (Cohen 1988).
+        wilcoxon_p: of the signed-rank test, zeros left out; None without the scores of each prompt.
+        wins, ties, losses: prompts with A above, equal to and below B; None without the scores of each prompt.
+    """
+
+    n: int
+    difference: float
+    sd: float
+    low: float
+    high: float
+    confidence: float
+    t: float
+    p: float
+    d_z: float
+    alternative: Alternative
+    wilcoxon_p: float | None = None
+    wins: int | None = None
+    ties: int | None = None
+    losses: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts and seeds with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    n_prompts: int
+    n_seeds: int
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rho, its two-sided p, and an interval, which is None for |rho| = 1 and under four points."""
+
+    rho: float
+    p: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def pair(
+    a: Iterable[tuple[str, float]], b: Iterable[tuple[str, float]], names: tuple[str, str] = ("A", "B")
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Prompt ids in A's order, and (n,) scores of both systems in that order, from rows of (prompt id, score).
+
+    Raises:
+        UserError: an id twice in one table, ids of only one table, NaN or infinite scores, or no rows.
+    """
+    first, second = (_table(rows, name) for rows, name in zip((a, b), names, strict=True))
+    for name, other, missing in (
+        (names[0], names[1], first.keys() - second.keys()),
+        (names[1], names[0], second.keys() - first.keys()),
+    ):
+        if missing:
+            raise UserError(
+                f"{len(missing)} prompt ids of {name} are not in {other}: {_some(missing)}.",
+                "Compare systems on the same prompts.",
+            )
+    return list(first), np.array(list(first.values())), np.array([second[key] for key in first])
+
+
+def paired(a: np.ndarray, b: np.ndarray, *, alternative: Alternative = "two-sided", confidence: float = 0.95) -> Paired:
+    """Paired t and Wilcoxon signed-rank tests of A - B.
+
+    Args:
+        a, b: (n,) scores of the same prompts in the same order, see `pair`.
+
+    Raises:
+        UserError: other shapes, fewer than two prompts, NaN or infinity.
+    """
+    a, b = _vector(a, "A"), _vector(b, "B")
+    if len(a) != len(b):
+        raise UserError(f"A has {len(a)} scores and B has {len(b)}.", "Compare systems on the same prompts.")
+    if len(a) < 2:
+        raise UserError(f"{len(a)} prompts say nothing about a difference.", "Use at least two.")
+    difference = a - b
+    result = paired_from_summary(
+        float(difference.mean()),
+        float(difference.std(ddof=1)),
+        len(difference),
+        alternative=alternative,
+        confidence=confidence,
+    )
+    # scipy gives NaN or an error where every difference is zero
+    wilcoxon = float(stats.wilcoxon(difference, alternative=alternative).pvalue) if difference.any() else 1.0
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    return replace(result, wilcoxon_p=wilcoxon, wins=wins, ties=len(difference) - wins - losses, losses=losses)
+
+
+def paired_from_summary(
+    difference: float, sd: float, n: int, *, alternative: Alternative = "two-sided", confidence: float = 0.95
+) -> Paired:
+    """The paired t test from the mean and standard deviation (ddof 1) of n differences, such as published ones.
+
+    With sd = 0, p is 1 where the difference is 0 as well (a system against itself), and else t is infinite.
+
+    Raises:
+        UserError: n < 2, a negative sd, or numbers that are not finite.
+    """
+    if n < 2 or not np.isfinite(difference) or not np.isfinite(sd) or sd < 0:
+        raise UserError(f"No paired test of {n} differences with mean {difference} and sd {sd}.")
+    _check_share("confidence", confidence)
+    error = sd / np.sqrt(n)
+    if sd > 0:
+        t, d_z = difference / error, difference / sd
+    else:
+        t = d_z = float(np.sign(difference) * np.inf) if difference else 0.0
+    distribution = stats.t(n - 1)
+    p = {
+        "two-sided": 2 * distribution.sf(abs(t)),
+        "greater": distribution.sf(t),
+        "less": distribution.cdf(t),
+    }[alternative]
+    if sd == 0 and difference == 0:
+        p = 1.0
+    half = float(distribution.ppf(0.5 + confidence / 2)) * error
+    low, high = float(difference - half), float(difference + half)
+    return Paired(n, difference, sd, low, high, confidence, float(t), float(p), float(d_z), alternative)
+
+
+def holm(p_values: Mapping[Cell, float]) -> dict[Cell, float]:
+    """Holm-adjusted p of each cell of a table (Holm 1979): below alpha where the step-down procedure rejects.
+
+    The chance of even one false mark in the whole table is then at most alpha, whatever the cells' dependence.
+
+    Raises:
+        UserError: a p outside [0, 1] or NaN.
+    """
+    for cell, p in p_values.items():
+        if not 0 <= p <= 1:
+            raise UserError(f"The p of cell {cell!r} is {p}, not in [0, 1].")
+    adjusted: dict[Cell, float] = {}
+    highest = 0.0
+    for rank, cell in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[cell]))
+        adjusted[cell] = highest
+    return {cell: adjusted[cell] for cell in p_values}
+
+
+def hierarchical_bootstrap(
+    a: np.ndarray,
+    b: np.ndarray | None = None,
+    *,
+    seeds: Literal["nested", "crossed"],
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of A, or of A - B, over prompts and seeds, with a percentile interval that covers both.
+
+    Args:
+        a, b: (prompts, seeds). Prompts are drawn for both systems together; the numbers of seeds may differ.
+        seeds: "nested": a seed is noise within one prompt, as in generation, where another prompt's clip has other
+            noise. Whole rows are then drawn: their scatter holds the noise already, and drawing seeds again within
+            each row would count it twice (Davison & Hinkley 1997, section 3.8). "crossed": a column is one seed of
+            all prompts, such as a training run. Rows and columns are then drawn, each system's columns for itself
+            (Owen 2007, Ann. Appl. Stat. 1). With S columns their part of the variance is too small by 1 - 1/S.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: other shapes, fewer than two prompts, fewer than two crossed seeds, NaN or infinity.
+    """
+    _check_share("confidence", confidence)
+    tables = [_scores(table, name) for table, name in ((a, "A"), (b, "B")) if table is not None]
+    n = len(tables[0])
+    if n < 2 or any(len(table) != n for table in tables):
+        counts = " and ".join(str(len(table)) for table in tables)
+        raise UserError(f"The bootstrap needs the same two or more prompts on each side, not {counts}.")
+    if seeds == "crossed" and any(table.shape[1] < 2 for table in tables):
+        raise UserError("One seed says nothing about other seeds.", "Run at least two, or use nested seeds.")
+    rng = np.random.default_rng(seed)
+    # a mean over drawn rows (and columns) is a product with their counts
+    rows = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    drawn, value = np.zeros(resamples), 0.0
+    for table, sign in zip(tables, (1, -1), strict=False):
+        k = table.shape[1]
+        columns = rng.multinomial(k, np.full(k, 1 / k), size=resamples) / k if seeds == "crossed" else 1 / k
+        drawn += sign * ((rows @ table) * columns).sum(axis=1)
+        value += sign * float(table.mean())
+    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Estimate(value, float(low), float(high), confidence, n, min(table.shape[1] for table in tables))
+
+
+def mcnemar(only_a: int, only_b: int, *, exact: bool = False) -> tuple[float, float]:
+    """Statistic and p of McNemar's test on pairs that only A, or only B, got right.
+
+    (b - c)^2 / (b + c) against chi-square with one degree of freedom and no continuity correction, as TuneJury
+    does; with `exact` the p of a sign test, which is right for few discordant pairs as well. Without any, p is 1.
+
+    Raises:
+        UserError: a negative count.
+    """
+    if only_a < 0 or only_b < 0:
+        raise UserError(f"McNemar's test needs counts, not {only_a} and {only_b}.")
+    total = only_a + only_b
+    if total == 0:
+        return 0.0, 1.0
+    statistic = (only_a - only_b) ** 2 / total
+    p = stats.binomtest(only_a, total).pvalue if exact else stats.chi2.sf(statistic, 1)
+    return float(statistic), float(p)
+
+
+def spearman(x: np.ndarray, y: np.ndarray, confidence: float = 0.95) -> Correlation:
+    """Spearman's rank correlation, ties sharing their mean rank.
+
+    p counts all orders up to 8 points and uses the t approximation above. The interval is Fisher's with the
+    standard error of Bonett & Wright (2000, Psychometrika 65).
+
+    Args:
+        x, y: (n,).
+
+    Raises:
+        UserError: other shapes, fewer than three points, all values equal, NaN or infinity.
+    """
+    _check_share("confidence", confidence)
+    x, y = _vector(x, "x"), _vector(y, "y")
+    n = len(x)
+    if n != len(y) or n < 3:
+        raise UserError(f"A rank correlation needs three or more pairs, not {n} and {len(y)} values.")
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        raise UserError("A rank correlation needs values that differ, but one side is constant.")
+    rx, ry = stats.rankdata(x) - (n + 1) / 2, stats.rankdata(y) - (n + 1) / 2
+    scale = np.sqrt((rx @ rx) * (ry @ ry))
+    rho = float(np.clip(rx @ ry / scale, -1, 1))
+    if n <= EXACT_SPEARMAN:
+        orders = np.array(list(permutations(ry))) @ rx / scale
+        p = float((np.abs(orders) >= abs(rho) - 1e-12).mean())
+    else:
+        p = float(stats.spearmanr(x, y).pvalue)
+    if n < 4 or abs(rho) > 1 - 1e-12:
+        return Correlation(rho, p, None, None, n)
+    half = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
+    return Correlation(rho, p, float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half)), n)
+
+
+def power(d_z: float, n: int, *, alpha: float = 0.05, alternative: Alternative = "two-sided") -> float:
+    """Chance that a paired t test of n prompts finds a true effect of d_z = difference / sd (noncentral t).
+
+    Raises:
+        UserError: n < 2, an alpha outside (0, 1), or a d_z that is not finite.
+    """
+    _check_share("alpha", alpha)
+    if n < 2 or not np.isfinite(d_z):
+        raise UserError(f"No power of {n} prompts for an effect of {d_z}.", "Use at least two prompts.")
+    df, shift = n - 1, d_z * np.sqrt(n)
+    tails = {"two-sided": (1, -1), "greater": (1,), "less": (-1,)}[alternative]
+    edge = stats.t.ppf(1 - alpha / len(tails), df)
+    # the lower tail as the upper one of the opposite effect: scipy's nct.cdf is NaN far out
+    return float(sum(stats.nct.sf(edge, df, sign * shift) for sign in tails))
+
+
+def prompts_needed(
+    difference: float, sd: float, *, target: float = 0.8, alpha: float = 0.05, one_sided: bool = False
+) -> int:
+    """Fewest prompts with which a paired t test finds a mean difference with a chance of `target`.
+
+    Args:
+        difference: either sign.
+        sd: of the differences between systems on one prompt.
+        one_sided: test in the direction of the difference.
+
+    Raises:
+        UserError: a difference of 0, an sd that is not positive, or over ten million prompts.
+    """
+    _check_share("target", target)
+    if not (np.isfinite(difference) and np.isfinite(sd)) or difference == 0 or sd <= 0:
+        raise UserError(f"No number of prompts finds a difference of {difference} with sd {sd}.")
+    d_z = abs(difference) / sd
+    alternative: Alternative = "greater" if one_sided else "two-sided"
+
+    def enough(n: int) -> bool:
+        return power(d_z, n, alpha=alpha, alternative=alternative) >= target
+
+    high = 2
+    while not enough(high):
+        high *= 2
+        if high > MOST_PROMPTS:
+            raise UserError(f"A difference of {difference:g} with sd {sd:g} needs over {MOST_PROMPTS:,} prompts.")
+    low = high // 2  # not enough, or below two
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _table(rows: Iterable[tuple[str, float]], name: str) -> dict[str, float]:
+    table: dict[str, float] = {}
+    repeated = set()
+    for key, score in rows:
+        if key in table:
+            repeated.add(key)
+        table[key] = float(score)
+    if repeated:
+        raise UserError(
+            f"{name}: {len(repeated)} prompt ids occur more than once: {_some(repeated)}.", "Keep one each."
+        )
+    if not table:
+        raise UserError(f"{name}: there are no scores.")
+    bad = {key for key, score in table.items() if not np.isfinite(score)}
+    if bad:
+        raise UserError(f"{name}: {len(bad)} scores are NaN or infinite, of prompts {_some(bad)}.")
+    return table
+
+
+def _some(keys: Iterable[str]) -> str:
+    ordered = sorted(map(str, keys))
+    return ", ".join(ordered[:5]) + (", ..." if len(ordered) > 5 else "")
+
+
+def _vector(values: np.ndarray, name: str) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise UserError(f"{name}: scores must be finite and of shape (n,), not {array.shape}.")
+    return array
+
+
+def _scores(values: np.ndarray, name: str) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or array.shape[1] == 0 or not np.isfinite(array).all():
+        raise UserError(f"{name}: scores must be finite and of shape (prompts, seeds), not {array.shape}.")
+    return array
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise UserError(f"{name} must lie between 0 and 1, not {value}.")

@@ -1,0 +1,188 @@
+"""Folders of audio as systems that answer prompts: which file belongs to which prompt.
+
+In a generation run the manifest says it. In any other folder the name does, at any depth, without its ending:
+
+- `<id>` is the prompt's clip (sample 0),
+- `<id>_<k>` and `<id>_s<k>`, where k is a whole number, are sample k of several.
+
+A name that is an id of the prompts is that prompt's, whatever it ends in. Ids that are whole numbers match with leading
+zeros, so `07.flac` is prompt 7.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ttmray.audio.io import AUDIO_EXTENSIONS
+from ttmray.errors import UserError
+from ttmray.generation import manifest
+from ttmray.generation.prompts import Prompt
+from ttmray.storage import Folder
+
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
+_SAMPLE = re.compile(r"(.+)_s?([0-9]{1,18})")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip that a system owes: sample `sample` of a prompt.
+
+    `path` is the address of its file; None where there is none, and then `reason` and `message` say why.
+    """
+
+    system: str
+    prompt_id: str
+    sample: int
+    prompt: str
+    path: str | None
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """Clips of a folder in the order of the prompts, then of the samples; `warnings` are sentences for people."""
+
+    name: str
+    folder: str
+    clips: tuple[Clip, ...]
+    warnings: tuple[str, ...]
+
+
+def find_systems(folders: Sequence[str], prompts: Sequence[Prompt]) -> list[System]:
+    """The systems of some folders, local or s3://; `NAME=FOLDER` gives one a name, else the end of its path does.
+
+    Prompts without a file become clips without a path, because a system that fails on some prompts must not look better
+    for it. Files of no prompt are named in a warning.
+
+    Raises:
+        UserError: a folder without audio, without any file of the prompts, with two files for one clip, or twice;
+            a manifest of other prompts.
+    """
+    pairs = [match.groups() if (match := _NAMED.fullmatch(folder)) else ("", folder) for folder in folders]
+    uris = [Folder.at(path).uri for _, path in pairs]
+    given = [name for name, _ in pairs]
+    names = [name or end for name, end in zip(given, _ends(uris), strict=True)]
+    for items, what in ((uris, "folder"), (names, "name")):
+        twice = sorted({item for item in items if items.count(item) > 1})
+        if twice:
+            raise UserError(f"two systems have the {what} {twice[0]}.", "Name them: NAME=FOLDER.")
+    return [_system(name, Folder(uri), prompts) for name, uri in zip(names, uris, strict=True)]
+
+
+def audio_files(folder: Folder) -> list[str]:
+    """Names of all audio files at any depth, sorted.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = [entry.name for entry in folder.files(sizes=False)]
+    found = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_EXTENSIONS]
+    if not found:
+        known = ", ".join(sorted(AUDIO_EXTENSIONS))
+        raise UserError(f"{folder}: no audio files.", f"These endings count: {known}.")
+    return found
+
+
+def match_names(stems: Sequence[str], ids: Sequence[str]) -> list[tuple[str, int] | None]:
+    """(prompt id, sample) of every file name without ending, by the rule above; None for names of no prompt.
+
+    Raises:
+        UserError: two ids that only leading zeros tell apart.
+    """
+    by_key: dict[str, str] = {}
+    for one in ids:
+        other = by_key.setdefault(_key(one), one)
+        if other != one:
+            raise UserError(f"the prompt ids {other} and {one} are the same number.", "Give prompts distinct ids.")
+    found: list[tuple[str, int] | None] = []
+    for stem in stems:
+        match = _SAMPLE.fullmatch(stem)
+        if _key(stem) in by_key:
+            found.append((by_key[_key(stem)], 0))
+        elif match and _key(match[1]) in by_key:
+            found.append((by_key[_key(match[1])], int(match[2])))
+        else:
+            found.append(None)
+    return found
+
+
+def _key(name: str) -> str:
+    return str(int(name)) if name.isascii() and name.isdecimal() else name
+
+
+def _ends(uris: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [uri.split("/") for uri in uris]
+    longest = max(map(len, parts), default=1)
+    depth = next((n for n in range(1, longest) if len({tuple(p[-n:]) for p in parts}) == len(set(uris))), longest)
+    return ["/".join(part for part in p[-depth:] if part) for p in parts]
+
+
+def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> System:
+    texts = {prompt.id: prompt.text for prompt in prompts}
+    made_by_us = folder.exists("run.json") and folder.files(manifest.ROWS, sizes=False)
+    found, extra = _by_manifest(name, folder, texts) if made_by_us else _by_name(name, folder, texts)
+    if not found:
+        raise UserError(
+            f"{folder}: no file belongs to a prompt; files are named {_some(extra)}, prompts {_some(list(texts))}.",
+            "Name files `<prompt id>.wav`, or `<prompt id>_<k>.wav` for several samples.",
+        )
+    have = {clip.prompt_id for clip in found.values()}
+    missing = [one for one in texts if one not in have]
+    for one in missing:
+        found[one, 0] = Clip(name, one, 0, texts[one], None, "missing", "the folder has no file for this prompt")
+    warnings = []
+    if missing:
+        warnings.append(f"{name}: {len(missing)} of {len(texts)} prompts have no clip: {_some(missing)}.")
+    if extra:
+        warnings.append(f"{name}: {len(extra)} files belong to no prompt and are left out: {_some(extra)}.")
+    place = {one: i for i, one in enumerate(texts)}
+    clips = sorted(found.values(), key=lambda clip: (place[clip.prompt_id], clip.sample))
+    return System(name, folder.uri, tuple(clips), tuple(warnings))
+
+
+def _by_name(system: str, folder: Folder, texts: Mapping[str, str]) -> tuple[dict[tuple[str, int], Clip], list[str]]:
+    names = audio_files(folder)
+    stems = [os.path.splitext(name.rpartition("/")[2])[0] for name in names]
+    found: dict[tuple[str, int], Clip] = {}
+    extra = []
+    for file, match in zip(names, match_names(stems, list(texts)), strict=True):
+        if match is None:
+            extra.append(file)
+            continue
+        clip = Clip(system, *match, texts[match[0]], folder.path(file))
+        other = found.setdefault(match, clip)
+        if other is not clip:
+            raise UserError(
+                f"{other.path} and {clip.path} are both sample {clip.sample} of prompt {clip.prompt_id}.",
+                "Keep one of them, or number them `<id>_0`, `<id>_1`, ...",
+            )
+    return found, extra
+
+
+def _by_manifest(
+    system: str, folder: Folder, texts: Mapping[str, str]
+) -> tuple[dict[tuple[str, int], Clip], list[str]]:
+    found: dict[tuple[str, int], Clip] = {}
+    extra = []
+    for row in manifest.read_rows(folder).values():
+        one, sample = row["prompt_id"], row["candidate"]
+        if one not in texts:
+            extra.append(row["name"])
+            continue
+        if row["prompt"] != texts[one]:
+            raise UserError(
+                f"{folder}: the clip {row['name']} was made for {row['prompt']!r}, prompt {one} is {texts[one]!r}.",
+                "Give the prompts that it was generated with.",
+            )
+        made = row["status"] == manifest.OK
+        why = ("", "") if made else ("not_generated", f"{row['reason']}: {row['message']}")
+        found[one, sample] = Clip(system, one, sample, texts[one], folder.path(row["file"]) if made else None, *why)
+    return found, extra
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
