@@ -1,0 +1,230 @@
+"""The chain of the paper from one config: sections, links between steps, and a whole run that is killed on its way."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ttmray.config import load_config
+from ttmray.errors import UserError
+from ttmray.generation.pool_worker import CandidatesConfig
+from ttmray.reproduce import ReproduceConfig, build_steps, reproduce
+from ttmray.storage import Folder
+
+REPO = Path(__file__).resolve().parents[1]
+DEBUG = REPO / "configs/debug/reproduce.yaml"
+PROGRAM = """
+import sys
+from ttmray.config import load_config
+from ttmray.reproduce import ReproduceConfig, reproduce
+sys.exit(reproduce(load_config(ReproduceConfig, sys.argv[1], sys.argv[2:])))
+"""
+
+
+def debug(output: Path | str, *sets: str) -> ReproduceConfig:
+    prompts = f"prompts={REPO / 'configs/debug/prompts.csv'}"
+    return load_config(ReproduceConfig, str(DEBUG), [f"output={output}", prompts, *sets])
+
+
+def steps(output: Path, *sets: str) -> dict[str, Any]:
+    return {step.name: step for step in build_steps(debug(output, *sets))}
+
+
+def test_steps_come_in_order_and_only_with_their_sections(tmp_path):
+    names = list(steps(tmp_path))
+    expected = ["corpus", "votes", "ranker", "stage1", "pool", "stage2", "control", "pairs_pool", "pairs", "stage3"]
+    assert names[:10] == expected
+    assert names[10:] == [f"generate-{name}" for name in ("stage1-s1", "stage1", "control", "stage2", "stage3")] + [
+        "evaluate"
+    ]
+    without = (
+        "ranker=null",
+        "votes=null",
+        "control=false",
+        "systems={}",
+        "stage3=null",
+        "pairs=null",
+        "pairs_pool=null",
+    )
+    assert list(steps(tmp_path, *without)) == [
+        "corpus", "stage1", "pool", "stage2", "generate-stage1", "generate-stage2", "evaluate",
+    ]  # fmt: skip
+
+
+def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
+    made = steps(tmp_path)
+    root = str(tmp_path)
+    stage1, stage2 = f"{root}/stage1/weights.safetensors", f"{root}/stage2/expert/round-1/polish.safetensors"
+    held_out = str(REPO / "configs/debug/prompts.csv")
+    assert made["stage1"].config.data.sources[0].corpus == f"{root}/corpus"
+    pool, pairs_pool = made["pool"].config, made["pairs_pool"].config
+    assert (pool.corpus, pool.checkpoint, pool.held_out) == (f"{root}/corpus", stage1, held_out)
+    assert (pairs_pool.checkpoint, pairs_pool.seed, pairs_pool.candidates) == (stage2, 43, pool.candidates)
+    assert (made["stage2"].config.pools, made["control"].config.pools) == ((f"{root}/pool",), ())
+    assert (made["stage2"].config.control, made["control"].config.control) == (False, True)
+    assert made["pairs"].config.held_out == held_out
+    stage3 = made["stage3"].config
+    assert (stage3.model.init, stage3.model.head, stage3.pairs) == (stage2, "v2", f"{root}/pairs/pairs.parquet")
+    assert (stage3.data.sources[0].corpus, stage3.data.sources[0].split) == (f"{root}/pairs_pool", "all")
+    assert made["generate-stage1-s1"].config.sampler.score == 1.0
+    assert made["generate-stage1"].config.sampler.score == 5.0
+    assert made["generate-stage1"].config.checkpoint == stage1
+    assert made["generate-control"].config.checkpoint == f"{root}/stage2/control/round-1/polish.safetensors"
+    assert made["evaluate"].config.folders[0] == f"stage1-s1={root}/generated/stage1-s1"
+
+
+def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
+    made = steps(tmp_path, "stage1.data={seed: 3, sources: [{repeat: 2}]}", "bundle=debug-wide", "pool.bundle=debug")
+    data = made["stage1"].config.data
+    assert (data.seed, data.sources[0].repeat, data.sources[0].corpus) == (3, 2.0, f"{tmp_path}/corpus")
+    assert (made["corpus"].config.bundle, made["pool"].config.bundle) == ("debug-wide", "debug")
+    rounds = steps(tmp_path, "stage2.rounds=2")["stage2"].config
+    assert (rounds.pools, rounds.pool.candidates) == ((f"{tmp_path}/pool",), 4)
+    assert steps(tmp_path, "stage2.polish.steps=0")["pairs_pool"].config.checkpoint.endswith(
+        "round-1/finetune.safetensors"
+    )
+    own = steps(tmp_path, "pool={prompts: mine.csv}")["pool"].config
+    assert (own.prompts, own.corpus) == ("mine.csv", None)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("stage2.stepz=1",), r"section stage2: .*\n.*did you mean steps"),
+        (("stage1.steps=many",), "section stage1"),
+        (("pool.output=x",), "pool.output: every step has its own folder"),
+        (("pool=null",), "section stage2 needs section pool"),
+        (("pairs_pool=null",), "section pairs needs section pairs_pool"),
+        (("pairs=null",), "section stage3 needs section pairs"),
+        (("generate=null",), "section evaluate needs section generate"),
+        (("control=false",), "systems.control: there is no control"),
+        (("prompts=null",), "section generate"),
+        (("output=s3://bucket/run",), "is remote"),
+        (("stage4={}",), "unknown field"),
+    ],
+)
+def test_wrong_sections_are_found_before_the_first_step(tmp_path, sets, message):
+    with pytest.raises(UserError, match=message):
+        reproduce(debug(tmp_path / "run", *sets))
+    assert not (tmp_path / "run").exists()
+
+
+def states(output: Path, capsys: pytest.CaptureFixture[str], *sets: str) -> dict[str, str]:
+    """What `--plan-only` says of every step."""
+    assert reproduce(debug(output, *sets), plan_only=True) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    return {row[1].strip(): row[2].strip() for row in rows}
+
+
+def test_a_changed_section_concerns_its_step_and_those_that_take_from_it(tmp_path, capsys):
+    from ttmray.reproduce import _fingerprints
+
+    output = tmp_path / "run"
+    config = debug(output)
+    made = build_steps(config)
+    root = Folder(str(output))
+    for step in made:
+        for name in step.makes:
+            root.write(name, b"")
+        prints = _fingerprints(config, made)
+        record = {"fingerprint": prints[step.name], "done": True, "seconds": 1, "gpu_seconds": 0, "launches": 1}
+        root.write(f"steps/{step.name}.json", json.dumps(record).encode())
+    everything = {step.name for step in made}
+    assert states(output, capsys) == dict.fromkeys(everything, "done")
+
+    def changed(*sets: str) -> set[str]:
+        return {name for name, state in states(output, capsys, *sets).items() if state != "done"}
+
+    generated = {name for name in everything if name.startswith("generate")}
+    assert changed("stage1.runtime.log_every=1", "corpus.runtime.workers=1") == set()
+    assert changed("ranker.seed=1") == {"ranker"}
+    assert changed("evaluate.seed=1") == {"evaluate"}
+    assert changed("pairs.margin=0.1") == {"pairs", "stage3", "generate-stage3", "evaluate"}
+    assert changed("stage1.steps=41") == everything - {"corpus", "votes", "ranker"}
+    assert changed("weights=ema:0.05") == everything - {"corpus", "votes", "ranker"}
+    other = tmp_path / "other.csv"
+    other.write_text("id,prompt\nx,another\n")
+    assert changed(f"prompts={other}") == {"pool", "stage2", "pairs_pool", "pairs", "stage3", *generated, "evaluate"}
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("songs")
+    subprocess.run([sys.executable, "-m", "ttmray.synth.songs", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def small(songs: Path, output: Path) -> list[str]:
+    """Arguments of the debug chain with fewer updates and clips."""
+    return [
+        str(DEBUG), f"output={output}", f"corpus.input={songs}", f"prompts={REPO / 'configs/debug/prompts.csv'}",
+        "stage1.steps=12", "stage1.checkpoint.every=4", "stage2.steps=6", "stage2.polish.steps=3", "stage3.steps=6",
+        "stage2.checkpoint.every=3", "stage3.checkpoint.every=3", "pool.prompt_count=3", "pool.unit_clips=4",
+        "systems={stage1: {stage: stage1}, stage3: {stage: stage3}}",
+    ]  # fmt: skip
+
+
+def start(songs: Path, output: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", PROGRAM, *small(songs, output)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def begun(output: Path) -> int:
+    return len(list((output / "steps").glob("*.json")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_chain_that_is_killed_on_its_way_ends_like_an_undisturbed_one(songs, tmp_path, capsys):
+    # names of one length: weights files name their run, and where tensors lie in a file decides last bits on a CPU
+    undisturbed, killed = tmp_path / "calm", tmp_path / "shot"
+    assert start(songs, undisturbed).wait(timeout=280) == 0
+    rng = random.Random(5)
+    for steps_begun in (1, 4, 5, 6, 8, 10, 13):  # corpus, stage1, pool, stage2, pairs_pool, stage3, evaluate
+        driver = start(songs, killed)
+        while driver.poll() is None and begun(killed) < steps_begun:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 4.0))
+        if driver.poll() is None:
+            driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    assert start(songs, killed).wait(timeout=280) == 0
+    for name in ("pool/index.parquet", "pairs_pool/index.parquet", "stage2/expert/round-1/selection/kept.txt"):
+        assert (killed / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    clips = [
+        {p.name: p.read_bytes() for p in (run / "generated/stage3/clips").iterdir()} for run in (killed, undisturbed)
+    ]
+    assert clips[0] == clips[1]
+    records = {path.stem: json.loads(path.read_text()) for path in (killed / "steps").iterdir()}
+    assert all(record["done"] for record in records.values())
+    assert sum(record["launches"] for record in records.values()) > len(records)
+    assert "| evaluate | done |" in (killed / "summary.md").read_text()
+    config = load_config(ReproduceConfig, str(DEBUG), small(songs, killed)[1:])
+    assert reproduce(config) == 0
+    assert "nothing to do: all 13 steps are done" in capsys.readouterr().out
+
+
+def test_the_chain_runs_its_first_steps_and_goes_on_from_there(songs, tmp_path, capsys):
+    output = tmp_path / "run"
+    config = load_config(ReproduceConfig, str(DEBUG), small(songs, output)[1:])
+    assert reproduce(config, last="ranker") == 0
+    assert (output / "ranker/tunejury.safetensors").exists()
+    assert begun(output) == 3
+    assert reproduce(config, last="votes") == 0
+    assert "nothing to do: all 2 steps are done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="step stage1 is not done"):
+        reproduce(config, first="pool")
+
+
+def test_shipped_configs_are_valid(tmp_path):
+    config = load_config(ReproduceConfig, str(REPO / "configs/paper/reproduce.yaml"), [f"output={tmp_path}"])
+    assert len(build_steps(config)) > 10
+    for name in ("debug", "paper"):
+        load_config(CandidatesConfig, str(REPO / f"configs/{name}/pool.yaml"))

@@ -1,0 +1,264 @@
+"""Steps that follow each other in one run folder: skipped when done, timed, shown on one page.
+
+`steps/<name>.json` says with what a step was last run, whether that ended well, and what all its launches cost.
+"""
+
+import gc
+import html
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+from ttmray.config import Config
+from ttmray.console import console
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.storage import Folder
+
+PAPER_GPU_HOURS = 40
+"""On an RTX A5000: ranker, supervised training, expert iteration and CRPO (III-D). Stage 1 alone is 32."""
+BEAT_S = 30.0
+"""A killed launch loses at most so much of its time in the accounts."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a chain.
+
+    Attributes:
+        config: of its job.
+        run: the job; goes on where it was and returns its exit code.
+        makes: files below the run folder that are there when it is done.
+        after: steps whose results it takes.
+        page: what people should open, below the run folder.
+        in_paper: whether its cost is part of what the paper reports.
+    """
+
+    name: str
+    config: Config
+    run: Callable[[], int]
+    makes: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    page: str = ""
+    in_paper: bool = False
+
+
+class Row(NamedTuple):
+    """What a step has cost so far: all its launches, killed ones included."""
+
+    step: Step
+    state: str
+    seconds: float
+    gpu_hours: float
+
+
+def run_chain(
+    root: Folder,
+    steps: Sequence[Step],
+    prints: Mapping[str, str],
+    *,
+    first: str | None = None,
+    last: str | None = None,
+    plan_only: bool = False,
+) -> int:
+    """Run the steps that are not done, in order; returns the exit code of the first that does not end well, else 0.
+
+    Args:
+        prints: step -> fingerprint of all that its result depends on.
+        first: step to start with; those before it must be done, with whatever settings.
+        last: step to end with.
+        plan_only: print the steps and their states, and stop.
+
+    Raises:
+        UserError: unknown steps, a missing result before `first`, and what the jobs raise.
+    """
+    names = [step.name for step in steps]
+    for flag, name in (("--from", first), ("--until", last)):
+        if name is not None and name not in names:
+            raise UserError(f"{flag} {name}: there is no such step.", f"Steps of this config: {', '.join(names)}.")
+    start, stop = names.index(first or names[0]), names.index(last or names[-1])
+    if start > stop:
+        raise UserError(f"--from {first} comes after --until {last}.", f"Their order is: {', '.join(names)}.")
+    if plan_only:
+        console.print(_table(root, steps, prints))
+        return EXIT_OK
+    for step in steps[:start]:
+        missing = [name for name in step.makes if not root.exists(name)]
+        if missing:
+            raise UserError(f"--from {first}: step {step.name} is not done: {missing[0]} is missing.", "Start earlier.")
+    todo = [step for step in steps[start : stop + 1] if not is_done(root, step, prints[step.name])]
+    try:
+        for step in todo:
+            console.rule(f"{step.name} ({names.index(step.name) + 1} of {len(names)})")
+            code = _run(root, step, prints[step.name])
+            if code != EXIT_OK:
+                console.print(f"[red]step {step.name} ended with exit code {code}, and the chain with it[/red]")
+                return code
+    finally:
+        write_page(root, steps, prints)
+    if not todo:
+        console.print(f"nothing to do: all {stop - start + 1} steps are done")
+    console.print(_table(root, steps, prints))
+    console.print(f"open {root.path('index.html')}", markup=False)
+    return EXIT_OK
+
+
+def is_done(root: Folder, step: Step, made_with: str) -> bool:
+    """Whether the step ended well with this fingerprint, and what it made is there."""
+    record = _record(root, step.name)
+    return record["done"] and record["fingerprint"] == made_with and all(root.exists(name) for name in step.makes)
+
+
+def _record(root: Folder, name: str) -> dict[str, Any]:
+    file = f"steps/{name}.json"
+    empty = {"fingerprint": "", "done": False, "seconds": 0.0, "gpu_seconds": 0.0, "launches": 0}
+    if not root.exists(file):
+        return empty
+    try:
+        record = json.loads(root.read(file))
+        if record.keys() == empty.keys():
+            return dict(record)
+    except (ValueError, AttributeError):  # no JSON, or no object
+        pass
+    raise UserError(f"{root.path(file)} is no record of a step.", "Delete it: the step then finds out what is done.")
+
+
+def _run(root: Folder, step: Step, made_with: str) -> int:
+    with _accounted(root, step, made_with) as finish, _alone():
+        try:
+            code = step.run()
+        except UserError as error:
+            raise UserError(f"step {step.name}: {error.message}", error.hint) from error
+        if code == EXIT_OK:
+            missing = [name for name in step.makes if not root.exists(name)]
+            if missing:
+                raise RuntimeError(f"step {step.name} ended well, but {missing[0]} is missing")
+            finish()
+        return code
+
+
+@contextmanager
+def _accounted(root: Folder, step: Step, made_with: str) -> Iterator[Callable[[], None]]:
+    """Notes the time of the block while it runs and at its end, added to that of earlier launches."""
+    record = _record(root, step.name)
+    spent, on_gpus, started = record["seconds"], record["gpu_seconds"], time.monotonic()
+    record |= {"fingerprint": made_with, "done": False, "launches": record["launches"] + 1}
+    ended = threading.Event()
+
+    def save() -> None:
+        seconds = time.monotonic() - started
+        record.update(seconds=spent + seconds, gpu_seconds=on_gpus + seconds * gpus(step.config))
+        root.write(f"steps/{step.name}.json", json.dumps(record, indent=1).encode())
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            save()
+
+    save()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield lambda: record.update(done=True)
+    finally:
+        ended.set()
+        thread.join()
+        save()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Afterwards torch's threads, GPU memory and Ray's CPUs are as before: the next step shall not feel this one."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if "ray" in sys.modules:
+            import ray
+
+            ray.shutdown()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def gpus(config: Config) -> float:
+    """GPUs that a job holds while it runs, busy or not."""
+    parts = [getattr(config, name, None) for name in ("runtime", "encoding", "training")]
+    return max((_held(part) for part in parts if part is not None and not isinstance(part, str)), default=0.0)
+
+
+def _held(runtime: Any) -> float:
+    pool = getattr(runtime, "pool", runtime)
+    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and torch.cuda.is_available())
+    if pool.runner == "local":
+        return float(on_cuda)
+    if hasattr(pool, "gpus"):
+        return float(pool.workers * pool.gpus)
+    if hasattr(runtime, "models"):  # the corpus job takes all that the cluster has
+        import ray
+
+        return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0
+    return float(runtime.workers * on_cuda)
+
+
+def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> list[Row]:
+    rows = []
+    for step in steps:
+        record = _record(root, step.name)
+        state = "done" if is_done(root, step, prints[step.name]) else "begun" if record["launches"] else "to do"
+        rows.append(Row(step, state, record["seconds"], record["gpu_seconds"] / 3600))
+    return rows
+
+
+def _totals(rows: Sequence[Row]) -> str:
+    everything, in_paper = sum(row.gpu_hours for row in rows), [row for row in rows if row.step.in_paper]
+    return (
+        f"{everything:.2f} GPU-hours in all, {sum(row.gpu_hours for row in in_paper):.2f} of them for "
+        f"{', '.join(row.step.name for row in in_paper)}, which took the paper about {PAPER_GPU_HOURS} (RTX A5000)"
+    )
+
+
+def _table(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> Table:
+    rows = _rows(root, steps, prints)
+    table = Table("step", "state", "wall s", "GPU-hours", caption=_totals(rows))
+    for row in rows:
+        table.add_row(row.step.name, row.state, f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}")
+    return table
+
+
+def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> None:
+    """`summary.md` and `index.html`: every step with its state, its cost and what to open."""
+    rows = _rows(root, steps, prints)
+    header = ("step", "state", "wall s", "GPU-hours", "page")
+    note = "Wall time is that of all launches of a step. A GPU counts as long as a step holds it, busy or not."
+    markdown = ["# The chain", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines = []
+    for row in rows:
+        cells = (row.step.name, row.state, f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}")
+        page = row.step.page if row.step.page and root.exists(row.step.page) else ""
+        markdown.append(f"| {' | '.join(cells)} | {f'[{page}]({page})' if page else ''} |")
+        link = f"<a href='{html.escape(page)}'>{html.escape(page)}</a>" if page else ""
+        lines.append("".join(f"<td>{cell}</td>" for cell in (*map(html.escape, cells), link)))
+    markdown += ["", f"{_totals(rows)}.", "", note]
+    root.write("summary.md", ("\n".join(markdown) + "\n").encode())
+    title = html.escape(os.path.basename(root.uri))
+    style = (
+        ":root{color-scheme:light dark;font:16px/1.5 system-ui}body{max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "td,th{padding:.2rem 1rem .2rem 0;text-align:left}"
+    )
+    text = (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>{title}</title><style>{style}</style><h1>{title}</h1><table>"
+        f"<tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}"
+        f"</table><p>{html.escape(_totals(rows))}.</p><p>{note}</p></html>"
+    )
+    root.write("index.html", text.encode())
