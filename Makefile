@@ -32,6 +32,11 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/corpus.py --output benchmarks/results/corpus.json
 	$(BIN)/python benchmarks/loudness.py --output benchmarks/results/loudness.json
 	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json
+	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation.json
+	$(BIN)/python benchmarks/training.py --output benchmarks/results/training.json
+	$(BIN)/python benchmarks/loader.py --output benchmarks/results/loader.json
+	$(BIN)/python benchmarks/ranker.py --output benchmarks/results/ranker.json
+	$(BIN)/python benchmarks/metrics.py --output benchmarks/results/metrics.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray.config import differences, fingerprint, identity, load_config, to_yaml
+from ttmray.config import Config, differences, fingerprint, identity, load_config, to_yaml
 from ttmray.corpus.config import CorpusConfig
 from ttmray.errors import UserError
 
@@ -278,3 +278,20 @@ def test_differences_name_added_removed_and_changed_leaves():
 @given(st.dictionaries(st.text(), plain, max_size=4))
 def test_equal_values_have_no_differences(value):
     assert differences(value, value) == []
+
+
+def test_an_override_reaches_into_lists(tmp_path):
+    class Part(Config):
+        name: str
+        size: int = 1
+
+    class Whole(Config):
+        parts: tuple[Part, ...]
+
+    path = tmp_path / "a.yaml"
+    path.write_text("parts: [{name: a}, {name: b}]")
+    config = load_config(Whole, str(path), ["parts.1.size=7", "parts.0.name=c"])
+    assert [(part.name, part.size) for part in config.parts] == [("c", 1), ("b", 7)]
+    for wrong in ("parts.2.size=1", "parts.x.size=1", "parts.-1.size=1"):
+        with pytest.raises(UserError, match="not one of the 2 positions"):
+            load_config(Whole, str(path), [wrong])

@@ -4,7 +4,8 @@ Fenced `sh` blocks are read line by line. How a line is checked depends on its f
 nobody knows how to check fails. `python ...` and `ttmray ...` run for real, in order and in this process, in a
 folder with the songs and tables that the README speaks of. Bucket commands run against an object store in this
 process. Two things are added to a corpus job to keep this cheap: `runtime.runner=local` and `runtime.workers=0`
-where the line does not choose a runner itself; that both runners agree is tested elsewhere. Commands for clusters
+where the line does not choose a runner itself; that both runners agree is tested elsewhere. Training stops after 4
+updates. Commands for clusters
 are parsed by Ray's own parser, and the job in them is run up to its plan.
 """
 
@@ -15,15 +16,15 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from moto.server import ThreadedMotoServer
 
 from ttmray.cli import main
+from ttmray.storage import Folder
 
 REPO = Path(__file__).resolve().parents[1]
 IN_IMAGE = "/opt/ttmray/"
@@ -52,6 +53,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my-captions.csv").write_text(
         "path,caption\n" + "".join(f"album/song{i}.flac,Take {i}\n" for i in (1, 2))
     )
+    (folder / "my-prompts.csv").write_text("id,prompt\na,a calm piano piece\nb,loud drums\n")
     header = "track_id\tartist_id\talbum_id\tpath\tduration_s\ttunejury_track_reward\ttags\n"
     rows = [f"t{i}\ta{i // 9}\tb\t{i % 100:02d}/{i}.mp3\t{30 + i % 300}.5\t0.1\tg\n" for i in range(1000)]
     (folder / "tracks.tsv").write_text(header + "".join(rows))
@@ -60,28 +62,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bucket(workplace: Path) -> Iterator[None]:
-    """`s3://my-bucket/songs` with the songs of the workplace, in an object store of this process."""
-    import botocore.session
-    from s3fs import S3FileSystem
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        S3FileSystem.clear_instance_cache()  # instances remember the endpoint of an earlier test
-        client = botocore.session.get_session().create_client("s3")
-        client.create_bucket(Bucket="my-bucket")
-        for path in sorted((workplace / "my-songs").rglob("*.*")):
-            key = "songs/" + path.relative_to(workplace / "my-songs").as_posix()
-            client.put_object(Bucket="my-bucket", Key=key, Body=path.read_bytes())
-        yield
-        S3FileSystem.clear_instance_cache()
-        server.stop()
+def songs_in_bucket(workplace: Path, object_store: Callable[[str], str]) -> None:
+    """`s3://my-bucket/songs` with the songs of the workplace."""
+    songs = Folder.at(object_store("my-bucket") + "/songs")
+    for path in sorted((workplace / "my-songs").rglob("*.*")):
+        songs.write(path.relative_to(workplace / "my-songs").as_posix(), path.read_bytes())
 
 
 def run_here(words: list[str]) -> int:
@@ -103,8 +88,13 @@ def run_here(words: list[str]) -> int:
 
 def check_program(words: list[str]) -> None:
     assert (Path(sys.executable).parent / words[0]).exists(), "not a program of the environment"
-    is_job = words[1].startswith("jobs/") or words[1] in ("score-corpus", "plan")
-    if is_job and not any(word.startswith("runtime.runner=") for word in words):
+    if words[1] == "-m":
+        assert subprocess.run([sys.executable, *words[1:]]).returncode == 0
+        return
+    if words[1] == "jobs/train_sft.py":
+        words = [*words, "--set", "steps=4", "--set", "checkpoint.every=2", "--set", "samples.every=0"]
+    is_corpus_job = words[1] in ("jobs/score_corpus.py", "score-corpus", "plan")
+    if is_corpus_job and not any(word.startswith("runtime.runner=") for word in words):
         words = [*words, "--set", "runtime.runner=local", "--set", "runtime.workers=0"]
     assert run_here(words) == 0
 
@@ -176,7 +166,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 
 
 @pytest.mark.parametrize("document", ["README.md", "cluster/README.md"])
-@pytest.mark.usefixtures("bucket")
+@pytest.mark.usefixtures("songs_in_bucket")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 def test_every_command_of_the_document_works(
     document: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,6 +1,7 @@
 """`ttmray <command>`. Jobs in `jobs/` call the same parser, so both take the same arguments and exit codes."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -63,6 +64,140 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
     score.set_defaults(run=_score)
 
+    made = commands.add_parser("generate", help="prompts in, audio files and a manifest out (jobs/generate.py)")
+    _add_config(made)
+    made.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", dest="texts", help="a prompt; repeatable"
+    )
+    made.add_argument("--prompts", metavar="FILE", help="prompts as CSV, TSV, JSON, JSON lines, or one per line")
+    made.add_argument("--checkpoint", metavar="FILE", help="weights of the backbone (default: the bundle's)")
+    made.add_argument("--bundle", help="set of models (default debug)")
+    made.add_argument("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/generate)")
+    made.add_argument("--seed", type=int, help="of the noise, together with the id of each prompt (default 42)")
+    made.add_argument("--samples", type=int, metavar="N", help="clips per prompt (default 1)")
+    made.add_argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form")
+    made.add_argument("--play-page", action="store_true", help="write index.html with players into the run folder")
+    made.add_argument("--retry-failed", action="store_true", help="make failed clips once more")
+    made.set_defaults(run=_generate)
+
+    finish = commands.add_parser("postprocess", help="vocals removed, loudness and true peak to target, for any audio")
+    finish.add_argument("sources", nargs="+", metavar="DIR", help="folders of audio, at any depth, or single files")
+    finish.add_argument("--output", required=True, metavar="OUT", help="folder of the results and table.csv")
+    finish.add_argument("--no-separation", action="store_true", help="only loudness and true peak")
+    finish.add_argument("--variant", choices=("ours", "paper"), help="paper: the submission's procedure")
+    finish.add_argument("--format", choices=("wav", "wav16", "flac"), help="wav is float32 (default)")
+    finish.add_argument("--bundle", help="set of models of the separator (default paper)")
+    finish.add_argument("--device", help="auto, cpu or cuda")
+    _add_config(finish)
+    finish.set_defaults(run=_postprocess)
+
+    evaluate = commands.add_parser("evaluate", help="folders of audio in, metrics and paired tests out")
+    evaluate.add_argument("folders", nargs="*", metavar="DIR", help="systems, local or s3://; NAME=DIR names one")
+    evaluate.add_argument("--prompts", metavar="FILE", help="prompts with their ids")
+    evaluate.add_argument("--reference", metavar="REF", help="reference set for FAD and KAD: its name or folder")
+    evaluate.add_argument("--training", metavar="CORPUS", help="corpus run or reference set that they were trained on")
+    evaluate.add_argument("--baseline", metavar="NAME", help="compare every other system with this one")
+    evaluate.add_argument("--output", metavar="OUT", help="folder of the results")
+    evaluate.add_argument("--bundle", help="set of models (default debug)")
+    _add_config(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="the paired table of evaluations, scored runs or tables of scores")
+    compare.add_argument("sources", nargs="+", metavar="OUT", help="evaluation, generation run with scores, or table")
+    compare.add_argument("--format", default="table", choices=("table", "markdown", "latex", "csv"))
+    compare.add_argument("--out", metavar="FILE", help="write the table there")
+    compare.add_argument("--baseline", metavar="NAME", help="compare every other system with this one")
+    compare.add_argument("--alpha", type=float, default=0.05, help="level of the stars after Holm's correction")
+    compare.set_defaults(run=_compare)
+
+    reference = commands.add_parser("reference", help="reference sets of FAD and KAD: build")
+    acts = reference.add_subparsers(dest="act", required=True, metavar="ACT")
+    build = acts.add_parser("build", help="embed a folder of audio or take a corpus run's embeddings, under a name")
+    build.add_argument("name", metavar="NAME", help="such as sdd-706")
+    build.add_argument("source", metavar="SOURCE", help="folder or bucket of audio, or a corpus run")
+    build.add_argument("--store", metavar="DIR", help="folder of reference sets (~/.cache/ttmray/references)")
+    build.add_argument("--bundle", default="debug", help="set of models (default debug)")
+    build.add_argument("--stem", default="instrumental", choices=("mix", "instrumental"), help="of a corpus run")
+    build.add_argument("--split", default="all", choices=("train", "validation", "test", "all"), help="of a corpus run")
+    build.add_argument("--max-failures", type=_count, default=0, metavar="N", help="tracks that may fail")
+    _add_config(build)
+    reference.set_defaults(run=_reference)
+
+    page = commands.add_parser("report", help="an evaluation as a static page: tables, plots, players, blind A/B test")
+    page.add_argument("folder", metavar="OUT", help="output of `ttmray evaluate`, local or s3://")
+    page.add_argument("--output", metavar="DIR", help="folder of the report (default OUT/report)")
+    page.add_argument("--audio", default="ogg", choices=("ogg", "flac"), help="ogg is small (default), flac lossless")
+    page.set_defaults(run=_report)
+
+    card = commands.add_parser("card", help="model card or dataset card from what a run says about itself")
+    card.add_argument("kind", choices=("model", "dataset"))
+    card.add_argument("folder", metavar="RUN", help="training run, or finished corpus run")
+    card.add_argument("--evaluation", metavar="OUT", help="model: output of `ttmray evaluate` with its clips")
+    card.add_argument("--system", metavar="NAME", help="model: its name in that evaluation")
+    card.add_argument("--name", help="title (default: the folder's name)")
+    card.add_argument("--license", metavar="ID", help="identifier for the front matter (default other)")
+    card.add_argument("--out", metavar="FILE", help="new file (default: print it)")
+    card.set_defaults(run=_card)
+
+    params = commands.add_parser("params", help="parameters per part of a backbone, against the challenge's limit")
+    params.add_argument("--size", choices=("s_44k", "l_44k", "s_16k", "l_16k"), default="s_44k")
+    params.add_argument("--head", choices=("none", "v1", "v2", "v3", "v4", "v5"), default="v2")
+    params.add_argument("--checkpoint", metavar="FILE", help="count the weights of this file instead")
+    params.set_defaults(run=_params)
+
+    sft = commands.add_parser("train-sft", help="Stage 1: train the score-conditioned backbone (jobs/train_sft.py)")
+    _add_config(sft)
+    _add_training(sft)
+    sft.set_defaults(run=_train_sft)
+
+    ranker = commands.add_parser("train-ranker", help="votes in, a preference ranker out (jobs/train_ranker.py)")
+    _add_config(ranker)
+    ranker.set_defaults(run=_train_ranker)
+
+    expert = commands.add_parser("expert-iteration", help="Stage 2: sample, filter, tune (jobs/expert_iteration.py)")
+    _add_config(expert)
+    _add_training(expert)
+    expert.set_defaults(run=_expert_iteration)
+
+    crpo = commands.add_parser("train-crpo", help="Stage 3: preference tuning on pairs (jobs/train_crpo.py)")
+    _add_config(crpo)
+    _add_training(crpo)
+    crpo.set_defaults(run=_train_crpo)
+
+    pairs = commands.add_parser("pairs", help="winner and loser of every prompt of a pool")
+    keep = commands.add_parser("filter", help="the best clips of a pool, and a report")
+    for command in (pairs, keep):
+        command.add_argument("pool", metavar="POOL", help="run folder of a pool, local or s3://")
+        command.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+        _add_config(command)
+    keep.add_argument("--corpus", metavar="RUN", help="compare rewards with this corpus's train split")
+    pairs.set_defaults(run=_pairs)
+    keep.set_defaults(run=_filter)
+
+    pool = commands.add_parser("pool", help="candidates per prompt from one checkpoint, scored, as a corpus")
+    _add_config(pool)
+    pool.set_defaults(run=_pool)
+
+    chain = commands.add_parser("reproduce", help="the whole chain from one config (jobs/reproduce.py)")
+    _add_config(chain)
+    chain.add_argument("--from", dest="first", metavar="STEP", help="start here; earlier steps are taken as they are")
+    chain.add_argument("--until", dest="last", metavar="STEP", help="end with this step")
+    chain.add_argument("--plan-only", action="store_true", help="check all sections, print the steps and what is done")
+    chain.set_defaults(run=_reproduce)
+
+    checkpoint = commands.add_parser("checkpoint", help="training checkpoints and weights: inspect, export")
+    acts = checkpoint.add_subparsers(dest="act", required=True, metavar="ACT")
+    what = acts.add_parser("inspect", help="what a checkpoint or weights file is, and whether it is whole")
+    what.add_argument(
+        "path", metavar="PATH", help="run or checkpoint folder, .safetensors (local or s3://), .pt or .pth"
+    )
+    what.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
+    out = acts.add_parser("export", help="inference weights as one safetensors file with its config")
+    out.add_argument("path", metavar="PATH", help="run, checkpoints or step folder; local or s3://")
+    out.add_argument("--out", required=True, metavar="FILE", help="new .safetensors file")
+    out.add_argument("--weights", default="raw", metavar="KIND", help="raw (default) or ema:SIGMA, such as ema:0.05")
+    checkpoint.set_defaults(run=_checkpoint)
+
     weights = commands.add_parser("weights", help="released weights: list, pull, verify, where, convert")
     acts = weights.add_subparsers(dest="act", required=True, metavar="ACT")
     acts.add_parser("list", help="what there is, what is here, and under which licence")
@@ -78,6 +213,36 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", metavar="FILE", help="default: beside the file, with the ending .safetensors")
     weights.set_defaults(run=_weights)
     return parser
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+
+    sets = []
+    for name in ("prompts", "reference", "training", "baseline", "output", "bundle"):
+        if (value := getattr(arguments, name)) is not None:
+            sets.append(f"{name}={json.dumps(value)}")
+    if arguments.folders:
+        sets.append(f"folders={json.dumps(arguments.folders)}")
+    return evaluate(load_config(EvaluateConfig, arguments.config, [*sets, *arguments.sets]))
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from ttmray.evaluation.compare import compare
+
+    options = {name: getattr(arguments, name) for name in ("format", "out", "baseline", "alpha")}
+    return compare(arguments.sources, **options)
+
+
+def _reference(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.evaluation.measure import MeasureConfig
+    from ttmray.evaluation.reference import STORE, build_reference
+
+    options = {name: getattr(arguments, name) for name in ("bundle", "stem", "split", "max_failures")}
+    runtime = load_config(MeasureConfig, arguments.config, arguments.sets)
+    return build_reference(arguments.name, arguments.source, store=arguments.store or STORE, runtime=runtime, **options)
 
 
 def _count(text: str) -> int:
@@ -97,6 +262,129 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         dest="sets",
         help="override one field; repeatable",
     )
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.generation.config import GenerateConfig
+    from ttmray.generation.generate import generate
+
+    names = ("checkpoint", "bundle", "output", "seed", "samples")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.texts or arguments.prompts:
+        given |= {"texts": arguments.texts, "prompts": arguments.prompts}
+    # ensure_ascii=False: YAML would read escaped emoji as two halves
+    sets = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+    config = load_config(GenerateConfig, arguments.config, [*arguments.sets, *sets])
+    return generate(config, retry_failed=arguments.retry_failed, zip_to=arguments.zip_to, play_page=arguments.play_page)
+
+
+def _postprocess(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.generation.postprocess import PostprocessConfig, postprocess
+
+    sets = list(arguments.sets)
+    for name in ("bundle", "variant", "format", "device"):
+        if (value := getattr(arguments, name)) is not None:
+            sets.append(f"{name}={value}")
+    if arguments.no_separation:
+        sets.append("passes=0")
+    return postprocess(arguments.sources, arguments.output, load_config(PostprocessConfig, arguments.config, sets))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ttmray.evaluation.report import report
+
+    return report(arguments.folder, arguments.output, arguments.audio)
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from ttmray.evaluation.cards import write_card
+
+    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "kind", "folder")}
+    return write_card(arguments.kind, arguments.folder, **options)
+
+
+def _params(arguments: argparse.Namespace) -> int:
+    from ttmray.models.backbone_weights import show_params
+
+    return show_params(arguments.size, arguments.head, arguments.checkpoint)
+
+
+def _pool(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.generation.pool import generate_pool
+    from ttmray.generation.pool_worker import CandidatesConfig
+
+    return generate_pool(load_config(CandidatesConfig, arguments.config, arguments.sets))
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.reproduce import ReproduceConfig, reproduce
+
+    config = load_config(ReproduceConfig, arguments.config, arguments.sets)
+    return reproduce(config, first=arguments.first, last=arguments.last, plan_only=arguments.plan_only)
+
+
+def _expert_iteration(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
+
+    config = load_config(ExpertIterationConfig, arguments.config, arguments.sets)
+    return expert_iteration(config, plan_only=arguments.plan_only, force=arguments.force)
+
+
+def _train_crpo(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.training.crpo import CrpoConfig, train_crpo
+
+    config = load_config(CrpoConfig, arguments.config, arguments.sets)
+    return train_crpo(config, plan_only=arguments.plan_only, force=arguments.force)
+
+
+def _pairs(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.training.preference_pairs import PairsConfig, build_pairs
+
+    return build_pairs(arguments.pool, arguments.out, load_config(PairsConfig, arguments.config, arguments.sets))
+
+
+def _filter(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.generation.filter import FilterConfig, filter_pool
+
+    config = load_config(FilterConfig, arguments.config, arguments.sets)
+    return filter_pool(arguments.pool, arguments.out, config, arguments.corpus)
+
+
+def _train_ranker(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.training.ranker_job import RankerConfig, train_ranker
+
+    return train_ranker(load_config(RankerConfig, arguments.config, arguments.sets))
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from ttmray.training.export import export, show
+
+    if arguments.act == "inspect":
+        return show(arguments.path, arguments.as_json)
+    return export(arguments.path, arguments.out, arguments.weights)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan-only", action="store_true", help="print every derived number and stop")
+    parser.add_argument("--force", action="store_true", help="go on although the config differs from the run's")
+
+
+def _train_sft(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.training.config import TrainConfig, with_absolute_paths
+    from ttmray.training.sft import train_sft
+
+    config = with_absolute_paths(load_config(TrainConfig, arguments.config, arguments.sets))
+    return train_sft(config, plan_only=arguments.plan_only, force=arguments.force)
 
 
 def _score_corpus(arguments: argparse.Namespace) -> int:

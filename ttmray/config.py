@@ -4,6 +4,7 @@ What changes results is *identity* and enters the fingerprint of a run. What onl
 (paths, workers, batch sizes, devices) is *execution*, is declared with `execution(...)`, and does not.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -77,7 +78,8 @@ def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str
     Args:
         kind: the config class.
         path: local path or URI of a YAML mapping; None starts from the defaults.
-        sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work.
+        sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work. Positions of a list
+            count from 0: `sources.0.split=all`.
 
     Raises:
         UserError: naming the file, each wrong field and the way out.
@@ -128,14 +130,30 @@ def _with_override(plain: dict[str, Any], assignment: str) -> dict[str, Any]:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise UserError(f"--set {assignment!r}: the value is not valid YAML: {error}", "Quote it.") from error
-    changed = dict(plain)
-    node = changed
-    for key in keys[:-1]:
-        child = node.get(key)
-        node[key] = dict(child) if isinstance(child, dict) else {}
-        node = node[key]
-    node[keys[-1]] = value
+    changed: dict[str, Any] = copy.deepcopy(plain)
+    node: Any = changed
+    for key, following in zip(keys, [*keys[1:], None], strict=True):
+        place = _place(node, key, assignment)
+        if following is None:
+            node[place] = value
+            break
+        child = node[place] if isinstance(node, list) else node.get(place)
+        if not isinstance(child, dict | list):
+            node[place] = child = {}
+        node = child
     return changed
+
+
+def _place(node: Any, key: str, assignment: str) -> Any:
+    """`key` as a name, or as a position where `node` is a list."""
+    if not isinstance(node, list):
+        return key
+    if key.isdecimal() and int(key) < len(node):
+        return int(key)
+    raise UserError(
+        f"--set {assignment!r}: {key} is not one of the {len(node)} positions of that list.",
+        "Positions count from 0; to add one, set the whole list.",
+    )
 
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:

@@ -7,11 +7,11 @@ exact (names, commits, retries of killers, quarantine) is ours and the same for 
 import logging
 import os
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ttmray.cluster import connect
 from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
@@ -199,22 +199,10 @@ def run_ray(job: Job, units: Sequence[Unit], done: Done) -> None:
 
 def _connect(config: CorpusConfig) -> None:
     """Join the cluster that RAY_ADDRESS names (set by `ray job submit`), else start a local instance."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        options = {"address": "local", "include_dashboard": False}
-        workers = config.runtime.workers
-        cores = workers if isinstance(workers, int) and workers > 0 else os.cpu_count() or 1
-        # logical CPUs: a small machine must be able to hold one worker of each group
-        options["num_cpus"] = max(cores, least_cpus(config))
-        if config.runtime.object_store_gib:
-            options["object_store_memory"] = int(config.runtime.object_store_gib * 2**30)
-    on_termination = signal.getsignal(signal.SIGTERM)
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
+    workers = config.runtime.workers
+    cores = workers if isinstance(workers, int) and workers > 0 else os.cpu_count() or 1
+    # logical CPUs: a small machine must be able to hold one worker of each group
+    connect(max(cores, least_cpus(config)), object_store_gib=config.runtime.object_store_gib)
 
 
 def _root_cause(error: BaseException) -> BaseException:
