@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from ttmray.config import Config
+from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.storage import Folder
@@ -221,10 +221,13 @@ def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> lis
 
 def _totals(rows: Sequence[Row]) -> str:
     everything, in_paper = sum(row.gpu_hours for row in rows), [row for row in rows if row.step.in_paper]
-    return (
-        f"{everything:.2f} GPU-hours in all, {sum(row.gpu_hours for row in in_paper):.2f} of them for "
-        f"{', '.join(row.step.name for row in in_paper)}, which took the paper about {PAPER_GPU_HOURS} (RTX A5000)"
-    )
+    text = f"{everything:.2f} GPU-hours in all"
+    if in_paper:
+        text += f", {sum(row.gpu_hours for row in in_paper):.2f} of them for "
+        text += (
+            f"{', '.join(row.step.name for row in in_paper)}, which took the paper about {PAPER_GPU_HOURS} (RTX A5000)"
+        )
+    return text
 
 
 def _table(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> Table:
@@ -240,7 +243,8 @@ def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -
     rows = _rows(root, steps, prints)
     header = ("step", "state", "wall s", "GPU-hours", "page")
     note = "Wall time is that of all launches of a step. A GPU counts as long as a step holds it, busy or not."
-    markdown = ["# The chain", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    title = os.path.basename(root.uri)
+    markdown = [f"# {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     lines = []
     for row in rows:
         cells = (row.step.name, row.state, f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}")
@@ -250,7 +254,7 @@ def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -
         lines.append("".join(f"<td>{cell}</td>" for cell in (*map(html.escape, cells), link)))
     markdown += ["", f"{_totals(rows)}.", "", note]
     root.write("summary.md", ("\n".join(markdown) + "\n").encode())
-    title = html.escape(os.path.basename(root.uri))
+    title = html.escape(title)
     style = (
         ":root{color-scheme:light dark;font:16px/1.5 system-ui}body{max-width:60rem;margin:2rem auto;padding:0 1rem}"
         "td,th{padding:.2rem 1rem .2rem 0;text-align:left}"
@@ -262,3 +266,32 @@ def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -
         f"</table><p>{html.escape(_totals(rows))}.</p><p>{note}</p></html>"
     )
     root.write("index.html", text.encode())
+
+
+def fill(kind: type[ConfigT], name: str, given: Mapping[str, Any], links: Mapping[str, Any]) -> ConfigT:
+    """The config of a step: its section, and where that says nothing what the chain fills in.
+
+    Raises:
+        UserError: for a section that is wrong, with its name.
+    """
+    if "output" in given:
+        raise UserError(f"{name}.output: every step has its own folder below output.", "Leave it out.")
+    known = {field: value for field, value in links.items() if field in kind.model_fields and value is not None}
+    try:
+        # as overrides, because their errors are explained; ensure_ascii=False: YAML reads escaped emoji as two halves
+        sets = [f"{field}={json.dumps(v, ensure_ascii=False)}" for field, v in merged(known, given).items()]
+        return load_config(kind, None, sets)
+    except UserError as error:
+        raise UserError(f"section {name}: {error.message}", error.hint) from error
+
+
+def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, `high` where they differ; lists of mappings are merged item by item."""
+    both = dict(low) | dict(high)
+    for field in low.keys() & high.keys():
+        a, b = low[field], high[field]
+        if isinstance(a, dict) and isinstance(b, dict):
+            both[field] = merged(a, b)
+        elif isinstance(a, list) and isinstance(b, list) and len(a) == 1 and all(isinstance(one, dict) for one in b):
+            both[field] = [merged(a[0], one) for one in b]
+    return both

@@ -178,12 +178,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(pool)
     pool.set_defaults(run=_pool)
 
-    chain = commands.add_parser("reproduce", help="the whole chain from one config (jobs/reproduce.py)")
-    _add_config(chain)
-    chain.add_argument("--from", dest="first", metavar="STEP", help="start here; earlier steps are taken as they are")
-    chain.add_argument("--until", dest="last", metavar="STEP", help="end with this step")
-    chain.add_argument("--plan-only", action="store_true", help="check all sections, print the steps and what is done")
-    chain.set_defaults(run=_reproduce)
+    for name, handler, help in (
+        ("reproduce", _reproduce, "the whole chain from one config (jobs/reproduce.py)"),
+        ("ablate", _ablate, "tables and figures of the paper from one config (jobs/ablate.py)"),
+    ):
+        chain = commands.add_parser(name, help=help)
+        _add_config(chain)
+        chain.add_argument(
+            "--from", dest="first", metavar="STEP", help="start here; earlier steps are taken as they are"
+        )
+        chain.add_argument("--until", dest="last", metavar="STEP", help="end with this step")
+        chain.add_argument("--plan-only", action="store_true", help="check all, print the steps and what is done")
+        chain.set_defaults(run=handler)
 
     checkpoint = commands.add_parser("checkpoint", help="training checkpoints and weights: inspect, export")
     acts = checkpoint.add_subparsers(dest="act", required=True, metavar="ACT")
@@ -325,6 +331,14 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
     config = load_config(ReproduceConfig, arguments.config, arguments.sets)
     return reproduce(config, first=arguments.first, last=arguments.last, plan_only=arguments.plan_only)
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.evaluation.ablations import AblateConfig, ablate
+
+    config = load_config(AblateConfig, arguments.config, arguments.sets)
+    return ablate(config, first=arguments.first, last=arguments.last, plan_only=arguments.plan_only)
 
 
 def _expert_iteration(arguments: argparse.Namespace) -> int:

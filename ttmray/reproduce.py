@@ -11,14 +11,13 @@ outside of the run folder (songs, votes) are only looked at by steps that run. A
 changed is refused by its job, as ever: to make it again, delete its folder and those of the steps after it.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ttmray.chain import Step, run_chain
-from ttmray.config import Config, ConfigT, execution, fingerprint, identity, load_config
+from ttmray.chain import Step, fill, merged, run_chain
+from ttmray.config import Config, ConfigT, execution, fingerprint, identity
 from ttmray.errors import UserError
 from ttmray.storage import Folder, absolute, is_remote, read_file
 
@@ -123,6 +122,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
     from ttmray.training.config import TrainConfig, with_absolute_paths
     from ttmray.training.crpo import CrpoConfig, train_crpo
     from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
+    from ttmray.training.export import export_again
     from ttmray.training.preference_pairs import PairsConfig, build_pairs
     from ttmray.training.ranker_job import RankerConfig, train_ranker
     from ttmray.training.sft import train_sft
@@ -135,7 +135,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
     """Trained stage -> its weights file, below the run folder."""
 
     def section(kind: type[ConfigT], name: str, given: Mapping[str, Any], **links: Any) -> ConfigT:
-        return _section(kind, name, given, {"bundle": config.bundle, **links})
+        return fill(kind, name, given, {"bundle": config.bundle, **links})
 
     def add(
         name: str, config: Config, run: Callable[[], int], *makes: str, after: Sequence[str] = (), page: str = ""
@@ -165,7 +165,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
     add(
         "stage1",
         stage1,
-        lambda: train_sft(stage1) or _export(root, "stage1", config.weights),
+        lambda: train_sft(stage1) or export_again(path("stage1"), config.weights),
         "stage1/_SUCCESS.json",
         weights["stage1"],
         after=["corpus"],
@@ -204,7 +204,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
             add_stage2("control", config.stage2)
     parent = "stage2" if "stage2" in weights else "stage1"
     if config.pairs_pool is not None:
-        given = _merged(config.pool or {}, config.pairs_pool)
+        given = merged(config.pool or {}, config.pairs_pool)
         add_pool("pairs_pool", candidates("pairs_pool", given, parent), parent)
     if config.pairs is not None:
         _need(config, "pairs", "pairs_pool")
@@ -226,7 +226,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
         add(
             "stage3",
             stage3,
-            lambda: train_crpo(stage3) or _export(root, "stage3", config.weights),
+            lambda: train_crpo(stage3) or export_again(path("stage3"), config.weights),
             "stage3/_SUCCESS.json",
             weights["stage3"],
             after=["pairs", parent],
@@ -236,7 +236,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
         if system.stage not in weights:
             raise UserError(f"systems.{name}: there is no {system.stage}.", f"Add the section {system.stage}.")
         place = f"generated/{name}"
-        given = _merged(given, {} if system.score is None else {"sampler": {"score": system.score}})
+        given = merged(given, {} if system.score is None else {"sampler": {"score": system.score}})
         links = {"checkpoint": path(weights[system.stage]), "prompts": config.prompts}
         clips = section(GenerateConfig, "generate", given, output=path(place), **links)
         add(
@@ -273,39 +273,6 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
 def _need(config: ReproduceConfig, section: str, other: str) -> None:
     if getattr(config, other) is None:
         raise UserError(f"section {section} needs section {other}.", f"Add `{other}: {{}}`, or remove {section}.")
-
-
-def _section(kind: type[ConfigT], name: str, given: Mapping[str, Any], links: Mapping[str, Any]) -> ConfigT:
-    """The config of a step: its section, and where that says nothing what the chain fills in."""
-    if "output" in given:
-        raise UserError(f"{name}.output: every step has its own folder below output.", "Leave it out.")
-    known = {field: value for field, value in links.items() if field in kind.model_fields and value is not None}
-    try:
-        # as overrides, because their errors are explained; ensure_ascii=False: YAML reads escaped emoji as two halves
-        sets = [f"{field}={json.dumps(v, ensure_ascii=False)}" for field, v in _merged(known, given).items()]
-        return load_config(kind, None, sets)
-    except UserError as error:
-        raise UserError(f"section {name}: {error.message}", error.hint) from error
-
-
-def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, `high` where they differ; lists of mappings are merged item by item."""
-    merged = dict(low) | dict(high)
-    for field in low.keys() & high.keys():
-        a, b = low[field], high[field]
-        if isinstance(a, dict) and isinstance(b, dict):
-            merged[field] = _merged(a, b)
-        elif isinstance(a, list) and isinstance(b, list) and len(a) == 1 and all(isinstance(one, dict) for one in b):
-            merged[field] = [_merged(a[0], one) for one in b]
-    return merged
-
-
-def _export(root: Folder, stage: str, weights: str) -> int:
-    """Weights of a finished training run, as the next step takes them; those of an earlier end of it are replaced."""
-    from ttmray.training.export import export
-
-    root.delete(f"{stage}/weights.safetensors")
-    return export(root.path(stage), root.path(f"{stage}/weights.safetensors"), weights)
 
 
 def _fingerprints(config: ReproduceConfig, steps: Sequence[Step]) -> dict[str, str]:

@@ -56,7 +56,12 @@ def prompt_means(scores: Iterable[Score]) -> dict[tuple[str, str], dict[str, flo
 
 
 def comparisons(
-    scores: Iterable[Score], baseline: str | None = None, alpha: float = ALPHA, seed: int = 0
+    scores: Iterable[Score],
+    baseline: str | None = None,
+    alpha: float = ALPHA,
+    seed: int = 0,
+    *,
+    pairs: Sequence[tuple[str, str]] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The paired table, and warnings about prompts that only one side has.
 
@@ -65,6 +70,7 @@ def comparisons(
         baseline: compare every other system with this one, as b; None compares all pairs.
         alpha: `significant` says that Holm's p is below it.
         seed: of the bootstrap.
+        pairs: compare just these systems, (a, b), and not every one with the baseline or with every other.
 
     Returns:
         One dict per cell: a, b, metric, n (common prompts), mean_a, mean_b, difference (a - b), low and high (95 % t
@@ -79,10 +85,9 @@ def comparisons(
     systems = list(dict.fromkeys(system for _, system in means))
     if baseline is not None and baseline not in systems:
         raise UserError(f"baseline: there is no system {baseline!r}.", f"Systems: {', '.join(systems)}.")
-    if baseline is None:
-        pairs = list(combinations(systems, 2))
-    else:
-        pairs = [(system, baseline) for system in systems if system != baseline]
+    if pairs is None:
+        everyone = list(combinations(systems, 2))
+        pairs = everyone if baseline is None else [(system, baseline) for system in systems if system != baseline]
     cells, warnings = [], []
     for metric in COMPARED:
         for a, b in pairs:

@@ -1,7 +1,7 @@
 """Figures of the report: SVG for a light and for a dark page, and small mel spectrograms (extra `report`)."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ttmray.audio.mel import LogMel
 
 Theme = Literal["light", "dark"]
+Grid = Literal["x", "y", "both"]
 INK = {"light": ("#24221f", "#6b6760", "#dedad3"), "dark": ("#e9e6e1", "#a5a19a", "#3a3c3f")}
 """Text, quiet text and lines of each theme, as in page/style.css."""
 PALETTE = (
@@ -114,6 +115,43 @@ def loudness(levels: Mapping[str, tuple[np.ndarray, np.ndarray]], theme: Theme) 
     return _svg(draw, theme, height=3.1, grid="both")
 
 
+def score_sweep(
+    curves: Mapping[str, Sequence[tuple[float, Mapping[str, tuple[float | None, float | None, float | None]]]]],
+    panels: Mapping[str, str],
+    deployed: float,
+    theme: Theme,
+    format: Literal["svg", "png"] = "svg",
+) -> bytes:
+    """Figure 2 of the paper: metrics against the input score, a panel each, with 95 % intervals where there are any.
+
+    Args:
+        curves: name -> (input score, metric -> (value, low, high)) in order.
+        panels: metric -> label.
+        deployed: input score of the dotted line.
+    """
+
+    def panel(metric: str, label: str, first: bool) -> Callable[["Axes"], None]:
+        def draw(axes: "Axes") -> None:
+            for i, (name, points) in enumerate(curves.items()):
+                own = colour(i, theme)
+                known = [(s, *values[metric]) for s, values in points if values[metric][0] is not None]
+                if not known:
+                    continue
+                s, value, low, high = (np.array(column, float) for column in zip(*known, strict=True))
+                axes.plot(s, value, marker="os^D"[i % 4], ms=4, lw=1.4, color=own, label=f" {name}")
+                axes.fill_between(s, low, high, color=own, alpha=0.15, lw=0)
+            axes.axvline(deployed, color=INK[theme][1], lw=0.9, ls=":")
+            axes.set_xlabel("input score s")
+            axes.set_ylabel(label)
+            if first and axes.has_data():
+                axes.legend(frameon=False, loc="best", labelcolor=INK[theme][0])
+
+        return draw
+
+    draws = [panel(metric, label, i == 0) for i, (metric, label) in enumerate(panels.items())]
+    return _figure(draws, theme, (7.2, 2.9), "both", format)
+
+
 def spectrogram(audio: np.ndarray, rate: int) -> bytes:
     """Mel spectrogram as a palette PNG of `MEL_WIDTH` x 128 pixels or narrower; a few kilobytes.
 
@@ -160,7 +198,18 @@ def _mel() -> "LogMel":
     return LogMel()
 
 
-def _svg(draw: Callable[["Axes"], None], theme: Theme, height: float, grid: Literal["x", "y", "both"] = "x") -> bytes:
+def _svg(draw: Callable[["Axes"], None], theme: Theme, height: float, grid: Grid = "x") -> bytes:
+    return _figure([draw], theme, (5.4, height), grid)
+
+
+def _figure(
+    draws: Sequence[Callable[["Axes"], None]],
+    theme: Theme,
+    size: tuple[float, float],
+    grid: Grid,
+    format: Literal["svg", "png"] = "svg",
+) -> bytes:
+    """Panels side by side; a PNG has the page's ground, an SVG has none."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -184,10 +233,14 @@ def _svg(draw: Callable[["Axes"], None], theme: Theme, height: float, grid: Lite
         "ytick.major.size": 0,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.4, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(axis=grid)
-        draw(axes)
+        figure = Figure(figsize=size, layout="constrained")
+        for i, draw in enumerate(draws, 1):
+            axes = figure.add_subplot(1, len(draws), i)
+            axes.grid(axis=grid)
+            draw(axes)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        if format == "svg":
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        else:
+            figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()

@@ -20,6 +20,7 @@ from ttmray.training.ema import synthesise
 from ttmray.training.tensors import pack, unpack
 
 WEIGHTS = "ttmray weights"
+EXPORTED = "weights.safetensors"
 _TORCH_ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
 # Tables that old public checkpoints hold; they are recomputed.
 _TABLES = {"latent_rot", "text_rot", "t_embed.freqs"}
@@ -67,6 +68,13 @@ def export(path: str, out: str, weights: str = "raw") -> int:
         raise UserError(f"{out} exists.", "Delete it to export once more.")
     console.print(f"{out}: {weights} weights of {where}, sha256 {hashlib.sha256(data).hexdigest()}", markup=False)
     return EXIT_OK
+
+
+def export_again(run: str, weights: str) -> int:
+    """`weights.safetensors` in a training run, for the next step of a chain; one of an earlier end is replaced."""
+    folder = Folder.at(run)
+    folder.delete(EXPORTED)
+    return export(run, folder.path(EXPORTED), weights)
 
 
 def _sigma(weights: str) -> float | None:

@@ -1,0 +1,491 @@
+"""The tables of the paper from evaluated cells: marks, best values, the paper's own figures beside ours.
+
+Nothing here runs a model. A cell is one system (a checkpoint under one way of generating) with its evaluation; its
+scores per prompt are means over the samples of the prompt.
+"""
+
+import csv
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+from ttmray.errors import UserError
+from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, prompt_means, render
+from ttmray.evaluation.published import Published
+from ttmray.evaluation.results import Results
+from ttmray.evaluation.statistics import Alternative, Paired, paired, spearman
+
+ALPHA = 0.05
+DAGGER, TIE = "†", "∗"
+TITLES = {"fad": "FAD-CLAP", "clap_score": "CLAP score", "reward": "Reward", "score_r": "Score-r", "delta_out": "Δout"}
+LOWER_IS_BETTER = {"fad"}
+TESTED = ("clap_score", "reward")
+"""Metrics of single clips. FAD is one number per system and has an interval instead of a paired test."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A system with its evaluation.
+
+    Attributes:
+        fad: value and interval, None where there was no reference set or too few clips.
+        scores: metric -> prompt id -> mean over the samples.
+        clips: metric -> (n,) score of every clip.
+    """
+
+    fad: tuple[float | None, float | None, float | None]
+    scores: Mapping[str, Mapping[str, float]]
+    clips: Mapping[str, np.ndarray]
+    protocol: str = ""
+
+    def mean(self, metric: str) -> float | None:
+        values = list(self.scores.get(metric, {}).values())
+        return float(np.mean(values)) if values else None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number of a table with the end points of its 95 % interval, its mark, and what the paper has in its place."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    mark: str = ""
+    paper: Published | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of one row per system.
+
+    Attributes:
+        labels: headers of the leading columns of text.
+        metrics: headers of the columns of numbers, keys of `TITLES`.
+        rows: texts of the leading columns, and metric -> value.
+        notes: what a reader must know, one sentence each.
+        pairs: paired comparisons behind the marks, see `compare.comparisons`.
+    """
+
+    name: str
+    caption: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], Mapping[str, Value]], ...]
+    notes: tuple[str, ...] = ()
+    pairs: tuple[Mapping[str, Any], ...] = ()
+
+
+def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
+    """The cell of an evaluation of one system, see `results.read_results` and `read_clips`.
+
+    Raises:
+        UserError: the evaluation has no clip with a score.
+    """
+    (system,) = results.systems
+    ok = [row for row in clips if row["status"] == "ok"]
+    rows = [
+        Score(system.name, row["prompt_id"], metric, row[metric])
+        for row in ok
+        for metric in COMPARED
+        if row[metric] is not None
+    ]
+    if not rows:
+        raise UserError(f"{system.folder}: no clip has a score.", "See its evaluation for the reasons.")
+    fad = system.metrics.get("fad")
+    return Cell(
+        (fad.value, fad.low, fad.high) if fad else (None, None, None),
+        {metric: scores for (metric, _), scores in prompt_means(rows).items()},
+        {metric: np.array([row.value for row in rows if row.metric == metric]) for metric in COMPARED},
+        results.protocol,
+    )
+
+
+def values_of(cell: Cell, paper: Mapping[str, Published] | None = None) -> dict[str, Value]:
+    """FAD, CLAP score and reward, the latter two with a t interval over prompts."""
+    known = paper or {}
+    value, low, high = cell.fad
+    found = {"fad": Value(value, low, high, paper=known.get("fad"))}
+    for metric in TESTED:
+        values = np.array(list(cell.scores.get(metric, {}).values()))
+        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else math.nan
+        mean = cell.mean(metric)
+        low, high = (mean - half, mean + half) if mean is not None and math.isfinite(half) else (None, None)
+        found[metric] = Value(mean, low, high, paper=known.get(metric))
+    return found
+
+
+def head_table(
+    rows: Mapping[str, Mapping[float, Cell]],
+    unconditional: Mapping[str, Cell],
+    at: float,
+    steer: tuple[float, float],
+) -> Table:
+    """Table I: FAD and CLAP score at one input score; how the reward of the output follows the input score.
+
+    Score-r is Pearson's correlation of input score and reward over all clips of all input scores; delta_out is the mean
+    reward at the upper score of `steer` minus that at the lower.
+
+    Args:
+        rows: head -> input score -> cell.
+        unconditional: backbones without a score, which have no correlation.
+        at, steer: must be among the input scores.
+    """
+    lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = []
+    for name, cell in unconditional.items():
+        lines.append(((name,), values_of(cell) | dict.fromkeys(("score_r", "delta_out"), Value(None))))
+    for name, cells in rows.items():
+        inputs = np.concatenate([np.full(len(cell.clips["reward"]), score) for score, cell in cells.items()])
+        outputs = np.concatenate([cell.clips["reward"] for cell in cells.values()])
+        r, low, high = pearson(inputs, outputs)
+        effect = _against(cells[steer[1]], cells[steer[0]], "reward")
+        moved = Value(effect.difference, effect.low, effect.high) if effect else Value(None)
+        lines.append(((name,), values_of(cells[at]) | {"score_r": Value(r, low, high), "delta_out": moved}))
+    return Table(
+        "heads",
+        "Score-conditioning heads (Table I of the paper)",
+        ("head",),
+        ("fad", "clap_score", "score_r", "delta_out"),
+        tuple(lines),
+        (
+            f"FAD-CLAP and CLAP score are of the clips at s = {at:g}; which input scores the paper's columns are of is "
+            "not public, nor is its grid.",
+            f"Score-r: Pearson's r of input score and reward over all clips at "
+            f"s = {', '.join(f'{score:g}' for score in next(iter(rows.values()), {}))}. "
+            f"Δout: mean reward at s = {steer[1]:+g} minus that at {steer[0]:+g}.",
+            "The paper's text gives only that score-conditioned heads lie 0.025 to 0.040 below the unconditional FAD.",
+        ),
+    )
+
+
+def chain_table(
+    rows: Mapping[str, Cell], baselines: Sequence[str], published: Mapping[str, Mapping[str, Published]]
+) -> Table:
+    """Table II: steps of the chain in order; a dagger is a one-sided paired t test against the row before, p < 0.05.
+
+    Daggers are as in the paper, not corrected for their number; the paired table beside it has Holm's correction.
+
+    Args:
+        baselines: rows that stand at the top for reference only: the row after them has nothing to improve on.
+    """
+    names = list(rows)
+    lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = []
+    pairs = []
+    for i, (name, cell) in enumerate(rows.items()):
+        values = values_of(cell, published.get(name))
+        before = names[i - 1] if i and names[i - 1] not in baselines else None
+        if before is not None:
+            for metric in TESTED:
+                test = _against(cell, rows[before], metric, "greater")
+                if test and test.p < ALPHA:
+                    values[metric] = replace(values[metric], mark=DAGGER)
+            pairs.append((name, before))
+        lines.append(((str(i), name), values))
+    compared, warnings = _pairs(rows, pairs)
+    return Table(
+        "chain",
+        "Steps of the chain, one after the other (Table II of the paper)",
+        ("row", "step"),
+        ("fad", *TESTED),
+        tuple(lines),
+        (
+            f"{DAGGER}: better than the row before, one-sided paired t test over prompts, p < {ALPHA:g}, not corrected "
+            "for the number of tests (as in the paper). The table of pairs has two-sided tests and Holm's correction.",
+            "FAD is one number per row: whether two intervals overlap says more than which is smaller.",
+            *warnings,
+        ),
+        compared,
+    )
+
+
+def factorial_table(
+    rows: Mapping[tuple[str, str, str], Cell],
+    submitted: tuple[str, str, str],
+    published: Mapping[tuple[str, str, str], Mapping[str, Published]],
+) -> Table:
+    """Table III: stage x weights x forward; an asterisk marks cells that are tied with the first submission.
+
+    Args:
+        rows: (stage, weights, forward) -> cell.
+        submitted: the row that the others are held against.
+    """
+    lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = []
+    for key, cell in rows.items():
+        values = values_of(cell, published.get(key))
+        for metric in TESTED if key != submitted else ():
+            test = _against(cell, rows[submitted], metric)
+            if test and test.p >= ALPHA:
+                values[metric] = replace(values[metric], mark=TIE)
+        lines.append((key, values))
+    named = {" ".join(part for part in key if part): cell for key, cell in rows.items()}
+    first = " ".join(part for part in submitted if part)
+    compared, warnings = _pairs(named, [(name, first) for name in named if name != first])
+    return Table(
+        "factorial",
+        "Weights of one mechanism in the forward of another (Table III of the paper)",
+        ("stage", "weights", "forward"),
+        ("fad", *TESTED),
+        tuple(lines),
+        (
+            f"{TIE}: not told apart from {first} by a two-sided paired t test, p >= {ALPHA:g} (as in the paper). That "
+            "is no evidence of equality: the intervals of the differences are in the table of pairs.",
+            "The paper's text has one pair of figures for v2 weights in the v1 forward; both such rows show it.",
+            *warnings,
+        ),
+        compared,
+    )
+
+
+def contrast_table(
+    name: str, rows: Mapping[str, Cell], published: Mapping[tuple[str, str], Mapping[str, Published]]
+) -> Table:
+    """Any systems side by side, each compared with the first."""
+    first, *others = rows
+    lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = [
+        ((row,), values_of(cell, published.get((name, row)))) for row, cell in rows.items()
+    ]
+    compared, warnings = _pairs(rows, [(other, first) for other in others])
+    return Table(
+        name,
+        f"{name.capitalize()}, each against {first}",
+        ("system",),
+        ("fad", *TESTED),
+        tuple(lines),
+        warnings,
+        compared,
+    )
+
+
+def sweep_table(
+    curves: Mapping[str, Mapping[float, Cell]],
+    published: Mapping[tuple[str, float], Mapping[str, Published]],
+    notes: tuple[str, ...] = (),
+) -> Table:
+    """The points of Figure 2."""
+    lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = [
+        ((name, f"{score:g}"), values_of(cell, published.get((name, score))))
+        for name, cells in curves.items()
+        for score, cell in cells.items()
+    ]
+    return Table(
+        "sweep",
+        "Input score against what comes out (Figure 2 of the paper)",
+        ("checkpoint", "s"),
+        ("fad", *TESTED),
+        tuple(lines),
+        notes,
+    )
+
+
+def sweep_notes(curves: Mapping[str, Mapping[float, Cell]], trained: tuple[float, float]) -> tuple[str, ...]:
+    """How s and the mean reward go together, over all of s and over the range of the training rewards."""
+    notes = []
+    for name, cells in curves.items():
+        everywhere = [(score, cell.mean("reward")) for score, cell in cells.items()]
+        points = [(score, reward) for score, reward in everywhere if reward is not None]
+        inside = [(score, reward) for score, reward in points if trained[0] <= score <= trained[1]]
+        for what, some in ((f"s in [{trained[0]:g}, {trained[1]:g}]", inside), ("all s", points)):
+            if len(some) < 3:
+                continue
+            s, rewards = (np.array(column) for column in zip(*some, strict=True))
+            r = pearson(s, rewards)[0]
+            rho = spearman(s, rewards).rho if np.ptp(rewards) > 0 else None
+            shown = [
+                f"{what_r} {value:+.2f}"
+                for what_r, value in (("Pearson r", r), ("Spearman ρ", rho))
+                if value is not None
+            ]
+            notes.append(
+                f"{name}, {what}: reward {rewards.min():+.3f} to {rewards.max():+.3f} "
+                f"({', '.join(shown) or 'constant'}; {len(some)} points)."
+            )
+    return tuple(notes)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    """Pearson's r with its 95 % interval (Fisher); None where a side is constant, no interval below four points."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None, None, None
+    result = stats.pearsonr(x, y)
+    if len(x) < 4:
+        return float(result.statistic), None, None
+    interval = result.confidence_interval(0.95)
+    return float(result.statistic), float(interval.low), float(interval.high)
+
+
+def render_table(table: Table, format: Literal["markdown", "latex", "csv", "html"]) -> str:
+    """A table as text that ends in a newline: with caption and notes, but as CSV, which has one number per field.
+
+    The best value of a column is bold. The paper's figures have columns of their own, where any is known; `≈` marks
+    those that follow from differences in its text.
+    """
+    known = _known(table)
+    if format == "csv":
+        return _csv(table, known)
+    header = [*table.labels, *(TITLES[metric] for metric in table.metrics)]
+    header += [f"paper: {TITLES[metric]}" for metric in known]
+    rows = []
+    for texts, values in table.rows:
+        cells = [_escape(text, format) for text in texts]
+        cells += [_shown(values[metric], metric in _best(table, values), format) for metric in table.metrics]
+        cells += [_published(values[metric].paper, format) for metric in known]
+        rows.append(cells)
+    if format == "html":
+        return _html(table, header, rows)
+    notes = [_escape(note, format) for note in _notes(table)]
+    if format == "latex":
+        head = [_escape(name, format) for name in header]
+        lines = [" & ".join(row) + r" \\" for row in rows]
+        columns = "l" * len(table.labels) + "r" * (len(header) - len(table.labels))
+        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule", *lines]
+        text = [f"% {table.caption}", *body, r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in _notes(table))]
+        return "\n".join(text) + "\n"
+    lines = [f"| {' | '.join(row)} |" for row in ([_escape(name, format) for name in header], *rows)]
+    text = [f"## {table.caption}", "", lines[0], "|---" * len(header) + "|", *lines[1:], ""]
+    text += [f"- {note}" for note in notes]
+    if table.pairs:
+        text += [
+            *([""] if notes else []),
+            f"Pairs ({legend(ALPHA)}):",
+            "",
+            render(*paired_table(table.pairs), "markdown").rstrip(),
+        ]
+    return "\n".join(text) + "\n"
+
+
+def page(tables: Sequence[Table], figures: Sequence[str], protocols: Sequence[str], note: str) -> str:
+    """All tables on one page of HTML; the SVGs of the sweep, for a light and a dark page, go below its table."""
+    body = f"<p>Scores by {html.escape(', '.join(protocols))}.</p><p><b>{html.escape(note)}</b></p>\n"
+    for table in tables:
+        body += render_table(table, "html")
+        if table.name == "sweep":
+            for theme, figure in zip(("light", "dark"), figures, strict=True):
+                body += f"<figure class='{theme}'>{figure[figure.index('<svg') :]}</figure>\n"
+    style = (
+        ":root{color-scheme:light dark;font:16px/1.5 system-ui}body{max-width:76rem;margin:2rem auto;padding:0 1rem}"
+        "div{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.2rem 1.2rem .2rem 0;text-align:left;"
+        "white-space:nowrap;border-bottom:1px solid #8884}figure{margin:1rem 0}svg{max-width:100%;height:auto}"
+        ".dark{display:none}@media(prefers-color-scheme:dark){.light{display:none}.dark{display:block}}"
+    )
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>Ablations</title><style>{style}</style><h1>Ablations</h1>\n{body}</html>\n"
+    )
+
+
+def _csv(table: Table, known: Sequence[str]) -> str:
+    names = list(table.labels)
+    for metric in table.metrics:
+        names += [metric, f"{metric}_low", f"{metric}_high", f"{metric}_mark"]
+        names += [f"{metric}_paper"] if metric in known else []
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for texts, values in table.rows:
+        row: list[Any] = list(texts)
+        for metric in table.metrics:
+            value = values[metric]
+            row += [value.value, value.low, value.high, value.mark]
+            row += [value.paper.value if value.paper else None] if metric in known else []
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _html(table: Table, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    text = f"<h2>{html.escape(table.caption)}</h2>\n<div><table><tr>"
+    text += "".join(f"<th>{html.escape(name)}</th>" for name in header) + "</tr>\n"
+    text += "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>\n"
+    text += "".join(f"<p>{html.escape(note)}</p>\n" for note in _notes(table))
+    if table.pairs:
+        head, pairs = paired_table(table.pairs)
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in pairs]
+        text += f"<details><summary>Pairs: {html.escape(legend(ALPHA))}</summary><div><table><tr>"
+        text += "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>\n"
+        text += "\n".join(f"<tr>{row}</tr>" for row in cells) + "</table></div></details>\n"
+    return text
+
+
+def _shown(value: Value, best: bool, format: str) -> str:
+    if value.value is None:
+        return "–" if format != "latex" else "--"
+    number = _number(value.value)
+    mark = {"latex": {DAGGER: r"$^{\dagger}$", TIE: r"$^{*}$"}}.get(format, {}).get(value.mark, value.mark)
+    if best:
+        number = {"latex": rf"\textbf{{{number}}}", "html": f"<b>{number}</b>"}.get(format, f"**{number}**")
+    interval = "" if value.low is None or value.high is None else f" [{_number(value.low)}, {_number(value.high)}]"
+    return number + mark + interval
+
+
+def _notes(table: Table) -> list[str]:
+    notes = list(table.notes)
+    if _known(table):
+        notes.append(
+            "paper: figures from the text of arXiv 2606.21670, ≈ where they follow from differences in it. They can be "
+            "compared with ours only for equal prompts, reference set, weights of the encoders and N."
+        )
+    return notes
+
+
+def _known(table: Table) -> list[str]:
+    """Metrics of which the paper has a figure in some row."""
+    return [metric for metric in table.metrics if any(values[metric].paper for _, values in table.rows)]
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 4) + 0.0:.4f}"  # no -0.0000
+
+
+def _published(value: Published | None, format: str) -> str:
+    if value is None:
+        return ""
+    return (r"$\approx$" if format == "latex" else "≈") * value.about + value.text
+
+
+def _escape(text: str, format: str) -> str:
+    if format == "html":
+        return html.escape(text)
+    if format == "latex":
+        special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$"}
+        return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+    return text.replace("|", r"\|")
+
+
+def _best(table: Table, values: Mapping[str, Value]) -> set[str]:
+    best = set()
+    for metric in table.metrics:
+        column = [row[metric].value for _, row in table.rows]
+        numbers = [value for value in column if value is not None]
+        mine = values[metric].value
+        if mine is not None and len(numbers) > 1:
+            top = min(numbers) if metric in LOWER_IS_BETTER else max(numbers)
+            best |= {metric} if mine == top else set()
+    return best
+
+
+def _against(a: Cell, b: Cell, metric: str, alternative: Alternative = "two-sided") -> Paired | None:
+    """Paired test over the prompts that both have; None where there are fewer than two."""
+    x, y = a.scores.get(metric, {}), b.scores.get(metric, {})
+    common = [one for one in x if one in y]
+    if len(common) < 2:
+        return None
+    return paired(np.array([x[one] for one in common]), np.array([y[one] for one in common]), alternative=alternative)
+
+
+def _pairs(
+    cells: Mapping[str, Cell], pairs: Sequence[tuple[str, str]]
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
+    """Two-sided comparisons with Holm's correction over all of them, and what a reader must know of their prompts."""
+    scores = [
+        Score(name, prompt, metric, value)
+        for name, cell in cells.items()
+        for metric in TESTED
+        for prompt, value in cell.scores.get(metric, {}).items()
+    ]
+    found, warnings = comparisons(scores, pairs=pairs)
+    return tuple(found), tuple(warnings)
