@@ -68,6 +68,11 @@ class GenerateConfig(Config):
     """Seed of the noise, together with the prompt's id (the paper's submissions: 42 and 55)."""
     samples: int = Field(1, ge=1, le=10_000)
     """Clips per prompt; more than one are named `<id>_0`, `<id>_1`, ..."""
+    best_of: int = Field(1, ge=1, le=1024)
+    """Candidates per clip, of which the best is kept (TuneJury's Mode 1): more compute in place of training. They are
+    judged as decoded, before post-processing, and sample k has the noise of candidates k N to k N + N - 1."""
+    best_by: Literal["reward_score", "clap_score"] = "reward_score"
+    """What is best. The reward sees no text, as everywhere here; the reference's Mode 1 shows it prefix and prompt."""
     sampler: SamplerConfig = SamplerConfig()
     pad_to: int | None = Field(441_000, ge=1)
     """Samples at 44.1 kHz that a clip is padded to with zeros, or cut to, before post-processing: 430 latents are

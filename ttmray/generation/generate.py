@@ -79,7 +79,7 @@ def generate(
     rows |= {row["name"]: row for row in made}
     planned = [rows.pop(clip.name) for clip in clips]
     manifest.merge(run, planned + [rows[name] for name in sorted(rows)])  # clips of other prompts stay in the table
-    failed = _report(run, planned, made, seconds, time.perf_counter() - started)
+    failed = _report(run, planned, made, seconds, time.perf_counter() - started, config.best_by)
     if play_page:
         page = write_page(run, planned, described)
         console.print(f"players: open {page}", markup=False)
@@ -223,10 +223,11 @@ def _report(
     made: Sequence[dict[str, Any]],
     seconds: Counter[str],
     wall_s: float,
+    by: str,
 ) -> int:
     """Print and save counts and times; returns the number of planned clips that failed."""
     counts = Counter(row["status"] for row in planned)
-    summary = {
+    summary: dict[str, Any] = {
         "clips": {OK: counts[OK], FAILED: counts[FAILED]},
         "reasons": dict(Counter(row["reason"] for row in planned if row["status"] == FAILED)),
         "this_launch": {
@@ -235,12 +236,34 @@ def _report(
             "stage_s": {name: round(value, 3) for name, value in seconds.items()},
         },
     }
+    gains = best_of_curve(planned)
+    if gains:
+        summary["best_of"] = gains
     if made or not run.exists("summary.json"):
         run.write("summary.json", json.dumps(summary, indent=1).encode())
     console.print(f"{run}: {counts[OK]} clips ok, {counts[FAILED]} failed", markup=False)
     for row in [row for row in planned if row["status"] == FAILED][:5]:
         console.print(f"  {row['name']}: {row['reason']}: {row['message']}", markup=False)
+    if gains:
+        curve = ", ".join(f"{mean:+.4f} of {n}" for n, mean in gains.items())
+        console.print(f"mean {by} of the best candidate before post-processing: {curve}", markup=False)
     if made:
         spent = ", ".join(f"{name} {value / len(made):.2f}" for name, value in seconds.items())
         console.print(f"{len(made)} made in {wall_s:.1f} s, {wall_s / len(made):.2f} s per clip (s per clip: {spent})")
     return counts[FAILED]
+
+
+def best_of_curve(rows: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Mean score of the best of the first 1, 2, 4, ... candidates, over clips whose first candidate has a score.
+
+    What more candidates would bring is seen without making a clip again. Empty where every clip had one candidate.
+    """
+    tried = [json.loads(row["tried"]) for row in rows if row["tried"]]
+    tried = [scores for scores in tried if scores[0] is not None]
+    if not tried:
+        return {}
+    most = len(tried[0])
+    counts = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+    return {
+        n: sum(max(score for score in scores[:n] if score is not None) for scores in tried) / len(tried) for n in counts
+    }

@@ -46,6 +46,8 @@ SCHEMA = pa.schema(
         ("reward_score", pa.float64()),
         ("clap_score", pa.float64()),
         ("protocol", pa.string()),
+        ("chosen", pa.int32()),
+        ("tried", pa.string()),
         ("sampler", pa.string()),
         ("weights", pa.string()),
         ("settings", pa.string()),

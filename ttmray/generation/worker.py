@@ -1,10 +1,11 @@
 """The models of one process, and the way of a clip through them: sample, decode, finish, score, write."""
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Worker:
         finish = config.postprocess
         self.separator = open_separator(finish.model_copy(update={"device": device})) if finish else None
         self.scorer = self.protocol = None
-        if config.scores:
+        if config.scores or config.best_of > 1:
             protocol = bundle.protocol("empty")
             self.scorer, self.protocol = Scorer(models, protocol, self.threads), f"{bundle.name}/{protocol.id()}"
         one_thread()
@@ -102,7 +103,8 @@ class Worker:
     def __call__(self, clips: Sequence[Clip]) -> tuple[list[dict[str, Any]], dict[str, float]]:
         works = [_Work(clip) for clip in clips]
         seconds: dict[str, float] = {}
-        stages = (self._sample, self._decode, self._finish, *([self._score] if self.scorer else []), self._write)
+        make = [self._sample, self._decode] if self.config.best_of == 1 else [self._choose]
+        stages = (*make, self._finish, *([self._score] if self.config.scores else []), self._write)
         for stage in stages:
             started = time.perf_counter()
             alive = [work for work in works if work.error is None]
@@ -131,6 +133,34 @@ class Worker:
         for work, wave in zip(works, waves, strict=True):
             work.wave = _padded(wave, self.config.pad_to)[None]
 
+    def _choose(self, works: list[_Work]) -> None:
+        """The best of N candidates. One of all clips at a time, so memory does not grow with N."""
+        n = self.config.best_of
+        tried: list[list[float | None]] = [[] for _ in works]
+        for c in range(n):
+            draws = [replace(work.clip.draw, candidate=work.clip.draw.candidate * n + c) for work in works]
+            trials = [_Work(Clip(work.clip.name, draw)) for work, draw in zip(works, draws, strict=True)]
+            for stage in (self._sample, self._decode, self._judge):
+                alive = [trial for trial in trials if trial.error is None]
+                if alive:
+                    _attempt(stage, alive)
+            for work, trial, scores in zip(works, trials, tried, strict=True):
+                score = trial.facts.get(self.config.best_by)
+                known = [one for one in scores if one is not None]
+                scores.append(score)
+                if trial.error is not None:
+                    work.error = work.error or trial.error
+                elif work.wave is None or (score is not None and score > max(known, default=-math.inf)):
+                    work.wave = trial.wave
+                    work.facts["chosen"] = trial.clip.draw.candidate
+        for work, scores in zip(works, tried, strict=True):
+            work.facts["tried"] = json.dumps(scores)
+            if work.wave is not None:  # a clip fails only when all of its candidates do
+                work.error = None
+
+    def _judge(self, works: list[_Work]) -> None:
+        self._score_audio(works, [work.wave for work in works])
+
     def _finish(self, works: list[_Work]) -> None:
         # passes of several clips at once would only take more of a GPU's memory
         threads = 1 if self.separator and not self.on_cpu else self.threads
@@ -149,16 +179,21 @@ class Worker:
             work.audio, made = postprocess_clip(work.wave, rate, self.config.postprocess, self.separator)
             facts = {name: made[name] for name in ("sample_rate", "channels", "outcome")}
             facts |= {"lufs": made["lufs_after"], "true_peak_db": made["true_peak_after"]}
-        work.facts = facts | {"duration_s": work.audio.shape[1] / facts["sample_rate"]}
+        work.facts |= facts | {"duration_s": work.audio.shape[1] / facts["sample_rate"]}
 
     def _score(self, works: list[_Work]) -> None:
         """Before 16-bit files are rounded: a score of the file differs in its last digits."""
+        self._score_audio(works, [work.audio for work in works])
+
+    def _score_audio(self, works: list[_Work], sounds: Sequence[np.ndarray | None]) -> None:
+        """Rewards and CLAP scores of (channels, samples) waves; silent ones get none."""
         assert self.scorer is not None
-        audible = [w for w in works if w.audio is not None and np.abs(w.audio).max() >= 10 ** (SILENT_DBFS / 20)]
-        embeddings = self.scorer.embed([w.audio.mean(axis=0) for w in audible if w.audio is not None])
-        texts = self.scorer.texts([work.clip.draw.prompt for work in audible])
+        loud = 10 ** (SILENT_DBFS / 20)
+        audible = [(w, s) for w, s in zip(works, sounds, strict=True) if s is not None and np.abs(s).max() >= loud]
+        embeddings = self.scorer.embed([sound.mean(axis=0) for _, sound in audible])
+        texts = self.scorer.texts([work.clip.draw.prompt for work, _ in audible])
         rewards = self.scorer.rewards(embeddings, texts)
-        for i, work in enumerate(audible):
+        for i, (work, _) in enumerate(audible):
             work.facts["reward_score"] = float(rewards[i])
             work.facts["clap_score"] = float(embeddings.clap[i] @ texts[i])
 
@@ -187,7 +222,7 @@ def roles_of(config: GenerateConfig) -> set[str]:
     """Models that a run loads, without the separator, which post-processing opens itself."""
     roles = {"text", "clap_condition", "latents", "vocoder"}
     roles |= {"backbone"} if config.checkpoint is None else set()
-    return roles | (set(Scorer.roles) if config.scores else set())
+    return roles | (set(Scorer.roles) if config.scores or config.best_of > 1 else set())
 
 
 def _encoded(audio: np.ndarray, rate: int, config: GenerateConfig) -> bytes:
