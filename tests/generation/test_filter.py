@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttmray.errors import UserError
-from ttmray.generation.filter import FilterConfig, Selection, blend, filter_pool, read_pool, select, z_scores
+from ttmray.generation.filter import FilterConfig, Selection, blend, filter_pool, markdown, read_pool, select, z_scores
 from ttmray.synth.corpus import write_random_corpus
 from ttmray.synth.pool import Candidate, write_pool
 
@@ -51,7 +51,7 @@ def test_the_kept_clips_are_the_top_decile_of_the_equal_weight_blend():
     table = random_table(630)
     reward, clap = table["instrumental_reward_score"].to_numpy(), table["clap_score"].to_numpy()
     expected = (reward - reward.mean()) / reward.std() + (clap - clap.mean()) / clap.std()
-    keys, report = choose(table)
+    keys, report, _ = choose(table)
     assert keys == [table["key"][i].as_py() for i in np.argsort(-expected)[:63]]
     assert report["clips"] == {"pool": 630, "eligible": 630, "kept": 63}
     spread = report["distributions"]["reward"]
@@ -81,7 +81,7 @@ def test_the_order_of_the_pool_changes_nothing_and_ties_go_by_key(scores, shuffl
         with pytest.raises(UserError, match="is the same"):
             choose(table)
         return
-    keys, report = choose(table, share=0.3)
+    keys, report, _ = choose(table, share=0.3)
     order = list(range(len(scores)))
     shuffle.shuffle(order)
     other = choose(table.take(order), share=0.3)
@@ -98,7 +98,7 @@ def test_clips_without_scores_or_behind_a_gate_are_counted_and_left_out():
     columns["clipping"] = [0.0] * 5 + [0.5] + [0.0] * 14
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values))
-    _, report = choose(table)
+    _, report, _ = choose(table)
     assert report["excluded"] == {
         "clipping > 0.01": 1,
         "no clap_score": 1,
@@ -108,7 +108,7 @@ def test_clips_without_scores_or_behind_a_gate_are_counted_and_left_out():
         "silence > 0.5": 1,
     }
     assert report["clips"] == {"pool": 20, "eligible": 14, "kept": 2}
-    _, report = choose(table, max_silence=None, max_clipping=None, clap_weight=0)
+    _, report, _ = choose(table, max_silence=None, max_clipping=None, clap_weight=0)
     assert report["clips"]["eligible"] == 18
     assert list(report["distributions"]) == ["reward", "blend"]  # a CLAP score is missing
 
@@ -129,7 +129,7 @@ def test_near_duplicates_of_better_clips_are_passed_over():
     rng = np.random.default_rng(1)
     vectors = {key: rng.standard_normal(512) for key in table["key"].to_pylist()}
     vectors[best[1]] = 3 * vectors[best[0]] + 0.01 * rng.standard_normal(512)
-    keys, report = select(table, FilterConfig(count=3), vectors)
+    keys, report, _ = select(table, FilterConfig(count=3), vectors)
     assert best[0] in keys
     assert best[1] not in keys
     assert report["passed_over"]["near-duplicate"] == 1
@@ -202,3 +202,31 @@ def test_what_is_no_pool_is_refused(pool, tmp_path):
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(UserError, match="damaged"):
         filter_pool(pool, str(tmp_path / "out"), FilterConfig())
+
+
+def test_with_a_temperature_all_clips_stay_with_weights_that_follow_the_blend():
+    table = random_table(200)
+    reward, clap = table["instrumental_reward_score"].to_numpy(), table["clap_score"].to_numpy()
+    blended = ((reward - reward.mean()) / reward.std() + (clap - clap.mean()) / clap.std()) / 2
+    keys, report, weights = choose(table, temperature=0.5, max_weight=8.0)
+    of = dict(zip(table["key"].to_pylist(), np.minimum(np.exp(blended / 0.5), 8.0), strict=True))
+    expected = np.array([of[key] for key in keys])
+    assert sorted(keys) == sorted(of)
+    assert weights == pytest.approx(expected / expected.mean(), rel=1e-9)
+    assert weights.mean() == pytest.approx(1)
+    assert (np.diff(weights) <= 0).all()
+    assert report["weights"]["effective"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    alike = choose(table, temperature=1e9)
+    assert alike.weights == pytest.approx(np.ones(200), abs=1e-6)
+    assert alike.report["weights"]["effective"] == pytest.approx(200)
+    assert "weights of the losses" in markdown(report)
+    assert (choose(table).weights == 1).all()
+
+
+def test_weighted_clips_pass_the_same_gates_and_need_no_decile():
+    table = pool_table([0.0, 1.0, 2.0, 5.0], [0.1, 0.2, 0.3, 0.4], silence=pa.array([0.0, 0.0, 0.0, 1.0]))
+    keys, report, weights = choose(table, temperature=1.0)
+    assert keys == ["p2_0", "p1_0", "p0_0"]
+    assert report["excluded"] == {"silence > 0.5": 1}
+    assert weights[0] > weights[1] > weights[2] > 0
+    assert choose(table, temperature=1.0, per_prompt=1).keys == keys

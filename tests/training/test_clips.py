@@ -64,6 +64,9 @@ def test_keys_of_a_file_choose_clips(corpus, tmp_path, suffix):
         ("k.csv", b"name\nx\n", "no clip keys"),
         ("k.parquet", b"PAR1", "no clip keys"),
         ("k.txt", b"a\nb\na\n", "names a twice"),
+        ("k.csv", b"key,weight\na,1\nb,-0.5\n", "weight of b is -0.5"),
+        ("k.csv", b"key,weight\na,1\nb,\n", "weight of b is None"),
+        ("k.csv", b"key,weight\na,much\n", "no clip keys"),
     ],
 )
 def test_files_without_keys_are_one_message(tmp_path, name, data, words):
@@ -71,6 +74,26 @@ def test_files_without_keys_are_one_message(tmp_path, name, data, words):
     with pytest.raises(UserError, match=words) as caught:
         read_keys(str(tmp_path / name))
     assert name in caught.value.message
+
+
+def test_weights_of_a_file_of_keys_come_with_their_clips_and_are_part_of_what_is_drawn(corpus, tmp_path):
+    alike, weighted, ones = (tmp_path / name for name in ("alike.txt", "weighted.csv", "ones.csv"))
+    keys = ["t000002_0", "t000000_0", "t000001_0"]
+    alike.write_text("\n".join(keys))
+    weighted.write_text("key,weight\n" + "".join(f"{key},{w}\n" for key, w in zip(keys, (0.25, 2, 0.75), strict=True)))
+    ones.write_text("key,weight\n" + "".join(f"{key},1\n" for key in keys))
+    drawn, prints = {}, {}
+    for path in (alike, weighted, ones):
+        config = configure(SourceConfig(corpus=str(corpus), keys=str(path)))
+        mixture = open_mixture(config)
+        samples = next(loader(mixture, config, start=0, batch=6))
+        drawn[path], prints[path] = (
+            dict(zip(samples.keys, samples.weights.tolist(), strict=True)),
+            mixture.fingerprint(),
+        )
+    assert drawn[alike] == drawn[ones] == dict.fromkeys(keys, 1.0)
+    assert drawn[weighted] == {"t000002_0": 0.25, "t000000_0": 2.0, "t000001_0": 0.75}
+    assert prints[alike] == prints[ones] != prints[weighted]
 
 
 def test_a_key_that_is_not_there_is_named(corpus, tmp_path):

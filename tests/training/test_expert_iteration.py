@@ -19,6 +19,7 @@ from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import load_backbone
 from ttmray.storage import Folder
 from ttmray.synth.pool import Candidate, write_pool
+from ttmray.training.clips import read_keys
 from ttmray.training.config import CheckpointConfig, EmaConfig, ModelConfig, RuntimeConfig, ValidationConfig
 from ttmray.training.data import DataConfig, SourceConfig, open_mixture
 from ttmray.training.expert_iteration import (
@@ -151,6 +152,31 @@ def test_expert_iteration_raises_the_true_reward_and_the_control_does_not(corpus
     assert gained.low > 0.3
     assert -0.1 < drifted.low < drifted.high < 0.1
     assert paired(expert, control, alternative="greater").p < 1e-6
+
+
+def test_reward_weighted_fine_tuning_raises_the_true_reward_and_equal_weights_do_not(corpus, start, tmp_path):
+    learn = {"batch": 32, "steps": 80, "optimizer": FineTuneOptimizer(lr=2e-3), "polish": PolishConfig(steps=0)}
+    assert expert_iteration(configure(corpus, tmp_path / "stage1", start, control=True, **learn)) == 0
+    stage1 = str(tmp_path / "stage1/control/round-1/finetune.safetensors")
+    reached = {}
+    for name, temperature in (("weighted", 0.3), ("alike", 1e9)):
+        tune = {"batch": 32, "steps": 40, "optimizer": FineTuneOptimizer(lr=5e-4)}
+        only_reward = FilterConfig(max_similarity=None, clap_weight=0, temperature=temperature)
+        config = configure(
+            corpus, tmp_path / name, stage1, filter=only_reward, oversample=10, polish=PolishConfig(steps=0), **tune
+        )
+        assert expert_iteration(config, sampler(20)) == 0
+        file = str(tmp_path / name / "expert/round-1/finetune.safetensors")
+        reached[name] = np.array([clip.reward for clip in sample(file, 20, seed=2)])
+    before = np.array([clip.reward for clip in sample(stage1, 20, seed=2)])
+    gained, drifted = paired(reached["weighted"], before), paired(reached["alike"], before)
+    print(gained, drifted)
+    assert gained.low > 0.2
+    assert -0.1 < drifted.low < drifted.high < 0.1
+    selection = tmp_path / "weighted/expert/round-1/selection"
+    weights = read_keys(str(selection / "weights.csv"))
+    assert len(weights) == 20 * len(PROMPTS)
+    assert np.mean(list(weights.values())) == pytest.approx(1, abs=1e-6)
 
 
 def test_kept_clips_are_drawn_five_times_as_often_and_polishing_draws_nothing_else(corpus, start, tmp_path):

@@ -26,7 +26,7 @@ from ttmray.generation.pool import COLUMNS
 from ttmray.storage import Folder
 from ttmray.training.files import VERIFY
 
-KEPT, REPORT = "kept.txt", "selection.json"
+KEPT, WEIGHTED, REPORT = "kept.txt", "weights.csv", "selection.json"
 PERCENTILES = (5, 25, 50, 75, 90, 95)
 Reward = Literal["reward_score", "instrumental_reward_score"]
 
@@ -52,17 +52,24 @@ class FilterConfig(Config):
     """Largest share of samples at full scale. The pool has rejected what is above its own `max_clipping`."""
     max_similarity: float | None = Field(0.99, ge=-1, le=1)
     """CLAP cosine from which a clip is a near-duplicate of a better one that is kept."""
+    temperature: float | None = Field(None, gt=0)
+    """null: the best `share` or `count`, all alike (paper). Else reward-weighted regression: every clip that passes the
+    gates stays, and its loss has the weight exp(blend / temperature), scaled to a mean of 1."""
+    max_weight: float = Field(20.0, ge=1)
+    """Weights are cut off here before they are scaled."""
 
 
 class Selection(NamedTuple):
-    """Keys of the kept clips, best first, and the report as plain JSON types."""
+    """Keys of the kept clips, best first, the report as plain JSON types, and the weights of their losses."""
 
     keys: list[str]
     report: dict[str, Any]
+    weights: np.ndarray
 
 
 def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None = None) -> int:
-    """Choose clips of a finished pool; writes `kept.txt`, `selection.json` and `selection.md` into `output`.
+    """Choose clips of a finished pool; writes `selection.json`, `selection.md` and `kept.txt` into `output`, and where
+    clips are weighted `weights.csv`.
 
     Args:
         corpus: run folder of the training corpus, whose rewards the kept ones are compared with.
@@ -79,7 +86,7 @@ def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None
             raise UserError(f"{out} holds another selection:\n    " + "\n    ".join(lines), "Choose another folder.")
     embeddings = {} if config.max_similarity is None else read_embeddings(Folder.at(pool), table)
     try:
-        keys, report = select(table, config, embeddings)
+        keys, report, weights = select(table, config, embeddings)
     except UserError as error:
         raise UserError(f"{pool}: {error.message}", error.hint) from error
     if corpus is not None:
@@ -88,6 +95,9 @@ def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None
     report = {"identity": what, **report}
     out.write(REPORT, json.dumps(report, indent=1).encode())
     out.write("selection.md", markdown(report).encode())
+    if config.temperature is not None:
+        lines = [f"{key},{weight:.9g}\n" for key, weight in zip(keys, weights.tolist(), strict=True)]
+        out.write(WEIGHTED, ("key,weight\n" + "".join(lines)).encode())
     out.write(KEPT, "".join(f"{key}\n" for key in keys).encode())
     console.print(f"{len(keys)} of {table.num_rows} clips kept: {out.path(KEPT)}", markup=False)
     return EXIT_OK
@@ -203,6 +213,7 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
     out = dict(sorted(Counter(why for why in reason.tolist() if why).items()))
     count = config.count or math.ceil(round(config.share * rows.num_rows, 9))
     least = count + 1 if config.count else math.ceil(round(1 / config.share, 9))
+    least = least if config.temperature is None else 2
     if rows.num_rows < least:
         raise UserError(
             f"{rows.num_rows} of {table.num_rows} clips can be chosen from (left out: {_counts(out)}), "
@@ -213,8 +224,10 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
     rows = rows.sort_by("key")
     reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
     blended = blend(reward, clap, config.reward_weight, config.clap_weight)
-    kept, passed_over = _pick(rows, np.argsort(-blended, kind="stable"), count, config, embeddings)
-    if len(kept) < count:
+    best_first = np.argsort(-blended, kind="stable")
+    count = count if config.temperature is None else rows.num_rows
+    kept, passed_over = _pick(rows, best_first, count, config, embeddings)
+    if config.temperature is None and len(kept) < count:
         raise UserError(
             f"only {len(kept)} of the {count} clips to be kept are left (passed over: {_counts(passed_over)}).",
             "Sample more candidates, or raise per_prompt or max_similarity.",
@@ -238,8 +251,20 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
             "each": {name: {"eligible": eligible[name], "kept": chosen[name]} for name in sorted(eligible)},
         },
     }
+    weights = np.ones(len(kept))
+    if config.temperature is not None:
+        weights = reward_weights(blended[kept], config.temperature, config.max_weight)
+        effective = float(weights.sum() ** 2 / np.square(weights).sum())
+        report["weights"] = {"largest": float(weights.max()), "smallest": float(weights.min()), "effective": effective}
     keys = rows["key"].to_pylist()
-    return Selection([keys[i] for i in kept], report)
+    return Selection([keys[i] for i in kept], report, weights)
+
+
+def reward_weights(blended: np.ndarray, temperature: float, most: float) -> np.ndarray:
+    """(n,) weights of mean 1 for reward-weighted regression (Peters & Schaal 2007): exp(blend / temperature), at most
+    `most` before they are scaled."""
+    weights = np.exp(np.minimum(blended / temperature, np.log(most)))
+    return weights / weights.mean()
 
 
 def _pick(
@@ -311,6 +336,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"- passed over: {_counts(report['passed_over'])}",
         f"- {prompts['kept']} of {prompts['pool']} prompts; the largest share of one is {prompts['largest_share']:.1%}",
     ]
+    if "weights" in report:
+        weights = report["weights"]
+        lines.append(
+            f"- weights of the losses {weights['smallest']:.3g} to {weights['largest']:.3g}, as good as "
+            f"{weights['effective']:.0f} clips alike"
+        )
     if "train" in report:
         train = report["train"]
         lines.append(

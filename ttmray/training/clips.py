@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +41,11 @@ class Clips:
 
     Attributes:
         corpus: fingerprint of the run.
-        chosen: hex SHA-256 over keys, shards (whose names carry hashes), captions and scores.
+        chosen: hex SHA-256 over keys, shards (whose names carry hashes), captions, scores and weights.
         waiting: count of clips that a growing corpus holds, but not yet the text of their captions.
         keys: clip keys.
         score: float32, NaN without a score column.
+        weight: float32, of the clip's loss; 1 unless the file of keys says something else.
         shape, text_shape: (frames, channels) of latents and (tokens, width) of T5 features.
     """
 
@@ -54,6 +55,7 @@ class Clips:
     waiting: int
     keys: pa.StringArray
     score: np.ndarray
+    weight: np.ndarray
     shape: tuple[int, int]
     text_shape: tuple[int, int]
     _shard: np.ndarray  # int32, positions in _shards
@@ -140,7 +142,8 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
     files = Files(run, copies_folder(cache).sub(fingerprint[:16]))
     columns = ["key", "status", "split", "caption_id", "shard", "unit", *([score_column] if score_column else [])]
     table = index.read_index(run).select(columns)
-    rows = _choose(run, table, split, keys)
+    weights = None if keys is None else read_keys(keys)
+    rows = _choose(run, table, split, keys, weights)
     captions = rows["caption_id"].combine_chunks().dictionary_encode()
     caption_of, caption_ids = captions.indices.to_numpy(), captions.dictionary.to_pylist()
     units = table.filter(pc.is_in(table["caption_id"], captions.dictionary))["unit"].unique().to_pylist()
@@ -154,11 +157,14 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
             raise UserError(f"{run}: no text features of the caption of clip {rows['key'][first]}.", VERIFY)
         rows, caption_of = rows.filter(pa.array(~waiting)), caption_of[~waiting]
     score = _scores(run, rows, score_column)
+    weight = np.array([1.0 if weights is None else weights[key] for key in rows["key"].to_pylist()], np.float32)
     shard = rows["shard"].combine_chunks().dictionary_encode()
     names = shard.dictionary.to_pylist()
     digest = hashlib.sha256(score.astype("<f4").tobytes())
     for column in ("key", "shard", "caption_id"):
         digest.update("\n".join(rows[column].to_pylist()).encode())
+    if (weight != 1).any():
+        digest.update(weight.astype("<f4").tobytes())
     return Clips(
         files=files,
         corpus=fingerprint,
@@ -166,6 +172,7 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
         waiting=int(waiting.sum()),
         keys=rows["key"].combine_chunks(),
         score=score,
+        weight=weight,
         shape=_first_shape(files, names[0]),
         text_shape=text_shape,
         _shard=shard.indices.to_numpy(),
@@ -178,21 +185,22 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
     )
 
 
-def read_keys(path: str) -> list[str]:
-    """Clip keys of a file: one per line, or the column `key` of a .csv, .tsv or .parquet file.
+def read_keys(path: str) -> dict[str, float]:
+    """Clip keys of a file, with their weights in the loss: one key per line, or the columns `key` and, if it is there,
+    `weight` of a .csv, .tsv or .parquet file. The weight is 1 where the file has none.
 
     Raises:
-        UserError: it cannot be read, has no such column, is empty, or names a clip twice.
+        UserError: it cannot be read, has no such column, is empty, names a clip twice, or has a weight that is not a
+            number from 0 on.
     """
     data, kind = read_file(path), path.lower().rpartition(".")[2]
+    weights: list[float | None] = []
     try:
-        if kind == "parquet":
-            keys = pq.read_table(pa.BufferReader(data), columns=["key"])["key"].cast(pa.string()).to_pylist()
-        elif kind in ("csv", "tsv"):
-            parse = pyarrow.csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",")
-            convert = pyarrow.csv.ConvertOptions(column_types={"key": pa.string()}, include_columns=["key"])
-            found = pyarrow.csv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=convert)
-            keys = found["key"].to_pylist()
+        if kind in ("parquet", "csv", "tsv"):
+            table = _read_table(data, kind)
+            keys = table["key"].cast(pa.string()).to_pylist()
+            if "weight" in table.column_names:
+                weights = table["weight"].cast(pa.float64()).to_pylist()
         else:
             keys = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -204,7 +212,19 @@ def read_keys(path: str) -> list[str]:
     if len(set(keys)) < len(keys):
         twice = Counter(keys).most_common(1)[0][0]
         raise UserError(f"{path} names {twice} twice.", "Use `repeat` to draw clips more often.")
-    return keys
+    found = dict(zip(keys, weights or [1.0] * len(keys), strict=True))
+    for key, weight in found.items():
+        if weight is None or not 0 <= weight < np.inf:
+            raise UserError(f"{path}: the weight of {key} is {weight}.", "Weights are numbers from 0 on, 1 on average.")
+    return found
+
+
+def _read_table(data: bytes, kind: str) -> pa.Table:
+    if kind == "parquet":
+        return pq.read_table(pa.BufferReader(data))
+    parse = pyarrow.csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",")
+    convert = pyarrow.csv.ConvertOptions(column_types={"key": pa.string()})  # 007 is no number
+    return pyarrow.csv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=convert)
 
 
 def remote_sizes(clips: Clips) -> dict[str, int]:
@@ -228,15 +248,15 @@ def _fingerprint(run: Folder) -> str:
         ) from error
 
 
-def _choose(run: Folder, table: pa.Table, split: str, keys: str | None) -> pa.Table:
+def _choose(run: Folder, table: pa.Table, split: str, keys: str | None, weights: Iterable[str] | None) -> pa.Table:
     rows = table.filter(pc.equal(table["status"], OK))
     what = "ok clips"
     if split != "all":
         rows, what = rows.filter(pc.equal(rows["split"], split)), f"ok clips of split {split}"
     if rows.num_rows == 0:
         raise UserError(f"{run} holds no {what}.", "See `ttmray corpus stats` for what it holds.")
-    if keys is not None:
-        wanted = pa.array(read_keys(keys), pa.string())
+    if weights is not None:
+        wanted = pa.array(list(weights), pa.string())
         absent = wanted.filter(pc.invert(pc.is_in(wanted, rows["key"].combine_chunks())))
         if len(absent):
             raise UserError(

@@ -46,7 +46,8 @@ class SourceConfig(Config):
     """Draws of a clip per epoch: the whole part exactly for every clip, the rest for a seeded part of them that is
     another one in every epoch. Evaluation ignores it, unless it is 0."""
     keys: str | None = execution(None)
-    """File of the clip keys to keep: one per line, or a column `key` (.csv, .tsv, .parquet). Default: all clips."""
+    """File of the clip keys to keep: one per line, or a column `key` (.csv, .tsv, .parquet). Default: all clips. A
+    column `weight` weighs their losses in training, as reward-weighted fine-tuning does."""
     score_column: Literal["reward_score", "instrumental_reward_score", "track_reward_score"] | None = (
         "instrumental_reward_score"
     )
@@ -101,10 +102,12 @@ class Samples(NamedTuple):
     """Clip keys."""
     batch: Batch
     """Latents, text, score and draws: the input of the loss."""
+    weights: Tensor
+    """(B,) float32: of the losses in training."""
 
     def to(self, device: torch.device | str) -> "Samples":
-        """The same with `batch` on `device`, copied without waiting where its memory is pinned."""
-        return self._replace(batch=self.batch.to(device))
+        """The same with `batch` and `weights` on `device`, copied without waiting where memory is pinned."""
+        return self._replace(batch=self.batch.to(device), weights=self.weights.to(device, non_blocking=True))
 
 
 class Mixture:
@@ -206,6 +209,7 @@ class Mixture:
             u_score=empty(),
             score=empty(),
         )
+        weights = empty()
         arrays = {name: tensor.numpy() for name, tensor in batch._asdict().items() if tensor is not None}
         source_of = self.sources_of(clips)
         rows = clips - self._starts[source_of]
@@ -214,6 +218,7 @@ class Mixture:
         places = list(zip(source_of.tolist(), rows.tolist(), strict=True))
         for i, (source, row) in enumerate(places):
             arrays["score"][i] = self.sources[source].score[row]
+            weights[i] = float(self.sources[source].weight[row])
             self.sources[source].read(row, *(arrays[name][i] for name in ("mean", "std", "text", "text_c")))
             _draw(self.seed, streams[i], Draws(*(arrays[name][i : i + 1] for name in Draws._fields)))
         for name in ("mean", "std", "text", "text_c"):
@@ -225,6 +230,7 @@ class Mixture:
             sources=torch.from_numpy(source_of.astype(np.int64)),
             keys=[self.sources[source].key(row) for source, row in places],
             batch=batch._replace(score=None) if np.isnan(arrays["score"]).all() else batch,
+            weights=weights,
         )
 
     def _epoch(self, epoch: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from ttmray.console import console
 from ttmray.corpus.finalise import SUCCESS
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation import pool
-from ttmray.generation.filter import KEPT, FilterConfig, filter_pool
+from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.weights import digest_file
 from ttmray.storage import Folder, absolute
@@ -66,7 +66,7 @@ class ExpertIterationConfig(TrainConfig):
     pools: tuple[str, ...] = execution(())
     """Finished pools of the first rounds, in place of sampling them."""
     filter: FilterConfig = FilterConfig()
-    """What is kept of a pool."""
+    """What is kept of a pool; with a `temperature`, reward-weighted fine-tuning on all of it."""
     oversample: float = Field(5.0, gt=0)
     """Draws of a kept clip per epoch of the mixture (paper)."""
     weights: str = Field("raw", pattern=r"^(raw|ema:[0-9.]+)$")
@@ -183,9 +183,8 @@ def _experts(
     corpus = config.data.sources[0]
     selection = place.sub("selection")
     filter_pool(source.uri, selection.uri, config.filter, corpus.corpus)
-    return SourceConfig(
-        corpus=source.uri, split="all", keys=selection.path(KEPT), score_column=corpus.score_column, repeat=1.0
-    )
+    keys = selection.path(KEPT if config.filter.temperature is None else WEIGHTED)
+    return SourceConfig(corpus=source.uri, split="all", keys=keys, score_column=corpus.score_column, repeat=1.0)
 
 
 def _trained(config: ExpertIterationConfig, phase: TrainConfig, name: str, place: Folder, force: bool) -> str:

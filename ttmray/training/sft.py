@@ -69,7 +69,7 @@ class SftTask:
 
     def losses(self, samples: Samples, forward: Callable[..., Tensor]) -> Losses:
         losses, t = flow_losses(self.model, samples.batch, self.config.flow, forward)
-        return Losses(losses, t)
+        return Losses(losses * samples.weights, t)  # by 1 exactly, but in reward-weighted fine-tuning
 
     def validate(self, device: torch.device, rank: int, world: int) -> tuple[Tensor, Tensor] | None:
         if self.held_out is None:
