@@ -87,11 +87,11 @@ def test_fad_equals_the_textbook_form_with_few_and_many_clips(n: int, m: int) ->
 def test_fad_is_zero_for_equal_sets_and_blind_to_rotation_order_and_shift(n: int) -> None:
     x, y, turn = rows(n, 24, 1), rows(60, 24, 2) * 1.4, rotation(24)
     shuffled = np.random.default_rng(0).permutation(x)
-    assert fad(x, shuffled, protocol=P, resamples=0).value == pytest.approx(0, abs=1e-7)
+    assert fad(x, shuffled, protocol=P, resamples=0).value == pytest.approx(0, abs=1e-6)
     value = fad(x, y, protocol=P, resamples=0).value
     assert value > 0.1
     assert fad(x @ turn + 5, y @ turn + 5, protocol=P, resamples=0).value == pytest.approx(value, rel=1e-7)
-    assert fad(y, x, protocol=P, resamples=0).value == pytest.approx(value, rel=1e-9)
+    assert fad(y, x, protocol=P, resamples=0).value == pytest.approx(value, rel=1e-7)
 
 
 @settings(max_examples=40, deadline=None)
