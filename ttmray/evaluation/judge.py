@@ -1,10 +1,11 @@
 """Concept coverage score (CCS): which of a prompt's concepts a large audio-language model hears in a clip.
 
-The judge is any endpoint that speaks the OpenAI chat API with `input_audio`: a provider's, or a local server such as
-vLLM with an open model. The challenge's own judge and questions are not published, so values compare systems under one
-judge, not with official ones. Two questions are asked: once per prompt for its concepts (unless a table gives them),
-once per clip which of them can be heard. Every question and answer is kept in `judge/`; what is there is not asked
-again. The key comes from an environment variable and is never written.
+The judge is any endpoint that speaks the OpenAI chat API with `input_audio` (a provider's, or a local server such as
+vLLM with an open model), or an audio-language model of transformers in this process. The challenge's own judge and
+questions are not published, so values compare systems under one judge, not with official ones. Two questions are asked:
+once per prompt for its concepts (unless a table gives them), once per clip which of them can be heard. Every question
+and answer is kept in `judge/`; what is there is not asked again. The key comes from an environment variable and is
+never written.
 """
 
 import base64
@@ -14,12 +15,14 @@ import json
 import os
 import random
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import soundfile
@@ -49,15 +52,23 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 _VERDICT = re.compile(r"^\W*(\d+)\W+(yes|no)\b", re.IGNORECASE | re.MULTILINE)
 
 Parsed = TypeVar("Parsed")
+Ask = Callable[[str, bytes], str]
+"""(question, WAV file or nothing) -> answer."""
 
 
 class JudgeConfig(Config):
     """Who judges, and how it is asked."""
 
-    endpoint: str
-    """Base address of the API, e.g. `http://localhost:8000/v1`; `/chat/completions` is added."""
+    endpoint: str | None = None
+    """Base address of the API, e.g. `http://localhost:8000/v1`; `/chat/completions` is added. null: a local model."""
     model: str
-    """Name of the model at that endpoint."""
+    """Name of the model at that endpoint; without one, a folder or the Hub id of a model that is already fetched."""
+    device: str = execution("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Of a local model; `auto` is cuda where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of a local model's weights; `auto` is what its files have."""
+    max_new_tokens: int = Field(256, ge=8, le=8192)
+    """Longest answer of a local model."""
     concepts: str | None = None
     """Table with the columns prompt_id (or id) and concepts, separated by semicolons; default: the judge names them."""
     max_concepts: int = Field(8, ge=1, le=50)
@@ -65,17 +76,20 @@ class JudgeConfig(Config):
     key_variable: str = execution("TTMRAY_JUDGE_KEY")
     """Environment variable that holds the API key; none is sent where it is empty."""
     attempts: int = execution(5, ge=1, le=20)
-    """Tries per question: failures of the network or server, and answers that cannot be read."""
+    """Tries per question: failures of the network or server, and answers that cannot be read. A local model has one:
+    it would say the same again."""
     timeout_s: float = execution(120.0, gt=0)
     """Per try."""
     backoff_s: float = execution(1.0, ge=0)
     """Wait after the first failure; it doubles, up to a minute."""
     parallel: int = execution(4, ge=1, le=64)
-    """Questions at the same time."""
+    """Questions at the same time; a local model answers one after the other."""
 
     @field_validator("endpoint")
     @classmethod
-    def _web_address(cls, value: str) -> str:
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             raise ValueError("needs an address such as https://host/v1, without a user")
@@ -85,7 +99,8 @@ class JudgeConfig(Config):
     def name(self) -> str:
         """Protocol of the scores: the model and everything that decides the questions."""
         asked = [self.model, self.endpoint, self.concepts, self.max_concepts, ASK_CONCEPTS, ASK_COVERAGE]
-        return f"ccs-{self.model}-{fingerprint(asked)[:8]}"
+        asked += [] if self.endpoint else [self.dtype, self.max_new_tokens]
+        return f"ccs-{self.model.rstrip('/').rpartition('/')[2]}-{fingerprint(asked)[:8]}"
 
 
 def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Folder) -> list[tuple[float | None, str]]:
@@ -96,9 +111,11 @@ def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Fo
         output: its `judge/` keeps questions and answers.
 
     Raises:
-        UserError: the endpoint refuses (key, address, model), or a concept table that does not fit.
+        UserError: the endpoint refuses (key, address, model), a local model that is not there or hears nothing, or a
+            concept table that does not fit.
     """
-    if _key(config) and urlsplit(config.endpoint).scheme == "http" and urlsplit(config.endpoint).hostname not in LOCAL:
+    address = urlsplit(config.endpoint or "")
+    if _key(config) and address.scheme == "http" and address.hostname not in LOCAL:
         raise UserError(
             f"judge.endpoint {config.endpoint} would get the key of {config.key_variable} unencrypted.", "Use https."
         )
@@ -108,12 +125,14 @@ def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Fo
     if unknown:
         raise UserError(f"{config.concepts}: no concepts of prompt {unknown[0]}.", "Every prompt needs some.")
 
+    ask = _local(config) if config.endpoint is None else partial(_ask_endpoint, config)
+
     def concepts_of(item: tuple[str, str]) -> list[str] | ClipError:
         if given is not None:
             return given[item[0]]
         question = ASK_CONCEPTS.format(limit=config.max_concepts, prompt=item[1])
         try:
-            return _asked(config, output, question, None, lambda answer: _concepts(answer, config.max_concepts))
+            return _asked(config, ask, output, question, None, lambda answer: _concepts(answer, config.max_concepts))
         except ClipError as error:
             return error
 
@@ -123,7 +142,7 @@ def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Fo
             if isinstance(named, ClipError):
                 raise named
             question = ASK_COVERAGE.format(concepts="\n".join(f"{i}. {one}" for i, one in enumerate(named, 1)))
-            verdicts = _asked(config, output, question, clip[2], lambda answer: parse_verdicts(answer, len(named)))
+            verdicts = _asked(config, ask, output, question, clip[2], lambda answer: parse_verdicts(answer, len(named)))
             return sum(verdicts) / len(verdicts), ""
         except ClipError as error:
             return None, str(error)
@@ -177,8 +196,29 @@ def _given_concepts(config: JudgeConfig) -> dict[str, list[str]] | None:
     return given
 
 
+def _local(config: JudgeConfig) -> Ask:
+    """A local model, which is loaded when the first question is not answered yet."""
+    lock = threading.Lock()
+    loaded: list[Ask] = []
+
+    def ask(question: str, sound: bytes) -> str:
+        from ttmray.evaluation.judge_local import LocalJudge
+
+        with lock:
+            if not loaded:
+                loaded.append(LocalJudge(config.model, config.device, config.dtype, config.max_new_tokens))
+            return loaded[0](question, sound)
+
+    return ask
+
+
 def _asked(
-    config: JudgeConfig, output: Folder, question: str, audio: str | None, parse: Callable[[str], Parsed]
+    config: JudgeConfig,
+    ask: Ask,
+    output: Folder,
+    question: str,
+    audio: str | None,
+    parse: Callable[[str], Parsed],
 ) -> Parsed:
     """The parsed answer, from the output folder where it was asked before.
 
@@ -192,18 +232,13 @@ def _asked(
             return parse(json.loads(output.read(name))["answer"])
         except (ValueError, KeyError, TypeError):
             pass  # damaged by hand: asked again
-    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if sound:
-        encoded = base64.b64encode(sound).decode()
-        content.append({"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}})
-    body = {"model": config.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-    problem = ""
-    for attempt in range(config.attempts):
+    problem, attempts = "", config.attempts if config.endpoint else 1
+    for attempt in range(attempts):
         if attempt:
             wait = min(LONGEST_WAIT_S, config.backoff_s * 2 ** (attempt - 1))
             time.sleep(wait * random.uniform(0.5, 1.0))
         try:
-            answer = _post(config, body)
+            answer = ask(question, sound)
             parsed = parse(answer)
         except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"[:300]
@@ -212,7 +247,15 @@ def _asked(
         kept |= {"endpoint": config.endpoint, "answer": answer}
         output.write(name, json.dumps(kept, ensure_ascii=False, indent=1).encode())
         return parsed
-    raise ClipError("failed", "judge", f"no usable answer in {config.attempts} tries; the last: {problem}")
+    raise ClipError("failed", "judge", f"no usable answer in {attempts} tries; the last: {problem}")
+
+
+def _ask_endpoint(config: JudgeConfig, question: str, sound: bytes) -> str:
+    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if sound:
+        encoded = base64.b64encode(sound).decode()
+        content.append({"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}})
+    return _post(config, {"model": config.model, "temperature": 0, "messages": [{"role": "user", "content": content}]})
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
