@@ -5,12 +5,14 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ttmray.cli import main
 from ttmray.evaluation.report import report
 from ttmray.training.pairs import PairSource, read_pairs
 
@@ -40,6 +42,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, made: Path) -> Iterator[Any]:
+    with opened_in(browser, made / "index.html") as opened:
+        yield opened
+
+
+@contextmanager
+def opened_in(browser: Any, index: Path) -> Iterator[Any]:
     """The page in a fresh profile; any error in it, and any request to elsewhere, fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
     opened = context.new_page()
@@ -48,7 +56,7 @@ def page(browser: Any, made: Path) -> Iterator[Any]:
     opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     opened.on("request", lambda r: None if r.url.startswith(("file:", "blob:")) else wrong.append(r.url))
     opened.on("dialog", lambda dialog: dialog.accept())
-    opened.goto((made / "index.html").as_uri())
+    opened.goto(index.as_uri())
     yield opened
     context.close()
     assert wrong == []
@@ -244,3 +252,46 @@ def test_the_last_vote_can_be_undone_and_clips_play_at_the_same_loudness(page: A
     low, high = sorted(page.evaluate("window.volumes"))
     assert high == 1
     assert low == pytest.approx(0.25, abs=0.01)  # tones of 0.1 and 0.4
+
+
+def test_the_two_published_systems_are_evaluated_shown_in_both_themes_and_voted_on(
+    browser: Any, data_dir: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    with open(data_dir / "clips/clips.csv", newline="") as file:
+        published = [row for row in csv.DictReader(file) if row["system"] == "sub1"]
+    with open(tmp_path / "prompts.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("id", "prompt"), *((row["prompt_id"], row["caption"]) for row in published)])
+    store, out = str(tmp_path / "store"), tmp_path / "out"
+    assert main(["reference", "build", "songs", str(data_dir / "tracks"), "--store", store]) == 0
+    folders = [str(data_dir / "clips" / name) for name in ("baseline", "sub1")]
+    usual = ["--prompts", str(tmp_path / "prompts.csv"), "--reference", "songs", "--output", str(out)]
+    assert main(["evaluate", *folders, *usual, "--set", f"references={store}", "--set", "resamples=100"]) == 0
+    assert main(["report", str(out)]) == 0
+    with opened_in(browser, out / "report/index.html") as page:
+        assert len(shown(page)) == len(published) == 24
+        assert page.locator(".prompt audio, .prompt button").count() >= 48
+        images = {}
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            page.screenshot(path=tmp_path / f"{theme}.png", full_page=True)
+            images[theme] = np.asarray(Image.open(tmp_path / f"{theme}.png").convert("L"), float)
+        assert images["light"].mean() > 180 > 90 > images["dark"].mean()
+        assert min(image.std() for image in images.values()) > 10  # something is on it
+        page.focus("#blind-form button")
+        page.keyboard.press("Enter")
+        assert "FluxAudio" not in page.inner_text("body")
+        for key in ("a", "b"):
+            listen_to_both(page)
+            page.keyboard.press(key)
+        page.keyboard.press("Escape")
+        page.reload()
+        assert page.inner_text("#count").startswith("2 votes")
+        with page.expect_download() as waiting:
+            page.click("#csv")
+        waiting.value.save_as(out / "report/votes.csv")
+    pairs, dropped = read_pairs([PairSource(name="votes", path=str(out / "report/votes.csv"))])
+    assert dropped == []
+    assert sorted(pair.target for pair in pairs) == [0.0, 1.0]
+    assert all(Path(pair.a).is_file() and Path(pair.b).is_file() for pair in pairs)
