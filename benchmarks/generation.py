@@ -99,8 +99,8 @@ class TextClock:
 
     def __init__(self, text: TextEncoder, clap: Clap) -> None:
         self.seconds = 0.0
-        text.encode = self._timed(text.encode)
-        clap.embed_text = self._timed(clap.embed_text)
+        for encoder, name in ((text, "encode"), (clap, "embed_text")):
+            setattr(encoder, name, self._timed(getattr(encoder, name)))
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:

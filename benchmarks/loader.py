@@ -27,6 +27,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # befo
 import argparse
 import itertools
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -133,8 +134,7 @@ def ray(corpus: str, workers: int) -> Iterator[int]:
         batches = dataset.iter_torch_batches(
             batch_size=BATCH, collate_fn=collate, local_shuffle_buffer_size=1000, prefetch_batches=4, drop_last=True
         )
-        for batch in batches:
-            yield len(batch[0])
+        yield from (len(next(iter(batch))) for batch in batches)
 
 
 def _wanted(name: str) -> bool:
@@ -172,7 +172,7 @@ def child(name: str, workers: int, corpus: str, clips: int, seconds: float, work
         import ray as framework
         import ray.data
 
-        framework.init(include_dashboard=False, logging_level="ERROR")
+        framework.init(include_dashboard=False, logging_level=logging.ERROR)
         framework.data.DataContext.get_current().enable_progress_bars = False
     elif name == "webdataset":
         import webdataset  # noqa: F401

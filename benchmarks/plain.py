@@ -146,6 +146,8 @@ class JointBlock(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
+    freqs: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("freqs", 10000.0 ** (-torch.arange(128) / 128), persistent=False)
@@ -157,6 +159,8 @@ class TimeEmbedding(nn.Module):
 
 
 class ScoreEmbedding(nn.Module):
+    freqs: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.empty(FREQUENCIES))
@@ -181,6 +185,11 @@ class FinalLayer(nn.Module):
 
 class PlainFluxAudio(nn.Module):
     """The network. A dropped score is a zero embedding."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    empty_string_feat: Tensor
+    empty_string_feat_c: Tensor
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -263,7 +272,7 @@ def plain_copy(model: FluxAudio) -> PlainFluxAudio:
 @torch.inference_mode()
 def plain_sample(
     model: PlainFluxAudio, text: Any, clap: Any, prompt: str, negative: str, x: Tensor, steps: int, weight: float,
-    score: float, bf16: bool,
+    score: float | None, bf16: bool,
 ) -> Tensor:  # fmt: skip
     """Latents (N, C) of one prompt by the released script's procedure.
 
@@ -279,7 +288,7 @@ def plain_sample(
         [torch.from_numpy(encode([words])).to(device) for encode in (text.encode, clap.embed_text)]
         for words in (prompt, negative)
     ]
-    scores = torch.full((1,), score, device=device)
+    scores = None if score is None else torch.full((1,), score, device=device)
     null = torch.ones(1, dtype=torch.bool, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         given, without = (model.conditions(*features) for features in texts)

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.bundle import resolve_device
+from ttmray.storage import Folder
 from ttmray.training.config import RuntimeConfig, TrainConfig, ValidationConfig
 from ttmray.training.data import DataConfig, Samples, SourceConfig
 from ttmray.training.flow_matching import Batch, flow_losses
@@ -102,6 +103,9 @@ class Duel:
     def validate(self, device: torch.device, rank: int, world: int) -> None:
         return None
 
+    def sample(self, folder: Folder, step: int) -> None:
+        raise AssertionError("no samples are asked for")
+
     def note(self, start: int, stop: int) -> dict[str, Any]:
         return {}
 
@@ -141,9 +145,9 @@ def synthetic_samples(config: BackboneConfig, batch: int, seed: int, pin: bool) 
         score=normal(),
     )
     if pin:
-        found = Batch(*(tensor if tensor is None else tensor.pin_memory() for tensor in found))
+        found = Batch(**{name: tensor.pin_memory() for name, tensor in found._asdict().items()})
     numbers = torch.arange(batch)
-    return Samples(numbers, numbers, [str(i) for i in range(batch)], found)
+    return Samples(numbers, numbers, [str(i) for i in range(batch)], found, weights=torch.ones(batch))
 
 
 def train_config(folder: str, batch: int, precision: str, compile: bool) -> TrainConfig:
