@@ -6,10 +6,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
 
 REPO = Path(__file__).resolve().parents[1]
+
+# A run of the suite says something about the change at hand only if it draws the same examples as the run before.
+# New ones: pytest --hypothesis-profile=default
+hypothesis.settings.register_profile("same-examples", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same-examples")
 
 
 def _outside(variable: str, default: str) -> Path:

@@ -209,7 +209,7 @@ def test_what_is_no_checkpoint_is_one_message(tmp_path):
     cases = {
         "": "holds no checkpoint",
         "absent": "holds no checkpoint",
-        "absent.pth": "no such checkpoint",
+        "absent.pth": "not found",
         "absent.safetensors": "not found",
         "list.pt": "holds a list",
         "empty.pt": "holds no tensors",

@@ -13,15 +13,15 @@ from typing import Any, get_args
 import numpy as np
 import soxr
 import torch
-from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import ClapConfig, ClapModel, PreTrainedTokenizerBase, RobertaTokenizer
 from transformers.audio_utils import mel_filter_bank
 
 from ttmray.errors import UserError
 from ttmray.models import as_waves, init_for_debug, micro_batch, require_finite, seeded, side_by_side, to_float32
-from ttmray.models.clap_weights import convert_laion_state_dict, load_restricted
+from ttmray.models.clap_weights import convert_laion_state_dict
 from ttmray.models.protocol import CLAP_SAMPLE_RATE, Crop
+from ttmray.models.state_dicts import read_state_dict
 
 CLAP_SAMPLES = 480_000  # 10 s, the only length that the audio tower takes
 TEXT_TOKENS = 77
@@ -303,8 +303,7 @@ def load_laion_clap(
     path, tokenizer_dir = Path(path), Path(tokenizer_dir)
     if not any((tokenizer_dir / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise UserError(f"{tokenizer_dir}: no RoBERTa tokenizer", "Put vocab.json and merges.txt there.")
-    safe = path.suffix == ".safetensors" and path.is_file()
-    state = load_file(path) if safe else load_restricted(path)
+    state = read_state_dict(path)
     if not any(key.startswith("audio_model.") for key in state):
         state = convert_laion_state_dict(state)
     model = ClapModel(config or htsat_base_config())

@@ -1,91 +1,15 @@
-"""LAION-CLAP checkpoints: safe reading, and their names in transformers' `ClapModel`.
+"""LAION-CLAP checkpoints: their names in transformers' `ClapModel`.
 
 The released `.pt` files are training checkpoints of `laion_clap` (LAION-AI/CLAP, CC0-1.0): a dictionary with
-"state_dict" beside the epoch and the optimiser, keys with the "module." of DistributedDataParallel. Some
-were written with pickle protocol 4 and hold numpy scalars, which torch's weights-only reader refuses.
+"state_dict" beside the epoch and the optimiser, keys with the "module." of DistributedDataParallel.
 """
 
-import codecs
-import pickle
-import types
-import warnings
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ttmray.errors import UserError
-
-_numpy_scalar = np.float64(0).__reduce__()[0]
-
-# All that a checkpoint of tensors, numbers and strings refers to; torch itself resolves storage classes.
-# Nothing here runs code, opens files or unpickles further.
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("numpy.core.multiarray", "scalar"): _numpy_scalar,  # its place before numpy 2
-    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,
-}
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return _ALLOWED[module, name]
-
-
-# torch.load takes a module and uses its `Unpickler` for zip checkpoints.
-_RESTRICTED_PICKLE = types.SimpleNamespace(Unpickler=_RestrictedUnpickler, __name__="restricted_pickle")
-
-
-def load_restricted(path: str | Path) -> dict[str, Any]:
-    """Reads a `.pt` dictionary without running code from it; tensors are memory-mapped on the CPU.
-
-    First torch's own weights-only reader; where that refuses (pickle protocol 4, numpy scalars), an
-    unpickler that admits tensors, OrderedDict, numpy scalars and nothing else.
-
-    Raises:
-        UserError: no such file, not a checkpoint of torch.save, something else than plain data inside, or not
-            a dictionary.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        loaded = _load_plain_data(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} was not loaded: {error}",
-            "Only tensors, numbers and strings are accepted; check where the file comes from.",
-        ) from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of weights")
-    return loaded
-
-
-def _load_plain_data(path: Path) -> Any:
-    # Files before torch 1.6 are no zip archives; only torch's own reader is trusted with them.
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load would hand such a file to torch.jit.load when the weights-only reader is off.
-            if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
-                raise pickle.UnpicklingError("it is a TorchScript program, not a checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the fallback reads it
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError:
-        if not zipped:
-            raise
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED_PICKLE, mmap=True)
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:

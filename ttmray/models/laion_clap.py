@@ -15,8 +15,9 @@ import torch
 from ttmray.errors import UserError
 from ttmray.models import as_waves
 from ttmray.models.clap import ten_second_windows
-from ttmray.models.clap_weights import load_restricted, unwrap_state_dict
+from ttmray.models.clap_weights import unwrap_state_dict
 from ttmray.models.protocol import Crop
+from ttmray.models.state_dicts import read_state_dict
 
 
 class LaionClap:
@@ -40,7 +41,7 @@ class LaionClap:
             ) from error
         self._module: Any = laion_clap.CLAP_Module(enable_fusion=False, amodel="HTSAT-base", device=device)
         # Its own loader unpickles freely, so the tensors come through ours.
-        state = unwrap_state_dict(load_restricted(Path(checkpoint)))
+        state = unwrap_state_dict(read_state_dict(checkpoint))
         state.pop("text_branch.embeddings.position_ids", None)  # a buffer that newer transformers do not keep
         missing, unexpected = self._module.model.load_state_dict(state, strict=False)
         missing = [name for name in missing if not name.endswith("position_ids")]

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel
 
 from ttmray.errors import UserError
 from ttmray.models import as_waves, init_for_debug, micro_batch, require_finite, seeded, side_by_side, to_float32
-from ttmray.models.clap_weights import load_restricted
 from ttmray.models.protocol import MERT_SAMPLE_RATE
+from ttmray.models.state_dicts import read_state_dict
 
 TEN_SECONDS = 10 * MERT_SAMPLE_RATE
 SEGMENT_SAMPLES = 300 * MERT_SAMPLE_RATE
@@ -193,7 +192,7 @@ def load_mert(
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
         if file.is_file():
-            return load_file(file) if file.suffix == ".safetensors" else load_restricted(file)
+            return read_state_dict(file)
     raise UserError(f"{path}: neither model.safetensors nor pytorch_model.bin", "Copy m-a-p/MERT-v1-330M there.")
 
 

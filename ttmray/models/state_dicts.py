@@ -1,39 +1,94 @@
 """Weights files as tensors, and tensors into a model: all of them and no others."""
 
+import codecs
 import pickle
+import types
+import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from ttmray.errors import UserError
 
+_numpy_scalar = np.float64(0).__reduce__()[0]
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a `.safetensors` file, or of a torch checkpoint read without running code from it.
+# All that a checkpoint of tensors, numbers and strings refers to; torch itself resolves storage classes.
+# Nothing here runs code, opens files or unpickles further.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("numpy.core.multiarray", "scalar"): _numpy_scalar,  # its place before numpy 2
+    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+# torch.load takes a module and uses its `Unpickler` for zip checkpoints.
+_RESTRICTED_PICKLE = types.SimpleNamespace(Unpickler=_RestrictedUnpickler, __name__="restricted_pickle")
+
+
+def read_state_dict(path: str | Path) -> dict[str, Any]:
+    """What a `.safetensors` file or a torch checkpoint holds, read without running code from it.
+
+    Torch files go to torch's own weights-only reader; where that refuses (pickle protocol 4, numpy scalars, both in
+    released checkpoints), to an unpickler that admits tensors, OrderedDict, numpy scalars and nothing else. Their
+    tensors are memory-mapped on the CPU.
+
+    Returns:
+        Values by name. Nesting such as {"generator": ...} and other values than tensors are left to the caller.
 
     Raises:
-        UserError: no such file, unreadable, or not a dictionary (a single level of nesting such as
-            {"generator": ...} is left to the caller).
+        UserError: no such file, a damaged file, something else than plain data inside, or not a dictionary.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file not found: {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        loaded = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
         raise UserError(
-            f"{path} was not read: {error}",
-            "Only safetensors and torch checkpoints of plain tensors are accepted.",
+            f"{path} was not read: {error or type(error).__name__}",
+            "Only safetensors and torch checkpoints of tensors, numbers and strings are accepted; check where the file "
+            "comes from.",
         ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of weights")
     return loaded
+
+
+def _read_torch(path: Path) -> Any:
+    # Files before torch 1.6 are no zip archives; only torch's own reader is trusted with them.
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load would hand such a file to torch.jit.load when the weights-only reader is off.
+            if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
+                raise pickle.UnpicklingError("it is a TorchScript program, not a checkpoint")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the fallback reads it
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:
+        if not zipped:
+            raise
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED_PICKLE, mmap=True)
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:

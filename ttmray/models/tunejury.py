@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from scipy.optimize import minimize
 from scipy.special import expit
 from torch import nn
 
 from ttmray.errors import UserError
 from ttmray.models import init_for_debug, micro_batch, require_finite, seeded, to_float32
-from ttmray.models.clap_weights import load_restricted
+from ttmray.models.state_dicts import read_state_dict
 
 BLOCKS = ("clap_audio", "mert", "text")  # the order of the feature vector
 BLOCK_DIMS = (512, 1024, 512)
@@ -167,8 +166,7 @@ def load_tunejury(
     else:
         path = Path(source)
         what = str(path)
-        safe = path.suffix == ".safetensors" and path.is_file()
-        checkpoint = load_file(path) if safe else load_restricted(path)
+        checkpoint = read_state_dict(path)
         sidecar = path.with_suffix(".json")
     prefix, state = _strip_prefixes(checkpoint)
     widths = _widths(state, what)

@@ -136,7 +136,7 @@ def convert(path: str | Path, out: str | Path | None = None, store: Store | None
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from ttmray.models.clap_weights import load_restricted
+    from ttmray.models.state_dicts import read_state_dict
 
     store = store or open_store()
     source = Path(path)
@@ -147,7 +147,7 @@ def convert(path: str | Path, out: str | Path | None = None, store: Store | None
         raise UserError(f"{target} must end in .safetensors.", "Loaders go by it.")
     if target.exists():
         raise UserError(f"{target} exists.", "Delete it to convert once more.")
-    tensors, left_out = _tensors(load_restricted(source), str(source))
+    tensors, left_out = _tensors(read_state_dict(source), str(source))
     digest = digest_file(source)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     with explained(str(target)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.backbone import BackboneConfig, FluxAudio
-from ttmray.models.clap_weights import load_restricted
+from ttmray.models.state_dicts import read_state_dict
 from ttmray.storage import Folder, absolute, is_remote, read_file, split_path
 from ttmray.training.checkpoint import KIND, STATE, committed, load, newest_valid, verify
 from ttmray.training.ema import synthesise
@@ -146,12 +146,7 @@ def _inspect_torch(path: str) -> dict[str, Any]:
     if is_remote(path):
         raise UserError(f"{path}: torch files are read from local disks only.", "Copy it here first.")
     full = absolute(path)
-    try:
-        content: Mapping[str, Any] = load_restricted(full)
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # pickle may raise anything on damaged data
-        raise UserError(f"{path} is damaged or no torch file: {error}", "Fetch it again.") from error
+    content: Mapping[str, Any] = read_state_dict(full)
     kind, step = "torch state dict", None
     for container in ("weights", "state_dict", "generator"):  # of the public trainer, of LAION-CLAP, of BigVGAN
         if isinstance(content.get(container), dict):

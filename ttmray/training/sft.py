@@ -23,8 +23,8 @@ from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import Transfer, config_of, read_config, tidy, transfer
-from ttmray.models.bigvgan import read_state_dict
 from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import digest_file
 from ttmray.storage import Folder, is_remote
 from ttmray.training.config import TrainConfig
