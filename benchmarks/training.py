@@ -77,6 +77,7 @@ class Duel:
         self.device = model.latent_mean.device
         self.identity: dict[str, Any] = {}
         self.flops_per_sample = step_flops(model.config)
+        self.clips_per_sample, self.frozen_models = 1, 0
         self.ours: list[float] = []
         self.theirs: list[float] = []
         self.our_losses: list[Tensor] = []

@@ -7,7 +7,6 @@ import gc
 import html
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
+from ttmray.cluster import connected_gpus, leave
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
@@ -181,10 +181,7 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        if "ray" in sys.modules:
-            import ray
-
-            ray.shutdown()
+        leave()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -204,9 +201,7 @@ def _held(runtime: Any) -> float:
     if hasattr(pool, "gpus"):
         return float(pool.workers * pool.gpus)
     if hasattr(runtime, "models"):  # the corpus job takes all that the cluster has
-        import ray
-
-        return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0
+        return connected_gpus()
     return float(runtime.workers * on_cuda)
 
 

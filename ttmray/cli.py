@@ -22,6 +22,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    for add in (_corpus, _generation, _training, _evaluation, _models, _chains):
+        add(commands)
+    return parser
+
+
+def _corpus(commands: Any) -> None:
+    """Songs in, a scored corpus out, and looks into it."""
     job = commands.add_parser("score-corpus", help="songs in, a scored WebDataset corpus out (jobs/score_corpus.py)")
     _add_config(job)
     job.add_argument("--plan-only", action="store_true", help="print and save the plan with every derived number")
@@ -53,17 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("folder", metavar="RUN", help="run folder or s3:// prefix")
     status.set_defaults(run=_look("status"))
 
-    score = commands.add_parser("score", help="reward, CLAP score, loudness and true peak of audio files")
-    score.add_argument("files", nargs="+", metavar="FILE", help="audio files: local paths or s3:// addresses")
-    score.add_argument("--caption", default="", metavar="TEXT", help="text to compare with (CLAP score)")
-    score.add_argument("--bundle", default="debug", help="set of models (default debug)")
-    score.add_argument("--reward-text", default="empty", choices=("empty", "caption"), help="what the reward sees")
-    score.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    score.add_argument("--batch", type=int, default=8, metavar="N", help="clips per model forward on a GPU")
-    score.add_argument("--cache", metavar="DIR", help="folder that keeps embeddings, shared by jobs")
-    score.add_argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
-    score.set_defaults(run=_score)
 
+def _generation(commands: Any) -> None:
+    """Clips and pools of them."""
     made = commands.add_parser("generate", help="prompts in, audio files and a manifest out (jobs/generate.py)")
     _add_config(made)
     made.add_argument(
@@ -90,6 +89,69 @@ def _parser() -> argparse.ArgumentParser:
     finish.add_argument("--device", help="auto, cpu or cuda")
     _add_config(finish)
     finish.set_defaults(run=_postprocess)
+
+    pool = commands.add_parser("pool", help="candidates per prompt from one checkpoint, scored, as a corpus")
+    _add_config(pool)
+    pool.set_defaults(run=_pool)
+
+    pairs = commands.add_parser("pairs", help="winner and loser of every prompt of a pool")
+    keep = commands.add_parser("filter", help="the best clips of a pool, and a report")
+    for command in (pairs, keep):
+        command.add_argument("pool", metavar="POOL", help="run folder of a pool, local or s3://")
+        command.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+        _add_config(command)
+    keep.add_argument("--corpus", metavar="RUN", help="compare rewards with this corpus's train split")
+    pairs.set_defaults(run=_pairs)
+    keep.set_defaults(run=_filter)
+
+
+def _training(commands: Any) -> None:
+    """Stages 1 to 3, the ranker, and what they leave behind."""
+    sft = commands.add_parser("train-sft", help="Stage 1: train the score-conditioned backbone (jobs/train_sft.py)")
+    _add_config(sft)
+    _add_training(sft)
+    sft.set_defaults(run=_train_sft)
+
+    ranker = commands.add_parser("train-ranker", help="votes in, a preference ranker out (jobs/train_ranker.py)")
+    _add_config(ranker)
+    ranker.set_defaults(run=_train_ranker)
+
+    expert = commands.add_parser("expert-iteration", help="Stage 2: sample, filter, tune (jobs/expert_iteration.py)")
+    _add_config(expert)
+    _add_training(expert)
+    expert.set_defaults(run=_expert_iteration)
+
+    crpo = commands.add_parser("train-crpo", help="Stage 3: preference tuning on pairs (jobs/train_crpo.py)")
+    _add_config(crpo)
+    _add_training(crpo)
+    crpo.set_defaults(run=_train_crpo)
+
+    checkpoint = commands.add_parser("checkpoint", help="training checkpoints and weights: inspect, export")
+    acts = checkpoint.add_subparsers(dest="act", required=True, metavar="ACT")
+    what = acts.add_parser("inspect", help="what a checkpoint or weights file is, and whether it is whole")
+    what.add_argument(
+        "path", metavar="PATH", help="run or checkpoint folder, .safetensors (local or s3://), .pt or .pth"
+    )
+    what.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
+    out = acts.add_parser("export", help="inference weights as one safetensors file with its config")
+    out.add_argument("path", metavar="PATH", help="run, checkpoints or step folder; local or s3://")
+    out.add_argument("--out", required=True, metavar="FILE", help="new .safetensors file")
+    out.add_argument("--weights", default="raw", metavar="KIND", help="raw (default) or ema:SIGMA, such as ema:0.05")
+    checkpoint.set_defaults(run=_checkpoint)
+
+
+def _evaluation(commands: Any) -> None:
+    """Numbers, tables and pages."""
+    score = commands.add_parser("score", help="reward, CLAP score, loudness and true peak of audio files")
+    score.add_argument("files", nargs="+", metavar="FILE", help="audio files: local paths or s3:// addresses")
+    score.add_argument("--caption", default="", metavar="TEXT", help="text to compare with (CLAP score)")
+    score.add_argument("--bundle", default="debug", help="set of models (default debug)")
+    score.add_argument("--reward-text", default="empty", choices=("empty", "caption"), help="what the reward sees")
+    score.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    score.add_argument("--batch", type=int, default=8, metavar="N", help="clips per model forward on a GPU")
+    score.add_argument("--cache", metavar="DIR", help="folder that keeps embeddings, shared by jobs")
+    score.add_argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
+    score.set_defaults(run=_score)
 
     evaluate = commands.add_parser("evaluate", help="folders of audio in, metrics and paired tests out")
     evaluate.add_argument("folders", nargs="*", metavar="DIR", help="systems, local or s3://; NAME=DIR names one")
@@ -139,70 +201,14 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--out", metavar="FILE", help="new file (default: print it)")
     card.set_defaults(run=_card)
 
+
+def _models(commands: Any) -> None:
+    """Weights and sizes."""
     params = commands.add_parser("params", help="parameters per part of a backbone, against the challenge's limit")
     params.add_argument("--size", choices=("s_44k", "l_44k", "s_16k", "l_16k"), default="s_44k")
     params.add_argument("--head", choices=("none", "v1", "v2", "v3", "v4", "v5"), default="v2")
     params.add_argument("--checkpoint", metavar="FILE", help="count the weights of this file instead")
     params.set_defaults(run=_params)
-
-    sft = commands.add_parser("train-sft", help="Stage 1: train the score-conditioned backbone (jobs/train_sft.py)")
-    _add_config(sft)
-    _add_training(sft)
-    sft.set_defaults(run=_train_sft)
-
-    ranker = commands.add_parser("train-ranker", help="votes in, a preference ranker out (jobs/train_ranker.py)")
-    _add_config(ranker)
-    ranker.set_defaults(run=_train_ranker)
-
-    expert = commands.add_parser("expert-iteration", help="Stage 2: sample, filter, tune (jobs/expert_iteration.py)")
-    _add_config(expert)
-    _add_training(expert)
-    expert.set_defaults(run=_expert_iteration)
-
-    crpo = commands.add_parser("train-crpo", help="Stage 3: preference tuning on pairs (jobs/train_crpo.py)")
-    _add_config(crpo)
-    _add_training(crpo)
-    crpo.set_defaults(run=_train_crpo)
-
-    pairs = commands.add_parser("pairs", help="winner and loser of every prompt of a pool")
-    keep = commands.add_parser("filter", help="the best clips of a pool, and a report")
-    for command in (pairs, keep):
-        command.add_argument("pool", metavar="POOL", help="run folder of a pool, local or s3://")
-        command.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-        _add_config(command)
-    keep.add_argument("--corpus", metavar="RUN", help="compare rewards with this corpus's train split")
-    pairs.set_defaults(run=_pairs)
-    keep.set_defaults(run=_filter)
-
-    pool = commands.add_parser("pool", help="candidates per prompt from one checkpoint, scored, as a corpus")
-    _add_config(pool)
-    pool.set_defaults(run=_pool)
-
-    for name, handler, help in (
-        ("reproduce", _reproduce, "the whole chain from one config (jobs/reproduce.py)"),
-        ("ablate", _ablate, "tables and figures of the paper from one config (jobs/ablate.py)"),
-    ):
-        chain = commands.add_parser(name, help=help)
-        _add_config(chain)
-        chain.add_argument(
-            "--from", dest="first", metavar="STEP", help="start here; earlier steps are taken as they are"
-        )
-        chain.add_argument("--until", dest="last", metavar="STEP", help="end with this step")
-        chain.add_argument("--plan-only", action="store_true", help="check all, print the steps and what is done")
-        chain.set_defaults(run=handler)
-
-    checkpoint = commands.add_parser("checkpoint", help="training checkpoints and weights: inspect, export")
-    acts = checkpoint.add_subparsers(dest="act", required=True, metavar="ACT")
-    what = acts.add_parser("inspect", help="what a checkpoint or weights file is, and whether it is whole")
-    what.add_argument(
-        "path", metavar="PATH", help="run or checkpoint folder, .safetensors (local or s3://), .pt or .pth"
-    )
-    what.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
-    out = acts.add_parser("export", help="inference weights as one safetensors file with its config")
-    out.add_argument("path", metavar="PATH", help="run, checkpoints or step folder; local or s3://")
-    out.add_argument("--out", required=True, metavar="FILE", help="new .safetensors file")
-    out.add_argument("--weights", default="raw", metavar="KIND", help="raw (default) or ema:SIGMA, such as ema:0.05")
-    checkpoint.set_defaults(run=_checkpoint)
 
     weights = commands.add_parser("weights", help="released weights: list, pull, verify, where, convert")
     acts = weights.add_subparsers(dest="act", required=True, metavar="ACT")
@@ -218,7 +224,22 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("path", metavar="FILE")
     convert.add_argument("--out", metavar="FILE", help="default: beside the file, with the ending .safetensors")
     weights.set_defaults(run=_weights)
-    return parser
+
+
+def _chains(commands: Any) -> None:
+    """Many jobs from one config."""
+    for name, handler, help in (
+        ("reproduce", _reproduce, "the whole chain from one config (jobs/reproduce.py)"),
+        ("ablate", _ablate, "tables and figures of the paper from one config (jobs/ablate.py)"),
+    ):
+        chain = commands.add_parser(name, help=help)
+        _add_config(chain)
+        chain.add_argument(
+            "--from", dest="first", metavar="STEP", help="start here; earlier steps are taken as they are"
+        )
+        chain.add_argument("--until", dest="last", metavar="STEP", help="end with this step")
+        chain.add_argument("--plan-only", action="store_true", help="check all, print the steps and what is done")
+        chain.set_defaults(run=handler)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -1,12 +1,13 @@
 """Ray for everybody else: join or start a cluster, and do the same work over many items.
 
-Only this file, `corpus/pipeline.py` (Ray Data), `training/launch.py` (Ray Train) and `chain.py` import Ray.
+Only this file, `corpus/pipeline.py` (Ray Data) and `training/launch.py` (Ray Train) import Ray.
 """
 
 import logging
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -83,3 +84,20 @@ def connect(cpus: int, *, object_store_gib: float | None = None, show_workers: b
     on_termination = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
+
+
+def leave() -> None:
+    """Leave the cluster, and end it if this process started it."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def connected_gpus() -> float:
+    """GPUs of the cluster that this process has joined; 0 where it has joined none."""
+    if "ray" not in sys.modules:
+        return 0.0
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttmray.corpus.captions import captions_of, find_captions, is_table, join, load_captions, read_table
-from ttmray.corpus.catalogue import Track, track_ids
+from ttmray.corpus.catalogue import track_ids
+from ttmray.corpus.track import Track
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 

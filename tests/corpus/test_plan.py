@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttmray.audio.io import write_audio
-from ttmray.corpus.catalogue import Catalogue, Track, build_catalogue, track_ids
+from ttmray.corpus.catalogue import Catalogue, build_catalogue, track_ids
 from ttmray.corpus.config import CorpusConfig, SplitConfig
 from ttmray.corpus.plan import (
     MAX_UNIT_DECODED_BYTES,
@@ -26,6 +26,7 @@ from ttmray.corpus.plan import (
     pack_units,
     plan_difference,
 )
+from ttmray.corpus.track import Track
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 

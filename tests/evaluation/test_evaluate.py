@@ -308,11 +308,11 @@ def test_configs_need_prompts_once(root):
 
 
 def test_a_folder_that_holds_something_else_is_not_written_to(root):
-    with pytest.raises(UserError, match="is no evaluation"):
+    with pytest.raises(UserError, match="is no evaluation run"):
         evaluate(make(root, output="real"))
     (root / "out").mkdir()
     (root / "out/run.json").write_text('{"kind": "generate"}')
-    with pytest.raises(UserError, match="describes no evaluation"):
+    with pytest.raises(UserError, match="describes no evaluation run"):
         evaluate(make(root))
 
 

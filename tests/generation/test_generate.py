@@ -311,10 +311,10 @@ def test_bad_input_is_found_before_anything_is_loaded_or_written(prompts, tmp_pa
 
 def test_folders_of_others_are_left_alone(prompts, tmp_path, idle):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is not a generation run: it holds notes.txt"):
+    with pytest.raises(UserError, match=r"is no generate run: it holds notes.txt"):
         generate(make(prompts, tmp_path))
     (tmp_path / "run.json").write_text('{"kind": "corpus"}')
-    with pytest.raises(UserError, match="does not describe a generation run"):
+    with pytest.raises(UserError, match="describes no generate run"):
         generate(make(prompts, tmp_path))
 
 

@@ -281,7 +281,7 @@ def test_a_folder_of_something_else_is_refused(prompts, tmp_path, idle):
     with pytest.raises(UserError, match=r"holds thesis\.doc"):
         generate_pool(make(prompts, tmp_path))
     (tmp_path / "run.json").write_text('{"kind": "corpus"}')
-    with pytest.raises(UserError, match="does not describe a pool"):
+    with pytest.raises(UserError, match="describes no pool run"):
         generate_pool(make(prompts, tmp_path))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ttmray.cli import main
-from ttmray.config import load_config
+from ttmray.config import fingerprint, load_config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
@@ -81,8 +81,8 @@ def test_presets_of_the_paper_differ_in_how_they_run_only():
 
 
 def described(**changes: object) -> dict:
-    whole = {"kind": "sft", "fingerprint": "f", "identity": {"config": {"lr": 1}}, "config": {"steps": 5}}
-    return {**whole, "created": "now", "versions": {}, **changes}
+    whole = {"kind": "sft", "identity": {"config": {"lr": 1}}, "config": {"steps": 5}, "created": "now", **changes}
+    return {**whole, "fingerprint": fingerprint(whole["identity"])}
 
 
 def test_a_run_folder_is_claimed_once_and_by_one_run(tmp_path):
@@ -99,7 +99,7 @@ def test_a_run_folder_is_claimed_once_and_by_one_run(tmp_path):
     claim(out, other, force=True)
     claim(out, other, force=False)
     out.write("run.json", b"{}")
-    with pytest.raises(UserError, match="does not describe a training run"):
+    with pytest.raises(UserError, match="describes no sft run"):
         claim(out, other, force=True)
 
 

@@ -1,5 +1,7 @@
 """Estimates before the first step: against what autograd really keeps, and as arithmetic."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,6 +85,16 @@ def test_a_split_is_exact_and_the_largest_that_fits(share, free, cpu):
     else:
         assert split.device_batch == 1 or split.bytes <= 0.85 * free
         assert all(split.state_bytes + n * split.sample_bytes > 0.85 * free for n in larger)
+
+
+def test_pairs_and_a_reference_need_their_own_memory():
+    split = partial(split_batch, SIZES["s_44k"].with_head("v1"), share=64, averages=2, bf16=True, checkpointing=False)
+    free = 24 * 10**9
+    clips, pairs = (split(device_batch=None, free_bytes=free, clips=n, frozen_models=n - 1) for n in (1, 2))
+    assert pairs.sample_bytes == 2 * clips.sample_bytes
+    assert pairs.state_bytes - clips.state_bytes == pytest.approx(4 * 120e6, rel=0.02)
+    assert clips.device_batch == 64
+    assert pairs.device_batch == 32  # what would be twice 13 GiB does not fit
 
 
 def test_a_wish_is_granted():

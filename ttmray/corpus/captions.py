@@ -14,13 +14,11 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ttmray.corpus.track import Track
 from ttmray.errors import UserError
 from ttmray.storage import Folder, read_file
-
-if TYPE_CHECKING:
-    from ttmray.corpus.catalogue import Track
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COLUMNS = {
@@ -182,7 +180,7 @@ def find_captions(folder: Folder, names: Iterable[str]) -> Table | None:
     return None
 
 
-def join(tracks: Sequence["Track"], captions: dict[str, str]) -> tuple[list["Track"], dict[str, int]]:
+def join(tracks: Sequence[Track], captions: dict[str, str]) -> tuple[list[Track], dict[str, int]]:
     """Give every track its caption, by file stem.
 
     Tables may name paths with other leading folders and another extension than the audio has. Where several

@@ -23,6 +23,7 @@ from ttmray.corpus.captions import (
     read_table,
 )
 from ttmray.corpus.config import CatalogueConfig
+from ttmray.corpus.track import Track
 from ttmray.errors import UserError
 from ttmray.storage import Folder, absolute, read_file, safe_relative, split_path
 
@@ -30,31 +31,6 @@ SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 22
 THREADS = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Track:
-    """One song file.
-
-    Attributes:
-        track_id: letters, digits, `_` and `-`, at most 64; unique in the catalogue without regard to case.
-        path: relative to the audio root, with forward slashes.
-        size: bytes, -1 where unknown.
-        duration_s: seconds as a table says, NaN where unknown.
-        status: `ok`, or `rejected` with the reason `excluded`, `duplicate` or `missing`.
-        message: the details of a rejection.
-    """
-
-    track_id: str
-    path: str
-    size: int = -1
-    duration_s: float = math.nan
-    caption: str = ""
-    artist_id: str = ""
-    album_id: str = ""
-    status: str = "ok"
-    reason: str = ""
-    message: str = ""
 
 
 @dataclass

@@ -16,9 +16,9 @@ from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import UserError
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
-SUCCESS = "_SUCCESS.json"
 REWARDS = ("reward_score", "instrumental_reward_score", "track_reward_score")
 
 

@@ -1,28 +1,26 @@
 """The corpus job from start to end: plan, resume, run, finalise. Everything but the runners works without Ray."""
 
 import json
-import platform
 import time
 from collections import Counter
 from dataclasses import asdict, fields
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
-from ttmray import __version__
-from ttmray.config import differences, fingerprint, identity
+from ttmray import runs
+from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.corpus import index
-from ttmray.corpus.catalogue import Track, build_catalogue
+from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.finalise import SUCCESS, finalise, summary_lines
+from ttmray.corpus.finalise import finalise, summary_lines
 from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference
+from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
-RUN = "run.json"
 ABORT_AFTER = 200
 """Once this many rows are done and more than half of them failed, the job stops: nobody wants to find in the
 morning that a wrong setting failed every clip of the night."""
@@ -41,7 +39,7 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
     started = time.time()
     run = Folder.at(config.output)
     bundle = open_bundle(config.bundle)
-    existing = _existing(run)
+    existing = runs.existing(run, "corpus", beside=("plan.parquet", "plan.json", "plan.md"))
     plan, catalogue_digest = _plan(config, run, existing)
     if plan_only and existing is None:  # before the weights are here, too
         _show_plan(plan, config, run, save=True)
@@ -123,62 +121,20 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
         "protocol": json.loads(json.dumps(asdict(protocol))),
     }
     packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyarrow")
-    return {
-        "kind": "corpus",
-        "fingerprint": fingerprint(what),
-        "identity": what,
-        "protocol_id": f"{bundle.name}/{protocol.id()}",
-        "note": bundle.note,
-        "config": config.model_dump(mode="json"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"ttmray": __version__, "python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
-    }
-
-
-def _existing(run: Folder) -> dict[str, Any] | None:
-    """The `run.json` of a run that was started before; None in a new folder.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-    if run.exists(RUN):
-        try:
-            existing: dict[str, Any] = json.loads(run.read(RUN))
-            if existing["kind"] == "corpus" and existing["fingerprint"] == fingerprint(existing["identity"]):
-                return existing
-        except (ValueError, KeyError, TypeError):  # no JSON, or not ours
-            pass
-        raise UserError(f"{run.path(RUN)} does not describe a corpus run.", "Choose an empty or new output folder.")
-    ours = {"plan.parquet", "plan.json", "plan.md"}
-    strange = [entry.name for entry in run.files(sizes=False) if entry.name not in ours]
-    if strange:
-        raise UserError(
-            f"{run} is not a corpus run: it holds {strange[0]}{' and more' if len(strange) > 1 else ''} but no {RUN}.",
-            "Choose an empty or new output folder.",
-        )
-    return None
+    return runs.describe(
+        "corpus", what, config, packages, protocol_id=f"{bundle.name}/{protocol.id()}", note=bundle.note
+    )
 
 
 def _claim(run: Folder, described: dict[str, Any], plan: Plan) -> None:
     """Write `run.json`, or check that what another launch wrote describes the same run."""
-    if not run.create(RUN, json.dumps(described, indent=1).encode()):
-        existing = _existing(run)
-        assert existing is not None
-        _check_same(run, existing, described, plan)
+    if not runs.write(run, described):
+        _check_same(run, runs.read(run, "corpus"), described, plan)
 
 
 def _check_same(run: Folder, existing: dict[str, Any], described: dict[str, Any], plan: Plan) -> None:
-    if existing["fingerprint"] == described["fingerprint"]:
-        return
-    lines = differences(existing["identity"], described["identity"])
     songs = plan_difference(Plan.load(run), plan) if run.exists("plan.parquet") else []
-    if songs:  # they say what two hashes cannot
-        lines = [line for line in lines if not line.startswith(("catalogue:", "plan:"))] + songs
-    raise UserError(
-        f"{run} belongs to another run:\n    " + "\n    ".join(lines),
-        "Choose a new output folder, or restore the old settings and songs to go on with this one.",
-    )
+    runs.refuse_another(run, existing, described, songs, covered=("catalogue:", "plan:"))  # two hashes say little
 
 
 def _forget_failed(run: Folder) -> None:

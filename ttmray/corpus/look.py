@@ -14,11 +14,11 @@ from ttmray.audio import segment
 from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.finalise import SUCCESS, latent_statistics, reward_statistics, summary_lines
-from ttmray.corpus.job import RUN
+from ttmray.corpus.finalise import latent_statistics, reward_statistics, summary_lines
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.runs import RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
 
 
@@ -119,7 +119,7 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     The page is for ears: a caption that belongs to another song is found in seconds by listening.
     """
     run = _open(folder)
-    described = json.loads(run.read(RUN))
+    described = read(run, "corpus")
     config = CorpusConfig.model_validate(described["config"])
     table = index.read_index(run)
     table = table.filter(pc.equal(table["status"], OK))

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from ttmray.audio.io import AudioInfo, probe
 from ttmray.audio.segment import SegmentRule, count_clips
-from ttmray.corpus.catalogue import Catalogue, Track
+from ttmray.corpus.catalogue import Catalogue
 from ttmray.corpus.config import CorpusConfig, SplitConfig
+from ttmray.corpus.track import Track
 from ttmray.errors import ClipError, UserError
 from ttmray.storage import Folder, explained
 

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ttmray.corpus import index, shards
-from ttmray.corpus.finalise import SUCCESS, check_rows
+from ttmray.corpus.finalise import check_rows
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
 

@@ -19,9 +19,10 @@ from ttmray.models.backbone import BackboneConfig
 from ttmray.models.backbone_weights import count_parameters
 from ttmray.models.bundle import BUNDLES, ReleasedBundle
 from ttmray.models.weights import licences
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, split_path
 from ttmray.training.checkpoint import newest_valid, read_state
-from ttmray.training.launch import CHECKPOINTS, RUN, SUCCESS
+from ttmray.training.launch import CHECKPOINTS
 
 STAGES = {
     "sft": "supervised fine-tuning with flow matching",

@@ -21,8 +21,8 @@ from pydantic import Field, model_validator
 from rich.markup import escape
 from safetensors.numpy import save as save_tensors
 
-from ttmray import __version__
-from ttmray.config import Config, execution, identity
+from ttmray import __version__, runs
+from ttmray.config import Config, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, plain, prompt_means, show
@@ -46,10 +46,11 @@ from ttmray.evaluation.systems import System, find_systems
 from ttmray.generation.prompts import given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, ReleasedBundle, open_bundle
 from ttmray.models.weights import licences
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
 
-EMBEDDINGS, SUCCESS = "embeddings.safetensors", "_SUCCESS.json"
-RUN = {"kind": "evaluation"}
+EMBEDDINGS = "embeddings.safetensors"
+KIND = "evaluation"
 CLIP_S = 10.0
 FULL_BAND_HZ = 32_000
 """Files of a lower rate lack sound that others have; FAD and the scores see that."""
@@ -172,7 +173,7 @@ def evaluate(config: EvaluateConfig) -> int:
     cells, more = comparisons(scores, config.baseline, config.alpha, config.seed)
     total = time.perf_counter() - started
     results = {
-        **RUN,
+        "kind": KIND,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
         "protocol": f"{bundle.name}/{protocol.id()}",
@@ -195,19 +196,9 @@ def evaluate(config: EvaluateConfig) -> int:
 
 
 def _claim(out: Folder) -> None:
-    if not out.exists("run.json"):
-        strange = out.files(sizes=False)
-        if strange:
-            raise UserError(
-                f"{out} is no evaluation: it holds {strange[0].name} but no run.json.", "Choose an empty or new folder."
-            )
-        out.create("run.json", json.dumps(RUN).encode())
-    try:
-        known = json.loads(out.read("run.json"))["kind"] == RUN["kind"]
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{out.path('run.json')} describes no evaluation.", "Choose an empty or new output folder.")
+    """Anything may be evaluated into the folder of another evaluation, so nothing decides its identity."""
+    if runs.existing(out, KIND) is None:
+        runs.write(out, {"kind": KIND, "fingerprint": fingerprint({}), "identity": {}})
     out.delete(SUCCESS)
 
 
@@ -344,7 +335,7 @@ def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, 
     out.write(CLIPS, sink.getvalue())
     out.write(EMBEDDINGS, save_tensors({"clap": claps}, {"protocol": results["embedding_protocol"]}))
     out.write(RESULTS, json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False).encode())
-    out.write(SUCCESS, json.dumps({**RUN, "created": results["created"]}).encode())
+    out.write(SUCCESS, json.dumps({"kind": KIND, "created": results["created"]}).encode())
 
 
 def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], config: EvaluateConfig) -> int:

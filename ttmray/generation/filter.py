@@ -19,10 +19,10 @@ from pydantic import Field
 from ttmray.config import Config, differences, identity
 from ttmray.console import console
 from ttmray.corpus import index, shards
-from ttmray.corpus.job import RUN
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.training.files import VERIFY
 

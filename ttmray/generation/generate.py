@@ -6,19 +6,16 @@ costs the clips in work and nothing else. Rows of failed clips stay until `--ret
 """
 
 import json
-import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ttmray import __version__
+from ttmray import runs
 from ttmray.cluster import each
-from ttmray.config import differences, fingerprint, identity
+from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation import manifest
@@ -30,9 +27,9 @@ from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import Clip, Job, Worker, roles_of
 from ttmray.models.bundle import Bundle, open_bundle, resolve_device
 from ttmray.models.weights import digest_file
+from ttmray.runs import RUN
 from ttmray.storage import Folder, absolute
 
-RUN = "run.json"
 ABORT_AFTER = 50
 """Once this many clips are done and more than half of them failed, the job stops."""
 
@@ -56,7 +53,10 @@ def generate(
     run = Folder.at(config.output)
     bundle = open_bundle(config.bundle)
     described = _describe(config, bundle)
-    rows = manifest.read_rows(run) if _same_run(run, described) else {}
+    rows: dict[str, dict[str, Any]] = {}
+    if (existing := runs.existing(run, "generate")) is not None:
+        runs.refuse_another(run, existing, described)
+        rows = manifest.read_rows(run)
     _check_prompts(run, clips, rows)
     if bundle.note:
         console.print(f"[yellow]{bundle.note}[/yellow]")
@@ -67,7 +67,7 @@ def generate(
         if len(todo) < len(clips):
             console.print(f"{len(clips) - len(todo)} of {len(clips)} clips are done, {len(todo)} to do")
         run.sweep_temporary()
-        fresh = run.create(RUN, json.dumps(described, indent=1).encode())
+        fresh = runs.write(run, described)
         try:
             made = _make(config, described, todo, seconds)
         except UserError:
@@ -123,46 +123,7 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
                 raise UserError(f"{field}: {path} is not a file.", "Give the path of a .safetensors or .pth file.")
             weights[field] = digest_file(Path(path)).sha256
     what = {"config": identity(config), "bundle": models, "weights": weights}
-    return {
-        "kind": "generate",
-        "fingerprint": fingerprint(what),
-        "identity": what,
-        "note": bundle.note,
-        "config": config.model_dump(mode="json"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"ttmray": __version__, "python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "demucs")},
-    }
-
-
-def _same_run(run: Folder, described: dict[str, Any]) -> bool:
-    """Whether the folder holds a run of these settings; False for a new folder.
-
-    Raises:
-        UserError: it holds another run, or something else.
-    """
-    if not run.exists(RUN):
-        strange = run.files(sizes=False)
-        if strange:
-            raise UserError(
-                f"{run} is not a generation run: it holds {strange[0].name} but no {RUN}.",
-                "Choose an empty or new output folder.",
-            )
-        return False
-    try:
-        existing = json.loads(run.read(RUN))
-        known = existing["kind"] == "generate" and existing["fingerprint"] == fingerprint(existing["identity"])
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{run.path(RUN)} does not describe a generation run.", "Choose a new output folder.")
-    if existing["fingerprint"] != described["fingerprint"]:
-        lines = differences(existing["identity"], described["identity"])
-        raise UserError(
-            f"{run} belongs to another run:\n    " + "\n    ".join(lines),
-            "Choose a new output folder, or restore the old settings to go on with this one.",
-        )
-    return True
+    return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
 
 
 def _check_prompts(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str, Any]]) -> None:

@@ -16,9 +16,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ttmray import __version__
+from ttmray import runs
 from ttmray.cluster import each
-from ttmray.config import differences, fingerprint, identity
+from ttmray.config import identity
 from ttmray.console import console, meter
 from ttmray.corpus import index, shards
-from ttmray.corpus.finalise import SUCCESS, check_rows, latent_statistics, reward_statistics, sweep
-from ttmray.corpus.job import RUN
+from ttmray.corpus.finalise import check_rows, latent_statistics, reward_statistics, sweep
 from ttmray.corpus.plan import SCHEMA, Plan, pack_units, plan_difference
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
@@ -41,6 +38,7 @@ from ttmray.generation.pool_worker import CandidatesConfig, Worker
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, absolute
 
 ABORT_AFTER = 50
@@ -72,7 +70,10 @@ def generate_pool(config: CandidatesConfig) -> int:
     run, bundle = Folder.at(config.output), open_bundle(config.bundle)
     plan = plan_pool(choose_prompts(config), config)
     described = _describe(config, plan, bundle)
-    fresh = not _same_run(run, described, plan)
+    existing = runs.existing(run, "pool", beside=("plan.parquet",))
+    if existing is not None:
+        prompts = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
+        runs.refuse_another(run, existing, described, prompts)
     if bundle.note:
         console.print(f"[yellow]{bundle.note}[/yellow]")
     committed = set(index.committed_units(run))
@@ -83,16 +84,16 @@ def generate_pool(config: CandidatesConfig) -> int:
         console.print(f"nothing to do: all {len(units)} units of {run} are committed")
     else:
         run.sweep_temporary()
-        if fresh:
+        if existing is None:
             plan.save(run)
-            run.create(RUN, json.dumps(described, indent=1).encode())
+            runs.write(run, described)
         if committed:
             console.print(f"resuming: {len(committed)} of {len(units)} units are committed, {len(todo)} to do")
         timing: dict[str, list[float]] = {}
         try:
             _make(config, described["protocol_id"], todo, timing)
         except UserError:
-            if fresh and not index.committed_units(run):
+            if existing is None and not index.committed_units(run):
                 run.delete(RUN)  # settings that made nothing shall not bind the folder
                 run.delete("plan.parquet")
             raise
@@ -198,46 +199,14 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle) -> dict[str,
         "protocol": protocol.id(),
         "weights": weights,
     }
-    return {
-        "kind": "pool",
-        "fingerprint": fingerprint(what),
-        "identity": what,
-        "protocol_id": f"{bundle.name}/{protocol.id()}",
-        "note": bundle.note,
-        "config": config.model_dump(mode="json"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"ttmray": __version__} | {name: metadata.version(name) for name in ("torch", "numpy", "pyarrow")},
-    }
-
-
-def _same_run(run: Folder, described: dict[str, Any], plan: Plan) -> bool:
-    """Whether the folder holds this run; False for a new folder.
-
-    Raises:
-        UserError: it holds another run, or something else.
-    """
-    if not run.exists(RUN):
-        strange = [entry.name for entry in run.files(sizes=False) if entry.name != "plan.parquet"]
-        if strange:
-            raise UserError(
-                f"{run} is not a pool: it holds {strange[0]} but no {RUN}.", "Choose an empty or new output folder."
-            )
-        return False
-    try:
-        existing = json.loads(run.read(RUN))
-        known = existing["kind"] == "pool" and existing["fingerprint"] == fingerprint(existing["identity"])
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{run.path(RUN)} does not describe a pool.", "Choose an empty or new output folder.")
-    if existing["fingerprint"] != described["fingerprint"]:
-        lines = differences(existing["identity"], described["identity"])
-        prompts = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
-        raise UserError(
-            f"{run} belongs to another run:\n    " + "\n    ".join(lines + prompts),
-            "Choose a new output folder, or restore the old settings and prompts to go on with this one.",
-        )
-    return True
+    return runs.describe(
+        "pool",
+        what,
+        config,
+        ("torch", "numpy", "pyarrow"),
+        protocol_id=f"{bundle.name}/{protocol.id()}",
+        note=bundle.note,
+    )
 
 
 def _make(config: CandidatesConfig, protocol: str, todo: Sequence[Unit], timing: dict[str, list[float]]) -> None:

@@ -15,11 +15,11 @@ from ttmray.config import fingerprint
 from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig, SegmentConfig
 from ttmray.corpus.finalise import finalise
-from ttmray.corpus.job import RUN
 from ttmray.corpus.plan import SCHEMA, Plan, pack_units
 from ttmray.corpus.stages import Context, Write
 from ttmray.corpus.unit import Unit
 from ttmray.models.bundle import Models
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 
 PROTOCOL = "synthetic"

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from ttmray.config import fingerprint
 from ttmray.corpus import index, shards
-from ttmray.corpus.finalise import SUCCESS
-from ttmray.corpus.job import RUN
 from ttmray.generation.pool import COLUMNS
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.synth.corpus import PROTOCOL
 

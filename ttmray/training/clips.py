@@ -22,10 +22,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from ttmray.corpus import index, shards
-from ttmray.corpus.finalise import SUCCESS
-from ttmray.corpus.job import RUN
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, read_file
 from ttmray.training.files import VERIFY, Files, copies_folder, damaged
 

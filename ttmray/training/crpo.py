@@ -233,6 +233,7 @@ class CrpoTask:
         self._refer = torch.compile(self.reference) if config.runtime.compile else self.reference
         # two clips forward and backward, and forward through the reference
         self.flops_per_sample = step_flops(self.model.config) * (2 + 2 / 3)
+        self.clips_per_sample, self.frozen_models = 2, 1
         self.identity: dict[str, Any] = {
             "data": self.pairs.fingerprint(),
             "backbone": self.model.config.to_dict(),

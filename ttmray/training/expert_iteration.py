@@ -16,12 +16,12 @@ from pydantic import Field, model_validator
 
 from ttmray.config import Config, execution, fingerprint, identity
 from ttmray.console import console
-from ttmray.corpus.finalise import SUCCESS
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation import pool
 from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.weights import digest_file
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
 from ttmray.training.config import OptimizerConfig, TrainConfig, with_absolute_paths
 from ttmray.training.data import SourceConfig

@@ -10,25 +10,21 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 import torch
 
-from ttmray import __version__
+from ttmray import runs
 from ttmray.cluster import connect
-from ttmray.config import differences, fingerprint
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import resolve_device
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import CHECKPOINTS, Ranks, Task, train, trajectory
-from ttmray.training.memory import Split, split_batch, step_flops
-
-RUN, SUCCESS = "run.json", "_SUCCESS.json"
+from ttmray.training.memory import Split, split_batch
 
 MakeTask = Callable[[TrainConfig, torch.device], Task]
 
@@ -105,10 +101,12 @@ def plan(config: TrainConfig, task: Task, free: int | None) -> Split:
         bf16=config.precision == "bf16",
         checkpointing=config.runtime.checkpointing,
         free_bytes=free,
+        clips=task.clips_per_sample,
+        frozen_models=task.frozen_models,
     )
     trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     workers = config.runtime.workers
-    flops = config.steps * config.batch * step_flops(backbone)
+    flops = config.steps * config.batch * task.flops_per_sample
     rows = [
         (
             "trainable weights",
@@ -126,7 +124,7 @@ def plan(config: TrainConfig, task: Task, free: int | None) -> Split:
         (
             "work",
             f"{flops / 1e15:,.2f} PFLOP",
-            f"{step_flops(backbone) / 1e9:,.2f} GFLOP per sample, forward and backward",
+            f"{task.flops_per_sample / 1e9:,.2f} GFLOP per sample, forward and backward",
         ),
     ]
     width = max(len(name) for name, _, _ in rows)
@@ -138,15 +136,7 @@ def plan(config: TrainConfig, task: Task, free: int | None) -> Split:
 def describe(kind: str, config: TrainConfig, task: Task) -> dict[str, Any]:
     """What `run.json` holds."""
     what = {"config": trajectory(config), **task.identity}
-    what = json.loads(json.dumps(what))
-    return {
-        "kind": kind,
-        "fingerprint": fingerprint(what),
-        "identity": what,
-        "config": config.model_dump(mode="json"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"ttmray": __version__} | {name: metadata.version(name) for name in ("torch", "ray", "numpy")},
-    }
+    return runs.describe(kind, what, config, ("torch", "ray", "numpy"))
 
 
 def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
@@ -155,24 +145,12 @@ def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
     Raises:
         UserError: the folder belongs to another run or to something else.
     """
-    if out.create(RUN, json.dumps(described, indent=1).encode()):
+    if runs.write(out, described):
         return
-    try:
-        existing = json.loads(out.read(RUN))
-        kind, found, created = existing["kind"], existing["identity"], existing["created"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{out.path(RUN)} does not describe a training run.", "Choose another output folder."
-        ) from error
-    if kind != described["kind"]:
-        raise UserError(f"{out} holds a run of kind {kind}, not {described['kind']}.", "Choose another output folder.")
-    lines = differences(found, described["identity"])
-    if lines and not force:
-        raise UserError(
-            f"{out} belongs to another run:\n    " + "\n    ".join(lines),
-            "Choose a new output folder, restore the old settings, or go on all the same with --force.",
-        )
-    out.write(RUN, json.dumps(described | {"created": created}, indent=1).encode())
+    existing = runs.read(out, described["kind"])
+    if not force:
+        runs.refuse_another(out, existing, described)
+    out.write(RUN, json.dumps(described | {"created": existing["created"]}, indent=1).encode())
     if out.exists(SUCCESS) and json.loads(out.read(SUCCESS)).get("steps") != described["config"]["steps"]:
         out.delete(SUCCESS)  # it goes on to more
 

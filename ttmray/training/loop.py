@@ -53,6 +53,10 @@ class Task(Protocol):
     identity: dict[str, Any]
     """What besides the config must stay the same: data, initial weights, shapes."""
     flops_per_sample: float
+    clips_per_sample: int
+    """Clips of a sample whose activations autograd keeps."""
+    frozen_models: int
+    """Further backbones on the device, without gradients."""
 
     def batches(self, start: int, batch: int, rank: int, world: int, pin: bool) -> Generator[Samples, None, None]:
         """Endless micro-batches from sample `start` on."""

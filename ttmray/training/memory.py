@@ -82,6 +82,8 @@ def split_batch(
     bf16: bool,
     checkpointing: bool,
     free_bytes: int | None,
+    clips: int = 1,
+    frozen_models: int = 0,
 ) -> Split:
     """Micro-batches for `share` samples per update and device.
 
@@ -90,13 +92,16 @@ def split_batch(
         device_batch: samples per forward; None: the largest divisor of `share` that should fit.
         averages: number of EMAs.
         free_bytes: memory of the device; None on a CPU, where larger batches are no faster.
+        clips: of a sample, whose activations autograd keeps.
+        frozen_models: further models of this size, without gradients.
     """
     with torch.device("meta"):
         weights = sum(p.numel() for p in FluxAudio(config).parameters() if p.requires_grad)
-    fixed, per_sample = activation_bytes(config, checkpointing)
+    fixed, per_clip = activation_bytes(config, checkpointing)
+    per_sample = clips * per_clip
     if bf16:
         fixed, per_sample = 2 * weights, int(BF16_SHARE * per_sample)
-    state = weights * (BYTES_PER_WEIGHT + 4 * averages) + fixed
+    state = weights * (BYTES_PER_WEIGHT + 4 * (averages + frozen_models)) + fixed
     if device_batch is None:
         fits = CPU_BATCH if free_bytes is None else int((FREE_SHARE * free_bytes - state) / per_sample)
         device_batch = max([n for n in range(1, share + 1) if share % n == 0 and n <= fits], default=1)

@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from ttmray import runs
 from ttmray.cluster import PoolConfig, each
-from ttmray.config import Config, differences, execution, fingerprint, identity
+from ttmray.config import Config, execution, fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import open_bundle, resolve_device
@@ -29,7 +30,7 @@ from ttmray.training.features import EncodingConfig, Features, extract
 from ttmray.training.pairs import SPLITS, Dropped, Pair, PairSource, PairSplit, read_pairs, split_pairs
 from ttmray.training.ranker import HeadConfig, margins, pack, scores, train_head
 
-RUN, PACKED, HEAD, METRICS = "run.json", "packed.safetensors", "tunejury", "metrics.json"
+PACKED, HEAD, METRICS = "packed.safetensors", "tunejury", "metrics.json"
 
 
 class TrainingConfig(PoolConfig):
@@ -191,19 +192,10 @@ class _Trainer:
 
 def _claim(run: Folder, config: RankerConfig, pairs: str) -> None:
     """Write `run.json`, or check that it describes the same run."""
-    made_of = {"config": identity(config), "pairs": pairs, "bundle": open_bundle(config.bundle).identity()}
-    described = {"kind": "ranker", "identity": made_of}
-    if run.create(RUN, json.dumps(described, indent=1).encode()):
-        return
-    found = json.loads(run.read(RUN))
-    if found.get("kind") != "ranker":
-        raise UserError(f"{run} holds another kind of run.", "Choose a new output folder.")
-    lines = differences(found["identity"], json.loads(json.dumps(made_of)))
-    if lines:
-        raise UserError(
-            f"{run} belongs to another run:\n    " + "\n    ".join(lines),
-            "Choose a new output folder, or restore the old settings and tables to go on with this one.",
-        )
+    what = {"config": identity(config), "pairs": pairs, "bundle": open_bundle(config.bundle).identity()}
+    described = runs.describe("ranker", what, config, ("torch", "numpy"))
+    if not runs.write(run, described):
+        runs.refuse_another(run, runs.read(run, "ranker"), described)
 
 
 def _missing(pairs: Sequence[Pair], features: Features, config: RankerConfig) -> list[Dropped]:

@@ -16,7 +16,6 @@ from ttmray.config import differences
 from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.finalise import latent_statistics
-from ttmray.corpus.job import RUN
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
@@ -26,6 +25,7 @@ from ttmray.models.backbone_weights import Transfer, config_of, read_config, tid
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import digest_file
+from ttmray.runs import RUN
 from ttmray.storage import Folder, is_remote
 from ttmray.training.config import TrainConfig
 from ttmray.training.data import DataConfig, Mixture, Samples, evaluation_batches, loader, open_mixture
@@ -55,6 +55,7 @@ class SftTask:
         self.model, self.init = initial_model(config, self.mixture)
         self.model.to(device)
         self.flops_per_sample = step_flops(self.model.config)
+        self.clips_per_sample, self.frozen_models = 1, 0
         self.identity: dict[str, Any] = {
             "data": self.mixture.fingerprint(),
             "backbone": self.model.config.to_dict(),

@@ -1,0 +1,107 @@
+"""Run folders: `run.json` says what decides a run's results, so that a command goes on with its own and no other."""
+
+import json
+import platform
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from ttmray import __version__
+from ttmray.config import Config, differences, fingerprint
+from ttmray.errors import UserError
+from ttmray.storage import Folder
+
+RUN, SUCCESS = "run.json", "_SUCCESS.json"
+
+
+def describe(kind: str, what: Any, config: Config, libraries: Sequence[str], **more: Any) -> dict[str, Any]:
+    """What `run.json` holds.
+
+    Args:
+        kind: of the run.
+        what: its identity: everything that decides its results, as plain data.
+        config: for people.
+        libraries: whose versions are noted.
+        more: further facts.
+    """
+    identity = json.loads(json.dumps(what))
+    return {
+        "kind": kind,
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        **more,
+        "config": config.model_dump(mode="json"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"ttmray": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in libraries},
+    }
+
+
+def write(run: Folder, described: dict[str, Any]) -> bool:
+    """Write `run.json` unless there is one; whether it was written."""
+    return run.create(RUN, json.dumps(described, indent=1).encode())
+
+
+def read(run: Folder, kind: str) -> dict[str, Any]:
+    """`run.json` of a run of that kind.
+
+    Raises:
+        UserError: there is none, it is damaged, or the run is of another kind.
+    """
+    if not run.exists(RUN):
+        raise UserError(f"{run} is no {kind} run: it has no {RUN}.", "Give the output folder of such a run.")
+    try:
+        found: dict[str, Any] = json.loads(run.read(RUN))
+        other, sound = found["kind"], found["fingerprint"] == fingerprint(found["identity"])
+    except (ValueError, KeyError, TypeError):
+        other, sound = kind, False
+    if other != kind:
+        raise UserError(f"{run} holds a run of kind {other}, not {kind}.", "Choose another folder.")
+    if not sound:
+        raise UserError(f"{run.path(RUN)} describes no {kind} run.", "Restore it, or choose an empty or new folder.")
+    return found
+
+
+def existing(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, Any] | None:
+    """`run.json` of a run of that kind that was started before; None in a new folder.
+
+    Args:
+        beside: files that may lie in a folder before it.
+
+    Raises:
+        UserError: the folder holds another kind of run, or something else.
+    """
+    if run.exists(RUN):
+        return read(run, kind)
+    strange = [entry.name for entry in run.files(sizes=False) if entry.name not in beside]
+    if strange:
+        raise UserError(
+            f"{run} is no {kind} run: it holds {strange[0]}{' and more' if len(strange) > 1 else ''} but no {RUN}.",
+            "Choose an empty or new folder.",
+        )
+    return None
+
+
+def refuse_another(
+    run: Folder, old: dict[str, Any], new: dict[str, Any], more: Sequence[str] = (), covered: tuple[str, ...] = ()
+) -> None:
+    """Let only the same run go on.
+
+    Args:
+        old, new: `run.json` as it is, and as the command would write it.
+        more: further differences, in words.
+        covered: starts of lines that `more` says better.
+
+    Raises:
+        UserError: another identity; every difference is named.
+    """
+    if old["fingerprint"] == new["fingerprint"]:
+        return
+    lines = differences(old["identity"], new["identity"])
+    if more and covered:
+        lines = [line for line in lines if not line.startswith(covered)]
+    raise UserError(
+        f"{run} belongs to another run:\n    " + "\n    ".join([*lines, *more]),
+        "Choose a new output folder, or restore the old settings and inputs to go on with this one.",
+    )
