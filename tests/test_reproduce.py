@@ -185,7 +185,7 @@ def begun(output: Path) -> int:
 def test_a_chain_that_is_killed_on_its_way_ends_like_an_undisturbed_one(songs, tmp_path, capsys):
     # names of one length: weights files name their run, and where tensors lie in a file decides last bits on a CPU
     undisturbed, killed = tmp_path / "calm", tmp_path / "shot"
-    assert start(songs, undisturbed).wait(timeout=280) == 0
+    assert start(songs, undisturbed).wait(timeout=560) == 0
     rng = random.Random(5)
     for steps_begun in (1, 4, 5, 6, 8, 10, 13):  # corpus, stage1, pool, stage2, pairs_pool, stage3, evaluate
         driver = start(songs, killed)
@@ -195,7 +195,7 @@ def test_a_chain_that_is_killed_on_its_way_ends_like_an_undisturbed_one(songs, t
         if driver.poll() is None:
             driver.send_signal(signal.SIGKILL)
         driver.wait()
-    assert start(songs, killed).wait(timeout=280) == 0
+    assert start(songs, killed).wait(timeout=560) == 0
     for name in ("pool/index.parquet", "pairs_pool/index.parquet", "stage2/expert/round-1/selection/kept.txt"):
         assert (killed / name).read_bytes() == (undisturbed / name).read_bytes(), name
     clips = [

@@ -104,7 +104,7 @@ def test_a_side_that_computes_something_else_is_an_error(plain, monkeypatch):
 def test_quick_runs_of_the_benchmarks_measure_both_sides(name, tmp_path):
     output = tmp_path / "result.json"
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--quick", "--threads", "1", "--output", output]
-    subprocess.run([*command, "--device", "cpu"], check=True, timeout=200)
+    subprocess.run([*command, "--device", "cpu"], check=True, timeout=400)
     result = json.loads(output.read_text())
     assert not result["judged"]
     measured = {line["what"]: line["reached"] for line in result["lines"]}

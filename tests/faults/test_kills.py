@@ -35,7 +35,7 @@ class Job:
         return subprocess.Popen(self.command, env=os.environ | environment, stdout=subprocess.DEVNULL, cwd="/")
 
     def run(self, **environment: str) -> int:
-        return self.start(**environment).wait(timeout=280)
+        return self.start(**environment).wait(timeout=560)
 
     def committed(self) -> int:
         return len(list((self.output / "index").glob("*.parquet")))
@@ -126,7 +126,7 @@ def test_local_run_goes_on_when_workers_are_killed(songs: Path, undisturbed: Job
             os.kill(rng.choice(workers), signal.SIGKILL)
             killed += 1
         time.sleep(0.05)
-    assert driver.wait(timeout=200) == 0
+    assert driver.wait(timeout=400) == 0
     assert killed >= 2
     assert_equal_runs(job, undisturbed)
 
@@ -204,7 +204,7 @@ def test_ray_run_goes_on_when_five_actors_are_killed(songs: Path, undisturbed: J
             os.kill(rng.choice(actors), signal.SIGKILL)
             killed += 1
         time.sleep(0.05)
-    assert driver.wait(timeout=280) == 0
+    assert driver.wait(timeout=560) == 0
     assert killed >= 4
     assert_equal_runs(job, undisturbed)
 

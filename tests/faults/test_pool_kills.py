@@ -49,7 +49,7 @@ class Job:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
     job = Job(tmp_path_factory.mktemp("undisturbed"))
-    assert job.start().wait(timeout=200) == 0
+    assert job.start().wait(timeout=400) == 0
     return job
 
 
@@ -65,7 +65,7 @@ def kill_at(job: Job, commits: int, victim: Callable[[int], list[int]]) -> int:
     else:
         driver.kill()
         pytest.fail(f"nothing was killed; the job ended with {driver.poll()}")
-    return driver.wait(timeout=150)
+    return driver.wait(timeout=300)
 
 
 def actors(driver: int) -> list[int]:
@@ -93,7 +93,7 @@ def test_a_relaunch_after_the_job_was_killed_gives_the_pool_of_an_undisturbed_ru
     assert kill_at(job, 2, lambda driver: [driver]) == -signal.SIGKILL
     assert 2 <= job.committed() < 6
     assert not (job.output / "_SUCCESS.json").exists()
-    assert job.start().wait(timeout=200) == 0
+    assert job.start().wait(timeout=400) == 0
     assert job.made() == undisturbed.made()
     assert list(problems(Folder(str(job.output)))) == []
 

@@ -37,7 +37,7 @@ class Run:
         return subprocess.Popen(self.command, stdout=subprocess.DEVNULL, cwd="/")
 
     def finish(self) -> None:
-        assert self.start().wait(timeout=280) == 0
+        assert self.start().wait(timeout=560) == 0
 
     def state(self) -> TrainingState:
         places = Folder.at(str(self.output / "checkpoints"))

@@ -148,7 +148,7 @@ def lost(look, run: Path, reference: Path) -> float:
 
 def test_two_workers_of_ray_train_make_the_updates_of_one_process(finished, make_sets, look, tmp_path):
     run = tmp_path / "run"
-    assert start(make_sets(run, *on_ray(2)), tmp_path / "log").wait(timeout=280) == EXIT_OK
+    assert start(make_sets(run, *on_ray(2)), tmp_path / "log").wait(timeout=560) == EXIT_OK
     assert lost(look, run, finished) < ORDER_OF_SUMS
     text = (tmp_path / "log").read_text()
     assert sum("step 12/12 | loss" in line for line in text.splitlines()) == 1  # rank 0 speaks for all
@@ -159,7 +159,7 @@ def test_two_workers_of_ray_train_make_the_updates_of_one_process(finished, make
 @pytest.mark.slow
 def test_four_workers_of_ray_train_make_the_updates_of_one_process(finished, make_sets, look, tmp_path):
     run = tmp_path / "run"
-    assert start(make_sets(run, *on_ray(4)), tmp_path / "log").wait(timeout=280) == EXIT_OK
+    assert start(make_sets(run, *on_ray(4)), tmp_path / "log").wait(timeout=560) == EXIT_OK
     assert lost(look, run, finished) < ORDER_OF_SUMS
 
 
@@ -216,7 +216,7 @@ def test_a_run_that_loses_a_worker_goes_on_by_itself(longer, make_sets, look, tm
     driver = start(make_sets(run, *on_ray(workers), "steps=60"), tmp_path / "log")
     wait_for(lambda: (run / "checkpoints/step-00000010/state.json").exists() or driver.poll() is not None)
     os.kill(workers_of(driver.pid)[-1], signal.SIGKILL)
-    assert driver.wait(timeout=280) == EXIT_OK
+    assert driver.wait(timeout=560) == EXIT_OK
     text = (tmp_path / "log").read_text()
     assert "restart 1 of at most 3" in text
     assert "resuming after update" in text
@@ -235,7 +235,7 @@ def test_an_error_of_a_worker_that_the_user_can_mend_is_one_message(make_sets, d
         data[at : at + 2] = np.float16("nan").tobytes()
         shard.write_bytes(data)
     sets = make_sets(tmp_path / "run", f"data.sources.0.corpus={corpus}", *on_ray(2))
-    assert start(sets, tmp_path / "log").wait(timeout=280) == EXIT_BAD_INPUT
+    assert start(sets, tmp_path / "log").wait(timeout=560) == EXIT_BAD_INPUT
     text = (tmp_path / "log").read_text()
     assert "error:" in text
     assert "mean is not finite" in text.rpartition("error:")[2]
@@ -254,5 +254,5 @@ def test_a_run_on_ray_can_be_interrupted_and_goes_on(longer, make_sets, look, tm
     assert driver.wait(timeout=60) == EXIT_INTERRUPTED
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 60)
     sets[sets.index("runtime.runner=ray")] = "runtime.runner=local"
-    assert start(sets, tmp_path / "log").wait(timeout=280) == EXIT_OK
+    assert start(sets, tmp_path / "log").wait(timeout=560) == EXIT_OK
     assert lost(look, run, longer) == 0

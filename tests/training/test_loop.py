@@ -84,7 +84,7 @@ def start_ranks(folder: Path, configs: list, world: int = 2) -> list[bytes]:
         subprocess.Popen([sys.executable, program, str(rank), str(world), str(folder / "group"), *files])
         for rank in range(world)
     ]
-    return [rank.wait(timeout=250) for rank in ranks]
+    return [rank.wait(timeout=500) for rank in ranks]
 
 
 def test_two_ranks_train_every_head_as_one_does(finished, make_train_config, look, tmp_path):
