@@ -37,6 +37,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/loader.py --output benchmarks/results/loader.json
 	$(BIN)/python benchmarks/ranker.py --output benchmarks/results/ranker.json
 	$(BIN)/python benchmarks/metrics.py --output benchmarks/results/metrics.json
+	$(BIN)/python benchmarks/evaluation.py --output benchmarks/results/evaluation.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

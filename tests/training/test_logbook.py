@@ -1,11 +1,15 @@
 """One line per logged step, whatever was interrupted, in folders and buckets."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ttmray.errors import UserError
 from ttmray.storage import Folder
 from ttmray.training.logbook import METRICS, Logbook, show
 
@@ -79,6 +83,45 @@ def test_without_tensorboard_a_run_only_says_so(tmp_path, monkeypatch, capsys):
         book.write({"step": 1})
     assert "ttmray[track]" in capsys.readouterr().out
     assert not (tmp_path / "tensorboard").exists()
+
+
+def launch_with_wandb(folder, step: int, **environment: str) -> subprocess.CompletedProcess:
+    """A process of its own: W&B remembers its mode for the life of one."""
+    code = f"""
+from ttmray.storage import Folder
+from ttmray.training.logbook import Logbook
+with Logbook(Folder.at({str(folder)!r}), {step - 1}, tensorboard=False, wandb="songs") as book:
+    book.write({{"step": {step}, "loss": 1.0, "winner_loss": 2.0, "keys": "abc"}})
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    whole = plain | {"NETRC": str(folder / "none"), "HOME": str(folder)} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], env=whole, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_weights_and_biases_gets_the_numbers_under_one_run_for_all_launches(tmp_path):
+    """Offline, which is what happens up to the upload."""
+    pytest.importorskip("wandb")
+    out = Folder.at(str(tmp_path))
+    out.write("run.json", b'{"created": "now", "config": {"batch": 64}}')
+    for step in (1, 2):
+        done = launch_with_wandb(tmp_path, step, WANDB_MODE="offline")
+        assert done.returncode == 0, done.stderr
+    logs = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len({log.name for log in logs}) == 1  # its id is in the name
+    assert all(b"winner_loss" in log.read_bytes() for log in logs)
+    assert steps(out) == [1, 2]
+
+
+def test_weights_and_biases_that_cannot_start_is_one_message(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    done = launch_with_wandb(tmp_path, 1)
+    assert "UserError: Weights & Biases did not start: No API key" in done.stderr
+    assert "wandb login" in done.stderr
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"ttmray\[wandb\]"):
+        Logbook(Folder.at(str(tmp_path)), 0, tensorboard=False, wandb="songs")
 
 
 def test_a_line_for_people(capsys):

@@ -112,6 +112,9 @@ class RuntimeConfig(Config):
     """Updates per log line."""
     tensorboard: bool = True
     """Write TensorBoard events where the extra `track` is installed."""
+    wandb: str | None = Field(None, min_length=1)
+    """Project of Weights & Biases that metrics go to as well; needs the extra `wandb`. A relaunch goes on with the same
+    run there. WANDB_ENTITY, WANDB_MODE=offline and so on work as usual."""
     watchdog_s: float = Field(1800.0, gt=0)
     """A run without any finished update for so long dumps the stacks of all threads and ends."""
     max_restarts: int = Field(3, ge=0)

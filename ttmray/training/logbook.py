@@ -1,13 +1,17 @@
-"""What a training run writes about itself: one line per logged step, for people, for pandas and for TensorBoard."""
+"""What a training run writes about itself: one line per logged step, for people, for pandas and for live curves."""
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
+from ttmray.config import fingerprint
 from ttmray.console import console
+from ttmray.errors import UserError
+from ttmray.runs import RUN
 from ttmray.storage import Folder, explained
 
 METRICS = "metrics.jsonl"
@@ -23,10 +27,16 @@ class Logbook:
         out: run folder.
         step: where the run goes on; lines of later steps belong to work that was lost and are taken out.
         tensorboard: also write events, if tensorboard is installed and the folder is local.
+        wandb: project of Weights & Biases that gets the numbers as well. What is made again after an interruption has
+            the same numbers, and W&B keeps the first of them.
+
+    Raises:
+        UserError: W&B was asked for and is not installed, or does not start.
     """
 
-    def __init__(self, out: Folder, step: int, tensorboard: bool) -> None:
+    def __init__(self, out: Folder, step: int, tensorboard: bool, wandb: str | None = None) -> None:
         self.out = out
+        self._wandb = _wandb(out, wandb) if wandb else None
         old = out.read(METRICS).decode(errors="replace").splitlines() if out.exists(METRICS) else []
         self._lines = [line for line in old if _step(line) <= step]
         self._write_all()
@@ -34,7 +44,7 @@ class Logbook:
         self._events = _tensorboard(out, step) if tensorboard and not out.remote else None
 
     def write(self, values: dict[str, Any]) -> None:
-        """Add a line; `values` has a `step`. Numbers also go to TensorBoard."""
+        """Add a line; `values` has a `step`. Numbers also go to TensorBoard and W&B."""
         line = json.dumps(values)
         if self._file is not None:
             with explained(self.out.path(METRICS)):
@@ -42,10 +52,12 @@ class Logbook:
                 self._file.flush()
         else:
             self._lines.append(line)
+        numbers = {name: x for name, x in values.items() if isinstance(x, int | float) and name != "step"}
         if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._events.add_scalar(name, value, values["step"])
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, values["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=values["step"])
 
     def flush(self) -> None:
         """Make all lines so far durable. In a bucket the file is replaced by a longer one."""
@@ -70,6 +82,8 @@ class Logbook:
             self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(kind is not None))
 
 
 def show(values: dict[str, Any], total: int, extra: Iterable[str] = ()) -> None:
@@ -97,3 +111,28 @@ def _tensorboard(out: Folder, step: int) -> Any:
         console.print("no TensorBoard events: pip install 'ttmray[track]'", markup=False)
         return None
     return SummaryWriter(out.path("tensorboard"), purge_step=step + 1)
+
+
+def _wandb(out: Folder, project: str) -> Any:
+    """The W&B run of a run folder: the same one at every launch."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "runtime.wandb needs the package wandb.", "pip install 'ttmray[wandb]', or set it to null."
+        ) from error
+    described = json.loads(out.read(RUN)) if out.exists(RUN) else {}
+    try:
+        return wandb.init(
+            project=project,
+            id=fingerprint([out.uri, described.get("created")])[:16],
+            name=out.uri.rpartition("/")[2],
+            config=described.get("config"),
+            resume="allow",
+            dir=tempfile.gettempdir() if out.remote else out.uri,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"Weights & Biases did not start: {error}", "`wandb login`, or WANDB_MODE=offline to upload later."
+        ) from error

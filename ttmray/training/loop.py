@@ -182,7 +182,7 @@ def train(
         closing(
             task.batches(step * config.batch, device_batch, ranks.rank, ranks.world, device.type == "cuda")
         ) as batches,
-        Logbook(out, step, config.runtime.tensorboard) if ranks.first else nullcontext() as book,
+        Logbook(out, step, config.runtime.tensorboard, config.runtime.wandb) if ranks.first else nullcontext() as book,
         checkpoint.BackgroundSaver(places, config.checkpoint.keep, config.checkpoint.keep_every) as saver,
         watchdog(config.runtime.watchdog_s) as alive,
     ):
