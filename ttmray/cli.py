@@ -130,7 +130,7 @@ def _training(commands: Any) -> None:
     acts = checkpoint.add_subparsers(dest="act", required=True, metavar="ACT")
     what = acts.add_parser("inspect", help="what a checkpoint or weights file is, and whether it is whole")
     what.add_argument(
-        "path", metavar="PATH", help="run or checkpoint folder, .safetensors (local or s3://), .pt or .pth"
+        "path", metavar="PATH", help="run or checkpoint folder, .safetensors, .pt or .pth; local or s3://"
     )
     what.add_argument("--json", action="store_true", dest="as_json", help="one JSON object")
     out = acts.add_parser("export", help="inference weights as one safetensors file with its config")

@@ -10,6 +10,7 @@ Rules that everything else relies on:
 """
 
 import errno
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -249,6 +250,28 @@ def read_file(path: str) -> bytes:
     """All bytes of one local or remote file."""
     folder, name = split_path(path)
     return folder.read(name)
+
+
+def local_file(path: str) -> Path:
+    """`path` itself where it is local, else its copy on this machine, made once per version of the remote file.
+
+    Copies lie in the folder that TTMRAY_COPIES names, else in ~/.cache/ttmray/copies; nothing evicts them.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    folder, name = split_path(path)
+    if not folder.remote:
+        if not os.path.isfile(folder.path(name)):
+            raise UserError(f"{path} is not a file.", "Check the path.")
+        return Path(folder.path(name))
+    with explained(path):
+        fs, root = folder._filesystem()
+        version = hashlib.sha256(f"{path} {fs.ukey(f'{root}/{safe_relative(name)}')}".encode()).hexdigest()
+    copy = Folder.at(os.environ.get("TTMRAY_COPIES") or "~/.cache/ttmray/copies").sub(version[:32])
+    if not copy.exists(name):
+        copy.write(name, folder.read(name))
+    return Path(copy.path(name))
 
 
 def _is_ours(name: str) -> bool:

@@ -94,7 +94,7 @@ def test_what_is_no_backbone_is_refused_with_what_it_is(model, tmp_path):
     torch.save({"it": 7, "optimizer": 3}, tmp_path / "b.pth")
     with pytest.raises(UserError, match="it is a int"):
         load_backbone(tmp_path / "b.pth")
-    with pytest.raises(UserError, match="not found"):
+    with pytest.raises(UserError, match="is not a file"):
         load_backbone(tmp_path / "absent.pth")
     state = dict(model.state_dict())
     del state["fused_blocks.0.linear1.weight"]

@@ -31,7 +31,7 @@ from ttmray.training.expert_iteration import (
     polishing,
 )
 from ttmray.training.sft import DEBUG
-from ttmray.training.tensors import pack
+from ttmray.training.tensors import pack, unpack
 
 REPO = Path(__file__).resolve().parents[2]
 FRAMES, CHANNELS, WIDTH = 4, 2, 8
@@ -226,6 +226,25 @@ def test_a_second_round_starts_from_the_first_and_a_relaunch_does_only_what_is_m
     assert json.loads((tmp_path / "expert" / "_SUCCESS.json").read_text())["weights"] == str(second)
 
 
+def test_a_bucket_gives_the_weights_of_a_folder(corpus, start, tmp_path, bucket, monkeypatch):
+    monkeypatch.setenv("TTMRAY_COPIES", str(tmp_path / "copies"))
+    init = f"{bucket}/initial.safetensors"
+    Folder.at(bucket).write("initial.safetensors", Path(start).read_bytes())
+    data = DataConfig(
+        sources=(SourceConfig(corpus=str(corpus), score_column=None),), threads=0, cache=str(tmp_path / "cache")
+    )
+    assert expert_iteration(configure(corpus, tmp_path, start), sampler(20)) == 0
+    config = configure(corpus, tmp_path, init, data=data).model_copy(update={"output": f"{bucket}/run"})
+    assert expert_iteration(config, sampler(20)) == 0
+    for name in ("finetune", "polish"):
+        ours = Folder.at(bucket).read(f"run/expert/round-1/{name}.safetensors")
+        theirs = (tmp_path / "expert" / "round-1" / f"{name}.safetensors").read_bytes()
+        ours, theirs = (unpack(data, name)[0] for data in (ours, theirs))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    copies = sorted((tmp_path / "copies").rglob("*.safetensors"))
+    assert sorted(copy.name for copy in copies) == ["finetune.safetensors", "initial.safetensors"]
+
+
 def test_without_a_sampler_the_pools_are_named_one_by_one(corpus, start, tmp_path):
     pool = str(tmp_path / "pool")
     sampler(20)(start, pool)
@@ -253,13 +272,11 @@ def test_a_pool_that_cannot_be_filtered_stops_before_any_training(corpus, start,
         expert_iteration(configure(corpus, tmp_path / "other", start), sampler(1))
 
 
-def test_wrong_configs_and_remote_outputs_are_refused(corpus, start, tmp_path):
+def test_wrong_configs_are_refused(corpus, start, tmp_path):
     with pytest.raises(ValidationError, match="is needed: the weights"):
         configure(corpus, tmp_path, start, model=ModelConfig(size="debug", head="none"))
     with pytest.raises(ValidationError, match="2 for 1 rounds"):
         configure(corpus, tmp_path, start, pools=("a", "b"))
-    with pytest.raises(UserError, match="remote"):
-        expert_iteration(configure(corpus, tmp_path, start).model_copy(update={"output": "s3://bucket/run"}))
 
 
 @pytest.mark.parametrize(("name", "updates"), [("debug", (30, 10)), ("paper", (30_000, 5000))])

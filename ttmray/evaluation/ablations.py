@@ -36,7 +36,7 @@ from ttmray.evaluation.ablation_tables import (
 )
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.models.score_heads import Head
-from ttmray.storage import Folder, absolute, is_remote, read_file
+from ttmray.storage import Folder, absolute, is_remote, local_file, read_file
 from ttmray.training.config import TrainConfig, with_absolute_paths
 
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
@@ -291,12 +291,12 @@ class Plan:
 
     def _training(self, name: str) -> list[Step]:
         from ttmray.training.export import export_again
-        from ttmray.training.sft import train_sft, weights_file
+        from ttmray.training.sft import train_sft
 
         checkpoint = self.config.checkpoints[name]
         if checkpoint.path is not None:
             try:
-                weights_file(absolute(checkpoint.path))
+                local_file(absolute(checkpoint.path))
             except UserError as error:
                 raise UserError(f"checkpoints.{name}: {error.message}", error.hint) from error
             return []

@@ -57,7 +57,7 @@ class GenerateConfig(Config):
     """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
     checkpoint: str | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; its hash is part of the run's identity); default: the bundle's.
-    On a cluster every node must see the file under this path."""
+    On a cluster every node must see the file under this path; an s3:// address is copied to each."""
     second_checkpoint: str | None = execution(None)
     """For `sampler.mode` crossover, crossover_reverse and average."""
     head: Head | None = None

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ttmray import runs
@@ -26,7 +25,7 @@ from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import Clip, Job, Worker, roles_of
 from ttmray.models.bundle import Bundle, open_bundle, resolve_device
-from ttmray.models.weights import digest_file
+from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder, absolute
 
@@ -119,9 +118,7 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
     for field in ("checkpoint", "second_checkpoint"):
         path = getattr(config, field)
         if path is not None:
-            if not Path(path).is_file():
-                raise UserError(f"{field}: {path} is not a file.", "Give the path of a .safetensors or .pth file.")
-            weights[field] = digest_file(Path(path)).sha256
+            weights[field] = digest_file(weights_file(path, field)).sha256
     what = {"config": identity(config), "bundle": models, "weights": weights}
     return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
 

@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, Worker
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, open_bundle
-from ttmray.models.weights import digest_file
+from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, absolute
 
@@ -186,12 +185,7 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle) -> dict[str,
     protocol = bundle.protocol(config.reward_text)
     weights = {}
     if config.checkpoint is not None:
-        if not Path(config.checkpoint).is_file():
-            raise UserError(
-                f"checkpoint: {config.checkpoint} is not a file.",
-                "Make one from a run: ttmray checkpoint export RUN --out FILE",
-            )
-        weights["checkpoint"] = digest_file(Path(config.checkpoint)).sha256
+        weights["checkpoint"] = digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
     what = {
         "config": identity(config),
         "plan": plan.identity(),

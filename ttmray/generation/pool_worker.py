@@ -56,7 +56,7 @@ class CandidatesConfig(Config):
     """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
     checkpoint: str | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; their hash is part of the run's identity); default: the bundle's.
-    On a cluster every node must see the file under this path."""
+    On a cluster every node must see the file under this path; an s3:// address is copied to each."""
     head: Head | None = None
     """Forward that uses the checkpoint's score embedding; default: the one that the file names."""
     null: Null | None = None

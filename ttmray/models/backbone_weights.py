@@ -21,6 +21,7 @@ from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio, Size, gated_width
 from ttmray.models.score_heads import HEADS, NAMES, Head, Null
 from ttmray.models.state_dicts import load_exactly, read_state_dict
+from ttmray.models.weights import weights_file
 
 METADATA = "ttmray"
 """Key of the metadata of safetensors files that holds JSON; its `backbone` is the config."""
@@ -62,7 +63,7 @@ def load_backbone(
     """A backbone with the weights of a file, in eval mode and without gradients.
 
     Args:
-        path: `.safetensors` or `.pth` / `.pt` with a plain state dict.
+        path: `.safetensors` or `.pth` / `.pt` with a plain state dict; local, or s3://.
         head: forward that uses the weights; default: the one that the file names, else v1 where it has a score
             embedding (v1, v2 and v4 share their tensors) and none where it has not.
         null: what a dropped score is; default: what the file names.
@@ -71,9 +72,10 @@ def load_backbone(
     Raises:
         UserError: unreadable files, tensors that are no backbone, or no fit for the head.
     """
-    path = Path(path)
-    state = tidy(read_state_dict(path), str(path))
-    config = config_of(state, read_config(path), str(path))
+    path = str(path)
+    file = weights_file(path, "checkpoint")
+    state = tidy(read_state_dict(file), path)
+    config = config_of(state, read_config(file), path)
     if head is not None and (head == "none") != (config.head == "none"):
         has = "no score embedding" if config.head == "none" else f"a score embedding ({config.head})"
         raise UserError(
@@ -84,7 +86,7 @@ def load_backbone(
     with torch.device("meta"):
         model = FluxAudio(config)
     # copies: tensors of a mapped file lie where its header ends, and their alignment decides the last bits of products
-    load_exactly(model, {key: value.clone() for key, value in state.items()}, str(path))
+    load_exactly(model, {key: value.clone() for key, value in state.items()}, path)
     for name in ("latent_mean", "latent_std"):
         if not torch.isfinite(getattr(model, name)).all():
             raise UserError(
@@ -265,7 +267,8 @@ def show_params(size: Size, head: Head, path: str | None = None) -> int:
 
     config = SIZES[size].with_head(head)
     if path is not None:
-        config = config_of(tidy(read_state_dict(path), path), read_config(Path(path)), path)
+        file = weights_file(path, "checkpoint")
+        config = config_of(tidy(read_state_dict(file), path), read_config(file), path)
     counts = count_parameters(config)
     trainable, frozen = sum(row[1] for row in counts), sum(row[2] for row in counts)
     title = f"{path or size}, {head_label(config)}: {config.hidden} wide, {config.depth} blocks"

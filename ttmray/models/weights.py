@@ -26,7 +26,7 @@ from ttmray.config import Config, load_config
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.models.download import Remote, download, forget, hub_endpoint
-from ttmray.storage import Folder, absolute, explained, fsync
+from ttmray.storage import Folder, absolute, explained, fsync, local_file
 
 Role = Literal["clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer"]
 
@@ -433,3 +433,20 @@ def locked(folder: Path) -> Iterator[None]:
             console.print(f"another process uses {folder}, waiting for it", markup=False)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def weights_file(path: str, field: str) -> Path:
+    """A weights file on this machine: itself, or a copy of a remote one.
+
+    Args:
+        field: of the config, for messages.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        return local_file(path)
+    except UserError as error:
+        raise UserError(
+            f"{field}: {error.message}", "Make one from a run: ttmray checkpoint export RUN --out FILE"
+        ) from error

@@ -22,8 +22,8 @@ class ModelConfig(Config):
     null: Null = "zero_embedding"
     """What a dropped score is; the paper's null = 0 can be read as either."""
     init: str | None = execution(None)
-    """Weights to start from: an exported file, a released one, or a run folder. Default: from scratch. Their hash is
-    part of the identity."""
+    """Weights to start from: an exported or a released file, local or s3:// (copied to each machine). Default: from
+    scratch. Their hash is part of the identity."""
     seed: int = 0
     """Of the initial weights."""
 

@@ -27,6 +27,7 @@ from ttmray.errors import UserError
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import read_config, tidy
 from ttmray.models.state_dicts import read_state_dict
+from ttmray.models.weights import weights_file
 from ttmray.storage import Folder, absolute
 from ttmray.training.clips import Clips
 from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig, with_absolute_paths
@@ -35,7 +36,7 @@ from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
 from ttmray.training.loop import Losses
 from ttmray.training.memory import step_flops
 from ttmray.training.preference_pairs import read_pairs
-from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, weights_file, write_samples
+from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, write_samples
 
 LogRatio = Literal["tangoflux", "equation_1"]
 FACTORS: dict[LogRatio, float] = {"tangoflux": 0.5, "equation_1": 1.0}
@@ -226,7 +227,7 @@ class CrpoTask:
         self.pairs = open_pairs(config.pairs, config.data)
         self.model, self.init = initial_model(config, self.pairs)
         assert config.model.init is not None
-        check_head(self.model, weights_file(config.model.init))
+        check_head(self.model, weights_file(config.model.init, "model.init"))
         self.model.to(device)
         self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
         # compiled like the policy: rounding errors that both share cancel before beta multiplies them

@@ -7,27 +7,26 @@ clips, in a folder of its own: what both gain is not the experts' doing.
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ttmray.config import Config, execution, fingerprint, identity
+from ttmray import runs
+from ttmray.config import Config, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation import pool
 from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool
 from ttmray.generation.pool_worker import CandidatesConfig
-from ttmray.models.weights import digest_file
+from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
 from ttmray.training.config import OptimizerConfig, TrainConfig, with_absolute_paths
 from ttmray.training.data import SourceConfig
 from ttmray.training.export import export
 from ttmray.training.launch import claim, launch
-from ttmray.training.sft import SftTask, weights_file
+from ttmray.training.sft import SftTask
 
 SamplePool = Callable[[str, str], None]
 """(weights file, run folder): sample a pool from the weights, or go on with one."""
@@ -108,10 +107,8 @@ def expert_iteration(
     if sample_pool is None and config.pool is not None:
         sample_pool = partial(pool.sample_pool, config.pool)
     assert config.model.init is not None
-    weights = str(weights_file(config.model.init))
+    weights = config.model.init
     root = Folder.at(config.output).sub("control" if config.control else "expert")
-    if root.remote:
-        raise UserError(f"output: {root} is remote.", "Weights go from step to step as files: name a local folder.")
     if plan_only:
         return launch("sft", finetuning(config, root, weights, None), SftTask, plan_only=True)
     described = _described(config, weights)
@@ -197,14 +194,8 @@ def _trained(config: ExpertIterationConfig, phase: TrainConfig, name: str, place
 
 
 def _described(config: ExpertIterationConfig, weights: str) -> dict[str, Any]:
-    what = json.loads(json.dumps({"config": identity(config), "init": digest_file(Path(weights)).sha256}))
-    return {
-        "kind": "expert-iteration",
-        "fingerprint": fingerprint(what),
-        "identity": what,
-        "config": config.model_dump(mode="json"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    init = digest_file(weights_file(weights, "model.init")).sha256
+    return runs.describe("expert-iteration", {"config": identity(config), "init": init}, config, ("torch", "numpy"))
 
 
 def absolute_paths(config: ExpertIterationConfig) -> ExpertIterationConfig:

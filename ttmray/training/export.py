@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.state_dicts import read_state_dict
-from ttmray.storage import Folder, absolute, is_remote, read_file, split_path
+from ttmray.storage import Folder, local_file, read_file, split_path
 from ttmray.training.checkpoint import KIND, STATE, committed, load, newest_valid, verify
 from ttmray.training.ema import synthesise
 from ttmray.training.tensors import pack, unpack
@@ -113,8 +112,8 @@ def inspect(path: str) -> dict[str, Any]:
     """What a file or folder of weights is, after reading all of it.
 
     Args:
-        path: our checkpoint (folder), an exported or any other safetensors file (local or s3), or a local .pt, .pth,
-            .ckpt or .bin of plain tensors, such as a released backbone or a file of the public trainer.
+        path: our checkpoint (folder), an exported or any other safetensors file, or a .pt, .pth, .ckpt or .bin of plain
+            tensors, such as a released backbone or a file of the public trainer; local or s3://.
 
     Returns:
         `kind`, `path`, `step` (None where the file does not say), `tensors`, `parameters`, `not_finite` (names),
@@ -143,9 +142,7 @@ def inspect(path: str) -> dict[str, Any]:
 def _inspect_torch(path: str) -> dict[str, Any]:
     from ttmray.models.weights import digest_file
 
-    if is_remote(path):
-        raise UserError(f"{path}: torch files are read from local disks only.", "Copy it here first.")
-    full = absolute(path)
+    full = local_file(path)
     content: Mapping[str, Any] = read_state_dict(full)
     kind, step = "torch state dict", None
     for container in ("weights", "state_dict", "generator"):  # of the public trainer, of LAION-CLAP, of BigVGAN
@@ -163,9 +160,7 @@ def _inspect_torch(path: str) -> dict[str, Any]:
     }
     if not tensors:
         raise UserError(f"{path} holds no tensors by name.", "It is a checkpoint of something else.")
-    return _report(
-        path, kind, tensors, {path: digest_file(Path(full)).sha256}, step=int(step) if step is not None else None
-    )
+    return _report(path, kind, tensors, {path: digest_file(full).sha256}, step=int(step) if step is not None else None)
 
 
 def _report(

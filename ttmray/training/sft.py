@@ -24,9 +24,9 @@ from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import Transfer, config_of, read_config, tidy, transfer
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.state_dicts import read_state_dict
-from ttmray.models.weights import digest_file
+from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
-from ttmray.storage import Folder, is_remote
+from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
 from ttmray.training.data import DataConfig, Mixture, Samples, evaluation_batches, loader, open_mixture
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
@@ -142,7 +142,7 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
             model.empty_string_feat.copy_(text)
             model.empty_string_feat_c.copy_(pooled)
         return model, f"scratch, seed {config.model.seed}"
-    path = weights_file(config.model.init)
+    path = weights_file(config.model.init, "model.init")
     state = tidy(read_state_dict(path), str(path))
     found = config_of(state, read_config(path), str(path))
     free = {"head", "null", "latent_len"}  # a new head is fine, and weights are for any length
@@ -231,21 +231,6 @@ def keep_empty_text(config: TrainConfig, task: Task) -> None:
     about = {"bundle": corpus_bundle(config.data)}
     if config.model.init is None:
         Folder.at(config.output).write(EMPTY_TEXT, pack({k: t.cpu() for k, t in tensors.items()}, about))
-
-
-def weights_file(path: str) -> Path:
-    """A local weights file.
-
-    Raises:
-        UserError: it is remote or not a file.
-    """
-    if is_remote(path):
-        raise UserError(f"model.init: {path} is remote.", "Copy it here first.")
-    if not Path(path).is_file():
-        raise UserError(
-            f"model.init: {path} is not a file.", "Make one from a run: ttmray checkpoint export RUN --out FILE"
-        )
-    return Path(path)
 
 
 def frozen_digest(model: FluxAudio) -> str:
