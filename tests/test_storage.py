@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttmray.errors import UserError
-from ttmray.storage import TEMPORARY_PREFIX, Folder, absolute, explained, read_file, safe_relative, split_path
+from ttmray.storage import (
+    TEMPORARY_PREFIX,
+    Folder,
+    absolute,
+    explained,
+    local_file,
+    read_file,
+    safe_relative,
+    split_path,
+)
 
 
 @pytest.fixture
@@ -277,3 +286,28 @@ def test_a_file_address_is_written_as_atomically_as_a_path(tmp_path):
 def test_a_folder_travels_between_processes(folder):
     folder.write("a", b"1")
     assert pickle.loads(pickle.dumps(folder)).read("a") == b"1"  # noqa: S301 - our own bytes
+
+
+def test_a_remote_file_is_copied_once_per_version(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("TTMRAY_COPIES", str(tmp_path / "copies"))
+    folder = Folder.at(bucket)
+    folder.write("w.pt", b"one")
+    first = local_file(folder.path("w.pt"))
+    assert (first.name, first.read_bytes()) == ("w.pt", b"one")
+    made = first.stat().st_mtime_ns
+    assert local_file(folder.path("w.pt")) == first
+    assert first.stat().st_mtime_ns == made
+    folder.write("w.pt", b"two")
+    second = local_file(folder.path("w.pt"))
+    assert second.read_bytes() == b"two"
+    assert first.read_bytes() == b"one"
+    with pytest.raises(UserError, match=r"absent\.pt: not found"):
+        local_file(folder.path("absent.pt"))
+
+
+def test_a_local_file_is_itself(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"one")
+    assert local_file(str(tmp_path / "w.pt")) == tmp_path / "w.pt"
+    for absent in (tmp_path / "absent.pt", tmp_path):
+        with pytest.raises(UserError, match="is not a file"):
+            local_file(str(absent))
