@@ -21,7 +21,7 @@ from ttmray.models.backbone import FluxAudio
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder
 from ttmray.synth.pool import Candidate, write_pool
-from ttmray.training import preference_pairs
+from ttmray.training import preference_pairs, reference
 from ttmray.training.config import (
     CheckpointConfig,
     EmaConfig,
@@ -263,6 +263,49 @@ def test_a_resumed_run_ends_in_the_same_bits_and_measuring_changes_none(configur
         assert all(torch.equal(weights["whole"][key], weights[other][key]) for key in weights["whole"])
     assert not any("dpo_grad_norm" in line for line in metrics(str(tmp_path / "whole")))
     assert len(metrics(str(tmp_path / "resumed"))) == len(metrics(str(tmp_path / "whole"))) == 3
+
+
+def test_reference_losses_made_ahead_give_the_same_bits_and_are_shared_by_a_sweep(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "PART", 10)  # numbers of a batch lie across two parts
+    made: list[int] = []
+    write = reference.ReferenceLosses.write
+    monkeypatch.setattr(
+        reference.ReferenceLosses, "write", lambda self, part, losses: (made.append(part), write(self, part, losses))
+    )
+    weights = {}
+    for name, beta, steps, ahead in (
+        ("beside", 2000, 6, None),
+        ("ahead", 2000, 4, "shared"),
+        ("ahead", 2000, 6, "shared"),  # more updates need another part
+        ("sweep", 500, 6, "shared"),
+        ("beside, 500", 500, 6, None),
+    ):
+        folder = None if ahead is None else str(tmp_path / ahead)
+        config = configure(
+            output=str(tmp_path / name), beta=beta, steps=steps, reference_losses=folder, gradients_every=2
+        )
+        assert train_crpo(config) == 0
+        weights[name] = (
+            load_file(tmp_path / name / "checkpoints" / "step-00000006" / "model.safetensors") if steps == 6 else {}
+        )
+    assert made == [0, 1, 2]
+    for one, other in (("beside", "ahead"), ("beside, 500", "sweep")):
+        assert all(torch.equal(weights[one][key], weights[other][key]) for key in weights[one])
+    task = CrpoTask(config.model_copy(update={"reference_losses": str(tmp_path / "shared")}), CPU)
+    assert (task.reference, task.frozen_models) == (None, 0)
+    assert task.table.missing(30) == []
+    other = configure(score=2.0, reference_losses=str(tmp_path / "shared"))
+    assert CrpoTask(other, CPU).table.missing(30) == [0, 1, 2]
+
+
+def test_damaged_reference_losses_are_named(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "PART", 16)
+    config = configure(reference_losses=str(tmp_path / "shared"))
+    assert train_crpo(config) == 0
+    (part,) = (tmp_path / "shared").rglob("*.safetensors")
+    part.write_bytes(pack({"losses": torch.full((16, 2), float("nan"))}))
+    with pytest.raises(UserError, match=r"losses-00000000\.safetensors does not hold 16 pairs"):
+        train_crpo(configure(output=str(tmp_path / "again"), reference_losses=str(tmp_path / "shared")))
 
 
 def test_the_watch_speaks_once_per_occurrence():

@@ -4,8 +4,8 @@ The loss is that of TangoFlux (Hung et al. 2024), which the paper uses: log pi(x
 loss. Winner and loser, policy and reference share one time and one noise. The reference is the whole starting model,
 text projections and score head included, in evaluation mode.
 
-Losses of the reference are not computed ahead: time and noise are new at every draw of a pair, so there would be as
-many reference forwards as now (a quarter of the work); fewer, fixed draws per pair would be another loss.
+Time and noise are new at every draw of a pair, so losses of the reference that are computed ahead (`reference_losses`)
+are as many forwards, a quarter of the work; they pay where several runs share them.
 """
 
 import copy
@@ -33,9 +33,10 @@ from ttmray.training.clips import Clips
 from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig, with_absolute_paths
 from ttmray.training.data import DataConfig, Mixture, Samples, loader, open_mixture
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.loop import Losses
+from ttmray.training.loop import Losses, Task
 from ttmray.training.memory import step_flops
 from ttmray.training.preference_pairs import read_pairs
+from ttmray.training.reference import ReferenceLosses, precompute, reference_key
 from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, write_samples
 
 LogRatio = Literal["tangoflux", "equation_1"]
@@ -76,6 +77,10 @@ class CrpoConfig(TrainConfig):
     score: float | Literal["own"] | None = "own"
     """What the model is conditioned on: each clip's own reward, one number for all, or null for no score. The paper
     does not say."""
+    reference_losses: str | None = execution(None)
+    """Folder (local or s3://) where the reference's losses are computed ahead, unless they are there: runs that differ
+    in beta, rates, lambda or length share them (`ttmray/training/reference.py`). null: the reference runs beside the
+    policy."""
     gradients_every: int = execution(100, ge=0)
     """Updates between measurements of the gradient norms of both terms, which cost an update each; 0: never."""
     flow: CrpoFlow = CrpoFlow()
@@ -229,18 +234,24 @@ class CrpoTask:
         assert config.model.init is not None
         check_head(self.model, weights_file(config.model.init, "model.init"))
         self.model.to(device)
-        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
-        # compiled like the policy: rounding errors that both share cancel before beta multiplies them
-        self._refer = torch.compile(self.reference) if config.runtime.compile else self.reference
-        # two clips forward and backward, and forward through the reference
-        self.flops_per_sample = step_flops(self.model.config) * (2 + 2 / 3)
-        self.clips_per_sample, self.frozen_models = 2, 1
+        self.device = device
         self.identity: dict[str, Any] = {
             "data": self.pairs.fingerprint(),
             "backbone": self.model.config.to_dict(),
             "init": self.init,
             "frozen": frozen_digest(self.model),
         }
+        self.table: ReferenceLosses | None = None
+        self.reference: FluxAudio | None = None
+        if config.reference_losses is not None:
+            self.table = ReferenceLosses(config.reference_losses, reference_key(config, self.identity))
+        else:
+            self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+            # compiled like the policy: rounding errors that both share cancel before beta multiplies them
+            self._refer = torch.compile(self.reference) if config.runtime.compile else self.reference
+        # two clips forward and backward, and forward through the reference
+        self.clips_per_sample, self.frozen_models = 2, int(self.reference is not None)
+        self.flops_per_sample = step_flops(self.model.config) * (2 + 2 / 3 * self.frozen_models)
         self.watch = LoserWatch()
         self.rank = 0
         self._seen = torch.zeros(3, dtype=torch.float64, device=device)
@@ -250,7 +261,7 @@ class CrpoTask:
         yield from loader(self.pairs, self.config.data, start=start, batch=batch, rank=rank, world=world, pin=pin)
 
     def losses(self, samples: Samples, forward: Callable[..., Tensor]) -> Losses:
-        samples = self._scored(samples)
+        samples = self.scored(samples)
         every, update = self.config.gradients_every, int(samples.numbers[0]) // self.config.batch
         measured = self.gradient_norms(samples) if every and update % every == 0 else {}
         winner, loser, reference_winner, reference_loser, found, t = self._terms(samples, forward)
@@ -287,9 +298,12 @@ class CrpoTask:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, CrpoLosses, Tensor]:
         """Losses of winner and loser, of both by the reference, of the pair; and times. All (B,)."""
         policy, t = flow_losses(self.model, samples.batch, self.config.flow, forward)
-        with torch.no_grad():
-            reference, _ = flow_losses(self.reference, samples.batch, self.config.flow, self._refer)
-        (winner, loser), (reference_winner, reference_loser) = policy.chunk(2), reference.chunk(2)
+        winner, loser = policy.chunk(2)
+        if self.table is not None:
+            reference = self.table.rows(samples.numbers.chunk(2)[0]).to(policy.device)
+        else:
+            reference = self.reference_losses(samples)
+        reference_winner, reference_loser = reference.unbind(1)
         found = crpo_losses(
             winner,
             loser,
@@ -301,7 +315,15 @@ class CrpoTask:
         )
         return winner, loser, reference_winner, reference_loser, found, t.chunk(2)[0]
 
-    def _scored(self, samples: Samples) -> Samples:
+    @torch.no_grad()
+    def reference_losses(self, samples: Samples) -> Tensor:
+        """(B, 2) losses of winner and loser by the reference, of scored samples on its device."""
+        assert self.reference is not None
+        losses, _ = flow_losses(self.reference, samples.batch, self.config.flow, self._refer)
+        return torch.stack(losses.chunk(2), dim=1)
+
+    def scored(self, samples: Samples) -> Samples:
+        """Conditioned as `score` says."""
         own, score = samples.batch.score, self.config.score
         if own is None or score == "own":
             return samples
@@ -353,5 +375,15 @@ def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = Fal
     """Stage 3 from start to end, or from where it was; returns the exit code."""
     from ttmray.training.launch import launch
 
-    ready = with_absolute_paths(config).model_copy(update={"pairs": absolute(config.pairs)})
-    return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force)
+    paths = {"pairs": absolute(config.pairs)}
+    if config.reference_losses is not None:
+        paths["reference_losses"] = absolute(config.reference_losses)
+    ready = with_absolute_paths(config).model_copy(update=paths)
+    return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
+
+
+def _precompute(config: TrainConfig, task: Task, device_batch: int) -> None:
+    assert isinstance(config, CrpoConfig)
+    assert isinstance(task, CrpoTask)
+    if task.table is not None:
+        precompute(config, task, device_batch)

@@ -36,7 +36,7 @@ def launch(
     *,
     plan_only: bool = False,
     force: bool = False,
-    keep: Callable[[TrainConfig, Task], None] | None = None,
+    keep: Callable[[TrainConfig, Task, int], None] | None = None,
 ) -> int:
     """Run, or go on with, a training job; returns the exit code.
 
@@ -45,7 +45,8 @@ def launch(
         make_task: builds the task of one rank from config and device, without writing; must pickle for Ray.
         plan_only: print every derived number and stop.
         force: go on although the config differs from the run folder's.
-        keep: writes what workers and later launches need, once the run folder is known to be this run's.
+        keep: writes what workers and later launches need, once the run folder is known to be this run's; its last
+            argument is the samples per forward.
 
     Raises:
         UserError: for everything that the user can mend.
@@ -63,7 +64,7 @@ def launch(
     described = describe(kind, config, task)
     claim(out, described, force)
     if keep is not None:
-        keep(config, task)
+        keep(config, task, split.device_batch)
     if local:
         train(task, config, Ranks(), device, split.device_batch, force)
     else:

@@ -225,7 +225,7 @@ def empty_text(config: TrainConfig) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(text).float(), torch.from_numpy(pooled).float()
 
 
-def keep_empty_text(config: TrainConfig, task: Task) -> None:
+def keep_empty_text(config: TrainConfig, task: Task, device_batch: int) -> None:
     """So that neither Ray's workers nor later launches load the text encoders."""
     tensors = {"text": task.model.empty_string_feat, "pooled": task.model.empty_string_feat_c}
     about = {"bundle": corpus_bundle(config.data)}
