@@ -21,6 +21,7 @@ from ttmray.storage import Folder
 
 SHARDS = "shards"
 CAPTIONS = "captions"
+VERIFY = "Run `ttmray corpus verify` on the corpus: it finds every damaged file and says how to mend it."
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -24,7 +24,6 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
 from ttmray.runs import RUN
 from ttmray.storage import Folder
-from ttmray.training.files import VERIFY
 
 KEPT, WEIGHTED, REPORT = "kept.txt", "weights.csv", "selection.json"
 PERCENTILES = (5, 25, 50, 75, 90, 95)
@@ -138,7 +137,7 @@ def read_embeddings(run: Folder, table: pa.Table) -> dict[str, np.ndarray]:
             found[key] = np.atleast_2d(sample["clap_audio.npy"])[0].astype(np.float64)
     for row in rows.select(["key", "shard"]).to_pylist():
         if row["key"] not in found:
-            raise UserError(f"{run.path(row['shard'])} is damaged: clip {row['key']} is not there.", VERIFY)
+            raise UserError(f"{run.path(row['shard'])} is damaged: clip {row['key']} is not there.", shards.VERIFY)
     return found
 
 

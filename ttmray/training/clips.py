@@ -26,7 +26,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, read_file
-from ttmray.training.files import VERIFY, Files, copies_folder, damaged
+from ttmray.training.files import Files, copies_folder, damaged
 
 CLAP_WIDTH = 512
 MEMBERS = ("latent_mean.npy", "latent_std.npy")
@@ -153,7 +153,7 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
     if waiting.any():
         first = int(np.flatnonzero(waiting)[0])
         if run.exists(SUCCESS) or waiting.all():
-            raise UserError(f"{run}: no text features of the caption of clip {rows['key'][first]}.", VERIFY)
+            raise UserError(f"{run}: no text features of the caption of clip {rows['key'][first]}.", shards.VERIFY)
         rows, caption_of = rows.filter(pa.array(~waiting)), caption_of[~waiting]
     score = _scores(run, rows, score_column)
     weight = np.array([1.0 if weights is None else weights[key] for key in rows["key"].to_pylist()], np.float32)

@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ttmray.corpus.shards import VERIFY
 from ttmray.errors import UserError
 from ttmray.storage import Folder, explained
 
-VERIFY = "Run `ttmray corpus verify` on the corpus: it finds every damaged file and says how to mend it."
 _COPIES = "ttmray-copies"  # below the cache folder: nothing else is ever evicted
 _THREADS = 16  # that copy remote files side by side
 
