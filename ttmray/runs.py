@@ -84,7 +84,12 @@ def existing(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, 
 
 
 def refuse_another(
-    run: Folder, old: dict[str, Any], new: dict[str, Any], more: Sequence[str] = (), covered: tuple[str, ...] = ()
+    run: Folder,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    more: Sequence[str] = (),
+    covered: tuple[str, ...] = (),
+    way_out: str = "",
 ) -> None:
     """Let only the same run go on.
 
@@ -92,6 +97,7 @@ def refuse_another(
         old, new: `run.json` as it is, and as the command would write it.
         more: further differences, in words.
         covered: starts of lines that `more` says better.
+        way_out: a further one, as a sentence.
 
     Raises:
         UserError: another identity; every difference is named.
@@ -103,5 +109,5 @@ def refuse_another(
         lines = [line for line in lines if not line.startswith(covered)]
     raise UserError(
         f"{run} belongs to another run:\n    " + "\n    ".join([*lines, *more]),
-        "Choose a new output folder, or restore the old settings and inputs to go on with this one.",
+        f"Choose a new output folder, or restore the old settings and inputs to go on with this one. {way_out}".strip(),
     )

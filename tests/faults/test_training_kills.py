@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,13 @@ class Run:
         return "training"
 
     def progress(self) -> int:
-        return max((path.stat().st_mtime_ns for path in self.output.rglob("checkpoints/*/*")), default=0)
+        """When it last wrote a checkpoint's file, in ns; older checkpoints may vanish meanwhile."""
+        newest = 0
+        for folder, _, names in os.walk(self.output / "checkpoints"):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    newest = max(newest, os.stat(os.path.join(folder, name)).st_mtime_ns)
+        return newest
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,7 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], force: bool
     if not force:
         raise UserError(
             f"The checkpoint was made under another config; going on would change the trajectory:\n  {shown}",
-            "Use the old values, another output folder, or force it.",
+            "Use the old values, another output folder, or --force.",
         )
     console.print(f"going on although the config differs from the checkpoint's:\n  {shown}", markup=False)
     return lines

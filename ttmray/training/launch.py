@@ -150,7 +150,7 @@ def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
         return
     existing = runs.read(out, described["kind"])
     if not force:
-        runs.refuse_another(out, existing, described)
+        runs.refuse_another(out, existing, described, way_out="--force goes on with the new ones.")
     out.write(RUN, json.dumps(described | {"created": existing["created"]}, indent=1).encode())
     if out.exists(SUCCESS) and json.loads(out.read(SUCCESS)).get("steps") != described["config"]["steps"]:
         out.delete(SUCCESS)  # it goes on to more

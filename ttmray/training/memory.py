@@ -98,9 +98,9 @@ def split_batch(
     with torch.device("meta"):
         weights = sum(p.numel() for p in FluxAudio(config).parameters() if p.requires_grad)
     fixed, per_clip = activation_bytes(config, checkpointing)
-    per_sample = clips * per_clip
     if bf16:
-        fixed, per_sample = 2 * weights, int(BF16_SHARE * per_sample)
+        fixed, per_clip = 2 * weights, int(BF16_SHARE * per_clip)
+    per_sample = clips * per_clip
     state = weights * (BYTES_PER_WEIGHT + 4 * (averages + frozen_models)) + fixed
     if device_batch is None:
         fits = CPU_BATCH if free_bytes is None else int((FREE_SHARE * free_bytes - state) / per_sample)
