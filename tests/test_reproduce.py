@@ -20,6 +20,7 @@ from ttmray.storage import Folder
 
 REPO = Path(__file__).resolve().parents[1]
 DEBUG = REPO / "configs/debug/reproduce.yaml"
+PROMPTS = REPO / "configs/debug/prompts.csv"
 PROGRAM = """
 import sys
 from ttmray.config import load_config
@@ -29,8 +30,7 @@ sys.exit(reproduce(load_config(ReproduceConfig, sys.argv[1], sys.argv[2:])))
 
 
 def debug(output: Path | str, *sets: str) -> ReproduceConfig:
-    prompts = f"prompts={REPO / 'configs/debug/prompts.csv'}"
-    return load_config(ReproduceConfig, str(DEBUG), [f"output={output}", prompts, *sets])
+    return load_config(ReproduceConfig, str(DEBUG), [f"output={output}", f"prompts={PROMPTS}", *sets])
 
 
 def steps(output: Path, *sets: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
     made = steps(tmp_path)
     root = str(tmp_path)
     stage1, stage2 = f"{root}/stage1/weights.safetensors", f"{root}/stage2/expert/round-1/polish.safetensors"
-    held_out = str(REPO / "configs/debug/prompts.csv")
+    held_out = str(PROMPTS)
     assert made["stage1"].config.data.sources[0].corpus == f"{root}/corpus"
     pool, pairs_pool = made["pool"].config, made["pairs_pool"].config
     assert (pool.corpus, pool.checkpoint, pool.held_out) == (f"{root}/corpus", stage1, held_out)
@@ -106,7 +106,6 @@ def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
         (("generate=null",), "section evaluate needs section generate"),
         (("control=false",), "systems.control: there is no control"),
         (("prompts=null",), "section generate"),
-        (("output=s3://bucket/run",), "is remote"),
         (("stage4={}",), "unknown field"),
     ],
 )
@@ -161,10 +160,10 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small(songs: Path, output: Path) -> list[str]:
+def small(songs: Path, output: Path | str) -> list[str]:
     """Arguments of the debug chain with fewer updates and clips."""
     return [
-        str(DEBUG), f"output={output}", f"corpus.input={songs}", f"prompts={REPO / 'configs/debug/prompts.csv'}",
+        str(DEBUG), f"output={output}", f"corpus.input={songs}", f"prompts={PROMPTS}",
         "stage1.steps=12", "stage1.checkpoint.every=4", "stage2.steps=6", "stage2.polish.steps=3", "stage3.steps=6",
         "stage2.checkpoint.every=3", "stage3.checkpoint.every=3", "pool.prompt_count=3", "pool.unit_clips=4",
         "systems={stage1: {stage: stage1}, stage3: {stage: stage3}}",
@@ -221,6 +220,22 @@ def test_the_chain_runs_its_first_steps_and_goes_on_from_there(songs, tmp_path, 
     assert "nothing to do: all 2 steps are done" in capsys.readouterr().out
     with pytest.raises(UserError, match="step stage1 is not done"):
         reproduce(config, first="pool")
+
+
+def test_a_chain_whose_run_folder_is_in_a_bucket_ends_there(songs, bucket, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TTMRAY_COPIES", str(tmp_path / "copies"))
+    monkeypatch.chdir(tmp_path)
+    less = ["votes=null", "ranker=null", "control=false", "systems={stage3: {stage: stage3}}"]
+    config = load_config(ReproduceConfig, str(DEBUG), small(songs, f"{bucket}/run")[1:] + less)
+    assert reproduce(config) == 0
+    run = Folder(f"{bucket}/run")
+    assert "| evaluate | done |" in run.read("summary.md").decode()
+    assert run.exists("generated/stage3/index.html")
+    assert run.exists("evaluation/report/index.html")
+    capsys.readouterr()
+    assert reproduce(config) == 0
+    assert "nothing to do: all 9 steps are done" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"copies"}  # nothing is left on this machine but copies
 
 
 def test_shipped_configs_are_valid(tmp_path):

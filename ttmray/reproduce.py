@@ -19,7 +19,7 @@ from pydantic import Field
 from ttmray.chain import Step, fill, merged, run_chain
 from ttmray.config import Config, ConfigT, execution, fingerprint, identity
 from ttmray.errors import UserError
-from ttmray.storage import Folder, absolute, is_remote, read_file
+from ttmray.storage import Folder, absolute, read_file
 
 Stage = Literal["stage1", "stage2", "control", "stage3"]
 
@@ -47,7 +47,7 @@ class ReproduceConfig(Config):
     outputs, checkpoints, pools, pairs, corpora and prompts."""
 
     output: str = execution("runs/reproduce")
-    """Run folder, local, because weights go from step to step as files."""
+    """Run folder: a local path or s3:// prefix."""
     bundle: str = "debug"
     """Models of all steps."""
     prompts: str | None = execution(None)
@@ -95,8 +95,6 @@ def reproduce(
     Raises:
         UserError: for everything that the user can mend; all sections are checked before the first step runs.
     """
-    if is_remote(config.output):
-        raise UserError(f"output: {config.output} is remote.", "Weights go from step to step: name a local folder.")
     if config.prompts is not None:
         config = config.model_copy(update={"prompts": absolute(config.prompts)})
     steps = build_steps(config)

@@ -40,6 +40,7 @@ from ttmray.evaluation.ablations import AblateConfig, Plan, ablate
 from ttmray.evaluation.published import CHAIN, FACTORIAL, SWEEP, Published
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.score_heads import Head
+from ttmray.storage import Folder
 
 REPO = Path(__file__).resolve().parents[2]
 DEBUG = REPO / "configs/debug/ablate.yaml"
@@ -195,13 +196,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def configure(given: Path, output: Path, *sets: str) -> AblateConfig:
+def configure(given: Path | str, output: Path | str, *sets: str) -> AblateConfig:
     """Two checkpoints and a text-only one, as files."""
-    files = {name: {"path": str(given / f"{name}.safetensors")} for name in ("one", "two", "text")}
+    files = {name: {"path": f"{given}/{name}.safetensors"} for name in ("one", "two", "text")}
     sets = (
         f"output={output}",
-        f"prompts={given / 'prompts.csv'}",
-        f"references={{tones: {given / 'music'}}}",
+        f"prompts={given}/prompts.csv",
+        f"references={{tones: {given}/music}}",
         "generate={sampler: {steps: 1, score: 2.0}, postprocess: null}",
         "evaluate={reference: tones, resamples: 10}",
         f"checkpoints={json.dumps(files)}",
@@ -269,7 +270,6 @@ def test_what_a_cell_is_made_of_decides_its_name_and_nothing_else(given, tmp_pat
         (("checkpoints.three={path: a.pth, init: one}",), "init is for checkpoints that are trained"),
         (("checkpoints={../x: {path: y}}",), "cannot name a folder"),
         (("prompts=none.csv", "chain=[{label: a, checkpoint: one}]"), "none.csv"),
-        (("output=s3://bucket/run",), "is remote"),
         ((), "no table is configured"),
     ],
 )
@@ -315,6 +315,22 @@ def test_tables_figure_and_page_come_from_real_cells_and_a_relaunch_does_nothing
     assert ablate(config) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")} == before
+
+
+def test_cells_from_and_in_a_bucket_are_those_of_folders(given, bucket, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TTMRAY_COPIES", str(tmp_path / "copies"))
+    for path in sorted(path for path in given.rglob("*") if path.is_file()):
+        Folder(f"{bucket}/given").write(str(path.relative_to(given)), path.read_bytes())
+    contrast = SMALL[-1]
+    assert ablate(configure(given, tmp_path / "run", contrast)) == 0
+    remote = configure(f"{bucket}/given", f"{bucket}/run", contrast)
+    assert ablate(remote) == 0
+    run, local = Folder(f"{bucket}/run"), Folder(str(tmp_path / "run"))
+    for name in ("cells.json", "tables/conditioning.csv"):
+        assert run.read(name) == local.read(name)
+    capsys.readouterr()
+    assert ablate(remote) == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_other_weights_under_a_known_name_are_noticed(given, tmp_path, capsys):

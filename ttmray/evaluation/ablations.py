@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Self, cast
 
 from pydantic import Field, model_validator
@@ -36,7 +35,7 @@ from ttmray.evaluation.ablation_tables import (
 )
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.models.score_heads import Head
-from ttmray.storage import Folder, absolute, is_remote, local_file, read_file
+from ttmray.storage import Folder, absolute, local_file, read_file
 from ttmray.training.config import TrainConfig, with_absolute_paths
 
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
@@ -162,7 +161,7 @@ class AblateConfig(Config):
     """`jobs/ablate.py` and `ttmray ablate`. Sections are configs of their jobs without what is filled in here."""
 
     output: str = execution("runs/ablations")
-    """Run folder, local, because weights go from step to step as files."""
+    """Run folder: a local path or s3:// prefix."""
     bundle: str = "debug"
     """Models of all steps."""
     prompts: str
@@ -221,8 +220,6 @@ def ablate(config: AblateConfig, *, first: str | None = None, last: str | None =
     Raises:
         UserError: for everything that the user can mend; all sections are checked before the first step runs.
     """
-    if is_remote(config.output):
-        raise UserError(f"output: {config.output} is remote.", "Weights go from step to step: name a local folder.")
     plan = Plan(config)
     steps = plan.steps()
     return run_chain(plan.root, steps, plan.fingerprints(steps), first=first, last=last, plan_only=plan_only)
@@ -392,7 +389,7 @@ class Plan:
 
         path = self.config.checkpoints[checkpoint].path
         if path is not None:
-            return cast(Head | None, read_config(Path(absolute(path))).get("head"))
+            return cast(Head | None, read_config(local_file(absolute(path))).get("head"))
         training = next(step.config for step in self.trainings if step.name == f"train-{checkpoint}")
         assert isinstance(training, TrainConfig)
         return training.model.head
@@ -403,7 +400,7 @@ class Plan:
 
         path = self.config.checkpoints[checkpoint].path
         if path is not None and path not in self.digests:
-            self.digests[path] = digest_file(Path(absolute(path))).sha256
+            self.digests[path] = digest_file(local_file(absolute(path))).sha256
         return None if path is None else self.digests[path]
 
     def steps(self) -> list[Step]:

@@ -82,7 +82,7 @@ def audio_files(folder: Folder) -> list[str]:
     found = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_EXTENSIONS]
     if not found:
         known = ", ".join(sorted(AUDIO_EXTENSIONS))
-        raise UserError(f"{folder}: no audio files.", f"These endings count: {known}.")
+        raise UserError(f"{folder}: no audio files.", f"Check the path; these endings count: {known}.")
     return found
 
 
