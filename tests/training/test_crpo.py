@@ -21,7 +21,7 @@ from ttmray.models.backbone import FluxAudio
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder
 from ttmray.synth.pool import Candidate, write_pool
-from ttmray.training import preference_pairs, reference
+from ttmray.training import preference_pairs
 from ttmray.training.config import (
     CheckpointConfig,
     EmaConfig,
@@ -45,6 +45,7 @@ from ttmray.training.export import export
 from ttmray.training.flow_matching import flow_losses
 from ttmray.training.launch import launch
 from ttmray.training.preference_pairs import PairsConfig, build_pairs
+from ttmray.training.reference_losses import ReferenceLosses
 from ttmray.training.sft import DEBUG, SftTask
 from ttmray.training.tensors import pack
 
@@ -266,11 +267,11 @@ def test_a_resumed_run_ends_in_the_same_bits_and_measuring_changes_none(configur
 
 
 def test_reference_losses_made_ahead_give_the_same_bits_and_are_shared_by_a_sweep(configure, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PART", 10)  # numbers of a batch lie across two parts
+    monkeypatch.setattr(ReferenceLosses, "PART", 10)  # numbers of a batch lie across two parts
     made: list[int] = []
-    write = reference.ReferenceLosses.write
+    write = ReferenceLosses.write
     monkeypatch.setattr(
-        reference.ReferenceLosses, "write", lambda self, part, losses: (made.append(part), write(self, part, losses))
+        ReferenceLosses, "write", lambda self, part, losses: (made.append(part), write(self, part, losses))
     )
     weights = {}
     for name, beta, steps, ahead in (
@@ -299,7 +300,7 @@ def test_reference_losses_made_ahead_give_the_same_bits_and_are_shared_by_a_swee
 
 
 def test_damaged_reference_losses_are_named(configure, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PART", 16)
+    monkeypatch.setattr(ReferenceLosses, "PART", 16)
     config = configure(reference_losses=str(tmp_path / "shared"))
     assert train_crpo(config) == 0
     (part,) = (tmp_path / "shared").rglob("*.safetensors")

@@ -11,6 +11,7 @@ are as many forwards, a quarter of the work; they pay where several runs share t
 import copy
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -21,8 +22,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from ttmray.cluster import PoolConfig, each
 from ttmray.config import execution, fingerprint
-from ttmray.console import console
+from ttmray.console import console, meter
 from ttmray.errors import UserError
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import read_config, tidy
@@ -36,7 +38,7 @@ from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
 from ttmray.training.loop import Losses, Task
 from ttmray.training.memory import step_flops
 from ttmray.training.preference_pairs import read_pairs
-from ttmray.training.reference import ReferenceLosses, precompute, reference_key
+from ttmray.training.reference_losses import ReferenceLosses
 from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, write_samples
 
 LogRatio = Literal["tangoflux", "equation_1"]
@@ -79,7 +81,7 @@ class CrpoConfig(TrainConfig):
     does not say."""
     reference_losses: str | None = execution(None)
     """Folder (local or s3://) where the reference's losses are computed ahead, unless they are there: runs that differ
-    in beta, rates, lambda or length share them (`ttmray/training/reference.py`). null: the reference runs beside the
+    in beta, rates, lambda or length share them (`training/reference_losses.py`). null: the reference runs beside the
     policy."""
     gradients_every: int = execution(100, ge=0)
     """Updates between measurements of the gradient norms of both terms, which cost an update each; 0: never."""
@@ -244,7 +246,7 @@ class CrpoTask:
         self.table: ReferenceLosses | None = None
         self.reference: FluxAudio | None = None
         if config.reference_losses is not None:
-            self.table = ReferenceLosses(config.reference_losses, reference_key(config, self.identity))
+            self.table = ReferenceLosses(config.reference_losses, _reference_key(config, self.identity))
         else:
             self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
             # compiled like the policy: rounding errors that both share cancel before beta multiplies them
@@ -382,8 +384,47 @@ def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = Fal
     return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
 
 
+def _reference_key(config: CrpoConfig, identity: dict[str, Any]) -> str:
+    """Of everything that decides the losses of a reference: its weights, the pairs, draws, score and precision."""
+    same = {name: identity[name] for name in ("data", "backbone", "init", "frozen")}
+    same |= {"flow": config.flow.model_dump(mode="json"), "score": config.score, "precision": config.precision}
+    return fingerprint(same)[:16]
+
+
 def _precompute(config: TrainConfig, task: Task, device_batch: int) -> None:
+    """Make the reference's losses of a run that are not there yet, where it is to read them.
+
+    In bf16 they are made in batches of the training's size: rounding that policy and reference share cancels before
+    beta multiplies it.
+    """
     assert isinstance(config, CrpoConfig)
     assert isinstance(task, CrpoTask)
-    if task.table is not None:
-        precompute(config, task, device_batch)
+    if task.table is None:
+        return
+    todo = task.table.missing(config.steps * config.batch)
+    runtime = config.runtime
+    on_gpu = runtime.runner == "ray" and runtime.device != "cpu" and task.device.type == "cuda"
+    pool = PoolConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=float(on_gpu))
+    make = partial(_ReferencePart, config.model_dump_json(), str(task.device), device_batch)
+    with meter("reference, pairs", len(todo) * ReferenceLosses.PART) as progress:
+        for part, losses in each(make, todo, pool):
+            task.table.write(part, losses)
+            progress.advance(ReferenceLosses.PART)
+
+
+class _ReferencePart:
+    """The reference in one process; a call makes a part of its losses."""
+
+    def __init__(self, config: str, device: str, batch: int) -> None:
+        self.config = CrpoConfig.model_validate_json(config).model_copy(update={"reference_losses": None})
+        self.device, self.batch = torch.device(device), batch
+        self.task = CrpoTask(self.config, self.device)
+
+    def __call__(self, part: int) -> tuple[int, Tensor]:
+        found: list[Tensor] = []
+        batches = loader(self.task.pairs, self.config.data, start=part * ReferenceLosses.PART, batch=self.batch)
+        for _, samples in zip(range(-(-ReferenceLosses.PART // self.batch)), batches, strict=False):
+            samples = self.task.scored(samples.to(self.device))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                found.append(self.task.reference_losses(samples).float().cpu())
+        return part, torch.cat(found)[: ReferenceLosses.PART]
