@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from ttmray.config import Config
+from ttmray.console import console
+from ttmray.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,6 +48,7 @@ def each(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], co
 
     count = min(config.workers, len(items))
     connect(max(math.ceil(count * config.cpus), os.cpu_count() or 1))
+    require_gpus(count * config.gpus, "workers x gpus", "Set gpus=0, or fewer workers.")
     actor = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=3, max_task_retries=3)(_Actor)
     pool = ActorPool([actor.remote(make) for _ in range(count)])
     try:
@@ -64,13 +67,17 @@ class _Actor:
         return self._work(item)
 
 
-def connect(cpus: int, *, object_store_gib: float | None = None, show_workers: bool = False) -> None:
+def connect(
+    cpus: int, *, object_store_gib: float | None = None, show_workers: bool = False, state_api: bool = False
+) -> None:
     """Join the cluster that RAY_ADDRESS names (set by `ray job submit`), else start an instance on this machine.
 
     Args:
         cpus: logical CPUs that an instance started here has.
         object_store_gib: its object store; default: Ray's own choice (30 % of RAM).
         show_workers: print what workers print.
+        state_api: with Ray's dashboard (on the loopback interface), which Ray Train asks every second whether its
+            controller lives; where nobody answers it warns every second.
     """
     import ray
 
@@ -78,12 +85,33 @@ def connect(cpus: int, *, object_store_gib: float | None = None, show_workers: b
         return
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        options = {"address": "local", "include_dashboard": False, "num_cpus": cpus}
+        options = {"address": "local", "include_dashboard": state_api, "num_cpus": cpus}
         if object_store_gib:
             options["object_store_memory"] = int(object_store_gib * 2**30)
     on_termination = signal.getsignal(signal.SIGTERM)
     ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
+
+
+def require_gpus(needed: float, field: str, way_out: str) -> None:
+    """See that what is asked for can be had, because Ray waits for it without end.
+
+    Args:
+        needed: GPUs in all.
+        field: of the config that asks for them.
+        way_out: for the message.
+
+    Raises:
+        UserError: an instance started here has fewer. A cluster may grow; there it is only said what is awaited.
+    """
+    import ray
+
+    have = ray.cluster_resources().get("GPU", 0.0)
+    if needed <= have:
+        return
+    if not os.environ.get("RAY_ADDRESS"):
+        raise UserError(f"{field} needs {needed:g} GPUs, this machine has {have:g}.", way_out)
+    console.print(f"waiting for GPUs: {field} needs {needed:g}, the cluster has {have:g} now", markup=False)
 
 
 def leave() -> None:

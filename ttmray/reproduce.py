@@ -46,7 +46,7 @@ class ReproduceConfig(Config):
     """`jobs/reproduce.py` and `ttmray reproduce`. The sections are configs of the jobs without what the chain fills in:
     outputs, checkpoints, pools, pairs, corpora and prompts."""
 
-    output: str = execution("runs/reproduce")
+    output: str = execution("runs/reproduce", min_length=1)
     """Run folder: a local path or s3:// prefix."""
     bundle: str = "debug"
     """Models of all steps."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ttmray.errors import UserError
-from ttmray.synth.votes import draw_votes
+from ttmray.synth.votes import draw_votes, main
 
 
 def test_votes_follow_the_rewards_with_the_stated_certainty():
@@ -24,3 +24,11 @@ def test_votes_follow_the_rewards_with_the_stated_certainty():
 def test_rewards_that_say_nothing_are_refused(rewards):
     with pytest.raises(UserError, match="no votes"):
         draw_votes([str(i) for i in range(len(rewards))], np.array(rewards), 5, 0)
+
+
+def test_a_folder_that_is_no_corpus_and_a_count_of_none_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is no corpus run"):
+        main([str(tmp_path), str(tmp_path / "votes.csv")])
+    with pytest.raises(UserError, match="--count is 0"):
+        main([str(tmp_path), str(tmp_path / "votes.csv"), "--count", "0"])
+    assert not list(tmp_path.iterdir())

@@ -160,7 +160,7 @@ class CorpusConfig(Config):
 
     input: str = execution()
     """Folder or bucket of songs, or a table of tracks (CSV, TSV, Parquet, JSON; MTG-Jamendo's TSV as it is)."""
-    output: str = execution()
+    output: str = execution(min_length=1)
     """Run folder: a local path or s3:// prefix."""
     catalogue: CatalogueConfig = CatalogueConfig()
     splits: SplitConfig = SplitConfig()

@@ -160,7 +160,7 @@ class ReferenceConfig(Config):
 class AblateConfig(Config):
     """`jobs/ablate.py` and `ttmray ablate`. Sections are configs of their jobs without what is filled in here."""
 
-    output: str = execution("runs/ablations")
+    output: str = execution("runs/ablations", min_length=1)
     """Run folder: a local path or s3:// prefix."""
     bundle: str = "debug"
     """Models of all steps."""

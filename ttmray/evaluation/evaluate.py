@@ -89,7 +89,7 @@ class EvaluateConfig(Config):
     """Corpus run or reference set that the systems were trained on: near-duplicates and leaks are looked for there."""
     references: str = execution(STORE)
     """Folder of the reference sets, local or s3://."""
-    output: str = execution("runs/evaluation")
+    output: str = execution("runs/evaluation", min_length=1)
     """Folder of the results: a local path or s3:// prefix."""
     bundle: str = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""

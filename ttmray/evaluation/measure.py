@@ -31,7 +31,7 @@ from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.score import CLIP, LIMITS, SILENT_DBFS
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
@@ -82,7 +82,7 @@ class MeasureConfig(EncodingConfig):
 
     @property
     def on_gpu(self) -> bool:
-        return resolve_device(self.device) != "cpu" if self.runner == "local" else self.gpus > 0
+        return on_gpu(self.device, self.runner, self.gpus)
 
 
 def embedding_protocol(bundle: str, protocol: Protocol) -> str:

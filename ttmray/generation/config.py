@@ -50,7 +50,7 @@ class GenerateConfig(Config):
     """File of prompts (CSV, TSV, JSON, JSON lines, or text with one per line)."""
     texts: tuple[str, ...] = execution(())
     """Prompts, instead of a file."""
-    output: str = execution("runs/generate")
+    output: str = execution("runs/generate", min_length=1)
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
     added to a folder, other settings need another one."""
     bundle: str = "debug"

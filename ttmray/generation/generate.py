@@ -24,7 +24,7 @@ from ttmray.generation.play import write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import Clip, Job, Worker, roles_of
-from ttmray.models.bundle import Bundle, open_bundle, resolve_device
+from ttmray.models.bundle import Bundle, on_gpu, open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder, absolute
@@ -152,9 +152,9 @@ def _make(
     job = Job(config.model_dump_json(), described["fingerprint"], weights)
     runtime = config.runtime
     local = runtime.pool.runner == "local"
-    on_gpu = resolve_device(runtime.device) != "cpu" if local else runtime.pool.gpus > 0
+    batched = on_gpu(runtime.device, runtime.pool.runner, runtime.pool.gpus)
     # what one forward or all threads take: a kill costs no more, and with Ray every worker has some
-    size = max(runtime.batch if on_gpu else 1, runtime.thread_count)
+    size = max(runtime.batch if batched else 1, runtime.thread_count)
     size = size if local else min(size, -(-len(todo) // runtime.pool.workers))
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     made: list[dict[str, Any]] = []

@@ -244,6 +244,17 @@ def open_bundle(name: str) -> Bundle:
     return BUNDLES[name]
 
 
+def on_gpu(device: str, runner: str, gpus: float) -> bool:
+    """Whether work runs on GPUs: in this process by what there is, in Ray actors by what they are given.
+
+    Raises:
+        UserError: see `resolve_device`; where the work is done by actors, this machine's devices do not matter.
+    """
+    if device == "cpu":
+        return False
+    return gpus > 0 if runner == "ray" else resolve_device(device) != "cpu"
+
+
 def resolve_device(device: str) -> str:
     """`auto` as cuda where there is one, else cpu.
 

@@ -13,8 +13,9 @@ import sys
 
 import numpy as np
 
+from ttmray import runs
 from ttmray.corpus import index
-from ttmray.errors import UserError
+from ttmray.errors import EXIT_BAD_INPUT, UserError
 from ttmray.storage import Folder, split_path
 
 CERTAINTY = 4.0
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    if given.count < 1:
+        raise UserError(f"--count is {given.count}, but a table needs at least one vote.", "Give 1 or more.")
+    runs.read(Folder.at(given.run), "corpus")
     rows = [row for row in index.read_index(Folder.at(given.run)).to_pylist() if row["status"] == "ok"]
     rewards = np.array([row["reward_score"] for row in rows], np.float64)
     votes = draw_votes([row["key"] for row in rows], rewards, given.count, given.seed)
@@ -65,4 +69,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ttmray.config import Config, execution
 from ttmray.models.score_heads import Head, Null
@@ -54,6 +54,13 @@ class EmaConfig(Config):
     """Relative widths; the first one is used for validation and samples."""
     snapshot_every: int = execution(10_000, ge=1)
     """Updates between the snapshots from which other averages are made after training; there is one at the end."""
+
+    @field_validator("sigma_rels")
+    @classmethod
+    def _distinct(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a width twice")
+        return value
 
 
 class CheckpointConfig(Config):
@@ -118,13 +125,13 @@ class RuntimeConfig(Config):
     watchdog_s: float = Field(1800.0, gt=0)
     """A run without any finished update for so long dumps the stacks of all threads and ends."""
     max_restarts: int = Field(3, ge=0)
-    """How often Ray's workers are started again when one is lost."""
+    """How often in a row Ray's workers are started again when one is lost; a new checkpoint starts the count anew."""
 
 
 class TrainConfig(Config):
     """`jobs/train_sft.py` and `ttmray train-sft`: Stage 1, from scratch or from weights."""
 
-    output: str = execution()
+    output: str = execution(min_length=1)
     """Run folder: a local path or s3:// prefix."""
     data: DataConfig
     """Corpora and their mixture."""
@@ -156,10 +163,9 @@ class TrainConfig(Config):
         if self.batch % self.runtime.workers:
             raise ValueError(f"batch ({self.batch}) must be a multiple of runtime.workers ({self.runtime.workers})")
         share = self.batch // self.runtime.workers
-        if isinstance(self.runtime.device_batch, int) and share % self.runtime.device_batch:
-            raise ValueError(
-                f"runtime.device_batch ({self.runtime.device_batch}) must divide batch / workers ({share})"
-            )
+        wish = self.runtime.device_batch
+        if isinstance(wish, int) and (wish < 1 or share % wish):
+            raise ValueError(f"runtime.device_batch ({wish}) must divide batch / workers ({share})")
         if self.runtime.runner == "local" and self.runtime.workers > 1:
             raise ValueError("runtime.workers above 1 need runtime.runner: ray")
         if self.runtime.runner == "ray" and ":" in self.runtime.device:

@@ -26,7 +26,7 @@ from ttmray.console import meter
 from ttmray.corpus import index, shards
 from ttmray.errors import ClipError, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import SAMPLE_RATE, Embeddings, Scorer
 from ttmray.storage import Folder, split_path
@@ -199,7 +199,8 @@ class _Encoder:
 def _made_by(bundle: str, config: EncodingConfig) -> str:
     """Everything that decides a feature: the head and the text input do not, the kind of device does."""
     chosen = open_bundle(bundle)
-    how = asdict(chosen.protocol("empty")) | {"text": "", "device": resolve_device(config.device).split(":")[0]}
+    device = "cuda" if on_gpu(config.device, config.runner, config.gpus) else "cpu"
+    how = asdict(chosen.protocol("empty")) | {"text": "", "device": device}
     how["hashes"] = [list(item) for item in how["hashes"] if not item[0].startswith("tunejury")]
     return fingerprint(how)
 

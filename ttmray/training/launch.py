@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from ttmray import runs
-from ttmray.cluster import connect
+from ttmray.cluster import connect, require_gpus
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import resolve_device
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
+from ttmray.training.checkpoint import committed
 from ttmray.training.config import TrainConfig
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import CHECKPOINTS, Ranks, Task, train, trajectory
@@ -55,7 +56,7 @@ def launch(
     out, local = Folder.at(config.output), config.runtime.runner == "local"
     if not local:
         needed = math.ceil(config.runtime.workers * config.runtime.cpus) + 1  # Ray Train's controller may take one
-        connect(max(needed, os.cpu_count() or 1), show_workers=True)
+        connect(max(needed, os.cpu_count() or 1), show_workers=True, state_api=True)
     device, free = _local_device(config) if local else _ray_device(config)
     task = make_task(config, device if local else torch.device("cpu"))
     split = plan(config, task, free)
@@ -79,7 +80,11 @@ def _local_device(config: TrainConfig) -> tuple[torch.device, int | None]:
     device = torch.device(resolve_device(config.runtime.device))
     if config.runtime.threads and device.type == "cpu":
         torch.set_num_threads(config.runtime.threads)
-    return device, _free_bytes() if device.type == "cuda" else None
+    if device.type == "cpu":
+        return device, None
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)  # synchronisation, free memory and generators are those of the current device
+    return device, _free_bytes()
 
 
 def _free_bytes() -> int:
@@ -146,9 +151,11 @@ def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
     Raises:
         UserError: the folder belongs to another run or to something else.
     """
-    if runs.write(out, described):
-        return
-    existing = runs.read(out, described["kind"])
+    existing = runs.existing(out, described["kind"])
+    if existing is None:
+        if runs.write(out, described):
+            return
+        existing = runs.read(out, described["kind"])  # another process was faster
     if not force:
         runs.refuse_another(out, existing, described, way_out="--force goes on with the new ones.")
     out.write(RUN, json.dumps(described | {"created": existing["created"]}, indent=1).encode())
@@ -176,6 +183,7 @@ def _ray_device(config: TrainConfig) -> tuple[torch.device, int | None]:
     wanted = config.runtime.device
     if wanted == "cpu" or (wanted == "auto" and not ray.cluster_resources().get("GPU")):
         return torch.device("cpu"), None
+    require_gpus(config.runtime.workers, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers.")
     return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes).remote()))
 
 
@@ -185,7 +193,11 @@ def _train_on_ray(
     """Start workers until the run is done, again where one was lost.
 
     A new start goes on from the newest checkpoint as every launch does, so Ray Train's own retries have nothing to
-    add, and would repeat errors that only the user can mend.
+    add, and would repeat errors that only the user can mend. Losses are counted from one checkpoint to the next: a run
+    of days on machines that come and go is not ended by their number.
+
+    Raises:
+        UserError: of a worker, or `max_restarts` did not bring the run to another checkpoint.
     """
     import tempfile
 
@@ -200,7 +212,9 @@ def _train_on_ray(
         "device_batch": device_batch,
         "force": force,
     }
-    for restarts in range(runtime.max_restarts + 1):
+    places = Folder.at(config.output).sub(CHECKPOINTS)
+    restarts, reached = 0, committed(places)[:1]
+    while True:
         with tempfile.TemporaryDirectory() as unused, _restored_interrupt():  # checkpoints are ours
             trainer = TorchTrainer(
                 _on_worker,
@@ -222,10 +236,16 @@ def _train_on_ray(
             except TrainingFailedError as error:
                 if (known := user_error(error)) is not None:
                     raise known from error
-                if restarts == runtime.max_restarts:
-                    raise
                 reason = str(error).strip().splitlines()[-1]
-                restart = f"restart {restarts + 1} of at most {runtime.max_restarts}"
+                before, reached = reached, committed(places)[:1]
+                restarts = 1 if reached != before else restarts + 1
+                if restarts > runtime.max_restarts:
+                    since = f"the checkpoint {reached[0]}" if reached else "the start"
+                    raise UserError(
+                        f"Workers were lost {restarts} times since {since}; the last time: {reason}",
+                        "What they printed is above. The same command goes on from there; see runtime.max_restarts.",
+                    ) from error
+                restart = f"restart {restarts} of at most {runtime.max_restarts} without a new checkpoint"
                 console.print(f"a worker was lost ({reason}); {restart}", markup=False)
 
 
@@ -269,5 +289,9 @@ def _on_worker(given: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(config.runtime.threads or 1)
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
-    task = given["make_task"](config, device)
+    console.quiet = True  # the driver has made its own task, and said what there is to say
+    try:
+        task = given["make_task"](config, device)
+    finally:
+        console.quiet = False
     train(task, config, ranks, device, given["device_batch"], given["force"])

@@ -237,11 +237,11 @@ def train(
             if (step % config.ema.snapshot_every == 0 or done) and ranks.first:
                 ema.write_snapshots(out.sub(SNAPSHOTS), model)
             stop = interrupted()
+            sample()  # before the checkpoint: a relaunch makes again what comes after it
             if step % config.checkpoint.every == 0 or done or stop:
                 if book is not None:
                     book.flush()  # before the checkpoint: lines after it are taken out again, none before it is missing
                 save()
-            sample()
             alive()
             if stop and not done:
                 console.print(f"interrupted after update {step}, which is saved")
@@ -299,11 +299,18 @@ def wrap(model: FluxAudio, config: TrainConfig, ranks: Ranks, device: torch.devi
     """What the loss calls: the model, compiled and under DDP where asked for."""
     model.train()
     model.checkpointing = config.runtime.checkpointing
+    if device.type == "cuda":
+        # as in the reference trainer: shapes never change, so cuDNN's search pays; TF32 where float32 is left
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     forward: nn.Module = torch.compile(model) if config.runtime.compile else model  # type: ignore[assignment]
     if ranks.world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        # every trainable weight gets a gradient in every step, except those of rows that are dropped by chance
-        forward = nn.parallel.DistributedDataParallel(forward, device_ids=ids)
+        # every trainable weight gets a gradient in every step, except those of rows that are dropped by chance; buffers
+        # are tables that all ranks made alike; gradients live in the buckets, which else hold a second copy of them
+        forward = nn.parallel.DistributedDataParallel(
+            forward, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     return forward
 
 
@@ -434,5 +441,6 @@ class Tally:
         }
         if self.device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)  # else the decoders of a sample count for ever
         self._reset(step)
         return values

@@ -1,5 +1,6 @@
 """How many samples fit on a device, and how fast that device could be: estimates before the first step."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -15,15 +16,18 @@ BF16_SHARE = 0.6
 FREE_SHARE = 0.85
 CPU_BATCH = 4
 PEAK_TFLOPS = {
-    "A5000": 111.1,
-    "A6000": 154.8,
-    "A100": 312.0,
-    "H100": 989.4,
-    "H200": 989.4,
-    "L40S": 362.0,
-    "4090": 165.2,
+    r"A5000": 111.1,
+    r"A6000": 154.8,
+    r"A100": 312.0,
+    r"H100 (PCIe|NVL)": None,
+    r"H100": 989.4,
+    r"H200 NVL": None,
+    r"H200": 989.4,
+    r"L40S": 362.0,
+    r"RTX 4090": 165.2,
 }
-"""Dense bf16 with float32 accumulation, TFLOP/s, from the makers' data sheets."""
+"""Dense bf16 with float32 accumulation, TFLOP/s, from the makers' data sheets, by words of the device's name; None: a
+variant with other clocks, which is measured like any unknown one."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,9 @@ def peak_flops(device: torch.device, bf16: bool) -> tuple[float, str]:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for known, tflops in PEAK_TFLOPS.items():
-            if bf16 and known in name:
-                return tflops * 1e12, f"{name} data sheet, bf16"
+        sheet = next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+        if bf16 and sheet is not None:
+            return sheet * 1e12, f"{name} data sheet, bf16"
     size = 4096 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # the global one is part of a run's state
     a = torch.randn(size, size, generator=own, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)

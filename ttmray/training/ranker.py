@@ -5,6 +5,7 @@ order, its sides and its dropout masks from (seed, epoch), so a checkpoint betwe
 """
 
 import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -166,7 +167,7 @@ def train_head(
         save: keeps the state, called every `save_every` epochs.
 
     Raises:
-        UserError: too few pairs, or a loss that is not finite.
+        UserError: too few pairs, a damaged `resume`, or a loss that is not finite.
     """
     if len(train) < 2 or len(validation) < 1:
         raise UserError(f"{len(train)} pairs to train on and {len(validation)} to validate: 2 and 1 are the fewest.")
@@ -175,9 +176,15 @@ def train_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     state: dict[str, Any] = {"best_loss": float("inf"), "best_epoch": -1, "best": _copy(head), "history": []}
     if resume is not None:
-        state = torch.load(io.BytesIO(resume), map_location=device, weights_only=True)
-        head.load_state_dict(state.pop("head"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        try:
+            state = torch.load(io.BytesIO(resume), map_location=device, weights_only=True)
+            head.load_state_dict(state.pop("head"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"the kept state of an unfinished head is damaged: {error}",
+                "Delete heads/*.checkpoint: these heads are then trained from the start.",
+            ) from error
     for epoch in range(len(state["history"]), config.max_epochs):
         if epoch - state["best_epoch"] > config.patience:
             break

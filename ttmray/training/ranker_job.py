@@ -49,7 +49,7 @@ class RankerConfig(Config):
 
     sources: tuple[PairSource, ...] = Field(min_length=1)
     """Tables of votes."""
-    output: str = execution()
+    output: str = execution(min_length=1)
     """Run folder: a local path or s3:// prefix."""
     bundle: str = "debug"
     """Encoders. Those of `debug` are seeded, tiny and untrained."""
@@ -194,8 +194,10 @@ def _claim(run: Folder, config: RankerConfig, pairs: str) -> None:
     """Write `run.json`, or check that it describes the same run."""
     what = {"config": identity(config), "pairs": pairs, "bundle": open_bundle(config.bundle).identity()}
     described = runs.describe("ranker", what, config, ("torch", "numpy"))
-    if not runs.write(run, described):
-        runs.refuse_another(run, runs.read(run, "ranker"), described)
+    old = runs.existing(run, "ranker")
+    if old is None and runs.write(run, described):
+        return
+    runs.refuse_another(run, old or runs.read(run, "ranker"), described)
 
 
 def _missing(pairs: Sequence[Pair], features: Features, config: RankerConfig) -> list[Dropped]:
@@ -262,7 +264,8 @@ def _evaluate(
         "prompt": [pair.prompt or pair.id for pair in test],
         "systems": [" ".join(sorted((pair.system_a, pair.system_b))).strip() or pair.id for pair in test],
     }[config.resample]
-    margin = {one.name: _test_margins(_load(run, one.name, features), features, test) for one in runs}
+    models = {one.name: _load(run, one.name, features) for one in runs}
+    margin = {name: _margins(model, features, test) for name, model in models.items()}
     about = {one.name: json.loads(run.read(f"heads/{one.name}.json")) for one in runs}
     heads: dict[str, Any] = {}
 
@@ -280,7 +283,10 @@ def _evaluate(
         if len(members) > 1:
             mean = np.mean([margin[name] for name in members], axis=0)
             margin[f"{variant}-ensemble"] = mean
-            add(f"{variant}-ensemble", variant, mean, float(np.mean([about[n]["temperature"] for n in members])), "")
+            # a mean of heads is less sure than each of them, so it has a temperature of its own
+            validated = np.mean([_margins(models[name], features, splits["validation"]) for name in members], axis=0)
+            chosen = report.fit_temperature(validated, np.array([pair.target for pair in splits["validation"]]))
+            add(f"{variant}-ensemble", variant, mean, chosen, "")
     keep = report.decided(target)
     right = {name: report.correct(values[keep], target[keep]) for name, values in margin.items()}
     firsts = [f"{variant}-seed{config.seed}" for variant in config.variants]
@@ -329,7 +335,7 @@ def _load(run: Folder, name: str, features: Features) -> TuneJury:
     return load_tunejury(state, exclude=exclude, block_dims=features.block_dims())
 
 
-def _test_margins(model: TuneJury, features: Features, pairs: Sequence[Pair]) -> np.ndarray:
+def _margins(model: TuneJury, features: Features, pairs: Sequence[Pair]) -> np.ndarray:
     """Margins by the scorer that everybody else uses."""
     text = features.text[[features.prompts[pair.text] for pair in pairs]]
     sides = []
