@@ -31,6 +31,7 @@ test-slow: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/corpus.py --output benchmarks/results/corpus.json
 	$(BIN)/python benchmarks/loudness.py --output benchmarks/results/loudness.json
+	$(BIN)/python benchmarks/levels.py --output benchmarks/results/levels.json
 	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation.json
 	$(BIN)/python benchmarks/training.py --output benchmarks/results/training.json

@@ -2,6 +2,9 @@
 
 import logging
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: equal bits, and two test processes on 2 cores
+
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -3,12 +3,14 @@
 Only this file, `corpus/pipeline.py` (Ray Data) and `training/launch.py` (Ray Train) import Ray.
 """
 
+import gc
 import logging
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
@@ -19,6 +21,8 @@ from ttmray.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+RETRIES = 3
+"""How often a worker is started again, and the work that it died of."""
 
 
 class PoolConfig(Config):
@@ -39,6 +43,7 @@ def each(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], co
 
     Raises:
         Exception: what the work raised, with its own type.
+        UserError: GPUs that are not there, or a worker that dies again and again.
     """
     if config.runner == "local" or not items:
         yield from map(make(), items) if items else ()
@@ -49,12 +54,19 @@ def each(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], co
     count = min(config.workers, len(items))
     connect(max(math.ceil(count * config.cpus), os.cpu_count() or 1))
     require_gpus(count * config.gpus, "workers x gpus", "Set gpus=0, or fewer workers.")
-    actor = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=3, max_task_retries=3)(_Actor)
+    remote = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=RETRIES, max_task_retries=RETRIES)
+    actor = remote(_Actor)
     pool = ActorPool([actor.remote(make) for _ in range(count)])
     try:
         yield from pool.map_unordered(lambda worker, item: worker.work.remote(item), list(items))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        raise UserError(
+            f"a worker process died on the same work {RETRIES + 1} times: {error}",
+            "Usually memory ran out: use fewer workers, smaller batches or more memory, and start the same command "
+            "again. What was made is kept.",
+        ) from error
 
 
 class _Actor:
@@ -122,10 +134,42 @@ def leave() -> None:
         ray.shutdown()
 
 
+def connected() -> bool:
+    """Whether this process has joined a cluster."""
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    return bool(ray.is_initialized())
+
+
 def connected_gpus() -> float:
     """GPUs of the cluster that this process has joined; 0 where it has joined none."""
-    if "ray" not in sys.modules:
+    if not connected():
         return 0.0
     import ray
 
-    return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0.0
+    try:
+        return float(ray.cluster_resources().get("GPU", 0))
+    except ray.exceptions.RaySystemError:  # another thread has left it meanwhile
+        return 0.0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Afterwards torch's threads, GPU memory and Ray are as before: what comes next shall not feel the work inside.
+
+    A cluster that was joined before stays joined.
+    """
+    import torch
+
+    threads, joined = torch.get_num_threads(), connected()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if not joined:
+            leave()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()

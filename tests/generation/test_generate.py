@@ -26,7 +26,7 @@ from ttmray.generation.generate import best_of_curve, generate, plan_clips
 from ttmray.generation.prompts import Prompt
 from ttmray.generation.worker import Worker
 from ttmray.models.backbone import BackboneConfig, FluxAudio
-from ttmray.models.backbone_weights import debug_backbone
+from ttmray.models.backbone_weights import METADATA, debug_backbone
 
 MakeConfig = Callable[..., GenerateConfig]
 PROMPTS = {"a": "a calm piano", "b": "driving drums", "c": "a quiet café 🎹"}
@@ -226,7 +226,7 @@ def test_a_prompt_cannot_put_markup_into_the_page(tmp_path, idle):
 
 
 def save(backbone: FluxAudio, path: Path) -> str:
-    save_file(backbone.state_dict(), path, {"backbone": json.dumps(backbone.config.to_dict())})
+    save_file(backbone.state_dict(), path, {METADATA: json.dumps({"backbone": backbone.config.to_dict()})})
     return str(path)
 
 
@@ -306,6 +306,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_an_empty_folder(prompts, tmp_path
 def test_bad_input_is_found_before_anything_is_loaded_or_written(prompts, tmp_path, idle, sets, message):
     with pytest.raises(UserError, match=message):
         generate(make(prompts, tmp_path / "run", *sets))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/x.zip", "."])
+def test_an_archive_that_cannot_be_written_is_found_before_any_clip_is_made(prompts, tmp_path, idle, path):
+    config = load_config(GenerateConfig, None, [f"prompts={prompts}", f"output={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match="is not a local file"):
+        generate(config, zip_to=path)
     assert not (tmp_path / "run").exists()
 
 

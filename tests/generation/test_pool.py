@@ -23,7 +23,7 @@ from ttmray.generation.pool import choose_prompts, generate_pool, most_similar, 
 from ttmray.generation.pool_worker import CandidatesConfig, Vocode, Worker
 from ttmray.generation.sampler import Draw, Sampler, noise
 from ttmray.models.backbone import BackboneConfig, FluxAudio
-from ttmray.models.backbone_weights import debug_backbone
+from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.storage import Folder
 from ttmray.synth.corpus import write_random_corpus
@@ -242,7 +242,8 @@ def backbone_file(path: Path, scale: float, **config: Any) -> Path:
         model = FluxAudio(BackboneConfig(hidden=64, heads=2, depth=3, fused_depth=1, **config))
         model.latent_mean.zero_()
     model.latent_std.fill_(scale)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    about = {METADATA: json.dumps({"backbone": model.config.to_dict()})}
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, about)
     return path
 
 

@@ -348,3 +348,13 @@ def test_the_number_of_workers_changes_no_byte(tmp_path):
         made.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert made[0] == made[1]
     assert os.path.exists(tmp_path / "1" / "0.flac")
+
+
+def test_files_that_it_did_not_make_are_never_replaced(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    soundfile.write(tmp_path / "in/a.wav", np.zeros((44100, 1)), 44100)
+    (tmp_path / "out/a.wav").write_bytes(b"of somebody")
+    with pytest.raises(UserError, match=r"holds a\.wav but no table\.csv"):
+        postprocess([str(tmp_path / "in")], str(tmp_path / "out"), PostprocessConfig(passes=0))
+    assert (tmp_path / "out/a.wav").read_bytes() == b"of somebody"

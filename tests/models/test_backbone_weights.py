@@ -13,6 +13,7 @@ from ttmray.models.backbone_weights import (
     config_of,
     count_parameters,
     debug_backbone,
+    file_config,
     load_backbone,
     show_params,
     tidy,
@@ -58,9 +59,31 @@ def test_files_as_others_write_them(model, tmp_path, nesting):
         torch.testing.assert_close(tidied["empty_string_feat_c"], state["empty_string_feat"].mean(0))
         return
     torch.save({nesting: state} if nesting in ("weights", "state_dict") else state, tmp_path / "a.pth")
-    loaded = load_backbone(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="does not say for which head"):
+        load_backbone(tmp_path / "a.pth")
+    loaded = load_backbone(tmp_path / "a.pth", head="v2")
     assert same(loaded, model)
-    assert loaded.config.head == "v1", "a score embedding without a name is that of training"
+    assert loaded.config.head == file_config(tmp_path / "a.pth", head="v2").head == "v2"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "not json",
+        "[1]",
+        '{"backbone": 5}',
+        '{"backbone": {"latent_len": "abc"}}',
+        '{"backbone": {"latent_len": -3}}',
+        '{"backbone": {"rope": 2}}',
+        '{"backbone": {"head": 7}}',
+        '{"backbone": {"mlp_ratio": null}}',
+    ],
+)
+def test_damaged_metadata_are_one_message(model, tmp_path, metadata):
+    path = tmp_path / "a.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path, {METADATA: metadata})
+    with pytest.raises(UserError, match=r"describe no backbone|its config cannot be|unknown head"):
+        load_backbone(path, head="v1")
 
 
 def test_v1_into_v2_and_back_transfers_all_203_tensors():
@@ -100,7 +123,7 @@ def test_what_is_no_backbone_is_refused_with_what_it_is(model, tmp_path):
     del state["fused_blocks.0.linear1.weight"]
     torch.save(state, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"1 weights missing: fused_blocks\.0\.linear1\.weight"):
-        load_backbone(tmp_path / "c.pth")
+        load_backbone(tmp_path / "c.pth", head="v1")
 
 
 def test_a_head_that_the_file_has_not_is_refused(model, tmp_path):

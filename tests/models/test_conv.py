@@ -100,3 +100,29 @@ def test_a_weight_in_training_is_never_stale_without_gradients(fused):
         optimiser.step()
     with torch.no_grad():
         torch.testing.assert_close(conv(x), library(conv, x))
+
+
+def test_the_library_moves_neither_input_nor_output(monkeypatch):
+    """As on GPUs: images of height 1 in channels-last format, which is what a sequence is."""
+    formats = []
+    conv2d = torch.nn.functional.conv2d
+
+    def watched(x, *rest, **more):
+        y = conv2d(x, *rest, **more)
+        formats.append((x.is_contiguous(memory_format=torch.channels_last), y.shape[2]))
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    conv, x = SameConv1d(8, 4, 5), torch.randn(2, 9, 8)
+    torch.testing.assert_close(conv(x), library(conv, x))
+    assert formats == [(True, 1)]
+
+
+def test_a_frozen_trunk_that_was_used_for_inference_can_still_be_trained_through():
+    conv = SameConv1d(3, 4, 3).requires_grad_(False)
+    x = torch.randn(1, 9, 3)
+    with torch.inference_mode():
+        conv(x)
+    x.requires_grad_(True)
+    conv(x).sum().backward()
+    assert x.grad is not None

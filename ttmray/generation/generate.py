@@ -24,6 +24,7 @@ from ttmray.generation.play import write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import Clip, Job, Worker, roles_of
+from ttmray.models.backbone_weights import file_config
 from ttmray.models.bundle import Bundle, on_gpu, open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
@@ -48,6 +49,8 @@ def generate(
     """
     started = time.perf_counter()
     config = _with_absolute_paths(config)
+    if zip_to is not None:
+        manifest.check_zip(zip_to)
     clips = plan_clips(given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts), config)
     run = Folder.at(config.output)
     bundle = open_bundle(config.bundle)
@@ -119,6 +122,8 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
         path = getattr(config, field)
         if path is not None:
             weights[field] = digest_file(weights_file(path, field)).sha256
+            found = file_config(path, head=config.head, null=config.null)
+            weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
     what = {"config": identity(config), "bundle": models, "weights": weights}
     return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
 

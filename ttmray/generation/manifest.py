@@ -106,15 +106,25 @@ def merge(run: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
     run.write("manifest.csv", text.getvalue().encode())
 
 
+def check_zip(path: str) -> Path:
+    """The local file that an archive can be written to.
+
+    Raises:
+        UserError: `path` is remote or a folder.
+    """
+    target = Path(absolute(path))
+    if is_remote(path) or target.is_dir():
+        raise UserError(f"zip: {path} is not a local file.", "Give a path such as submission.zip.")
+    return target
+
+
 def write_zip(run: Folder, rows: Iterable[Mapping[str, Any]], path: str) -> int:
     """Archive of the audio files, flat and sorted by name; returns their number. The same clips give the same bytes.
 
     Raises:
         UserError: `path` is no local file.
     """
-    target = Path(absolute(path))
-    if is_remote(path) or target.is_dir():
-        raise UserError(f"zip: {path} is not a local file.", "Give a path such as submission.zip.")
+    target = check_zip(path)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     files = sorted(row["file"] for row in rows)
     with explained(f"zip {path}"):

@@ -204,7 +204,7 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
     the format.
 
     Raises:
-        UserError: no audio, names that collide, or an output folder that lies in an input.
+        UserError: no audio, names that collide, an output folder that lies in an input or holds other files.
     """
     out = Folder.at(output)
     ending = ".flac" if config.format == "flac" else ".wav"
@@ -214,6 +214,8 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
         if name in rows and rows[name]["source"] != source:
             raise UserError(f"{out}/{name} was made from {rows[name]['source']}.", "Choose another --output.")
     separator = open_separator(config)
+    if not out.exists(TABLE):
+        _write_table(out, rows)  # from now on the folder is ours
     run = fingerprint(_settings(config))
     if separator is not None and (note := open_bundle(config.bundle).note):
         errors.print(f"[yellow]{note}[/yellow]")
@@ -357,6 +359,12 @@ def _is_made(out: Folder, row: Mapping[str, Any]) -> bool:
 
 def _read_table(out: Folder) -> dict[str, dict[str, Any]]:
     if not out.exists(TABLE):
+        foreign = next(iter(out.files(sizes=False)), None)
+        if foreign is not None:
+            raise UserError(
+                f"{out} holds {foreign.name} but no {TABLE}: it was not made by this command.",
+                "Choose an empty or new --output.",
+            )
         return {}
     reader = csv.DictReader(io.StringIO(out.read(TABLE).decode("utf-8", "surrogateescape"), newline=""))
     if tuple(reader.fieldnames or ()) != COLUMNS:

@@ -129,7 +129,7 @@ class Worker:
         if self.on_cpu:
             waves = side_by_side(lambda latents: decoder.to_audio(latents[None])[0], arrays, self.threads)
         else:
-            waves = list(decoder.to_audio(np.stack(arrays), self.config.runtime.batch))
+            waves = list(decoder.to_audio(np.stack(arrays), self.config.runtime.decode_batch))
         for work, wave in zip(works, waves, strict=True):
             work.wave = _padded(wave, self.config.pad_to)[None]
 

@@ -64,8 +64,9 @@ def load_backbone(
 
     Args:
         path: `.safetensors` or `.pth` / `.pt` with a plain state dict; local, or s3://.
-        head: forward that uses the weights; default: the one that the file names, else v1 where it has a score
-            embedding (v1, v2 and v4 share their tensors) and none where it has not.
+        head: forward that uses the weights; default: the one that the file names. v1, v2 and v4 share their tensors,
+            and v2 weights under v1 collapse (paper IV-B), so nothing is guessed where a file with a score embedding
+            names none.
         null: what a dropped score is; default: what the file names.
         device: torch device.
 
@@ -73,16 +74,7 @@ def load_backbone(
         UserError: unreadable files, tensors that are no backbone, or no fit for the head.
     """
     path = str(path)
-    file = weights_file(path, "checkpoint")
-    state = tidy(read_state_dict(file), path)
-    config = config_of(state, read_config(file), path)
-    if head is not None and (head == "none") != (config.head == "none"):
-        has = "no score embedding" if config.head == "none" else f"a score embedding ({config.head})"
-        raise UserError(
-            f"{path} has {has}, which does not fit head {head}.",
-            "Choose a head that fits, or train one from this file (train_sft.py with init).",
-        )
-    config = config.with_head(head or config.head, null)
+    state, config = _read(path, head, null)
     with torch.device("meta"):
         model = FluxAudio(config)
     # copies: tensors of a mapped file lie where its header ends, and their alignment decides the last bits of products
@@ -94,6 +86,30 @@ def load_backbone(
                 "Take the weights of a training run.",
             )
     return model.eval().requires_grad_(False).to(device)
+
+
+def file_config(path: str | Path, *, head: Head | None = None, null: Null | None = None) -> BackboneConfig:
+    """What `load_backbone` would make of a file; the same arguments and errors."""
+    return _read(str(path), head, null)[1]
+
+
+def _read(path: str, head: Head | None, null: Null | None) -> tuple[dict[str, Tensor], BackboneConfig]:
+    file = weights_file(path, "checkpoint")
+    state = tidy(read_state_dict(file), path)
+    known = read_config(file)
+    config = config_of(state, known, path)
+    if head is not None and (head == "none") != (config.head == "none"):
+        has = "no score embedding" if config.head == "none" else f"a score embedding ({config.head})"
+        raise UserError(
+            f"{path} has {has}, which does not fit head {head}.",
+            "Choose a head that fits, or train one from this file (train_sft.py with init).",
+        )
+    if head is None and config.head != "none" and known.get("head") is None:
+        raise UserError(
+            f"{path} has a score embedding and does not say for which head it was trained.",
+            "Set head=v1, v2 or v4, which share their tensors; the paper's submission is v2.",
+        )
+    return state, config.with_head(head or config.head, null)
 
 
 def tidy(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
@@ -125,11 +141,20 @@ def tidy(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config in a safetensors file's metadata; empty for other files."""
+    """The config in a safetensors file's metadata; empty for other files.
+
+    Raises:
+        UserError: the metadata hold something else.
+    """
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get(METADATA, "{}")).get("backbone") or {}
+        text = (file.metadata() or {}).get(METADATA, "{}")
+    try:
+        found = json.loads(text).get("backbone") or {}
+        return dict(found)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its metadata {METADATA!r} describe no backbone.", "Export it again.") from error
 
 
 def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) -> BackboneConfig:
@@ -160,6 +185,9 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
             "Take an exported file (ttmray checkpoint export) or a released state dict.",
         ) from error
     known = {key: value for key, value in known.items() if key in {field.name for field in fields(BackboneConfig)}}
+    odd = {key: value for key, value in known.items() if not _plausible(key, value)}
+    if odd:
+        raise UserError(f"{what}: its config cannot be: {odd}.", "Export it again.")
     wrong = {key: value for key, value in found.items() if key in known and known[key] != value}
     if wrong:
         raise UserError(f"{what}: its config and its tensors disagree: config {known}, tensors {wrong}.")
@@ -171,6 +199,15 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     if gated_width(int(config.hidden * config.mlp_ratio)) != len(state["audio_input_proj.2.w1.weight"]):
         raise UserError(f"{what}: its MLPs are not {config.mlp_ratio} times as wide as its blocks.")
     return config
+
+
+def _plausible(name: str, value: Any) -> bool:
+    """Whether a field of a config, from a file, has a type and range that a backbone can be made of."""
+    default = getattr(BackboneConfig(), name)
+    if isinstance(default, bool | str):  # unknown heads and nulls have a message of their own
+        return value is None or isinstance(value, str) if isinstance(default, str) else isinstance(value, bool)
+    kinds = (int, float) if isinstance(default, float) else (int,)
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1_000_000
 
 
 def _count(state: Mapping[str, Tensor], name: str) -> int:

@@ -33,13 +33,17 @@ class SameConv1d(nn.Conv1d):
         return convolve(x, self)[0]
 
     def spectrum(self) -> Tensor:
-        """The transformed kernel (points, in, out); kept where the weight is frozen, until it is replaced."""
+        """The transformed kernel (points, in, out); kept where the weight is frozen, until it is replaced or changed.
+
+        A change through `weight.data` is not seen, because it counts up no version: write to the weight itself.
+        """
         # weights that are trained have none: a fused optimiser changes them without counting up their version
         if torch.compiler.is_compiling() or self.weight.requires_grad or self.weight.is_inference():
             return _spectrum(self.weight)
         state = (self.weight.data_ptr(), self.weight._version)
         if self._spectrum is None or self._spectrum[0] != state:
-            self._spectrum = (state, _spectrum(self.weight))
+            with torch.inference_mode(False), torch.no_grad():  # may meet autograd later, under a trained head
+                self._spectrum = (state, _spectrum(self.weight))
         return self._spectrum[1]
 
     def __getstate__(self) -> dict[str, object]:
@@ -58,13 +62,22 @@ def convolve(x: Tensor, *convs: SameConv1d) -> list[Tensor]:
     """
     taps = convs[0].kernel_size[0]
     if x.device.type != "cpu" or taps not in OUTPUTS_PER_TILE:
-        channels_first = x.transpose(1, 2)
-        return [nn.Conv1d.forward(conv, channels_first).transpose(1, 2) for conv in convs]
+        return [_by_library(x, conv) for conv in convs]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if dtype in (torch.bfloat16, torch.float16):
         return [_by_products(x, conv.weight, conv.bias) for conv in convs]
     tiles = _transform(x, taps)
     return [_filtered(tiles, conv, x) for conv in convs]
+
+
+def _by_library(x: Tensor, conv: SameConv1d) -> Tensor:
+    """The library's convolution, as one over images of height 1 in channels-last format.
+
+    (B, N, C) already is that format, so nothing is moved; its 1-D convolutions would copy input and output.
+    """
+    image = x.transpose(1, 2).unsqueeze(2)
+    y = F.conv2d(image, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.kernel_size[0] // 2))
+    return y.squeeze(2).transpose(1, 2)
 
 
 def _by_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,8 @@ v1, v2 and v4 have the same five tensors, so their checkpoints load into each ot
 
 A plain extra token would change every attention average, even as a zero vector, and its neighbour through the
 convolutions. The tokens of v3 and v5 are therefore only read, and through a gate per block and attention head that
-starts at zero (as in LLaMA-Adapter, Zhang et al. 2023): a query adds gate * sigmoid(q k) * v of the token.
+starts at zero (as in LLaMA-Adapter, Zhang et al. 2023): a query adds gate * sigmoid(q k) * v of the token. The token
+of a dropped score is read, too: "no score" is what training makes of it, not the absence of a token.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,43 @@
+"""Work on Ray actors (`ttmray.cluster.each`): results of all items, and errors that people can use."""
+
+import os
+
+import pytest
+
+from ttmray.cluster import PoolConfig, each, leave
+from ttmray.errors import UserError
+
+pytestmark = pytest.mark.slow  # Ray starts for every test
+ON_RAY = PoolConfig(runner="ray", workers=2)
+
+
+@pytest.fixture(autouse=True)
+def _own_ray():
+    leave()
+    yield
+    leave()
+
+
+def make():
+    def work(item):
+        if item == "kill":
+            os._exit(9)
+        if item == "bad":
+            raise UserError("this item is bad.", "Mend it.")
+        return item * 2
+
+    return work
+
+
+def test_every_item_has_its_result():
+    assert sorted(each(make, [1, 2, 3], ON_RAY)) == [2, 4, 6]
+
+
+def test_an_error_of_the_work_keeps_its_type():
+    with pytest.raises(UserError, match="this item is bad"):
+        list(each(make, [1, "bad"], ON_RAY))
+
+
+def test_work_that_kills_every_worker_is_one_message():
+    with pytest.raises(UserError, match="died on the same work 4 times"):
+        list(each(make, [1, "kill"], ON_RAY))
