@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,59 @@ PROTOCOL = "debug/test protocol"
 HOSTILE = "</script><script>alert(1)</script> & \"quotes\" 'too' {{data}} $x^2$"
 PROMPTS = ("calm piano", HOSTILE, "loud guitars", "a choir")
 SYSTEMS = ("_base <b>$", "tuned")
+
+
+class Server:
+    """Answers by `reply(question, has_audio)`; keeps requests and their authorization headers."""
+
+    CUT = 0
+    """Code of a chunked answer that ends in the middle of a chunk."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.reply: Callable[[str, bool], tuple[int, str]] = self.hears_the_piano
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(body)
+                outer.keys.append(self.headers.get("Authorization"))
+                content = body["messages"][0]["content"]
+                code, text = outer.reply(content[0]["text"], len(content) > 1)
+                if code == outer.CUT:
+                    self.wfile.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{"choices"')
+                    return
+                self.send_response(code)
+                if code == 302:
+                    self.send_header("Location", text)
+                self.end_headers()
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    @staticmethod
+    def hears_the_piano(question: str, has_audio: bool) -> tuple[int, str]:
+        if not has_audio:
+            return 200, 'Here they are:\n```json\n["piano", "drums", "calm mood"]\n```'
+        lines = [line for line in question.splitlines() if line[:1].isdigit()]
+        return 200, "\n".join(f"{i}. {'Yes' if 'piano' in line else 'No'}" for i, line in enumerate(lines, 1))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    thread = threading.Thread(target=one.server.serve_forever, daemon=True)
+    thread.start()
+    yield one
+    one.server.shutdown()
+    one.server.server_close()
+    thread.join()
 
 
 @pytest.fixture(scope="session")

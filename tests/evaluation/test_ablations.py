@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from ttmray.evaluation.ablation_tables import (
 )
 from ttmray.evaluation.ablations import AblateConfig, Plan, ablate
 from ttmray.evaluation.published import CHAIN, FACTORIAL, SWEEP, Published
+from ttmray.evaluation.reference import build_reference
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder
@@ -250,6 +252,33 @@ def test_what_a_cell_is_made_of_decides_its_name_and_nothing_else(given, tmp_pat
     assert names(f"prompts={same}") == usual
 
 
+def test_another_reference_set_under_a_known_name_is_noticed(given, tmp_path):
+    sets = ("references={}", "evaluate.reference=tones", f"evaluate.references={tmp_path}/store", *SMALL)
+    prints = []
+    for count in (4, 3):
+        music = tmp_path / f"music{count}"
+        music.mkdir()
+        for i in range(count):
+            (music / f"{i}.flac").write_bytes((given / f"music/{i}.flac").read_bytes())
+        assert build_reference("tones", str(music), store=f"{tmp_path}/store") == 0
+        plan = Plan(configure(given, tmp_path / "run", *sets))
+        prints.append(plan.fingerprints(plan.steps()))
+        shutil.rmtree(tmp_path / "store")
+    changed = {name for name in prints[0] if prints[0][name] != prints[1][name]}
+    assert changed == {f"evaluate-{name}" for name in plan.cells} | {"tables"}
+
+
+def test_a_silent_clip_stops_nothing_within_the_share_and_stands_in_the_notes(given, tmp_path):
+    output, contrast = tmp_path / "run", SMALL[-1]
+    cell = Plan(configure(given, output, contrast)).contrasts["conditioning"]["score"]
+    assert ablate(configure(given, output, contrast), last=f"generate-{cell}") == 0
+    clip = next(path for path in (output / f"cells/{cell}/clips").rglob("a.*") if path.suffix in (".wav", ".flac"))
+    soundfile.write(clip, np.zeros(441_000, np.float32), 44_100)
+    assert ablate(configure(given, output, contrast)) == 3
+    assert ablate(configure(given, output, contrast, "failed_share=0.4")) == 0
+    assert "score: 1 clips failed and are in no column." in (output / "tables/conditioning.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
@@ -270,6 +299,11 @@ def test_what_a_cell_is_made_of_decides_its_name_and_nothing_else(given, tmp_pat
         (("checkpoints.three={path: a.pth, init: one}",), "init is for checkpoints that are trained"),
         (("checkpoints={../x: {path: y}}",), "cannot name a folder"),
         (("prompts=none.csv", "chain=[{label: a, checkpoint: one}]"), "none.csv"),
+        (
+            ("evaluate={reference: sdd, references: /none}", "chain=[{label: a, checkpoint: one}]"),
+            "there is none at",
+        ),
+        (("evaluate.training=/nowhere/corpus", "chain=[{label: a, checkpoint: one}]"), "there is none|no corpus run"),
         ((), "no table is configured"),
     ],
 )

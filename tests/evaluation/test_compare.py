@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
@@ -13,6 +15,22 @@ from ttmray.errors import UserError
 from ttmray.evaluation.compare import Score, compare, comparisons, paired_table, plain, read_scores, render
 from ttmray.generation import manifest
 from ttmray.storage import Folder
+
+
+@pytest.fixture
+def finished_pair(tmp_path: Path) -> list[str]:
+    """Two evaluations under one protocol whose CCS are of different judges."""
+    for name in ("x", "y"):
+        made = {"ccs": {"value": 0.5, "protocol": f"ccs-{name}"}}
+        results = {"protocol": "p", "systems": [{"name": name, "metrics": made}]}
+        rows = [
+            {"system": name, "prompt_id": str(i), "status": "ok", "reward": i / 3, "clap_score": 0.1, "ccs": 0.5}
+            for i in range(3)
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "clips.parquet")
+    return [str(tmp_path / name) for name in ("x", "y")]
 
 
 def scores(**systems: list[float]) -> list[Score]:
@@ -106,7 +124,9 @@ def test_a_system_against_its_copy_has_no_difference_and_plain_json():
     (constant,), _ = comparisons(scores(a=[1.0, 2.0, 3.0], b=[0.0, 1.0, 2.0]))
     assert constant["t"] is None  # infinite
     json.dumps([cell, constant], allow_nan=False)
-    assert "inf" in paired_table([constant])[1][0]
+    assert "+inf" in paired_table([constant])[1][0]
+    (lower,), _ = comparisons(scores(a=[0.0, 1.0, 2.0], b=[1.0, 2.0, 3.0]))
+    assert "-inf" in paired_table([lower])[1][0]
 
 
 def test_a_baseline_that_does_not_exist_is_named():
@@ -158,6 +178,15 @@ def test_generation_runs_with_scores_can_be_compared_but_not_across_protocols(tm
     assert "reward,a,bb,3" in (tmp_path / "t.csv").read_text()
     with pytest.raises(UserError, match="several protocols"):
         compare([run("a", "p"), run("ccc", "q")])
+
+
+def test_scores_of_two_judges_are_not_compared_and_a_table_without_status_is_named(finished_pair, tmp_path):
+    with pytest.raises(UserError, match="the scores of ccs were made under several protocols"):
+        compare(finished_pair)
+    damaged = Path(finished_pair[0]) / "clips.parquet"
+    pq.write_table(pq.read_table(damaged).drop_columns(["status"]), damaged)
+    with pytest.raises(UserError, match="holds no evaluation"):
+        compare(finished_pair)
 
 
 @pytest.mark.parametrize(

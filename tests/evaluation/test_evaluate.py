@@ -271,7 +271,7 @@ def test_ccs_is_one_more_metric_of_the_table(root, monkeypatch):
         return [(i / 10, "") if i else (None, "judge: no answer") for i in range(len(clips))]
 
     monkeypatch.setattr("ttmray.evaluation.evaluate.judge", heard)  # the network edge; see test_judge
-    assert evaluate(make(root, "judge={endpoint: http://localhost:1/v1, model: ears}")) == 0
+    assert evaluate(make(root, "judge={endpoint: http://localhost:1/v1, model: ears}", "max_failures=1")) == 0
     assert asked[0] == ("a", PROMPTS["a"], f"{root}/one/a.wav")
     rows = rows_of(root / "out")
     assert [row["ccs"] for row in rows] == [None, 0.1, 0.2, 0.3, 0.4, 0.5]
@@ -280,6 +280,36 @@ def test_ccs_is_one_more_metric_of_the_table(root, monkeypatch):
     assert results["systems"][1]["metrics"]["ccs"]["value"] == pytest.approx(0.4)
     assert results["systems"][1]["metrics"]["ccs"]["protocol"].startswith("ccs-ears-")
     assert [(c["metric"], c["n"]) for c in results["comparisons"]] == [("clap_score", 3), ("reward", 3), ("ccs", 2)]
+
+
+def test_a_judge_that_answers_nothing_is_a_failure_of_every_clip(root, server, capsys):
+    server.reply = lambda question, audio: (200, "no idea") if audio else server.hears_the_piano(question, audio)
+    asked = f"judge={{endpoint: {server.url}, model: ears, attempts: 1}}"
+    assert evaluate(make(root, asked)) == 3
+    warnings = " ".join(results_of(root / "out")["warnings"])
+    for name in ("one", "two"):
+        assert f"{name}: 3 of 3 clips have no CCS (judge: no usable answer" in warnings
+    assert "6 clips failed, 0 are allowed" in capsys.readouterr().out
+    server.reply = server.hears_the_piano
+    assert evaluate(make(root, asked)) == 0
+    assert "no CCS" not in " ".join(results_of(root / "out")["warnings"])
+
+
+def test_a_reference_of_song_describer_files_leaks_by_id_into_a_corpus_of_jamendo(root):
+    names = {"sdd": [f"{i}.2min.mp3" for i in (1004034, 1004035, 1004036)], "jamendo": ["1004034.mp3", "9.mp3"]}
+    names["others"] = ["song-a.mp3", "song-b.mp3"]
+    for i, (folder, files) in enumerate(names.items()):
+        for k, file in enumerate(files):
+            music(root / folder / file, 100 + 10 * i + k)
+        assert build_reference(folder, f"{root}/{folder}", store=f"{root}/store", runtime=RUNTIME) == 0
+    assert evaluate(make(root, "reference=sdd", "training=jamendo")) == 0
+    results = results_of(root / "out")
+    assert (results["leaks"]["by_id"], results["leaks"]["ids_alike"]) == (["1004034"], True)
+    assert any("shares 1 tracks with the training split by id" in text for text in results["warnings"])
+    assert evaluate(make(root, "reference=sdd", "training=others")) == 0
+    results = results_of(root / "out")
+    assert (results["leaks"]["by_id"], results["leaks"]["ids_alike"]) == ([], False)
+    assert any("the check by id says nothing" in text for text in results["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -291,6 +321,7 @@ def test_ccs_is_one_more_metric_of_the_table(root, monkeypatch):
         (("bundle=loud",), "no bundle 'loud'"),
         (("folders=[nowhere]",), "no audio files"),
         (("prompts=nowhere.csv",), "not found"),
+        (("judge={endpoint: http://localhost:1/v1, model: m, concepts: nowhere.csv}",), "nowhere.csv"),
     ],
 )
 def test_wrong_input_is_refused_before_any_model_is_loaded(root, monkeypatch, sets, message):

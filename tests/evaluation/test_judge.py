@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +19,6 @@ from ttmray.evaluation.judge import JudgeConfig, judge, parse_verdicts
 from ttmray.storage import Folder
 
 KEY = "sk-very-secret"
-Reply = tuple[int, str]
-
-
-class Server:
-    """Answers by `reply(question, has_audio)`; keeps requests and their authorization headers."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.reply: Callable[[str, bool], Reply] = hears_the_piano
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append(body)
-                outer.keys.append(self.headers.get("Authorization"))
-                content = body["messages"][0]["content"]
-                code, text = outer.reply(content[0]["text"], len(content) > 1)
-                self.send_response(code)
-                if code == 302:
-                    self.send_header("Location", text)
-                self.end_headers()
-                self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-
-def hears_the_piano(question: str, has_audio: bool) -> Reply:
-    if not has_audio:
-        return 200, 'Here they are:\n```json\n["piano", "drums", "calm mood"]\n```'
-    lines = [line for line in question.splitlines() if line[:1].isdigit()]
-    return 200, "\n".join(f"{i}. {'Yes' if 'piano' in line else 'No'}" for i, line in enumerate(lines, 1))
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    one = Server()
-    thread = threading.Thread(target=one.server.serve_forever, daemon=True)
-    thread.start()
-    yield one
-    one.server.shutdown()
-    one.server.server_close()
-    thread.join()
 
 
 @pytest.fixture
@@ -78,7 +28,7 @@ def clips(tmp_path: Path) -> list[tuple[str, str, str]]:
     return [("p", "a calm piano", f"{tmp_path}/{name}.flac") for name in ("x", "y")]
 
 
-def config(server: Server, **options: Any) -> JudgeConfig:
+def config(server: Any, **options: Any) -> JudgeConfig:
     return JudgeConfig(**{"endpoint": server.url, "model": "ears", "backoff_s": 0.0, "attempts": 3} | options)
 
 
@@ -116,10 +66,25 @@ def test_concepts_may_come_from_a_table(server, clips, tmp_path):
 
 def test_failures_of_the_server_and_odd_answers_are_tried_again(server, clips, tmp_path):
     bad = iter([(503, "busy"), (429, "slow down"), (200, "I hear music."), (200, "[]")])
-    server.reply = lambda question, audio: next(bad, None) or hears_the_piano(question, audio)
+    server.reply = lambda question, audio: next(bad, None) or server.hears_the_piano(question, audio)
     options = config(server, attempts=6, parallel=1)
     assert judge(clips, options, Folder.at(str(tmp_path / "out"))) == [(1 / 3, ""), (1 / 3, "")]
     assert len(server.requests) == 7
+
+
+def test_an_answer_that_is_cut_off_is_tried_again(server, clips, tmp_path):
+    cut = iter([server.CUT])
+    server.reply = lambda question, audio: (next(cut, 200), server.hears_the_piano(question, audio)[1])
+    assert judge(clips, config(server, parallel=1), Folder.at(str(tmp_path / "out"))) == [(1 / 3, ""), (1 / 3, "")]
+    assert len(server.requests) == 4
+
+
+def test_the_name_of_the_scores_follows_the_content_of_the_concept_table(server, tmp_path):
+    names = []
+    for file, concepts in (("a.csv", "piano"), ("b.csv", "piano"), ("a.csv", "drums")):
+        (tmp_path / file).write_text(f"id,concepts\np,{concepts}\n")
+        names.append(config(server, concepts=str(tmp_path / file)).name)
+    assert names[0] == names[1] != names[2]
 
 
 def test_a_clip_that_gets_no_answer_has_a_reason_and_the_others_their_score(server, clips, tmp_path):
@@ -129,7 +94,7 @@ def test_a_clip_that_gets_no_answer_has_a_reason_and_the_others_their_score(serv
     assert score is None
     assert reason.startswith("not_audio")
     assert other == (1 / 3, "")
-    server.reply = lambda question, audio: (200, "1. yes") if audio else hears_the_piano(question, audio)
+    server.reply = lambda question, audio: (200, "1. yes") if audio else server.hears_the_piano(question, audio)
     ((score, reason),) = judge(clips[1:], config(server, model="lazy"), out)
     assert score is None
     assert "verdicts of [1], not of 1 to 3" in reason
@@ -149,7 +114,7 @@ def test_the_key_is_sent_but_never_written_and_follows_no_redirect(server, clips
     judge(clips, config(server), out)
     assert server.keys == [f"Bearer {KEY}"] * 3
     assert all(KEY.encode() not in out.read(entry.name) for entry in out.files())
-    thief = Server()
+    thief = type(server)()
     threading.Thread(target=thief.server.serve_forever, daemon=True).start()
     server.reply = lambda question, audio: (302, thief.url)
     with pytest.raises(UserError, match="answered 302"):

@@ -16,6 +16,7 @@ from ttmray.evaluation import metrics
 from ttmray.evaluation.fad import Gaussian, _Samples, fad, fad_inf, frechet, merge
 from ttmray.evaluation.metrics import (
     Metric,
+    canonical_id,
     clap_score,
     clap_scores,
     diversity,
@@ -437,3 +438,22 @@ def test_bad_settings_are_named() -> None:
         near_duplicate_rate(x, [], protocol=P)
     with pytest.raises(UserError, match="zero vector"):
         diversity(np.zeros((3, 5)), protocol=P)
+
+
+@pytest.mark.parametrize(
+    ("name", "track"),
+    [
+        ("1004034", "1004034"),
+        ("1004034.2min", "1004034"),
+        ("1004034-2min-0f3a2b1c", "1004034"),
+        ("1004034-low-0f3a2b1c0f3a2b1c", "1004034"),
+        ("sdd_1004034.2min", "1004034"),
+        ("jamendo_34_1004034", "1004034"),
+        ("track_0001004", "1004"),
+        ("1004034_instrumental", "1004034"),
+        ("track_", "track_"),
+        ("my-song-2", "my-song-2"),
+    ],
+)
+def test_names_of_one_jamendo_track_have_one_id(name, track):
+    assert canonical_id(name) == track

@@ -190,6 +190,7 @@ def test_leaks_are_found_by_id_and_by_sound_in_the_training_split_alone(store, c
     split = {r["track_id"]: r["split"] for r in index.read_index(Folder.at(str(corpus))).to_pylist()}
     trained = sorted(track for track in split if split[track] == "train")
     assert len(trained) == 2
+    assert training.about["n"] == len(training.tracks) / 2  # clips, not their mixes and instrumentals
     leaks = find_leaks(reference.tracks, training.tracks, reference.rows(), iter(training.clap), 0.99999)
     assert list(leaks.by_id) == trained
     # tracks of up to 10 s are their own middle, so their mix is found with a cosine of 1

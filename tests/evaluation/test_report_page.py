@@ -217,6 +217,20 @@ def test_blind_votes_by_keyboard_survive_a_reload_and_export_what_the_ranker_rea
     assert page.inner_text("#count") == "0 votes in this browser."
 
 
+def test_the_seconds_of_a_vote_hold_what_was_heard_before_a_seek(page: Any) -> None:
+    page.click("#blind-form button")
+    page.keyboard.press("Space")
+    page.locator("#play", has_text="Pause").wait_for()
+    begun = page.evaluate("performance.now()")
+    page.wait_for_function("(begun) => performance.now() > begun + 1000", arg=begun)
+    page.keyboard.press("ArrowLeft")  # and the clip plays on
+    page.keyboard.press("x")
+    page.locator("[data-vote=tie]:enabled").wait_for()
+    page.keyboard.press("t")
+    votes = json.loads(page.evaluate("Object.entries(localStorage).find(([key]) => key.includes('votes'))[1]"))
+    assert votes[0][1]["seconds"] >= 1.0
+
+
 def test_order_and_sides_come_from_the_seed_alone(page: Any) -> None:
     made = {}
     for seed in (0, 0, 1, 2, 3):

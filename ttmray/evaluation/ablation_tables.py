@@ -37,12 +37,14 @@ class Cell:
         fad: value and interval, None where there was no reference set or too few clips.
         scores: metric -> prompt id -> mean over the samples.
         clips: metric -> (n,) score of every clip.
+        failed: clips that are in no metric, because they are missing, silent or damaged.
     """
 
     fad: tuple[float | None, float | None, float | None]
     scores: Mapping[str, Mapping[str, float]]
     clips: Mapping[str, np.ndarray]
     protocol: str = ""
+    failed: int = 0
 
     def mean(self, metric: str) -> float | None:
         values = list(self.scores.get(metric, {}).values())
@@ -103,6 +105,7 @@ def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
         {metric: scores for (metric, _), scores in prompt_means(rows).items()},
         {metric: np.array([row.value for row in rows if row.metric == metric]) for metric in COMPARED},
         results.protocol,
+        system.failed,
     )
 
 
@@ -159,6 +162,8 @@ def head_table(
             f"s = {', '.join(f'{score:g}' for score in next(iter(rows.values()), {}))}. "
             f"Δout: mean reward at s = {steer[1]:+g} minus that at {steer[0]:+g}.",
             "The paper's text gives only that score-conditioned heads lie 0.025 to 0.040 below the unconditional FAD.",
+            *_failures(unconditional),
+            *_failures({f"{name}, s = {s:g}": cell for name, cells in rows.items() for s, cell in cells.items()}),
         ),
     )
 
@@ -197,6 +202,7 @@ def chain_table(
             f"{DAGGER}: better than the row before, one-sided paired t test over prompts, p < {ALPHA:g}, not corrected "
             "for the number of tests (as in the paper). The table of pairs has two-sided tests and Holm's correction.",
             "FAD is one number per row: whether two intervals overlap says more than which is smaller.",
+            *_failures(rows),
             *warnings,
         ),
         compared,
@@ -235,6 +241,7 @@ def factorial_table(
             f"{TIE}: not told apart from {first} by a two-sided paired t test, p >= {ALPHA:g} (as in the paper). That "
             "is no evidence of equality: the intervals of the differences are in the table of pairs.",
             "The paper's text has one pair of figures for v2 weights in the v1 forward; both such rows show it.",
+            *_failures(named),
             *warnings,
         ),
         compared,
@@ -256,7 +263,7 @@ def contrast_table(
         ("system",),
         ("fad", *TESTED),
         tuple(lines),
-        warnings,
+        (*_failures(rows), *warnings),
         compared,
     )
 
@@ -278,7 +285,10 @@ def sweep_table(
         ("checkpoint", "s"),
         ("fad", *TESTED),
         tuple(lines),
-        notes,
+        (
+            *notes,
+            *_failures({f"{name}, s = {s:g}": cell for name, cells in curves.items() for s, cell in cells.items()}),
+        ),
     )
 
 
@@ -475,6 +485,12 @@ def _against(a: Cell, b: Cell, metric: str, alternative: Alternative = "two-side
     if len(common) < 2:
         return None
     return paired(np.array([x[one] for one in common]), np.array([y[one] for one in common]), alternative=alternative)
+
+
+def _failures(cells: Mapping[str, Cell]) -> tuple[str, ...]:
+    return tuple(
+        f"{name}: {cell.failed} clips failed and are in no column." for name, cell in cells.items() if cell.failed
+    )
 
 
 def _pairs(

@@ -33,7 +33,12 @@ from ttmray.evaluation.ablation_tables import (
     sweep_notes,
     sweep_table,
 )
+from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.measure import embedding_protocol
+from ttmray.evaluation.reference import load_reference, training_digest
 from ttmray.evaluation.results import read_clips, read_results
+from ttmray.generation.prompts import read_prompts
+from ttmray.models.bundle import open_bundle
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder, absolute, local_file, read_file
 from ttmray.training.config import TrainConfig, with_absolute_paths
@@ -166,6 +171,9 @@ class AblateConfig(Config):
     """Models of all steps."""
     prompts: str
     """File of the prompts of all tables but the first."""
+    failed_share: float = execution(0.05, ge=0, lt=1)
+    """Share of a cell's clips that may be silent or fail, and still it is finished; its tables say how many. A number
+    of clips in `generate.max_failures` or `evaluate.max_failures` goes first."""
     weights: str = Field("raw", pattern=r"^(raw|ema:[0-9.]+)$")
     """Which weights of the trainings here generate."""
     references: dict[str, str] = Field(default_factory=dict)
@@ -241,6 +249,7 @@ class Plan:
         self.inputs: dict[str, Any] = {}
         """Step -> what its result depends on and its config does not say."""
         self.digests: dict[str, str] = {}
+        """Weights file, or reference or training set -> hash."""
         self.heads: dict[str, dict[float, str]] = {}
         self.unconditional: dict[str, str] = {}
         self.chain: dict[str, str] = {}
@@ -334,7 +343,6 @@ class Plan:
         reference: str | None = None,
     ) -> str:
         """The cell's name; its two steps are planned when it is new."""
-        from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
         from ttmray.generation.config import GenerateConfig
         from ttmray.generation.generate import generate
 
@@ -351,11 +359,12 @@ class Plan:
         head = None if head == own else head
         links: dict[str, Any] = {"checkpoint": self._weights(checkpoint), "prompts": prompts, "head": head}
         links |= {"bundle": self.config.bundle}
-        section = merged(self.config.generate, given)
+        tolerated = {"max_failures": int(self.config.failed_share * len(read_prompts(prompts)))}
+        section = merged(tolerated, merged(self.config.generate, given))
         draft = fill(GenerateConfig, f"{table}: generate", section, links)
         if own == "none" and draft.sampler.score is not None:  # nothing would read it
             draft = fill(GenerateConfig, table, merged(section, {"sampler": {"score": None}}), links)
-        judged = merged(self.config.evaluate, {} if reference is None else {"reference": reference})
+        judged = merged(tolerated | self.config.evaluate, {} if reference is None else {"reference": reference})
         asked = judged.get("reference")
         texts = read_file(prompts).decode("utf-8", "replace")
         what = {"generate": identity(draft), "checkpoint": checkpoint, "prompts": texts, "reference": asked}
@@ -380,8 +389,30 @@ class Plan:
         evaluation = fill(EvaluateConfig, f"{table}: evaluate", judged, links)
         made = (f"cells/{name}/evaluation/_SUCCESS.json",)
         self.evaluations[name] = Step(f"evaluate-{name}", evaluation, partial(evaluate, evaluation), made, tuple(needs))
-        self.inputs[f"evaluate-{name}"] = {"prompts": texts}
+        against = self._sets(evaluation, asked in self.config.references)
+        self.inputs[f"evaluate-{name}"] = {"prompts": texts, **against}
         return name
+
+    def _sets(self, evaluation: EvaluateConfig, built_here: bool) -> dict[str, str]:
+        """Hashes of the reference and training set of an evaluation; one that is built here is a step's result.
+
+        Raises:
+            UserError: one is not there, or was made with other models.
+        """
+        found = {}
+        for what, address in (("reference", evaluation.reference), ("training", evaluation.training)):
+            if address is None or (built_here and address in self.config.references):
+                continue
+            key = f"{what} {address} in {evaluation.references}"
+            if key not in self.digests:
+                bundle = open_bundle(evaluation.bundle)
+                protocol = embedding_protocol(bundle.name, bundle.protocol("empty"))
+                if what == "reference":
+                    self.digests[key] = load_reference(address, evaluation.references, protocol).digest()
+                else:
+                    self.digests[key] = training_digest(address, evaluation.references, protocol)
+            found[what] = self.digests[key]
+        return found
 
     def _own_head(self, checkpoint: str) -> Head | None:
         """The head that a checkpoint was trained with; None for a file that does not say it."""

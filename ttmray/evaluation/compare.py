@@ -115,18 +115,24 @@ def compare(
         UserError: sources without scores, scores under several protocols, or fewer than two systems.
     """
     scores: list[Score] = []
-    protocols: dict[str, str] = {}
+    protocols: dict[str, dict[str, str]] = {}
+    """Metric -> protocol -> the first source that has it."""
     for source in sources:
-        found, protocol = read_scores(source)
+        found, made_by = read_scores(source)
         names = {score.system for score in found}
         if names & {score.system for score in scores}:
             end = absolute(source).rpartition("/")[2]
             found = [Score(f"{end}/{s.system}", s.prompt_id, s.metric, s.value) for s in found]
         scores += found
-        protocols.setdefault(protocol, source)
-    if len(protocols) > 1:
-        lines = [f"{source}: {protocol or 'unknown'}" for protocol, source in protocols.items()]
-        raise UserError("the scores were made under several protocols:\n    " + "\n    ".join(lines), "Evaluate again.")
+        for metric in dict.fromkeys(score.metric for score in found):
+            protocols.setdefault(metric, {}).setdefault(made_by.get(metric, ""), source)
+    for metric, known in protocols.items():
+        if len(known) > 1:
+            lines = [f"{source}: {protocol or 'unknown'}" for protocol, source in known.items()]
+            raise UserError(
+                f"the scores of {metric} were made under several protocols:\n    " + "\n    ".join(lines),
+                "Evaluate again.",
+            )
     cells, warnings = comparisons(scores, baseline, alpha)
     if not cells:
         systems = sorted({score.system for score in scores})
@@ -142,14 +148,15 @@ def compare(
     else:
         show(header, rows, format)
     if out is not None or format == "table":
-        console.print(f"scores by {next(iter(protocols)) or 'an unknown protocol'}; {legend(alpha)}", markup=False)
+        made = dict.fromkeys(protocol or "an unknown protocol" for known in protocols.values() for protocol in known)
+        console.print(f"scores by {', '.join(made)}; {legend(alpha)}", markup=False)
         for warning in warnings:
             console.print(f"[yellow]{escape(warning)}[/yellow]")
     return EXIT_OK
 
 
-def read_scores(source: str) -> tuple[list[Score], str]:
-    """Scores of the ok clips of one source, and their protocol, "" where nothing says it.
+def read_scores(source: str) -> tuple[list[Score], dict[str, str]]:
+    """Scores of the ok clips of one source, and metric -> protocol where the source says it.
 
     Args:
         source: folder of an evaluation or of a generation run, or a table (.csv, .tsv, .json, .jsonl, .parquet) with
@@ -162,24 +169,28 @@ def read_scores(source: str) -> tuple[list[Score], str]:
     if folder.exists(RESULTS):
         try:
             rows = pq.read_table(pa.BufferReader(folder.read(CLIPS))).to_pylist()
-            protocol = str(json.loads(folder.read(RESULTS))["protocol"])
+            results = json.loads(folder.read(RESULTS))
+            protocols = dict.fromkeys(COMPARED, str(results["protocol"]))
+            judged = [one["metrics"]["ccs"]["protocol"] for one in results["systems"] if "ccs" in one["metrics"]]
+            protocols |= {"ccs": str(judged[0]) if judged else ""}
+            kept = [(f"{folder.path(CLIPS)}, row {i}", row) for i, row in enumerate(rows, 1)]
+            places = [(place, row) for place, row in kept if row["status"] == "ok"]
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} holds no evaluation: {error}", "Run `ttmray evaluate` again.") from error
-        places = [(f"{folder.path(CLIPS)}, row {i}", row) for i, row in enumerate(rows, 1) if row["status"] == "ok"]
     elif folder.exists("run.json"):
         made = [row for row in manifest.read_rows(folder).values() if row["status"] == manifest.OK]
         name = folder.uri.rpartition("/")[2]
         places = [(f"{folder}: {row['name']}", row | {"system": name}) for row in made]
         known = {row["protocol"] or "" for row in made}
-        protocol = known.pop() if len(known) == 1 else ""
+        protocols = dict.fromkeys(COMPARED, known.pop() if len(known) == 1 else "")
     else:
-        places, protocol = read_rows(absolute(source)), ""
+        places, protocols = read_rows(absolute(source)), {}
     default = split_path(source)[1].rpartition(".")[0] or source
     scores = [score for place, row in places for score in _row_scores(row, place, default)]
     if not scores:
         columns = ", ".join(name for names in COMPARED.values() for name in names)
         raise UserError(f"{source} holds no scores of prompts.", f"Columns prompt_id, system and {columns} count.")
-    return scores, protocol
+    return scores, protocols
 
 
 def paired_table(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -191,7 +202,10 @@ def paired_table(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         means = [f"{cell[name]:+.4f}" for name in ("mean_a", "mean_b", "difference")]
         interval = f"[{cell['low']:+.4f}, {cell['high']:+.4f}]"
         p_values = [f"{cell[name]:.2g}" for name in ("p", "p_holm", "p_wilcoxon")]
-        t, d_z = (f"{cell[name]:.2f}" if cell[name] is not None else "inf" for name in ("t", "d_z"))
+        t, d_z = (
+            f"{cell[name]:.2f}" if cell[name] is not None else f"{cell['difference']:+}"[0] + "inf"
+            for name in ("t", "d_z")
+        )
         wins = f"{cell['wins']}/{cell['ties']}/{cell['losses']}"
         star = "*" if cell["significant"] else ""
         rows.append(

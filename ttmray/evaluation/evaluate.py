@@ -27,7 +27,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, plain, prompt_means, show
 from ttmray.evaluation.fad import fad, fad_inf
-from ttmray.evaluation.judge import JudgeConfig, judge
+from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
 from ttmray.evaluation.measure import FACTS, FAILED, OK, MeasureConfig, embedding_protocol, measure
 from ttmray.evaluation.metrics import (
     NEAR_DUPLICATE,
@@ -108,7 +108,7 @@ class EvaluateConfig(Config):
     judge: JudgeConfig | None = None
     """Judge of the concept coverage score; null: none."""
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
-    """Exit code 3 when more clips than this are missing or cannot be measured."""
+    """Exit code 3 when more clips than this are missing, cannot be measured, or get no answer of the judge."""
     runtime: MeasureConfig = execution(MeasureConfig())
 
     @model_validator(mode="after")
@@ -138,12 +138,15 @@ def evaluate(config: EvaluateConfig) -> int:
         reference = load_reference(config.reference, config.references, audio_protocol)
     if config.training is not None:
         training = load_training(config.training, config.references, audio_protocol)
+    if config.judge is not None:
+        check_judge(config.judge, [prompt.id for prompt in prompts])
     out = Folder.at(config.output)
     _claim(out)
     if bundle.note:
         console.print(f"[yellow]{escape(bundle.note)}[/yellow]")
     rows, claps, seconds = _clip_rows(systems, config, out)
     warnings = [warning for system in systems for warning in system.warnings] + _file_warnings(rows)
+    warnings += _judge_warnings(rows) if config.judge else []
     leaks = Leaks((), ())
     if reference and training:
         leaks = find_leaks(
@@ -153,6 +156,11 @@ def evaluate(config: EvaluateConfig) -> int:
             warnings.append(
                 f"the reference shares {len(leaks.by_id)} tracks with the training split by id, and "
                 f"{len(leaks.by_embedding)} clips by sound: FAD is too good for a model that was trained on them."
+            )
+        if not leaks.ids_alike:
+            warnings.append(
+                f"no id of the reference, such as {reference.tracks[0]}, has the form of the training split's, such as "
+                f"{training.tracks[0]}: the check by id says nothing, only the one by sound does."
             )
     scores = [
         Score(row["system"], row["prompt_id"], metric, row[metric])
@@ -262,6 +270,21 @@ def _file_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return warnings
 
 
+def _unjudged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["status"] == OK and row["ccs"] is None]
+
+
+def _judge_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many clips of each system the judge gave no score, and the most frequent reason."""
+    warnings = []
+    for system in dict.fromkeys(row["system"] for row in rows):
+        mine = [row for row in rows if row["system"] == system and row["status"] == OK]
+        if silent := _unjudged(mine):
+            ((reason, _),) = Counter(row["message"] for row in silent).most_common(1)
+            warnings.append(f"{system}: {len(silent)} of {len(mine)} clips have no CCS ({reason}).")
+    return warnings
+
+
 def _system_metrics(
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -325,8 +348,9 @@ def _mean(name: str, values: Sequence[float], clips: int, protocol: str, seed: i
 
 
 def _plain_leaks(leaks: Leaks, training: Embedded, threshold: float) -> dict[str, Any]:
-    found = {"by_id": list(leaks.by_id), "by_embedding": [list(leak) for leak in leaks.by_embedding]}
-    return {"training": training.about["source"], "clips": len(training.tracks), "threshold": threshold, **found}
+    found: dict[str, Any] = {"by_id": list(leaks.by_id), "ids_alike": leaks.ids_alike}
+    found["by_embedding"] = [list(leak) for leak in leaks.by_embedding]
+    return {"training": training.about["source"], "clips": training.about["n"], "threshold": threshold, **found}
 
 
 def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], claps: np.ndarray) -> None:
@@ -347,10 +371,10 @@ def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str,
     console.print(f"scores by {results['protocol']}", markup=False)
     for warning in results["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-    bad = [row for row in rows if row["status"] != OK]
+    bad = [row for row in rows if row["status"] != OK] + (_unjudged(rows) if config.judge else [])
     for row in bad[:5]:
         where = row["path"] or f"{row['system']}, prompt {row['prompt_id']}"
-        console.print(f"  {where}: {row['reason']}: {row['message']}", markup=False)
+        console.print(f"  {where}: {row['reason'] or 'no CCS'}: {row['message']}", markup=False)
     timing = results["timing"]
     if timing.get("clips"):
         console.print(

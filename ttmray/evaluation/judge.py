@@ -10,6 +10,7 @@ never written.
 
 import base64
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -97,8 +98,14 @@ class JudgeConfig(Config):
 
     @property
     def name(self) -> str:
-        """Protocol of the scores: the model and everything that decides the questions."""
-        asked = [self.model, self.endpoint, self.concepts, self.max_concepts, ASK_CONCEPTS, ASK_COVERAGE]
+        """Protocol of the scores: the model and everything that decides the questions, so a table of concepts is in it
+        by its content.
+
+        Raises:
+            UserError: a concept table that cannot be read.
+        """
+        concepts = sorted(_given_concepts(self).items()) if self.concepts else None
+        asked = [self.model, self.endpoint, concepts, self.max_concepts, ASK_CONCEPTS, ASK_COVERAGE]
         asked += [] if self.endpoint else [self.dtype, self.max_new_tokens]
         return f"ccs-{self.model.rstrip('/').rpartition('/')[2]}-{fingerprint(asked)[:8]}"
 
@@ -114,21 +121,12 @@ def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Fo
         UserError: the endpoint refuses (key, address, model), a local model that is not there or hears nothing, or a
             concept table that does not fit.
     """
-    address = urlsplit(config.endpoint or "")
-    if _key(config) and address.scheme == "http" and address.hostname not in LOCAL:
-        raise UserError(
-            f"judge.endpoint {config.endpoint} would get the key of {config.key_variable} unencrypted.", "Use https."
-        )
-    given = _given_concepts(config)
+    given = check_judge(config, [one for one, _, _ in clips])
     prompts = dict.fromkeys((one, text) for one, text, _ in clips)
-    unknown = [one for one, _ in prompts if given is not None and one not in given]
-    if unknown:
-        raise UserError(f"{config.concepts}: no concepts of prompt {unknown[0]}.", "Every prompt needs some.")
-
     ask = _local(config) if config.endpoint is None else partial(_ask_endpoint, config)
 
     def concepts_of(item: tuple[str, str]) -> list[str] | ClipError:
-        if given is not None:
+        if config.concepts is not None:
             return given[item[0]]
         question = ASK_CONCEPTS.format(limit=config.max_concepts, prompt=item[1])
         try:
@@ -154,6 +152,24 @@ def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Fo
             scores.append(score)
             progress.advance(1)
     return scores
+
+
+def check_judge(config: JudgeConfig, prompt_ids: Sequence[str]) -> dict[str, list[str]]:
+    """What can be wrong before anything is asked; returns the concepts of the table, by prompt id.
+
+    Raises:
+        UserError: a key that would go out unencrypted, or a concept table that does not fit.
+    """
+    address = urlsplit(config.endpoint or "")
+    if _key(config) and address.scheme == "http" and address.hostname not in LOCAL:
+        raise UserError(
+            f"judge.endpoint {config.endpoint} would get the key of {config.key_variable} unencrypted.", "Use https."
+        )
+    given = _given_concepts(config)
+    unknown = [one for one in prompt_ids if config.concepts is not None and one not in given]
+    if unknown:
+        raise UserError(f"{config.concepts}: no concepts of prompt {unknown[0]}.", "Every prompt needs some.")
+    return given
 
 
 def parse_verdicts(answer: str, count: int) -> list[bool]:
@@ -183,10 +199,10 @@ def _concepts(answer: str, limit: int) -> list[str]:
     return clean[:limit]
 
 
-def _given_concepts(config: JudgeConfig) -> dict[str, list[str]] | None:
-    if config.concepts is None:
-        return None
+def _given_concepts(config: JudgeConfig) -> dict[str, list[str]]:
     given: dict[str, list[str]] = {}
+    if config.concepts is None:
+        return given
     for place, row in read_rows(config.concepts):
         one = str(row.get("prompt_id", row.get("id", ""))).strip()
         named = [part.strip() for part in str(row.get("concepts") or "").split(";") if part.strip()]
@@ -240,7 +256,7 @@ def _asked(
         try:
             answer = ask(question, sound)
             parsed = parse(answer)
-        except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, OSError, http.client.HTTPException, KeyError, IndexError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"[:300]
             continue
         kept = {"question": question, "audio": audio, "audio_sha256": digest, "model": config.model}
@@ -269,7 +285,7 @@ def _post(config: JudgeConfig, body: dict[str, Any]) -> str:
     """Text of the answer.
 
     Raises:
-        OSError, ValueError, ...: what another try may mend.
+        OSError, HTTPException, ValueError, ...: what another try may mend.
         UserError: what it will not.
     """
     headers = {"Content-Type": "application/json"}

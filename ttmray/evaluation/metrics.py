@@ -10,6 +10,7 @@ values to one side (Politis & Romano 1994, Ann. Statist. 22; Praestgaard & Welln
 reference set is held fixed, so an interval is about other clips from the same generator, not other references.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,11 @@ KAD_SCALE = 100.0
 BANDWIDTH_ROWS = 2048
 NEAR_DUPLICATE = 0.95
 """Cosine from which two clips count as the same. No standard exists: calibrate it on distinct training tracks."""
+
+
+_CORPUS_PREFIX = re.compile(r"(?:jamendo[_-]\d\d[_-]|sdd[_-]|track_0*)(?=.)")
+_EXCERPT = re.compile(r"(?:[.-](?:2min|low)|[_-]instrumental)(?:-[0-9a-f]{8}|-[0-9a-f]{16})?$")
+"""What a copy of a track is called after its id; the hash is that of `track_ids` for names that are no safe ids."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,16 @@ class Leaks:
     """What a reference set shares with the training split.
 
     Attributes:
-        by_id: track ids on both sides, sorted.
+        by_id: `canonical_id` of tracks on both sides, sorted.
         by_embedding: (reference id, training id, cosine) of each reference clip whose nearest training clip is at
             the threshold or above, most similar first.
+        ids_alike: whether any reference id has the form of a training id (digits, letters, signs). Where none has,
+            that no id is on both sides says nothing.
     """
 
     by_id: tuple[str, ...]
     by_embedding: tuple[tuple[str, str, float], ...]
+    ids_alike: bool = True
 
 
 def checked(array: np.ndarray, what: str, at_least: int = 1, dimension: int | None = None) -> np.ndarray:
@@ -304,8 +313,23 @@ def find_leaks(
         raise UserError(f"{len(training_ids)} training ids, but {rows} embeddings.")
     hits = np.flatnonzero(cosine >= threshold).tolist()
     near = [(reference_ids[i], training_ids[int(index[i])], float(cosine[i])) for i in hits]
-    shared = sorted(set(reference_ids) & set(training_ids))
-    return Leaks(tuple(shared), tuple(sorted(near, key=lambda found: -found[2])))
+    ours, theirs = set(map(canonical_id, reference_ids)), set(map(canonical_id, training_ids))
+    alike = not {_form(one) for one in ours}.isdisjoint(_form(one) for one in theirs)
+    return Leaks(tuple(sorted(ours & theirs)), tuple(sorted(near, key=lambda found: -found[2])), alike)
+
+
+def canonical_id(track_id: str) -> str:
+    """The id of a track as MTG-Jamendo has it, from its names in data sets that were made of it.
+
+    `1004034-2min-0f3a2b1c` (the id of the file `1004034.2min.mp3`), `sdd_1004034.2min`, `jamendo_34_1004034`,
+    `track_1004034` and `1004034_instrumental` are all `1004034`; other ids stay as they are.
+    """
+    prefix = _CORPUS_PREFIX.match(track_id)
+    return _EXCERPT.sub("", track_id[prefix.end() :] if prefix else track_id)
+
+
+def _form(name: str) -> frozenset[str]:
+    return frozenset("0" if c.isdigit() else "a" if c.isalpha() else c for c in name)
 
 
 def _halves(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

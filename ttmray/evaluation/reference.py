@@ -6,6 +6,7 @@ and track of every row), and `reference.json`, which is written last and says un
 audio file is one row, the 10 s in its middle. A corpus gives a row per clip.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -67,6 +68,13 @@ class Embedded:
 
     def rows(self) -> np.ndarray:
         return self.clap[0] if len(self.clap) == 1 else np.concatenate(self.clap)
+
+    def digest(self) -> str:
+        """SHA-256 of what results depend on: embeddings, track ids and protocol."""
+        made = hashlib.sha256(json.dumps([self.about["protocol"], self.tracks]).encode())
+        for part in self.clap:
+            made.update(np.ascontiguousarray(part).data)
+        return made.hexdigest()
 
 
 def build_reference(
@@ -162,15 +170,18 @@ def load_reference(address: str, store: str, protocol: str) -> Embedded:
         UserError: there is none, it is damaged, or it was made under another protocol.
     """
     folder = Folder.at(address) if "/" in address else Folder.at(store).sub(address)
+    parent, _, name = folder.uri.rpartition("/")
     if not folder.exists(ABOUT):
         raise UserError(
-            f"reference {address}: there is none at {folder}.", f"Build it: ttmray reference build {address} SOURCE"
+            f"reference {address}: there is none at {folder}.",
+            f"Build it: ttmray reference build {name} SOURCE --bundle {protocol.partition('/')[0]} --store {parent}",
         )
     about = _about(folder)
     if about["protocol"] != protocol:
         raise UserError(
             f"the reference {address} was made under {about['protocol']}, these clips are under {protocol}.",
-            f"Build one with the same bundle, under another name: ttmray reference build NAME {about['source']}",
+            "Build one with the same bundle, under another name: ttmray reference build NAME "
+            f"{about['source']} --bundle {protocol.partition('/')[0]} --store {parent}",
         )
     try:
         clap = load_tensors(folder.read(CLAP))["clap"]
@@ -199,8 +210,22 @@ def load_training(address: str, store: str, protocol: str) -> Embedded:
         raise UserError(f"training: {address} is no corpus run and no reference set.", "Give the folder of one.")
     parts = list(_corpus_parts(folder, protocol, (0, 1), "train"))
     tracks = [track for part in parts for track in part[1]]
-    about = {"made_from": "corpus", "source": folder.uri, "split": "train", "n": len(tracks), "protocol": protocol}
+    clips = len({key for part in parts for key in part[0]})  # each has a row as mix and one as instrumental
+    about = {"made_from": "corpus", "source": folder.uri, "split": "train", "n": clips, "protocol": protocol}
     return Embedded(about, tracks, [part[2] for part in parts])
+
+
+def training_digest(address: str, store: str, protocol: str) -> str:
+    """What tells one training set from another without reading the embeddings of a corpus.
+
+    Raises:
+        UserError: as `load_training`, but for damage inside of a corpus.
+    """
+    folder = Folder.at(address)
+    if _corpus_run(folder) is None:
+        return load_training(address, store, protocol).digest()
+    state = [folder.read("run.json"), str(folder.exists(index.MERGED)).encode()]
+    return hashlib.sha256(b"".join(state)).hexdigest()
 
 
 def _corpus_run(folder: Folder) -> dict[str, Any] | None:

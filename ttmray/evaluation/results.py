@@ -53,6 +53,7 @@ class System(_Read):
     name: str
     folder: str = ""
     clips: int = 0
+    failed: int = 0
     prompts: int = 0
     metrics: dict[str, Measured] = {}
 

@@ -235,7 +235,7 @@
   const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
   audio.forEach((one, i) => {
     one.addEventListener("playing", () => {
-      since = performance.now();
+      since ??= performance.now(); // also fires after a seek or a stall, without a pause before it
       heard[i] = true;
       $("play").textContent = "Pause";
       if (heard.every(Boolean)) $("hint").textContent = "";
