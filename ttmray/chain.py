@@ -3,7 +3,6 @@
 `steps/<name>.json` says with what a step was last run, whether that ended well, and what all its launches cost.
 """
 
-import gc
 import html
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from ttmray.cluster import connected_gpus, leave
+from ttmray.cluster import alone, connected_gpus
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
@@ -132,7 +131,7 @@ def _record(root: Folder, name: str) -> dict[str, Any]:
 
 
 def _run(root: Folder, step: Step, made_with: str) -> int:
-    with _accounted(root, step, made_with) as finish, _alone():
+    with alone(), _accounted(root, step, made_with) as finish:  # the account's end asks a cluster that is still joined
         try:
             code = step.run()
         except UserError as error:
@@ -152,10 +151,13 @@ def _accounted(root: Folder, step: Step, made_with: str) -> Iterator[Callable[[]
     spent, on_gpus, started = record["seconds"], record["gpu_seconds"], time.monotonic()
     record |= {"fingerprint": made_with, "done": False, "launches": record["launches"] + 1}
     ended = threading.Event()
+    held = 0.0
 
     def save() -> None:
+        nonlocal held
         seconds = time.monotonic() - started
-        record.update(seconds=spent + seconds, gpu_seconds=on_gpus + seconds * gpus(step.config))
+        held = max(held, gpus(step.config))  # a step joins its cluster after its start, and may leave before its end
+        record.update(seconds=spent + seconds, gpu_seconds=on_gpus + seconds * held)
         root.write(f"steps/{step.name}.json", json.dumps(record, indent=1).encode())
 
     def beat() -> None:
@@ -173,20 +175,6 @@ def _accounted(root: Folder, step: Step, made_with: str) -> Iterator[Callable[[]
         save()
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Afterwards torch's threads, GPU memory and Ray's CPUs are as before: the next step shall not feel this one."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        leave()
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
 def gpus(config: Config) -> float:
     """GPUs that a job holds while it runs, busy or not."""
     parts = [getattr(config, name, None) for name in ("runtime", "encoding", "training")]
@@ -195,8 +183,10 @@ def gpus(config: Config) -> float:
 
 def _held(runtime: Any) -> float:
     pool = getattr(runtime, "pool", runtime)
-    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and torch.cuda.is_available())
-    if pool.runner == "local":
+    here = pool.runner == "local"
+    any_gpu = torch.cuda.is_available() if here else connected_gpus() > 0
+    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and any_gpu)
+    if here:
         return float(on_cuda)
     if hasattr(pool, "gpus"):
         return float(pool.workers * pool.gpus)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ttmray.corpus.verify import problems
+from ttmray.generation.filter import FilterConfig, filter_pool
 from ttmray.storage import Folder
 
 PROGRAM = """
@@ -44,6 +45,14 @@ class Job:
         files = {str(path.relative_to(self.output)): path for path in self.output.rglob("*") if path.is_file()}
         exact = ("index", "plan", "stats")
         return {name: path.read_bytes() if name.startswith(exact) else b"" for name, path in sorted(files.items())}
+
+
+def selected(job: Job) -> dict[str, bytes]:
+    """Files of the top decile of a pool, without gates, which noise does not pass."""
+    out = job.output.with_name("selection")
+    filter_pool(str(job.output), str(out), FilterConfig(max_silence=None, max_clipping=None, max_similarity=None))
+    assert len((out / "kept.txt").read_text().split()) == 2
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,7 @@ def test_a_relaunch_after_the_job_was_killed_gives_the_pool_of_an_undisturbed_ru
     assert not (job.output / "_SUCCESS.json").exists()
     assert job.start().wait(timeout=400) == 0
     assert job.made() == undisturbed.made()
+    assert selected(job) == selected(undisturbed)
     assert list(problems(Folder(str(job.output)))) == []
 
 
@@ -104,3 +114,4 @@ def test_ray_actors_give_the_same_pool_although_one_of_them_is_killed(undisturbe
     job = Job(tmp_path, "runtime.pool.runner=ray", f"runtime.pool.workers={workers}")
     assert kill_at(job, 1, actors) == 0
     assert job.made() == undisturbed.made()
+    assert selected(job) == selected(undisturbed)

@@ -173,6 +173,15 @@ def test_a_pool_on_disk_gives_keys_and_a_report_beside_the_training_rewards(pool
     assert "of 18 training clips have as much" in (out / "selection.md").read_text()
 
 
+def test_a_reward_without_weight_may_be_missing_and_is_then_not_compared(tmp_path):
+    corpus = write_random_corpus(str(tmp_path / "corpus"), tracks=2, latent=(5, 4), text=(3, 8), clips_per_track=3)
+    clips = [Candidate(f"p{i % 5}", i // 5, np.zeros((5, 4)), float(i) if i else None, float(i)) for i in range(20)]
+    pool = write_pool(str(tmp_path / "pool"), clips, PROMPTS)
+    out = tmp_path / "selection"
+    assert filter_pool(pool.uri, str(out), FilterConfig(reward_weight=0), corpus.uri) == 0
+    assert "train" not in json.loads((out / "selection.json").read_text())
+
+
 def read_rewards(corpus: str) -> np.ndarray:
     rows = pq.read_table(f"{corpus}/index.parquet").to_pylist()
     return np.array([row["instrumental_reward_score"] for row in rows if row["split"] == "train"])

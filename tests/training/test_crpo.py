@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from ttmray.cluster import PoolConfig
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder
 from ttmray.synth.pool import Candidate, write_pool
-from ttmray.training import preference_pairs
+from ttmray.training import crpo, preference_pairs
 from ttmray.training.config import (
     CheckpointConfig,
     EmaConfig,
@@ -203,6 +204,24 @@ def test_at_the_start_policy_and_reference_agree_to_the_bit(configure):
     assert all(p.grad is None for p in trained)
 
 
+@pytest.mark.slow
+def test_a_compiled_policy_in_bf16_agrees_with_its_reference_to_the_bit(configure):
+    runtime = RuntimeConfig(device="cpu", threads=1, device_batch=4, tensorboard=False, compile=True)
+    task = CrpoTask(configure(precision="bf16", gradients_every=1, runtime=runtime), CPU)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # what starts at zero hides roundings
+        for parameter in task.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        task.reference.load_state_dict(task.model.state_dict())
+    forward = torch.compile(task.model.train())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = task.losses(next(task.batches(0, 4, 0, 1, False)), forward)
+    assert found.extra["margin"].tolist() == [0.0] * 4
+    found.losses.mean().backward()
+    assert found.extra["dpo_grad_norm"] > found.extra["fm_grad_norm"] > 0
+
+
 def test_the_reference_is_the_whole_starting_model_and_stays(configure, folder):
     task = CrpoTask(configure(), CPU)
     start = load_file(folder / "v1.safetensors")
@@ -292,11 +311,25 @@ def test_reference_losses_made_ahead_give_the_same_bits_and_are_shared_by_a_swee
     assert made == [0, 1, 2]
     for one, other in (("beside", "ahead"), ("beside, 500", "sweep")):
         assert all(torch.equal(weights[one][key], weights[other][key]) for key in weights[one])
-    task = CrpoTask(config.model_copy(update={"reference_losses": str(tmp_path / "shared")}), CPU)
+    shared = {"reference_losses": str(tmp_path / "shared")}
+    task = CrpoTask(config.model_copy(update=shared), CPU)
     assert (task.reference, task.frozen_models) == (None, 0)
-    assert task.table.missing(30) == []
-    other = configure(score=2.0, reference_losses=str(tmp_path / "shared"))
-    assert CrpoTask(other, CPU).table.missing(30) == [0, 1, 2]
+    assert task.open_table(4, CPU).missing(30) == task.open_table(2, CPU).missing(30) == []
+    assert task.open_table(4, torch.device("cuda")).missing(30) == [0, 1, 2]
+    for fields in ({"score": 2.0}, {"runtime": config.runtime.model_copy(update={"compile": True})}):
+        assert CrpoTask(configure(**fields, **shared), CPU).open_table(4, CPU).missing(30) == [0, 1, 2]
+    tables = [CrpoTask(configure(precision="bf16", **shared), CPU).open_table(batch, CPU) for batch in (2, 4)]
+    assert tables[0].folder.uri != tables[1].folder.uri
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 1.0), ("cpu", 0.0)])
+def test_the_reference_runs_where_the_workers_train(configure, tmp_path, monkeypatch, device, gpus):
+    runtime = RuntimeConfig(runner="ray", workers=2, cpus=2, device="auto", device_batch=2)
+    config = configure(runtime=runtime, reference_losses=str(tmp_path / "shared"))
+    asked = []
+    monkeypatch.setattr(crpo, "each", lambda make, todo, pool: asked.append((make.args[1:], todo, pool)) or [])
+    crpo._precompute(config, CrpoTask(config, CPU), 2, torch.device(device))  # the driver of workers has it on its CPU
+    assert asked == [((device, 2), [0], PoolConfig(runner="ray", workers=2, cpus=2, gpus=gpus))]
 
 
 def test_damaged_reference_losses_are_named(configure, tmp_path, monkeypatch):
@@ -326,12 +359,33 @@ def test_the_watch_speaks_once_per_occurrence():
 
 
 def test_a_run_that_unlearns_is_told_so(configure, capsys):
-    task = CrpoTask(configure(), CPU)
-    for i in range(12):
-        task._seen += torch.tensor([0.01 * i, 0.1 * i, 1.0])
-        noted = task.note(4 * i, 4 * (i + 1))
-    assert noted == {"loser_rises": True}
+    config = configure()
+    out, task, text = Folder.at(config.output), CrpoTask(config, CPU), ""
+    for i in range(1, 13):
+        assert not task.note(4 * (i - 1), 4 * i)["loser_rises"] or i > 10
+        rises = {"winner_loss": 1 + 0.01 * i, "loser_loss": 1 + 0.1 * i}
+        line = {"step": i, "reference_winner_loss": 1.0, "reference_loser_loss": 1.0, **rises}
+        text += json.dumps(line) + "\n"
+        out.write("metrics.jsonl", text.encode())
+    assert task.note(48, 52) == {"loser_rises": True}
     assert capsys.readouterr().out.count("unlearns losers") == 1
+    assert CrpoTask(config, CPU).note(48, 52) == {"loser_rises": True}  # a new process knows what was before it
+    assert CrpoTask(config, CPU).note(36, 40) == {"loser_rises": False}
+
+
+def test_a_resumed_run_notices_what_an_undisturbed_one_does(configure, tmp_path):
+    rises = {}
+    for name, stops in (("whole", [30]), ("resumed", [7, 16, 23, 30])):
+        for steps in stops:
+            runtime = RuntimeConfig(device="cpu", threads=1, device_batch=4, log_every=1, tensorboard=False)
+            fast = CrpoOptimizer(lr=3e-3, warmup=0)
+            config = configure(
+                output=str(tmp_path / name), steps=steps, runtime=runtime, optimizer=fast, gradients_every=0
+            )
+            assert train_crpo(config) == 0
+        rises[name] = [line["loser_rises"] for line in metrics(config.output)]
+    assert rises["whole"] == rises["resumed"]
+    assert any(rises["whole"])
 
 
 def test_a_reference_of_another_head_is_refused(configure, folder, tmp_path):
@@ -347,6 +401,13 @@ def test_a_reference_of_another_head_is_refused(configure, folder, tmp_path):
         with pytest.raises(UserError, match=message):
             CrpoTask(configure(model=model(file, ours)), CPU)
     CrpoTask(configure(model=model(str(folder / "v1.safetensors"), "v4")), CPU)
+
+
+def test_a_reference_with_another_null_is_refused(configure, folder):
+    model = ModelConfig(size="debug", head="v2", null="scalar_zero", init=str(folder / "v1.safetensors"))
+    with pytest.raises(UserError, match=r"trained with null zero_embedding, model\.null is scalar_zero") as caught:
+        CrpoTask(configure(model=model), CPU)
+    assert caught.value.hint == "Set model.null: zero_embedding."
 
 
 def test_pairs_must_be_those_of_the_pool(configure, folder, tmp_path):

@@ -15,10 +15,12 @@ from ttmray.errors import UserError
 from ttmray.evaluation.statistics import paired
 from ttmray.generation.filter import FilterConfig
 from ttmray.generation.sampler import integrate, noise, time_grid
+from ttmray.models import one_thread
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import load_backbone
 from ttmray.storage import Folder
 from ttmray.synth.pool import Candidate, write_pool
+from ttmray.training import expert_iteration as expert_iteration_module
 from ttmray.training.clips import read_keys
 from ttmray.training.config import CheckpointConfig, EmaConfig, ModelConfig, RuntimeConfig, ValidationConfig
 from ttmray.training.data import DataConfig, SourceConfig, open_mixture
@@ -30,6 +32,7 @@ from ttmray.training.expert_iteration import (
     finetuning,
     polishing,
 )
+from ttmray.training.launch import launch
 from ttmray.training.sft import DEBUG
 from ttmray.training.tensors import pack, unpack
 
@@ -252,6 +255,60 @@ def test_without_a_sampler_the_pools_are_named_one_by_one(corpus, start, tmp_pat
     with pytest.raises(UserError, match="no pool for round 2") as caught:
         expert_iteration(config)
     assert str(tmp_path / "expert" / "round-1" / "polish.safetensors") in caught.value.hint
+    with pytest.raises(UserError, match="no pool for round 2") as again:
+        expert_iteration(config)
+    assert again.value.hint == caught.value.hint
+
+
+def test_the_fine_tuning_does_not_feel_how_its_pool_was_sampled(corpus, start, tmp_path, monkeypatch):
+    def in_one_thread(weights: str, folder: str) -> None:
+        one_thread()  # as the pool's own worker does
+        sampler(20)(weights, folder)
+
+    seen = []
+
+    def noted(*inputs: object, **options: object) -> int:
+        seen.append(torch.get_num_threads())
+        return launch(*inputs, **options)
+
+    monkeypatch.setattr(expert_iteration_module, "launch", noted)
+    before = torch.get_num_threads()
+    free = RuntimeConfig(device="cpu", threads=None, device_batch=4, tensorboard=False)
+    try:
+        torch.set_num_threads(2)
+        config = configure(corpus, tmp_path, start, runtime=free, polish=PolishConfig(steps=0))
+        assert expert_iteration(config, in_one_thread) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2]
+
+
+def test_a_finished_stage_refuses_another_corpus_another_pool_and_another_filter(corpus, start, tmp_path):
+    pool, other = str(tmp_path / "pool"), str(tmp_path / "other")
+    sampler(20)(start, pool)
+    write_pool(other, sample(start, 20, seed=3), PROMPTS)
+    config = configure(corpus, tmp_path, start, pools=(pool,), polish=PolishConfig(steps=0))
+    assert expert_iteration(config) == 0
+    assert expert_iteration(config) == 0
+    with pytest.raises(UserError, match="another selection:\n    pool"):
+        expert_iteration(config.model_copy(update={"pools": (other,)}))
+    with pytest.raises(UserError, match=r"filter\.share: 0\.1 -> 0\.2"):
+        expert_iteration(config.model_copy(update={"filter": FilterConfig(max_similarity=None, share=0.2)}))
+    data = DataConfig(sources=(SourceConfig(corpus=other, score_column=None),), threads=0)
+    with pytest.raises(UserError, match="    data: "):
+        expert_iteration(config.model_copy(update={"data": data}))
+
+
+def test_settings_that_are_refused_do_not_bind_the_folder(corpus, start, tmp_path):
+    config = configure(corpus, tmp_path, start, polish=PolishConfig(steps=0), oversample=6.0)
+    with pytest.raises(UserError, match="no pool for round 1"):
+        expert_iteration(config)
+    assert not (tmp_path / "expert").exists()
+    config = configure(corpus, tmp_path, start, polish=PolishConfig(steps=0))
+    none = FilterConfig(reward_weight=0, clap_weight=0, max_similarity=None)
+    with pytest.raises(UserError, match="both 0"):
+        expert_iteration(config.model_copy(update={"filter": none}), sampler(20))
+    assert expert_iteration(config, sampler(20)) == 0
 
 
 def test_other_settings_need_another_folder(corpus, start, tmp_path):

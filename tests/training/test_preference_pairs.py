@@ -159,6 +159,34 @@ def test_a_list_of_held_out_prompts_is_part_of_what_the_pairs_are(pool, tmp_path
         build_pairs(pool, str(out), PairsConfig())
 
 
+def test_moving_the_list_of_held_out_prompts_changes_nothing(pool, tmp_path):
+    for name in ("here.txt", "there.txt"):
+        (tmp_path / name).write_text("prompt 1\n")
+        build_pairs(pool, str(tmp_path / "pairs"), PairsConfig(held_out=str(tmp_path / name)))
+
+
+def test_held_out_prompts_are_known_behind_the_prefix_of_their_captions(tmp_path):
+    prefix = "music, "
+    clips = [Candidate(f"p{i}", k, np.zeros((5, 4)), 0.1 * k, 0.1 * k) for i in range(4) for k in range(3)]
+    pool = write_pool(
+        str(tmp_path / "pool"), clips, {f"p{i}": (f"{prefix}prompt {i}", np.zeros((3, 8))) for i in range(4)}
+    )
+    described = json.loads(pool.read("run.json"))
+    described["config"] |= {"caption": "prefixed", "sampler": {"prefix": prefix}}
+    pool.write("run.json", json.dumps(described).encode())
+    (tmp_path / "evaluation.txt").write_text("prompt 1\n")
+    build_pairs(pool.uri, str(tmp_path / "pairs"), PairsConfig(held_out=str(tmp_path / "evaluation.txt")))
+    used = read_pairs(str(tmp_path / "pairs" / "pairs.parquet"))["prompt_id"].to_pylist()
+    assert sorted(used) == ["p0", "p2", "p3"]
+
+
+def test_a_pool_of_held_out_prompts_alone_needs_other_prompts(pool, tmp_path):
+    (tmp_path / "evaluation.txt").write_text("".join(f"prompt {i}\n" for i in range(4)))
+    with pytest.raises(UserError, match=r"gives no pair: pool 4, held out 4\.") as caught:
+        build_pairs(pool, str(tmp_path / "pairs"), PairsConfig(held_out=str(tmp_path / "evaluation.txt")))
+    assert "other prompts" in caught.value.hint
+
+
 def test_a_pool_without_any_pair_is_an_error_that_says_why(pool, tmp_path):
     with pytest.raises(UserError, match="gives no pair: pool 4, margin too small 4"):
         build_pairs(pool, str(tmp_path / "pairs"), PairsConfig(margin=9))

@@ -186,8 +186,8 @@ def test_without_clips_held_out_there_is_no_validation(make_train_config, look, 
 
 def test_two_sources_are_counted_on_every_line(make_train_config, look, debug_corpus, expert_debug, tmp_path):
     both = f"data.sources=[{{corpus: {debug_corpus}}}, {{corpus: {expert_debug}, repeat: 3}}]"
-    train_sft(make_train_config(tmp_path, both, "validation.clips=0", "steps=9"))
-    drawn = np.array([line["drawn"] for line in look.metrics(tmp_path)])
+    train_sft(make_train_config(tmp_path / "run", both, "validation.clips=0", "steps=9"))
+    drawn = np.array([line["drawn"] for line in look.metrics(tmp_path / "run")])
     assert drawn.sum(axis=1).tolist() == [16, 16, 4]
     assert drawn.sum(axis=0).tolist() == [18, 18]  # an epoch is 18 + 3 x 6
 

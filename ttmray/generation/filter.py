@@ -78,19 +78,16 @@ def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None
     """
     table, fingerprint = read_pool(pool)
     out = Folder.at(output)
-    what = json.loads(json.dumps({"pool": fingerprint, "filter": identity(config)}))
-    if out.exists(REPORT):
-        lines = differences(json.loads(out.read(REPORT)).get("identity"), what)
-        if lines:
-            raise UserError(f"{out} holds another selection:\n    " + "\n    ".join(lines), "Choose another folder.")
+    what = _identity(fingerprint, config)
+    _refuse_another(out, what)
     embeddings = {} if config.max_similarity is None else read_embeddings(Folder.at(pool), table)
     try:
         keys, report, weights = select(table, config, embeddings)
     except UserError as error:
         raise UserError(f"{pool}: {error.message}", error.hint) from error
-    if corpus is not None:
-        kept = report["distributions"]["reward"]["after"]["mean"]
-        report["train"] = compare(train_rewards(corpus, config.reward), kept)
+    rewards = report["distributions"].get("reward")  # not there where the reward has no weight, and a clip none
+    if corpus is not None and rewards is not None:
+        report["train"] = compare(train_rewards(corpus, config.reward), rewards["after"]["mean"])
     report = {"identity": what, **report}
     out.write(REPORT, json.dumps(report, indent=1).encode())
     out.write("selection.md", markdown(report).encode())
@@ -100,6 +97,26 @@ def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None
     out.write(KEPT, "".join(f"{key}\n" for key in keys).encode())
     console.print(f"{len(keys)} of {table.num_rows} clips kept: {out.path(KEPT)}", markup=False)
     return EXIT_OK
+
+
+def refuse_another_selection(pool: str, output: str, config: FilterConfig) -> None:
+    """See that the selection in `output`, if there is one, is that of `filter_pool` with these arguments.
+
+    Raises:
+        UserError: it is another one, or there is no such pool.
+    """
+    _refuse_another(Folder.at(output), _identity(read_pool(pool)[1], config))
+
+
+def _identity(pool: str, config: FilterConfig) -> dict[str, Any]:
+    return dict(json.loads(json.dumps({"pool": pool, "filter": identity(config)})))
+
+
+def _refuse_another(out: Folder, what: dict[str, Any]) -> None:
+    if out.exists(REPORT):
+        lines = differences(json.loads(out.read(REPORT)).get("identity"), what)
+        if lines:
+            raise UserError(f"{out} holds another selection:\n    " + "\n    ".join(lines), "Choose another folder.")
 
 
 def read_pool(folder: str) -> tuple[pa.Table, str]:
@@ -122,6 +139,12 @@ def read_pool(folder: str) -> tuple[pa.Table, str]:
         return table, str(json.loads(run.read(RUN))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run.path(RUN)} does not describe a run.", "Restore it, or make the pool again.") from error
+
+
+def prompt_prefix(folder: str) -> str:
+    """What captions of a pool have before their prompt: the sampler's prefix where `caption` is `prefixed`."""
+    config = json.loads(Folder.at(folder).read(RUN))["config"]
+    return str(config["sampler"]["prefix"]) if config.get("caption") == "prefixed" else ""
 
 
 def read_embeddings(run: Folder, table: pa.Table) -> dict[str, np.ndarray]:
@@ -215,7 +238,7 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
     least = least if config.temperature is None else 2
     if rows.num_rows < least:
         raise UserError(
-            f"{rows.num_rows} of {table.num_rows} clips can be chosen from (left out: {_counts(out)}), "
+            f"{rows.num_rows} of {table.num_rows} clips can be chosen from (left out: {counted(out)}), "
             f"at least {least} are needed to keep the best {config.count or f'{config.share:.0%}'}.",
             "Sample more candidates, keep another share, or loosen the gates.",
         )
@@ -228,7 +251,7 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
     kept, passed_over = _pick(rows, best_first, count, config, embeddings)
     if config.temperature is None and len(kept) < count:
         raise UserError(
-            f"only {len(kept)} of the {count} clips to be kept are left (passed over: {_counts(passed_over)}).",
+            f"only {len(kept)} of the {count} clips to be kept are left (passed over: {counted(passed_over)}).",
             "Sample more candidates, or raise per_prompt or max_similarity.",
         )
     of_prompt = rows["prompt_id"].to_pylist()
@@ -331,8 +354,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "# Selection",
         "",
         f"- {clips['kept']} kept of {clips['eligible']} eligible clips; {clips['pool']} in the pool",
-        f"- left out: {_counts(report['excluded'])}",
-        f"- passed over: {_counts(report['passed_over'])}",
+        f"- left out: {counted(report['excluded'])}",
+        f"- passed over: {counted(report['passed_over'])}",
         f"- {prompts['kept']} of {prompts['pool']} prompts; the largest share of one is {prompts['largest_share']:.1%}",
     ]
     if "weights" in report:
@@ -359,5 +382,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def counted(counts: Mapping[str, int]) -> str:
+    """Names with their counts above 0, for people."""
     return ", ".join(f"{why} {count}" for why, count in counts.items() if count) or "none"

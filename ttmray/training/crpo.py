@@ -9,8 +9,10 @@ are as many forwards, a quarter of the work; they pay where several runs share t
 """
 
 import copy
+import json
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -22,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ttmray.cluster import PoolConfig, each
+from ttmray.cluster import PoolConfig, alone, each
 from ttmray.config import execution, fingerprint
 from ttmray.console import console, meter
 from ttmray.errors import UserError
@@ -35,7 +37,8 @@ from ttmray.training.clips import Clips
 from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig, with_absolute_paths
 from ttmray.training.data import DataConfig, Mixture, Samples, loader, open_mixture
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.loop import Losses, Task
+from ttmray.training.logbook import METRICS
+from ttmray.training.loop import Losses, Task, fast_kernels, unsynchronised
 from ttmray.training.memory import step_flops
 from ttmray.training.preference_pairs import read_pairs
 from ttmray.training.reference_losses import ReferenceLosses
@@ -244,10 +247,9 @@ class CrpoTask:
             "frozen": frozen_digest(self.model),
         }
         self.table: ReferenceLosses | None = None
+        """Opened by `batches`, or by whoever makes the losses."""
         self.reference: FluxAudio | None = None
-        if config.reference_losses is not None:
-            self.table = ReferenceLosses(config.reference_losses, _reference_key(config, self.identity))
-        else:
+        if config.reference_losses is None:
             self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
             # compiled like the policy: rounding errors that both share cancel before beta multiplies them
             self._refer = torch.compile(self.reference) if config.runtime.compile else self.reference
@@ -255,17 +257,27 @@ class CrpoTask:
         self.clips_per_sample, self.frozen_models = 2, int(self.reference is not None)
         self.flops_per_sample = step_flops(self.model.config) * (2 + 2 / 3 * self.frozen_models)
         self.watch = LoserWatch()
+        self.watched = 0
+        """Update of the last log line that the watch has seen."""
         self.rank = 0
-        self._seen = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def open_table(self, device_batch: int, device: torch.device) -> ReferenceLosses | None:
+        """The reference's losses as made in batches of `device_batch` on that device; None where it runs beside."""
+        folder = self.config.reference_losses
+        if folder is not None:
+            key = _reference_key(self.config, self.identity, device_batch, device)
+            self.table = ReferenceLosses(folder, key)
+        return self.table
 
     def batches(self, start: int, batch: int, rank: int, world: int, pin: bool) -> Generator[Samples, None, None]:
         self.rank = rank
+        self.open_table(batch, self.device)
         yield from loader(self.pairs, self.config.data, start=start, batch=batch, rank=rank, world=world, pin=pin)
 
     def losses(self, samples: Samples, forward: Callable[..., Tensor]) -> Losses:
         samples = self.scored(samples)
         every, update = self.config.gradients_every, int(samples.numbers[0]) // self.config.batch
-        measured = self.gradient_norms(samples) if every and update % every == 0 else {}
+        measured = self.gradient_norms(samples, forward) if every and update % every == 0 else {}
         winner, loser, reference_winner, reference_loser, found, t = self._terms(samples, forward)
         extra = {
             "winner_loss": winner,
@@ -276,21 +288,21 @@ class CrpoTask:
             "implicit_accuracy": (found.inside > 0).float(),
             **measured,
         }
-        with torch.no_grad():
-            gaps = [(winner - reference_winner).sum(), (loser - reference_loser).sum(), winner.new_tensor(len(winner))]
-            self._seen += torch.stack(gaps).double()
         return Losses(found.total, t, extra)
 
-    def gradient_norms(self, samples: Samples) -> dict[str, Tensor]:
+    def gradient_norms(self, samples: Samples, forward: Callable[..., Tensor]) -> dict[str, Tensor]:
         """Norms of the gradients of the two terms of the loss, and their ratio, on a micro-batch of this rank.
 
-        By a forward of the bare model and two backward passes: nothing of it touches the gradients of the update.
+        Nothing of it touches the gradients of the update. Each term has a forward of its own, because a compiled
+        model goes backward once.
         """
-        winner, *_, found, _ = self._terms(samples, self.model)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norms = []
-        for term in (found.dpo.mean(), self.config.fm_weight * winner.mean()):
-            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        for fm in (False, True):
+            with unsynchronised(forward):  # the model that trains, but for this rank alone
+                winner, *_, found, _ = self._terms(samples, forward)
+            term = self.config.fm_weight * winner.mean() if fm else found.dpo.mean()
+            gradients = torch.autograd.grad(term, parameters, allow_unused=True)
             norms.append(get_total_norm([g for g in gradients if g is not None]))
         ratio = norms[0] / norms[1].clamp_min(1e-30)
         return {"dpo_grad_norm": norms[0], "fm_grad_norm": norms[1], "dpo_fm_grad_ratio": ratio}
@@ -299,7 +311,8 @@ class CrpoTask:
         self, samples: Samples, forward: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, CrpoLosses, Tensor]:
         """Losses of winner and loser, of both by the reference, of the pair; and times. All (B,)."""
-        policy, t = flow_losses(self.model, samples.batch, self.config.flow, forward)
+        with _alike(self.config):
+            policy, t = flow_losses(self.model, samples.batch, self.config.flow, forward)
         winner, loser = policy.chunk(2)
         if self.table is not None:
             reference = self.table.rows(samples.numbers.chunk(2)[0]).to(policy.device)
@@ -321,7 +334,8 @@ class CrpoTask:
     def reference_losses(self, samples: Samples) -> Tensor:
         """(B, 2) losses of winner and loser by the reference, of scored samples on its device."""
         assert self.reference is not None
-        losses, _ = flow_losses(self.reference, samples.batch, self.config.flow, self._refer)
+        with _alike(self.config):
+            losses, _ = flow_losses(self.reference, samples.batch, self.config.flow, self._refer)
         return torch.stack(losses.chunk(2), dim=1)
 
     def scored(self, samples: Samples) -> Samples:
@@ -340,15 +354,40 @@ class CrpoTask:
         write_samples(self.model, self.config, corpus_bundle(self.config.data), folder, step)
 
     def note(self, start: int, stop: int) -> dict[str, Any]:
-        winner, loser, count = self._seen.tolist()
-        self._seen.zero_()
-        if count and self.watch.add(winner / count, loser / count) and self.rank == 0:
+        """`loser_rises`, by the lines before this one: they are of all ranks, and a run that goes on has them, too.
+
+        In a bucket, lines are there from the next checkpoint on.
+        """
+        if self.rank:
+            return {}
+        out, begins = Folder.at(self.config.output), False
+        lines = out.read(METRICS).splitlines() if out.exists(METRICS) else []
+        for line in map(json.loads, lines):
+            if self.watched < line["step"] <= start // self.config.batch:
+                self.watched = line["step"]
+                winner, loser = (line[f"{side}_loss"] - line[f"reference_{side}_loss"] for side in ("winner", "loser"))
+                begins = self.watch.add(winner, loser)
+        if begins:
             console.print(
-                f"[yellow]update {stop // self.config.batch}: over the last {WATCHED} log lines the losers' loss rose "
-                "and the winners' did not fall: the policy unlearns losers and learns nothing from winners. Compare "
-                "earlier checkpoints, or lower optimizer.lr.[/yellow]"
+                f"[yellow]update {self.watched}: over the last {WATCHED} log lines the losers' loss rose and the "
+                "winners' did not fall: the policy unlearns losers and learns nothing from winners. Compare earlier "
+                "checkpoints, or lower optimizer.lr.[/yellow]"
             )
         return {"loser_rises": self.watch.bad}
+
+
+def _alike(config: CrpoConfig) -> AbstractContextManager[object]:
+    """Compiled code rounds intermediates to bfloat16 wherever the model does.
+
+    Else it keeps more digits where operations are fused, and they are fused in other places with gradients (policy)
+    than without (reference): beta makes 0.6 of that.
+    """
+    if not config.runtime.compile or config.precision != "bf16":
+        return nullcontext()
+    import torch._inductor.config as inductor
+
+    patched: AbstractContextManager[object] = inductor.patch(emulate_precision_casts=True)
+    return patched
 
 
 def check_head(model: FluxAudio, path: Path) -> None:
@@ -384,31 +423,35 @@ def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = Fal
     return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
 
 
-def _reference_key(config: CrpoConfig, identity: dict[str, Any]) -> str:
-    """Of everything that decides the losses of a reference: its weights, the pairs, draws, score and precision."""
+def _reference_key(config: CrpoConfig, identity: dict[str, Any], device_batch: int, device: torch.device) -> str:
+    """Of everything that decides the losses of a reference: its weights, the pairs, draws and score, and how numbers
+    are rounded."""
     same = {name: identity[name] for name in ("data", "backbone", "init", "frozen")}
     same |= {"flow": config.flow.model_dump(mode="json"), "score": config.score, "precision": config.precision}
+    same |= {"device": device.type, "compile": config.runtime.compile}
+    same |= {"device_batch": device_batch} if config.precision == "bf16" else {}
     return fingerprint(same)[:16]
 
 
-def _precompute(config: TrainConfig, task: Task, device_batch: int) -> None:
+def _precompute(config: TrainConfig, task: Task, device_batch: int, device: torch.device) -> None:
     """Make the reference's losses of a run that are not there yet, where it is to read them.
 
-    In bf16 they are made in batches of the training's size: rounding that policy and reference share cancels before
-    beta multiplies it.
+    They are made on the device of the training, in bf16 also in its batches: rounding that policy and reference share
+    cancels before beta multiplies it.
     """
     assert isinstance(config, CrpoConfig)
     assert isinstance(task, CrpoTask)
-    if task.table is None:
+    table = task.open_table(device_batch, device)
+    if table is None:
         return
-    todo = task.table.missing(config.steps * config.batch)
+    todo = table.missing(config.steps * config.batch)
     runtime = config.runtime
-    on_gpu = runtime.runner == "ray" and runtime.device != "cpu" and task.device.type == "cuda"
-    pool = PoolConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=float(on_gpu))
-    make = partial(_ReferencePart, config.model_dump_json(), str(task.device), device_batch)
-    with meter("reference, pairs", len(todo) * ReferenceLosses.PART) as progress:
+    gpus = float(device.type == "cuda")
+    pool = PoolConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=gpus)
+    make = partial(_ReferencePart, config.model_dump_json(), str(device), device_batch)
+    with alone(), meter("reference, pairs", len(todo) * ReferenceLosses.PART) as progress:
         for part, losses in each(make, todo, pool):
-            task.table.write(part, losses)
+            table.write(part, losses)
             progress.advance(ReferenceLosses.PART)
 
 
@@ -418,6 +461,7 @@ class _ReferencePart:
     def __init__(self, config: str, device: str, batch: int) -> None:
         self.config = CrpoConfig.model_validate_json(config).model_copy(update={"reference_losses": None})
         self.device, self.batch = torch.device(device), batch
+        fast_kernels(self.device)  # it rounds as the training does
         self.task = CrpoTask(self.config, self.device)
 
     def __call__(self, part: int) -> tuple[int, Tensor]:

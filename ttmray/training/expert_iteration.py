@@ -13,21 +13,24 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from ttmray import runs
+from ttmray.cluster import alone
 from ttmray.config import Config, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation import pool
-from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool
+from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool, refuse_another_selection
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
 from ttmray.training.config import OptimizerConfig, TrainConfig, with_absolute_paths
-from ttmray.training.data import SourceConfig
+from ttmray.training.data import SourceConfig, open_mixture
 from ttmray.training.export import export
 from ttmray.training.launch import claim, launch
 from ttmray.training.sft import SftTask
 
+SELECTION = "selection"
+"""Folder of a round: what was kept of its pool."""
 SamplePool = Callable[[str, str], None]
 """(weights file, run folder): sample a pool from the weights, or go on with one."""
 
@@ -112,11 +115,18 @@ def expert_iteration(
     if plan_only:
         return launch("sft", finetuning(config, root, weights, None), SftTask, plan_only=True)
     described = _described(config, weights)
+    last = "polish.safetensors" if config.polish.steps else "finetune.safetensors"
+    places = [root.sub(f"round-{number}") for number in range(1, config.rounds + 1)]
+    done = [place.exists(last) for place in places]
+    if not all(done) and not config.control:  # found now, it does not bind the folder to these settings
+        to_do = done.index(False)
+        parent = places[to_do - 1].path(last) if to_do else weights
+        _need_pool(config, to_do + 1, places[to_do], parent, sample_pool)
     claim(root, described, force)
-    for number in range(1, config.rounds + 1):
-        place = root.sub(f"round-{number}")
-        last = "polish.safetensors" if config.polish.steps else "finetune.safetensors"
-        if place.exists(last):
+    for number, place in enumerate(places, 1):
+        if done[number - 1]:
+            if not config.control and not force:
+                refuse_another_selection(_pool(config, number, place).uri, place.path(SELECTION), config.filter)
             weights = place.path(last)
             continue
         console.print(f"round {number} of {config.rounds}, from {weights}", markup=False)
@@ -166,22 +176,36 @@ def _experts(
     config: ExpertIterationConfig, number: int, weights: str, place: Folder, sample_pool: SamplePool | None
 ) -> SourceConfig:
     """The kept clips of a round's pool, which is sampled and filtered now unless that is done."""
-    if number <= len(config.pools):
-        source = Folder.at(config.pools[number - 1])
-    else:
-        source = place.sub("pool")
-        if not source.exists(SUCCESS):
-            if sample_pool is None:
-                raise UserError(
-                    f"there is no pool for round {number}.",
-                    f"Set pool, or sample one from {weights} and name it in pools.",
-                )
+    _need_pool(config, number, place, weights, sample_pool)
+    source = _pool(config, number, place)
+    if number > len(config.pools) and not source.exists(SUCCESS):
+        assert sample_pool is not None
+        with alone():  # threads, GPU memory and cluster of the training are those of a launch that finds its pool
             sample_pool(weights, source.uri)
     corpus = config.data.sources[0]
-    selection = place.sub("selection")
+    selection = place.sub(SELECTION)
     filter_pool(source.uri, selection.uri, config.filter, corpus.corpus)
     keys = selection.path(KEPT if config.filter.temperature is None else WEIGHTED)
     return SourceConfig(corpus=source.uri, split="all", keys=keys, score_column=corpus.score_column, repeat=1.0)
+
+
+def _pool(config: ExpertIterationConfig, number: int, place: Folder) -> Folder:
+    """Of a round: the one that the config names, else its own."""
+    return Folder.at(config.pools[number - 1]) if number <= len(config.pools) else place.sub("pool")
+
+
+def _need_pool(
+    config: ExpertIterationConfig, number: int, place: Folder, weights: str, sample_pool: SamplePool | None
+) -> None:
+    """See that a round has a pool, or something to make it with.
+
+    Raises:
+        UserError: neither.
+    """
+    if number > len(config.pools) and sample_pool is None and not place.exists(f"pool/{SUCCESS}"):
+        raise UserError(
+            f"there is no pool for round {number}.", f"Set pool, or sample one from {weights} and name it in pools."
+        )
 
 
 def _trained(config: ExpertIterationConfig, phase: TrainConfig, name: str, place: Folder, force: bool) -> str:
@@ -194,8 +218,12 @@ def _trained(config: ExpertIterationConfig, phase: TrainConfig, name: str, place
 
 
 def _described(config: ExpertIterationConfig, weights: str) -> dict[str, Any]:
+    """What `run.json` holds. Pools and the filter are described by the selections, where they may be corrected until
+    there is one."""
+    settings = {name: value for name, value in identity(config).items() if name != "filter"}
     init = digest_file(weights_file(weights, "model.init")).sha256
-    return runs.describe("expert-iteration", {"config": identity(config), "init": init}, config, ("torch", "numpy"))
+    what = {"config": settings, "data": open_mixture(config.data).fingerprint(), "init": init}
+    return runs.describe("expert-iteration", what, config, ("torch", "numpy"))
 
 
 def absolute_paths(config: ExpertIterationConfig) -> ExpertIterationConfig:

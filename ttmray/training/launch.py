@@ -37,7 +37,7 @@ def launch(
     *,
     plan_only: bool = False,
     force: bool = False,
-    keep: Callable[[TrainConfig, Task, int], None] | None = None,
+    keep: Callable[[TrainConfig, Task, int, torch.device], None] | None = None,
 ) -> int:
     """Run, or go on with, a training job; returns the exit code.
 
@@ -47,7 +47,7 @@ def launch(
         plan_only: print every derived number and stop.
         force: go on although the config differs from the run folder's.
         keep: writes what workers and later launches need, once the run folder is known to be this run's; its last
-            argument is the samples per forward.
+            arguments are the samples per forward and the device of this process or of the workers.
 
     Raises:
         UserError: for everything that the user can mend.
@@ -65,7 +65,7 @@ def launch(
     described = describe(kind, config, task)
     claim(out, described, force)
     if keep is not None:
-        keep(config, task, split.device_batch)
+        keep(config, task, split.device_batch, device)
     if local:
         train(task, config, Ranks(), device, split.device_batch, force)
     else:

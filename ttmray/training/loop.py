@@ -299,10 +299,7 @@ def wrap(model: FluxAudio, config: TrainConfig, ranks: Ranks, device: torch.devi
     """What the loss calls: the model, compiled and under DDP where asked for."""
     model.train()
     model.checkpointing = config.runtime.checkpointing
-    if device.type == "cuda":
-        # as in the reference trainer: shapes never change, so cuDNN's search pays; TF32 where float32 is left
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    fast_kernels(device)
     forward: nn.Module = torch.compile(model) if config.runtime.compile else model  # type: ignore[assignment]
     if ranks.world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -312,6 +309,14 @@ def wrap(model: FluxAudio, config: TrainConfig, ranks: Ranks, device: torch.devi
             forward, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     return forward
+
+
+def fast_kernels(device: torch.device) -> None:
+    """On a GPU cuDNN's search, which pays where shapes never change, and TF32 where float32 is left; as in the
+    reference trainer."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def unsynchronised(forward: Callable[..., Tensor]) -> AbstractContextManager[None]:

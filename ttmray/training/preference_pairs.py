@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from ttmray.config import Config, differences, identity
+from ttmray.config import Config, differences, execution, identity
 from ttmray.console import console
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.generation.filter import Reward, blend, describe, numbers, read_pool
+from ttmray.generation.filter import Reward, blend, counted, describe, numbers, prompt_prefix, read_pool
 from ttmray.generation.prompts import read_prompts
 from ttmray.storage import Folder, read_file
 
@@ -62,8 +62,9 @@ class PairsConfig(Config):
     per_prompt: int = Field(1, ge=1)
     """Pairs of one prompt: the best with the worst, the second best with the second worst, ... The paper does not say
     how many candidates or pairs a prompt has."""
-    held_out: str | None = None
-    """File of prompts that are never used (format of `ttmray generate`), by id or by text: those of the evaluation."""
+    held_out: str | None = execution(None)
+    """File of prompts that are never used (format of `ttmray generate`), by id or by text: those of the evaluation.
+    What it holds is part of the identity of the pairs."""
     held_out_share: float = Field(0.0, ge=0, lt=1)
     """Share of all prompts that are never used, chosen by the hash of their text."""
     seed: int = Field(0, ge=0)
@@ -92,12 +93,13 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
         lines = differences(_about(out.read(PAIRS), out.path(PAIRS)), what)
         if lines:
             raise UserError(f"{out} holds other pairs:\n    " + "\n    ".join(lines), "Choose another folder.")
-    rows, report = make_pairs(table, config, held_out)
+    rows, report = make_pairs(table, config, held_out, prompt_prefix(pool))
     if not rows:
-        raise UserError(
-            f"{pool} gives no pair: {_counts(report['prompts'])}.",
-            "Sample more candidates per prompt, or lower the margin.",
-        )
+        prompts = report["prompts"]
+        way_out = "Sample more candidates per prompt, or lower the margin."
+        if prompts.get("held out") == prompts["pool"]:
+            way_out = "Sample a pool from other prompts, or lower held_out_share."
+        raise UserError(f"{pool} gives no pair: {counted(prompts)}.", way_out)
     buffer = io.BytesIO()
     made = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({METADATA_KEY: json.dumps(what, sort_keys=True)})
     pq.write_table(made, buffer, compression="zstd")
@@ -106,7 +108,7 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
     out.write(PAIRS, buffer.getvalue())
     console.print(f"{len(rows)} pairs of {table.num_rows} clips: {out.path(PAIRS)}", markup=False)
     if len(rows) < config.count:
-        console.print(f"fewer than {config.count}; prompts: {_counts(report['prompts'])}", markup=False)
+        console.print(f"fewer than {config.count}; prompts: {counted(report['prompts'])}", markup=False)
     return EXIT_OK
 
 
@@ -135,7 +137,9 @@ def read_pairs(path: str, pool: str | None = None) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def make_pairs(table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[str, str]] = ()) -> Made:
+def make_pairs(
+    table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[str, str]] = (), prefix: str = ""
+) -> Made:
     """Pairs of a pool, the same for the same clips in any order.
 
     Candidates are ranked by score, equal ones by key. First comes one pair of every prompt, then second pairs, each
@@ -143,6 +147,7 @@ def make_pairs(table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[st
 
     Args:
         held_out: (id, text) of prompts that are never used; either may match.
+        prefix: what captions of the pool have before their prompt.
 
     Raises:
         UserError: a blend of scores that are all equal.
@@ -160,8 +165,8 @@ def make_pairs(table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[st
     prompts = Counter({"pool": len(set(table["prompt_id"].to_pylist()))})
     found: list[tuple[int, str, int, int]] = []
     for name, members in of_prompt.items():
-        text = columns["caption"][members[0]] or ""
-        if name in ids or _plain(text) in texts or _unit(_plain(text)) < config.held_out_share:
+        text = _plain((columns["caption"][members[0]] or "").removeprefix(prefix))
+        if name in ids or text in texts or _unit(text) < config.held_out_share:
             prompts["held out"] += 1
             continue
         if len(members) == 1:
@@ -208,7 +213,7 @@ def make_pairs(table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[st
 def markdown(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = ["# Preference pairs", "", f"- ranked by {report['by']}"]
-    lines += [f"- {name}: {_counts(report[name])}" for name in ("pairs", "prompts", "clips")]
+    lines += [f"- {name}: {counted(report[name])}" for name in ("pairs", "prompts", "clips")]
     lines.append("- margin: " + ", ".join(f"{name} {value:.4f}" for name, value in report["margin"].items()))
     for name in ("reward", "clap"):
         lines.append(f"- the winner has the higher {name} in {report[f'winners_with_higher_{name}']:.1%} of the pairs")
@@ -245,7 +250,3 @@ def _unit(text: str) -> float:
 
 def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -151,11 +151,27 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
     if theirs:
         lines = "; ".join(f"{name}: file {value}, run {ours[name]}" for name, value in theirs.items())
         raise UserError(f"{path} does not fit model.size {config.model.size}: {lines}.", "Choose its model.size.")
+    refuse_another_null(model, path)
     report = transfer(model, state)
     check_transfer(model, report, path)
     for line in report.lines():
         console.print(f"init: {line}", markup=False)
     return model, digest_file(path).sha256
+
+
+def refuse_another_null(model: FluxAudio, path: Path) -> None:
+    """What a dropped score is has been learned with the head of a file, whatever the shapes of the tensors say.
+
+    Raises:
+        UserError: the file names a head and another null than the model's.
+    """
+    named, ours = read_config(path), model.config
+    theirs = named.get("null", ours.null) if named.get("head", "none") != "none" and ours.head != "none" else ours.null
+    if theirs != ours.null:
+        raise UserError(
+            f"model.init: {path} was trained with null {theirs}, model.null is {ours.null}.",
+            f"Set model.null: {theirs}.",
+        )
 
 
 def check_transfer(model: FluxAudio, report: Transfer, path: Path) -> None:
@@ -225,7 +241,7 @@ def empty_text(config: TrainConfig) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(text).float(), torch.from_numpy(pooled).float()
 
 
-def keep_empty_text(config: TrainConfig, task: Task, device_batch: int) -> None:
+def keep_empty_text(config: TrainConfig, task: Task, device_batch: int, device: torch.device) -> None:
     """So that neither Ray's workers nor later launches load the text encoders."""
     tensors = {"text": task.model.empty_string_feat, "pooled": task.model.empty_string_feat_c}
     about = {"bundle": corpus_bundle(config.data)}
