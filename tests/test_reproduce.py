@@ -41,9 +41,8 @@ def test_steps_come_in_order_and_only_with_their_sections(tmp_path):
     names = list(steps(tmp_path))
     expected = ["corpus", "votes", "ranker", "stage1", "pool", "stage2", "control", "pairs_pool", "pairs", "stage3"]
     assert names[:10] == expected
-    assert names[10:] == [f"generate-{name}" for name in ("stage1-s1", "stage1", "control", "stage2", "stage3")] + [
-        "evaluate"
-    ]
+    made = [f"generate-{name}" for name in ("stage1-best", "stage1", "control", "stage2", "stage3")]
+    assert names[10:] == ["choose-stage1-best", *made, "evaluate"]
     without = (
         "ranker=null",
         "votes=null",
@@ -73,11 +72,14 @@ def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
     stage3 = made["stage3"].config
     assert (stage3.model.init, stage3.model.head, stage3.pairs) == (stage2, "v2", f"{root}/pairs/pairs.parquet")
     assert (stage3.data.sources[0].corpus, stage3.data.sources[0].split) == (f"{root}/pairs_pool", "all")
-    assert made["generate-stage1-s1"].config.sampler.score == 1.0
+    choice = made["choose-stage1-best"].config
+    assert (choice.scores, choice.candidates, choice.checkpoint, choice.held_out) == ((1.0, 5.0), 1, stage1, held_out)
+    assert choice.corpus == f"{root}/corpus"
+    assert made["generate-stage1-best"].after == ("stage1", "choose-stage1-best")
     assert made["generate-stage1"].config.sampler.score == 5.0
     assert made["generate-stage1"].config.checkpoint == stage1
     assert made["generate-control"].config.checkpoint == f"{root}/stage2/control/round-1/polish.safetensors"
-    assert made["evaluate"].config.folders[0] == f"stage1-s1={root}/generated/stage1-s1"
+    assert made["evaluate"].config.folders[0] == f"stage1-best={root}/generated/stage1-best"
 
 
 def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
@@ -107,6 +109,7 @@ def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
         (("control=false",), "systems.control: there is no control"),
         (("prompts=null",), "section generate"),
         (("stage4={}",), "unknown field"),
+        (("systems.stage1.scores=[2.0]",), "scores are two or more"),
     ],
 )
 def test_wrong_sections_are_found_before_the_first_step(tmp_path, sets, message):
@@ -141,7 +144,6 @@ def test_a_changed_section_concerns_its_step_and_those_that_take_from_it(tmp_pat
     def changed(*sets: str) -> set[str]:
         return {name for name, state in states(output, capsys, *sets).items() if state != "done"}
 
-    generated = {name for name in everything if name.startswith("generate")}
     assert changed("stage1.runtime.log_every=1", "corpus.runtime.workers=1") == set()
     assert changed("ranker.seed=1") == {"ranker"}
     assert changed("evaluate.seed=1") == {"evaluate"}
@@ -150,7 +152,7 @@ def test_a_changed_section_concerns_its_step_and_those_that_take_from_it(tmp_pat
     assert changed("weights=ema:0.05") == everything - {"corpus", "votes", "ranker"}
     other = tmp_path / "other.csv"
     other.write_text("id,prompt\nx,another\n")
-    assert changed(f"prompts={other}") == {"pool", "stage2", "pairs_pool", "pairs", "stage3", *generated, "evaluate"}
+    assert changed(f"prompts={other}") == everything - {"corpus", "votes", "ranker", "stage1", "control"}
 
 
 @pytest.fixture(scope="module")

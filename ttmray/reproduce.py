@@ -1,9 +1,9 @@
 """The whole chain from one config (paper III-D): songs in; ranker, three stages, clips, evaluation and one page out.
 
 Steps, in order: corpus, votes (made up, for demos), ranker, stage1, pool, stage2, control, pairs_pool, pairs, stage3,
-generate-<system> and evaluate. Each is the job of that name with its own config, a section of this one, in a folder of
-its own. What one step makes for another (folders, weights) is filled in here, as are the held-out prompts. A section
-that is left out leaves out its step.
+choose-<system> (its score), generate-<system> and evaluate. Each is the job of that name with its own config, a section
+of this one, in a folder of its own. What one step makes for another (folders, weights) is filled in here, as are the
+held-out prompts. A section that is left out leaves out its step.
 
 A step is skipped when it was finished with this very config, and the steps that it takes from with theirs; otherwise
 its job is started, which goes on where it was. So the same command completes a chain that was killed anywhere. Files
@@ -12,9 +12,9 @@ changed is refused by its job, as ever: to make it again, delete its folder and 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ttmray.chain import Step, fill, merged, run_chain
 from ttmray.config import Config, ConfigT, execution, fingerprint, identity
@@ -39,7 +39,16 @@ class SystemConfig(Config):
     stage: Stage
     """Whose weights."""
     score: float | None = None
-    """Score to generate for, in place of the section's: a parent is to be judged at its own best score as well."""
+    """Score to generate for, in place of the section's."""
+    scores: tuple[float, ...] = ()
+    """Scores of which the one with the highest mean reward is taken, on one candidate for each prompt of the section
+    `pool`, none of which is a prompt of the evaluation: a parent is to be judged at its own best score as well."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.scores and (self.score is not None or len(self.scores) < 2):
+            raise ValueError("scores are two or more to choose from, and then there is no score")
+        return self
 
 
 class ReproduceConfig(Config):
@@ -112,6 +121,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
     from ttmray.corpus.job import score_corpus
     from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
     from ttmray.evaluation.report import report
+    from ttmray.generation.choose_score import CHOICE, ScoreChoiceConfig, choose_score, chosen_score
     from ttmray.generation.config import GenerateConfig
     from ttmray.generation.generate import generate
     from ttmray.generation.pool import generate_pool
@@ -230,21 +240,34 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
             after=["pairs", parent],
         )
 
+    def add_choice(name: str, system: SystemConfig) -> None:
+        """The step that finds out at which of its scores a system is best."""
+        given = merged(config.pool or {}, {"candidates": 1})
+        links: dict[str, Any] = {"output": path(f"choices/{name}"), "checkpoint": path(weights[system.stage])}
+        links |= {"corpus": None if "prompts" in given else path("corpus"), "held_out": config.prompts}
+        choice = section(ScoreChoiceConfig, "pool", given, scores=list(system.scores), **links)
+        made, after = f"choices/{name}/{CHOICE}", ["corpus", system.stage]
+        page = f"choices/{name}/choice.md"
+        add(f"choose-{name}", choice, lambda: choose_score(choice), made, after=after, page=page)
+
     def add_system(name: str, system: SystemConfig, given: dict[str, Any]) -> None:
         if system.stage not in weights:
             raise UserError(f"systems.{name}: there is no {system.stage}.", f"Add the section {system.stage}.")
+        if system.scores:
+            add_choice(name, system)
         place = f"generated/{name}"
         given = merged(given, {} if system.score is None else {"sampler": {"score": system.score}})
         links = {"checkpoint": path(weights[system.stage]), "prompts": config.prompts}
         clips = section(GenerateConfig, "generate", given, output=path(place), **links)
-        add(
-            f"generate-{name}",
-            clips,
-            lambda: generate(clips, play_page=True),
-            f"{place}/manifest.parquet",
-            after=[system.stage],
-            page=f"{place}/index.html",
-        )
+
+        def run() -> int:
+            if not system.scores:
+                return generate(clips, play_page=True)
+            best = clips.sampler.model_copy(update={"score": chosen_score(path(f"choices/{name}"))})
+            return generate(clips.model_copy(update={"sampler": best}), play_page=True)
+
+        after = [system.stage, *([f"choose-{name}"] if system.scores else [])]
+        add(f"generate-{name}", clips, run, f"{place}/manifest.parquet", after=after, page=f"{place}/index.html")
 
     systems = config.systems or {stage: SystemConfig.model_validate({"stage": stage}) for stage in weights}
     if config.generate is not None:
@@ -279,7 +302,7 @@ def _fingerprints(config: ReproduceConfig, steps: Sequence[Step]) -> dict[str, s
     prints: dict[str, str] = {}
     for step in steps:
         what: dict[str, Any] = {"config": identity(step.config), "after": [prints[name] for name in step.after]}
-        if step.name.endswith("pool") or step.name.startswith(("pairs", "generate", "evaluate")):
+        if step.name.endswith("pool") or step.name.startswith(("pairs", "choose", "generate", "evaluate")):
             what["prompts"] = prompts
         if step.name in ("stage1", "stage3"):
             what["weights"] = config.weights

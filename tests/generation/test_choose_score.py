@@ -1,0 +1,51 @@
+"""A model's own best score: pools that differ in the score alone, and the highest mean reward."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from ttmray.config import load_config
+from ttmray.errors import UserError
+from ttmray.generation.choose_score import ScoreChoiceConfig, choose_score, chosen_score
+from ttmray.generation.filter import numbers, read_pool
+
+
+def choice(output: Path, *sets: str) -> ScoreChoiceConfig:
+    prompts = output.parent / "prompts.csv"
+    prompts.write_text("id,prompt\na,a calm piano\nb,loud drums\n")
+    usual = [f"prompts={prompts}", f"output={output}", "candidates=1", "scores=[-2, 4]", "sampler.steps=2"]
+    usual += ["max_clipping=1", "silence_dbfs=-200", "runtime.threads=1"]
+    return load_config(ScoreChoiceConfig, None, [*usual, *sets])
+
+
+def test_the_score_with_the_highest_mean_reward_is_chosen(tmp_path, capsys):
+    out = tmp_path / "choice"
+    assert choose_score(choice(out)) == 0
+    means = {
+        score: float(np.mean(numbers(read_pool(str(out / f"score{score}"))[0], "reward_score"))) for score in (-2, 4)
+    }
+    assert means[-2] != means[4]
+    assert chosen_score(str(out)) == max(means, key=lambda score: means[score])
+    found = json.loads((out / "choice.json").read_text())["mean_reward"]
+    assert found == pytest.approx({"-2": means[-2], "4": means[4]})
+    assert f"# Score {chosen_score(str(out)):g}" in (out / "choice.md").read_text()
+    before = (out / "choice.json").stat().st_mtime_ns, (out / "score4/index.parquet").stat().st_mtime_ns
+    assert choose_score(choice(out)) == 0
+    assert (out / "score4/index.parquet").stat().st_mtime_ns == before[1]
+
+
+def test_prompts_of_the_comparison_are_not_among_those_of_the_choice(tmp_path):
+    held_out = tmp_path / "held.csv"
+    held_out.write_text("id,prompt\nx,a calm piano\n")
+    with pytest.raises(UserError, match="held"):
+        choose_score(choice(tmp_path / "choice", f"held_out={held_out}"))
+
+
+def test_one_score_is_no_choice_and_a_choice_that_was_not_made_is_named(tmp_path):
+    with pytest.raises((UserError, ValidationError), match="scores"):
+        choice(tmp_path / "choice", "scores=[1]")
+    with pytest.raises(UserError, match=r"choice\.json"):
+        chosen_score(str(tmp_path))
