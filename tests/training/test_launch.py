@@ -108,6 +108,15 @@ def test_a_run_folder_is_claimed_once_and_by_one_run(tmp_path):
         claim(out, other, force=True)
 
 
+def test_what_a_killed_launch_left_half_written_is_swept(make_sets, tmp_path):
+    command = ["train-sft", *(f"--set={text}" for text in make_sets(tmp_path, "steps=2"))]
+    assert main(command) == EXIT_OK
+    for name in (".tmp-1", "ema/.tmp-2"):
+        (tmp_path / name).write_bytes(b"half")
+    assert main(command) == EXIT_OK
+    assert not [path for path in tmp_path.rglob(".tmp-*")]
+
+
 def test_a_folder_of_other_files_is_no_run_folder(make_sets, tmp_path, capsys):
     (tmp_path / "song.flac").write_bytes(b"music")
     assert main(["train-sft", *(f"--set={text}" for text in make_sets(tmp_path))]) == EXIT_BAD_INPUT

@@ -64,6 +64,7 @@ def launch(
         return EXIT_OK
     described = describe(kind, config, task)
     claim(out, described, force)
+    out.sweep_temporary(older_than_s=0)  # of a killed launch: one at a time writes to a run folder
     if keep is not None:
         keep(config, task, split.device_batch, device)
     if local:
