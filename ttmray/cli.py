@@ -193,7 +193,7 @@ def _evaluation(commands: Any) -> None:
 
     card = commands.add_parser("card", help="model card or dataset card from what a run says about itself")
     card.add_argument("kind", choices=("model", "dataset"))
-    card.add_argument("folder", metavar="RUN", help="training run, or finished corpus run")
+    card.add_argument("folder", metavar="RUN", help="run of Stage 1 or 3, finished ranker run, or finished corpus run")
     card.add_argument("--evaluation", metavar="OUT", help="model: output of `ttmray evaluate` with its clips")
     card.add_argument("--system", metavar="NAME", help="model: its name in that evaluation")
     card.add_argument("--name", help="title (default: the folder's name)")

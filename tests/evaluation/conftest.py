@@ -134,7 +134,8 @@ def write_evaluation(folder: Path, rows: Sequence[Mapping[str, Any]], **changes:
                 ]
                 n = min(map(len, scores))
                 test = asdict(statistics.paired(scores[0][:n], scores[1][:n]))
-                kept = {key: test[key] for key in ("n", "difference", "low", "high", "t", "p", "d_z", "wins", "losses")}
+                names_of_test = ("n", "difference", "low", "high", "t", "p", "d_z", "wins", "ties", "losses")
+                kept = {key: test[key] for key in names_of_test}
                 means = {"mean_a": float(scores[0].mean()), "mean_b": float(scores[1].mean())}
                 adjusted = min(1.0, 2 * test["p"])
                 comparisons.append(

@@ -87,6 +87,21 @@ def test_a_dagger_is_a_one_sided_gain_over_the_row_before_that_is_no_baseline():
     assert len(table.pairs) == 6
 
 
+def test_the_chain_shows_the_papers_figures_of_the_cells_that_it_shares_with_the_factorial():
+    config = load_config(AblateConfig, str(REPO / "configs/paper/ablate.yaml"))
+    assert [row.label for row in config.chain if not row.baseline] == list(CHAIN)
+    table = chain_table({row.label: cell(0.0, seed=i) for i, row in enumerate(config.chain)}, ["baseline"], CHAIN)
+    lines = [line for line in render_table(table, "markdown").splitlines() if line.startswith("|")]
+    assert [[part.strip() for part in line.split("|")[-4:-1]] for line in lines[2:8]] == [
+        ["", "", ""],
+        ["", "", "≈0.028"],
+        ["", "", "0.524"],
+        ["≈0.427", "≈0.283", "0.535"],
+        ["0.4238", "0.285", "0.533"],
+        ["0.4370", "0.300", "0.550"],
+    ]
+
+
 def test_daggers_and_ties_are_those_of_scipy():
     for seed in range(12):
         a, b = cell(0.0, seed=seed), cell(0.006, seed=seed + 100)

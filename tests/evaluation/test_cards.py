@@ -18,6 +18,7 @@ from ttmray.evaluation.cards import dataset_card, model_card, write_card
 from ttmray.evaluation.results import RESULTS
 from ttmray.models.weights import licences
 from ttmray.training.config import TrainConfig
+from ttmray.training.ranker_job import RankerConfig, train_ranker
 from ttmray.training.sft import train_sft
 
 UPDATES = 2
@@ -46,6 +47,27 @@ def run(corpus: Path) -> Path:
     sets += ["batch=2", "validation.clips=0", "precision=fp32", "runtime.tensorboard=false", "runtime.threads=1"]
     assert train_sft(load_config(TrainConfig, None, sets)) == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished ranker of the debug bundle: 40 votes between 6 clips of noise, of which the louder one won."""
+    folder = tmp_path_factory.mktemp("ranker")
+    draw = np.random.default_rng(0)
+    for i in range(6):
+        wave = (0.01 * 2**i * draw.normal(size=(1, 22050))).astype(np.float32)
+        write_audio(str(folder / f"{i}.flac"), wave.clip(-1, 1), 44100)
+    rows = []
+    for i in range(40):
+        a, b = (int(one) for one in draw.choice(6, 2, replace=False))
+        row = {"id": f"v{i}", "a": f"{a}.flac", "b": f"{b}.flac", "label": "ab"[a < b], "prompt": f"prompt {i % 4}"}
+        rows.append(row | {"source": "my|club", "split": ("train", "train", "valid", "test")[i % 4]})
+    (folder / "votes.json").write_text(json.dumps(rows))
+    fields = {"sources": [{"name": "votes", "path": str(folder / "votes.json")}], "output": str(folder / "my-ranker")}
+    fields |= {"split": {"by": "released"}, "resample": "pair", "variants": ["A1"], "seeds": 2}
+    fields |= {"head": {"widths": [12, 6], "batch": 8, "max_epochs": 3}, "encoding": {"device": "cpu"}}
+    assert train_ranker(RankerConfig.model_validate(fields | {"training": {"device": "cpu", "threads": 1}})) == 0
+    return folder / "my-ranker"
 
 
 def front(card: str) -> dict[str, Any]:
@@ -123,6 +145,45 @@ def test_metrics_of_the_model_stand_with_interval_and_n_apart_from_the_papers(
     values = {one["type"]: one["value"] for one in index["results"][0]["metrics"]}
     assert values["reward"] == pytest.approx(metric["value"], abs=1e-6)
     assert "It has not been evaluated" not in card
+
+
+def test_a_rankers_card_says_how_often_each_head_ranks_as_voted(ranker: Path, tmp_path: Path) -> None:
+    card = model_card(str(ranker))
+    head, metrics = (json.loads((ranker / name).read_text()) for name in ("tunejury.json", "metrics.json"))
+    assert "# my-ranker" in card
+    assert cells(card, "published head")[1] == f"A1-seed{head['seed']}"
+    assert cells(card, "sources of votes")[1] == "votes"
+    assert cells(card, "pairs")[1] == "by released: 20 train, 10 validation, 10 test; 0 left out"
+    assert list(metrics["heads"]) == ["A1-seed42", "A1-seed43", "A1-ensemble"]
+    for name, one in metrics["heads"].items():
+        for source, part in (("all", one["test"]), ("my\\|club", one["test"]["sources"]["my|club"])):
+            low, high = part["interval"]
+            inputs = one["inputs"].replace("_", "\\_")
+            row = f"| {name} | {inputs} | {source} | 10 | {part['accuracy']:.4f} | {low:.4f} to {high:.4f} |"
+            assert row in card
+    assert card.count("mean nothing") == 2
+    assert "debug: weights are drawn from a seed" in card
+    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["variants"] == ["A1"]
+    assert str(ranker.parent) not in card
+
+    with pytest.raises(UserError, match="a ranker, which makes no clips"):
+        model_card(str(ranker), evaluation=str(tmp_path))
+    (tmp_path / "run.json").write_bytes((ranker / "run.json").read_bytes())
+    with pytest.raises(UserError, match="not finished"):
+        model_card(str(tmp_path))
+
+
+def test_licences_of_the_models_that_measured_stand_apart_from_those_that_trained(
+    run: Path, tmp_path: Path, write_tones: Callable[[Path], Path]
+) -> None:
+    out = write_tones(tmp_path)
+    assert "numbers of the evaluation" not in model_card(str(run), evaluation=str(out), system="tuned")
+    results = json.loads((out / RESULTS).read_text())
+    (out / RESULTS).write_text(json.dumps(results | {"license_notes": licences("paper")}))
+    card = model_card(str(run), evaluation=str(out), system="tuned").replace("\\_", "_")
+    trained, measured = card.split("## Licences")[1].split("Models that made the numbers of the evaluation:")
+    assert "debug: weights are drawn from a seed" in trained
+    assert all(f"- {line}\n" in measured for line in licences("paper"))
 
 
 def test_licences_of_released_bundles_are_listed_and_unknown_ones_said(corpus: Path, tmp_path: Path) -> None:

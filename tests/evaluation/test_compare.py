@@ -143,11 +143,38 @@ def test_every_format_holds_the_same_cells(tmp_path, capsys):
     assert r"reward & a|b & c\_d & 4 &" in (tmp_path / "latex").read_text()
     header, line = csv.reader(io.StringIO((tmp_path / "csv").read_text()))
     assert line[: header.index("n") + 1] == ["reward", "a|b", "c_d", "4"]
+    assert int(line[header.index("n needed")]) > 2
     capsys.readouterr()
     assert compare([source], format="csv") == 0
     assert capsys.readouterr().out == (tmp_path / "csv").read_text()  # nothing else: it can be piped
     assert compare([source]) == 0
     assert "Holm's correction" in capsys.readouterr().out
+
+
+def test_the_terminal_gets_a_row_per_metric_in_100_columns_with_the_prompts_that_a_difference_needs(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"system": s, "prompt_id": i, **{m: -1 + d + 0.3 * rng.normal() for m in ("clap_score", "reward", "ccs")}}
+        for s, d in (("untrained_baseline", 0.0), ("submission_1", 0.005), ("submission_2", 0.5))
+        for i in range(100)
+    ]
+    source = table(tmp_path / "scores.csv", rows)
+    cells, _ = comparisons(read_scores(source)[0])
+    assert compare([source]) == 0
+    printed, said = capsys.readouterr().out.split("scores by ")
+    assert "n needed: prompts with which" in said
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line for line in lines if line.startswith("A ")] == [
+        "A untrained_baseline, B submission_1",
+        "A untrained_baseline, B submission_2",
+        "A submission_1, B submission_2",
+    ]
+    shown = [line.split() for line in lines if line.startswith(("clap_score", "reward", "ccs"))]
+    assert len(shown) == len(cells) == 9
+    expected = {(cell["metric"], f"{cell['difference']:+.4f}", str(cell["n_needed"])) for cell in cells}
+    assert {(line[0], line[4], line[-1]) for line in shown} == expected
+    assert sum("*" in line[7] for line in shown) == sum(cell["significant"] for cell in cells) == 6
 
 
 def test_latex_takes_any_text():

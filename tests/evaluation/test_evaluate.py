@@ -15,15 +15,16 @@ from scipy import stats
 
 from ttmray.config import load_config
 from ttmray.errors import UserError
-from ttmray.evaluation import measure
-from ttmray.evaluation.compare import compare
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
-from ttmray.evaluation.fad import fad
+from ttmray.evaluation import measure, metrics
+from ttmray.evaluation.compare import compare, show
+from ttmray.evaluation.evaluate import EvaluateConfig, evaluate, system_table
+from ttmray.evaluation.fad import _Samples, fad
 from ttmray.evaluation.measure import MeasureConfig
 from ttmray.evaluation.metrics import kad
 from ttmray.evaluation.reference import build_reference, load_reference
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.evaluation.score import read_mono
+from ttmray.evaluation.statistics import hierarchical_bootstrap
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.scoring import Scorer
 from ttmray.storage import Folder
@@ -88,6 +89,19 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(measure, "_decoded", note)
     return names
+
+
+def test_the_terminal_shows_a_row_per_metric_and_system_with_n_in_100_columns(finished, capsys):
+    results = results_of(finished / "out")
+    show(*system_table(results["systems"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [[part.strip() for part in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    fad_of_two = results["systems"][1]["metrics"]["fad"]["value"]
+    assert ["fad", "two", f"{fad_of_two:.4f}"] in [row[:3] for row in rows]
+    assert next(row[-1] for row in rows if row[:2] == ["fad", "two"]) == "3 / 3"
+    assert next(row[-1] for row in rows if row[:2] == ["reward", "one"]) == "3"
+    assert len(rows) == sum(len(system["metrics"]) for system in results["systems"])
 
 
 def test_a_clip_has_the_numbers_that_the_score_command_gives_its_file(finished):
@@ -263,6 +277,63 @@ def test_samples_of_a_prompt_are_averaged_before_prompts_are(root):
     assert (cell["n"], cell["mean_a"]) == (3, metric["value"])
 
 
+def test_crossed_seeds_widen_intervals_by_what_the_samples_of_all_prompts_share(root):
+    for i, name in enumerate(PROMPTS):
+        (root / f"one/{name}.wav").unlink()
+        music(root / f"one/{name}_s1.wav", i)
+        music(root / f"one/{name}_s2.wav", 3 + i, seconds=5)
+        audio, rate = soundfile.read(root / f"one/{name}_s2.wav")
+        soundfile.write(root / f"one/{name}_s2.wav", 0.1 * audio, rate)  # the second seed is quiet, on all prompts
+    alone = f"folders=[{root}/one]"
+    found = {}
+    for seeds in ("nested", "crossed"):
+        assert evaluate(make(root, alone, f"seeds={seeds}")) == 0
+        found[seeds] = results_of(root / "out")["systems"][0]["metrics"]
+    rows = rows_of(root / "out")
+    for metric, column in (("reward", "reward"), ("lufs", "lufs")):
+        table = np.array([row[column] for row in rows]).reshape(3, 2)
+        for seeds, given in (("nested", table.mean(axis=1, keepdims=True)), ("crossed", table)):
+            expected = hierarchical_bootstrap(given, seeds=seeds)
+            got = found[seeds][metric]
+            assert (got["value"], got["low"], got["high"]) == pytest.approx(
+                (table.mean(), expected.low, expected.high), rel=1e-12
+            )
+    width = {seeds: metrics["lufs"]["high"] - metrics["lufs"]["low"] for seeds, metrics in found.items()}
+    assert width["crossed"] > width["nested"] + 10
+    (root / "one/b_s2.wav").unlink()
+    assert evaluate(make(root, alone, "seeds=crossed")) == 0
+    results = results_of(root / "out")
+    assert results["systems"][0]["metrics"]["lufs"]["low"] is None
+    assert any("one: lufs: no interval: some samples of some prompts" in text for text in results["warnings"])
+
+
+def test_what_metrics_and_systems_have_in_common_is_computed_once(root, monkeypatch):
+    for i in range(8):
+        music(root / f"many/p{i}.wav", i)
+    for i in range(2):
+        shutil.copy(root / f"many/p{i}.wav", root / f"one/p{i}.wav")
+    with open(root / "many.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("id", "prompt"), *((f"p{i}", "a tone") for i in range(8))])
+    distances: list[int] = []
+    kernels: list[tuple[int, int]] = []
+    of_rows, of_pairs = _Samples.distance, metrics._squared_distances
+
+    def note_rows(self: Any, rows: np.ndarray) -> float:
+        distances.append(len(rows))
+        return of_rows(self, rows)
+
+    def note_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        kernels.append((len(a), len(b)))
+        return of_pairs(a, b)
+
+    monkeypatch.setattr(_Samples, "distance", note_rows)
+    monkeypatch.setattr(metrics, "_squared_distances", note_pairs)
+    sets = (f"folders=[{root}/many,{root}/one]", f"prompts={root}/many.csv", "reference=real", "max_failures=6")
+    assert evaluate(make(root, *sets)) == 0
+    assert distances.count(4) == 20 + 20  # half-samples, and subsamples of FAD-inf
+    assert sorted(kernels) == [(2, 2), (2, 3), (3, 3), (3, 3), (8, 3), (8, 8)]  # (3, 3): bandwidth, and kernel
+
+
 def test_ccs_is_one_more_metric_of_the_table(root, monkeypatch):
     asked = []
 
@@ -319,6 +390,7 @@ def test_a_reference_of_song_describer_files_leaks_by_id_into_a_corpus_of_jamend
         (("reference=sdd",), "reference sdd: there is none"),
         (("baseline=three",), "no system 'three'"),
         (("bundle=loud",), "no bundle 'loud'"),
+        (("seeds=crossed",), "seeds: one has one sample per prompt"),
         (("folders=[nowhere]",), "no audio files"),
         (("prompts=nowhere.csv",), "not found"),
         (("judge={endpoint: http://localhost:1/v1, model: m, concepts: nowhere.csv}",), "nowhere.csv"),

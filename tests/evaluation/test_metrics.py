@@ -1,5 +1,6 @@
 """Metrics against closed forms, published numbers and simulations, and what bad embeddings get."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -13,12 +14,11 @@ from scipy import linalg
 
 from ttmray.errors import UserError
 from ttmray.evaluation import metrics
-from ttmray.evaluation.fad import Gaussian, _Samples, fad, fad_inf, frechet, merge
+from ttmray.evaluation.fad import Gaussian, _Samples, fad, fad_inf, frechet, half_distances, merge
 from ttmray.evaluation.metrics import (
+    KadReference,
     Metric,
     canonical_id,
-    clap_score,
-    clap_scores,
     diversity,
     find_leaks,
     kad,
@@ -183,6 +183,19 @@ def test_half_samples_say_by_how_much_fad_is_too_high() -> None:
     assert np.mean([result.details["bias"] for result in found]) == pytest.approx(bias, rel=0.15)
 
 
+def test_fad_and_fad_inf_share_their_half_samples() -> None:
+    x, y = rows(30, 6, 1), rows(50, 6, 2)
+    alone = [metric(x, y, protocol=P, resamples=40, seed=3) for metric in (fad, fad_inf)]
+    halves = half_distances(x, y, protocol=P, resamples=40, seed=3)
+    assert len(halves) == 40
+    shared = [metric(x, y, protocol=P, resamples=40, seed=3, halves=halves) for metric in (fad, fad_inf)]
+    assert shared == alone
+    wider = [metric(x, y, protocol=P, seed=3, halves=2 * halves) for metric in (fad, fad_inf)]
+    for one, other in zip(wider, alone, strict=True):
+        assert one.value == other.value
+        assert one.high - one.low == pytest.approx(2 * (other.high - other.low))
+
+
 def test_kad_of_one_distribution_is_zero_on_average() -> None:
     found = np.array(
         [kad(rows(40, 10, 2 * seed), rows(50, 10, 2 * seed + 1), protocol=P, resamples=0).value for seed in range(300)]
@@ -193,7 +206,7 @@ def test_kad_of_one_distribution_is_zero_on_average() -> None:
 
 def test_kad_equals_its_definition_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(9, 4, 1) + 50, rows(7, 4, 2) + 50
-    monkeypatch.setattr(metrics, "CHUNK", 4)
+    monkeypatch.setattr(metrics, "KERNEL_ROWS", 4)
     distances = [np.linalg.norm(y[i] - y[j]) for i in range(7) for j in range(i)]
     bandwidth = float(np.median(distances))
 
@@ -211,6 +224,33 @@ def test_kad_equals_its_definition_pair_by_pair(monkeypatch: pytest.MonkeyPatch)
     assert got.details["bandwidth"] == pytest.approx(bandwidth, rel=1e-12)
     assert got.value == pytest.approx(expected, rel=1e-10)
     assert kad(x, y, protocol=P, bandwidth=2 * bandwidth).value != pytest.approx(expected, rel=0.1)
+
+
+def test_kad_of_a_large_reference_takes_little_memory() -> None:
+    x, y = rows(20, 4, 1), rows(4000, 4, 2)
+    tracemalloc.start()
+    try:
+        kad(x, y, protocol=P, bandwidth=1.0)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20  # all pairs of the reference are 122 MiB
+    finally:
+        tracemalloc.stop()
+
+
+def test_systems_share_the_pairs_of_their_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, original = [], metrics._squared_distances
+
+    def note(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        blocks.append((len(a), len(b)))
+        return original(a, b)
+
+    y, systems = rows(30, 6, 1), [rows(20, 6, seed) for seed in (2, 3)]
+    alone = [kad(x, y, protocol=P, bandwidth=width) for x in systems for width in (None, 1.0)]
+    monkeypatch.setattr(metrics, "_squared_distances", note)
+    reference = KadReference(y)
+    assert [kad(x, reference, protocol=P, bandwidth=width) for x in systems for width in (None, 1.0)] == alone
+    assert blocks.count((30, 30)) == 3  # the median, and the sums of two bandwidths
+    with pytest.raises(UserError, match="reference clips: 6 dimensions, but the other side has 5"):
+        kad(rows(9, 5), reference, protocol=P)
 
 
 def test_the_bandwidth_of_a_large_reference_is_repeatable() -> None:
@@ -237,9 +277,8 @@ Draw = Callable[[np.random.Generator], np.ndarray]
         (lambda x: fad(x, REFERENCE, protocol=P, resamples=100), None),
         (lambda x: kad(x, KAD_REFERENCE, protocol=P, resamples=100), None),
         (lambda x: diversity(x, protocol=P, resamples=100), None),
-        (lambda x: clap_score(x, np.tile(np.ones(8), (len(x), 1)), protocol=P, resamples=100), None),
     ],
-    ids=["fad_inf", "fad", "kad", "diversity", "clap_score"],
+    ids=["fad_inf", "fad", "kad", "diversity"],
 )
 def test_intervals_cover_the_truth_about_as_often_as_they_say(
     metric: Callable[[np.ndarray], Metric], truth: float | None
@@ -326,22 +365,11 @@ def test_diversity_is_the_mean_over_pairs() -> None:
     assert diversity(x, protocol=P).value == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
-def test_clap_scores_are_cosines_of_rows() -> None:
-    audio, text = rows(7, 5, 1) * 3, rows(7, 5, 2)
-    expected = [a @ t / np.linalg.norm(a) / np.linalg.norm(t) for a, t in zip(audio, text, strict=True)]
-    np.testing.assert_allclose(clap_scores(audio, text), expected, rtol=1e-12)
-    assert clap_score(audio, text, protocol=P).value == pytest.approx(np.mean(expected), rel=1e-12)
-    text[3] = 0
-    with pytest.raises(UserError, match="row 3 is a zero vector"):
-        clap_scores(audio, text)
-    with pytest.raises(UserError, match="7 audio embeddings, but 6 of text"):
-        clap_scores(audio, text[:3].repeat(2, axis=0))
-
-
 def test_the_nearest_training_clip_is_found_over_chunks_and_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "CHUNK", 7)
     training, queries = rows(50, 6, 1).astype(np.float32), rows(9, 6, 2)
-    cosines = np.array([[clap_scores(q[None], t[None])[0] for t in training] for q in queries])
+    unit, goal = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, training.astype(np.float64)))
+    cosines = np.array([[q @ t for t in goal] for q in unit])
     for corpus in (training, np.array_split(training, 4), iter([training[:20], training[20:]])):
         cosine, index, n = nearest(queries, corpus)
         np.testing.assert_array_equal(index, cosines.argmax(axis=1))
@@ -355,6 +383,7 @@ def test_copies_of_training_clips_are_counted_whatever_their_length() -> None:
     result = near_duplicate_rate(generated, training, protocol=P, threshold=0.99)
     assert result.value == 0.1
     assert (result.n_generated, result.n_reference) == (20, 40)
+    assert near_duplicate_rate(generated, training, protocol=P, training_clips=20).n_reference == 20
     assert result.details["copies"] == 2
     assert result.details["max_cosine"] == pytest.approx(1)
     assert (result.low, result.high) == pytest.approx((0.0278665, 0.3010336), abs=1e-6)  # Wilson for 2 of 20

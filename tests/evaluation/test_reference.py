@@ -17,6 +17,7 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.errors import UserError
 from ttmray.evaluation import measure
+from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
 from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.measure import MeasureConfig, embedding_protocol
 from ttmray.evaluation.metrics import find_leaks
@@ -196,6 +197,22 @@ def test_leaks_are_found_by_id_and_by_sound_in_the_training_split_alone(store, c
     # tracks of up to 10 s are their own middle, so their mix is found with a cosine of 1
     short = {track for track in trained if track != "track2"}
     assert {a for a, b, _ in leaks.by_embedding if a == b} >= short
+
+
+def test_near_duplicates_are_looked_for_in_clips_of_the_corpus_not_in_their_stems(corpus, songs, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(songs / "00/track0.flac", tmp_path / "one/a.flac")
+    (tmp_path / "prompts.csv").write_text("id,prompt\na,a tone\n")
+    sets = (
+        f"folders=[{tmp_path}/one]",
+        f"prompts={tmp_path}/prompts.csv",
+        f"training={corpus}",
+        f"output={tmp_path}/out",
+    )
+    assert evaluate(load_config(EvaluateConfig, None, [*sets, "runtime.device=cpu", "runtime.threads=1"])) == 0
+    (system,) = json.loads((tmp_path / "out/results.json").read_text())["systems"]
+    training = load_training(str(corpus), "nowhere", PROTOCOL)
+    assert system["metrics"]["near_duplicates"]["n_reference"] == training.about["n"] == len(training.tracks) / 2
 
 
 def test_training_that_is_no_corpus_is_refused(songs):

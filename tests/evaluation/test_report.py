@@ -15,7 +15,7 @@ import pytest
 from ttmray.audio import io as audio_io
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation import plots
-from ttmray.evaluation.report import add_media, encode_ogg, report
+from ttmray.evaluation.report import add_media, encode_ogg, page, report
 from ttmray.evaluation.results import CLIPS, RESULTS, read_clips, read_results
 from ttmray.storage import Folder
 
@@ -99,6 +99,17 @@ def test_tables_show_values_with_interval_n_and_significance(made: Path, evaluat
     assert text.count('aria-label="significant"') == sum(one["significant"] for one in content["comparisons"]) > 0
     assert "<summary>2 warnings</summary><ul><li>N is smaller" in text
     assert "debug bundle: scores mean nothing" in text
+
+
+def test_ties_of_a_comparison_and_the_licences_of_the_models_are_shown(evaluation: Path, tmp_path: Path) -> None:
+    content = json.loads((evaluation / RESULTS).read_text())
+    assert "Licences of the models" not in page(read_results(Folder.at(str(evaluation))), [], [])  # debug weights
+    content["comparisons"][0] |= {"wins": 1, "ties": 2, "losses": 1}
+    (tmp_path / RESULTS).write_text(json.dumps(content | {"license_notes": [f"model-{i}: <free>" for i in range(14)]}))
+    text = page(read_results(Folder.at(str(tmp_path))), [], [])
+    assert "Wins : ties : losses</th>" in text
+    assert "<td>1 : 2 : 1</td>" in text
+    assert text.count(": &lt;free&gt;</li>") == 14
 
 
 def test_audio_is_transcoded_and_equal_clips_and_second_runs_cost_nothing(made: Path, evaluation: Path) -> None:

@@ -1,6 +1,7 @@
 """Statistics against scipy, hand-worked values, the published comparison of 100 prompts, and simulations."""
 
 import csv
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,11 @@ import pytest
 from scipy import stats
 
 from ttmray.errors import UserError
+from ttmray.evaluation import statistics
 from ttmray.evaluation.statistics import (
     hierarchical_bootstrap,
     holm,
     mcnemar,
-    pair,
     paired,
     paired_from_summary,
     power,
@@ -31,17 +32,17 @@ PUBLISHED = {
 }
 
 
-def shared_scores(data_dir: Path, column: str, system: str) -> list[tuple[str, float]]:
+def shared_scores(data_dir: Path, column: str, system: str) -> np.ndarray:
+    """(24,) scores in the order of the prompt ids."""
     with open(data_dir / "clips" / "clips.csv", newline="") as file:
-        return [(row["prompt_id"], float(row[column])) for row in csv.DictReader(file) if row["system"] == system]
+        scores = {row["prompt_id"]: float(row[column]) for row in csv.DictReader(file) if row["system"] == system}
+    return np.array([scores[key] for key in sorted(scores)])
 
 
 @pytest.mark.parametrize("column", ["clap_score", "tunejury_reward"])
 @pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
 def test_the_shared_prompts_give_scipys_numbers(data_dir: Path, column: str, alternative: str) -> None:
-    sub1, baseline = (shared_scores(data_dir, column, name) for name in ("sub1", "baseline"))
-    ids, a, b = pair(sub1, baseline, ("sub1", "baseline"))
-    assert len(ids) == 24
+    a, b = (shared_scores(data_dir, column, name) for name in ("sub1", "baseline"))
     got = paired(a, b, alternative=alternative)
     expected = stats.ttest_rel(a, b, alternative=alternative)
     assert got.n == 24
@@ -152,6 +153,28 @@ def test_the_bootstrap_pairs_prompts_of_two_systems_with_other_numbers_of_seeds(
         assert got == hierarchical_bootstrap(a, b, seeds=seeds)
 
 
+@pytest.mark.parametrize("seeds", ["nested", "crossed"])
+def test_the_bootstrap_draws_in_parts_what_it_drew_at_once(seeds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(30, 3)), rng.normal(size=(30, 2))
+    at_once = hierarchical_bootstrap(a, b, seeds=seeds, resamples=200)
+    monkeypatch.setattr(statistics, "BOOTSTRAP_CELLS", 7 * 30)  # 200 is no multiple of 7
+    in_parts = hierarchical_bootstrap(a, b, seeds=seeds, resamples=200)
+    assert (in_parts.value, in_parts.low, in_parts.high) == pytest.approx(
+        (at_once.value, at_once.low, at_once.high), rel=1e-12
+    )
+
+
+def test_the_bootstrap_of_many_prompts_takes_little_memory() -> None:
+    scores = np.random.default_rng(5).normal(size=(5000, 1))
+    tracemalloc.start()
+    try:
+        hierarchical_bootstrap(scores, seeds="nested", resamples=2000)
+        assert tracemalloc.get_traced_memory()[1] < 40 * 2**20  # all draws at once are 76 MiB, and as much again
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_bootstrap_refuses_what_it_cannot_say() -> None:
     with pytest.raises(UserError, match="One seed says nothing"):
         hierarchical_bootstrap(np.ones((5, 1)), seeds="crossed")
@@ -254,31 +277,6 @@ def test_power_refuses_what_has_no_answer() -> None:
         power(0.5, 10, alpha=5)
     with pytest.raises(UserError, match="at least two"):
         power(0.5, 1)
-
-
-def test_tables_are_paired_by_prompt_id_in_the_order_of_the_first() -> None:
-    ids, a, b = pair([("7", 0.1), ("2", 0.2)], [("2", 2.0), ("7", 1.0)])
-    assert ids == ["7", "2"]
-    np.testing.assert_array_equal(a, [0.1, 0.2])
-    np.testing.assert_array_equal(b, [1.0, 2.0])
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "message"),
-    [
-        ([("1", 0), ("2", 0), ("2", 1)], [("1", 0), ("2", 0)], "ours: 1 prompt ids occur more than once: 2"),
-        ([("1", 0)], [("1", 0), ("3", 0)], "1 prompt ids of theirs are not in ours: 3"),
-        ([(str(i), 0) for i in range(9)], [("8", 0)], "8 prompt ids of ours are not in theirs: 0, 1, 2, 3, 4, ..."),
-        ([("1", float("nan"))], [("1", 0)], "ours: 1 scores are NaN or infinite, of prompts 1"),
-        ([("1", 0)], [], "theirs: there are no scores"),
-    ],
-)
-def test_tables_that_do_not_match_are_explained(
-    a: list[tuple[str, float]], b: list[tuple[str, float]], message: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        pair(a, b, ("ours", "theirs"))
-    assert message in str(caught.value)
 
 
 def test_paired_tests_refuse_what_is_not_paired() -> None:

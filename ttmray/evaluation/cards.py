@@ -23,11 +23,13 @@ from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, split_path
 from ttmray.training.checkpoint import newest_valid, read_state
 from ttmray.training.launch import CHECKPOINTS
+from ttmray.training.ranker_job import HEAD, METRICS
 
 STAGES = {
     "sft": "supervised fine-tuning with flow matching",
     "crpo": "preference optimisation of flow matching on winner and loser clips (CRPO)",
 }
+RANKER = "ranker"
 PAPER = "*Improving Text-to-Music Generation with Human Preference Rewards*, arXiv 2606.21670"
 LABELS = {"fad": "FAD (CLAP)", "fad_inf": "FAD-inf", "kad": "KAD", "clap_score": "CLAP score", "ccs": "CCS"}
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -71,7 +73,7 @@ def model_card(
     system: str | None = None,
     license: str | None = None,
 ) -> str:
-    """README.md of a trained model.
+    """README.md of a trained model: a music model of Stage 1 or 3, or a ranker.
 
     Args:
         folder: run folder of a training job.
@@ -81,11 +83,16 @@ def model_card(
         license: SPDX identifier for the front matter; default `other`.
 
     Raises:
-        UserError: no training run, no evaluation, or no such system.
+        UserError: no training run, no evaluation, or no such system; a ranker that is not finished, or one with an
+            evaluation.
     """
     run = Folder.at(folder)
-    described = _described(run, tuple(STAGES), "training run")
+    described = _described(run, (*STAGES, RANKER), "training run")
     name = name or folder.rstrip("/").rpartition("/")[2]
+    if described["kind"] == RANKER:
+        if evaluation is not None:
+            raise UserError(f"{run} is a ranker, which makes no clips.", "Leave --evaluation out.")
+        return _ranker_card(run, described, name, license)
     identity, config = described["identity"], described["config"]
     corpora = [_corpus(source["corpus"]) for source in config["data"]["sources"]]
     bundles = [bundle for bundle in dict.fromkeys(corpus["bundle"] for corpus in corpora) if bundle]
@@ -96,6 +103,7 @@ def model_card(
     notes = [BUNDLES[bundle].note for bundle in bundles if _is_debug(bundle)]
     if results and _is_debug(results.bundle):
         notes.append(f"Evaluated with the {results.note}")
+    measured_by = results.license_notes if results else ()
     steps, total = _progress(run), config["steps"]
     backbone = BackboneConfig(**identity["backbone"])
     inputs = "a text" if backbone.head == "none" else "a text and a wished reward"
@@ -107,10 +115,8 @@ def model_card(
         ("started from", identity["init"]),
         ("updates", f"{steps:,} of {total:,}" + ("" if steps == total else ", NOT FINISHED")),
         ("samples", f"{steps * config['batch']:,} ({config['batch']} per update)"),
-        ("run fingerprint", described["fingerprint"]),
         ("data fingerprint", identity["data"]),
-        ("created", described["created"]),
-        ("versions", ", ".join(f"{key} {value}" for key, value in described["versions"].items())),
+        *_origin(described),
     ]
     front: dict[str, Any] = {
         "license": license or "other",
@@ -156,11 +162,85 @@ def model_card(
         "## Licences",
         "Models that made the training data, and that are needed to hear the result:",
         _licences(bundles),
+        *(("Models that made the numbers of the evaluation:", _bullets(measured_by)) if measured_by else ()),
         "## To fill in",
         _bullets(
             [
                 "the licence of these weights, which must respect those above and that of the songs",
                 "the licence and origin of the songs, and of their captions",
+                "who trained it, and how to reach them",
+            ]
+        ),
+    ]
+    return _joined(parts)
+
+
+def _ranker_card(run: Folder, described: Mapping[str, Any], name: str, license: str | None) -> str:
+    if not run.exists(METRICS):
+        raise UserError(f"{run} is not finished.", "A card says how good the ranker is: start its job again first.")
+    metrics, head = _json(run, METRICS), _json(run, f"{HEAD}.json")
+    config, bundle = described["identity"]["config"], described["config"]["bundle"]
+    notes = [BUNDLES[bundle].note] if _is_debug(bundle) else []
+    published = f"{head['variant']}-seed{head['seed']}"
+    facts = [
+        ("published head", published),
+        ("inputs", metrics["heads"][published]["inputs"]),
+        ("best epoch", head["best_epoch"]),
+        ("temperature", f"{head['temperature']:.4f}"),
+        ("scores of its training clips", f"mean {head['score_mean']:+.4f}, sd {head['score_sd']:.4f}"),
+        ("scores by", head["protocol"]),
+        ("sources of votes", ", ".join(source["name"] for source in config["sources"])),
+        ("pairs", f"by {metrics['run']['split']}; {metrics['run']['pairs_left_out']} left out"),
+        ("pairs fingerprint", described["identity"]["pairs"]),
+        *_origin(described),
+    ]
+    tests = [(key, one["inputs"], "all", one["test"]) for key, one in metrics["heads"].items()]
+    tests += [
+        (key, one["inputs"], source, part)
+        for key, one in metrics["heads"].items()
+        for source, part in one["test"]["sources"].items()
+    ]
+    rows = [
+        (key, inputs, source, part["decided"], f"{part['accuracy']:.4f}", "{:.4f} to {:.4f}".format(*part["interval"]))
+        for key, inputs, source, part in tests
+        if part["decided"]
+    ]
+    parts = [
+        _front({"license": license or "other", "library_name": "ttmray", "tags": ["music", "preference-reward"]}),
+        f"# {_text(name)}",
+        _warning(notes),
+        "A ranker of music clips that was trained with ttmray on votes between pairs of clips: of two clips it gives "
+        "the one that is likelier to be preferred the higher score.",
+        "## Intended use",
+        "Ranking clips of one prompt, and as the reward of text-to-music models. It is no judge of artists or of whole "
+        "songs.",
+        "## Training",
+        _table(("what", "value"), facts),
+        "### Config",
+        _yaml(config),
+        "## Evaluation",
+        f"Share of the decided pairs of the test split that are ranked as voted; intervals at 95 % resample by "
+        f"{_text(metrics['run']['intervals_resample'])}.",
+        _table(("head", "inputs", "source", "decided pairs", "accuracy", "95 % interval"), rows)
+        if rows
+        else "No pair of the test split is decided: nothing is known about its quality.",
+        "## Limits",
+        _bullets(
+            [
+                *notes,
+                "It is trained on differences: compare scores under one protocol, not with zero.",
+                "A model that is optimised for its score can exploit it; the score is then no measure of quality.",
+                "It carries the tastes of those who voted, and the biases of the clips that they heard.",
+            ]
+        ),
+        "## Licences",
+        "Models that it reads clips and texts with:",
+        _licences([bundle]),
+        "## To fill in",
+        _bullets(
+            [
+                "the licence of these weights, which must respect those above and that of the votes",
+                "the origin and licence of votes and clips, who voted, and what they were asked",
                 "who trained it, and how to reach them",
             ]
         ),
@@ -203,10 +283,8 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
         ("size", f"{summary['bytes'] / 1e6:,.1f} MB"),
         ("audio", "instrumentals, mono 16-bit FLAC" if audio else "none; latents from which a VAE makes audio"),
         ("scores by", described["protocol_id"]),
-        ("run fingerprint", described["fingerprint"]),
         ("catalogue fingerprint", described["identity"]["catalogue"]),
-        ("created", described["created"]),
-        ("versions", ", ".join(f"{key} {value}" for key, value in described["versions"].items())),
+        *_origin(described),
     ]
     left_out = [(r["status"], r["stage"], r["reason"], r["count"]) for r in summary["reasons"]]
     rewards = [
@@ -317,6 +395,15 @@ def _described(run: Folder, kinds: tuple[str, ...], what: str) -> dict[str, Any]
     if described.get("kind") not in kinds:
         raise UserError(f"{run} is a run of kind {described.get('kind')!r}, no {what}.", f"Kinds: {', '.join(kinds)}.")
     return described
+
+
+def _origin(described: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of facts that every run has."""
+    return [
+        ("run fingerprint", described["fingerprint"]),
+        ("created", described["created"]),
+        ("versions", ", ".join(f"{key} {value}" for key, value in described["versions"].items())),
+    ]
 
 
 def _json(run: Folder, name: str) -> dict[str, Any]:

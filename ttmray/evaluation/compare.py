@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,6 +36,19 @@ COMPARED = {
 """Metrics of single clips by which systems are compared (more is better), and their columns in tables of others."""
 Format = Literal["table", "markdown", "latex", "csv"]
 ALPHA = 0.05
+TERMINAL = {
+    "metric": "metric",
+    "n": "n",
+    "mean A": "mean A",
+    "mean B": "mean B",
+    "A - B": "A - B",
+    "95 % CI": "95 % CI",
+    "p Holm": "p Holm",
+    "d_z": "d_z",
+    "wins/ties/losses": "W/T/L",
+    "n needed": "n\nneeded",
+}
+"""Columns of `paired_table` that 100 columns of a terminal hold, and their headings there."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +154,15 @@ def compare(
             f"nothing to compare: systems {', '.join(systems)}. {' '.join(warnings)}",
             "Two systems with scores of the same two or more prompts are needed.",
         )
-    header, rows = paired_table(cells)
+    written = render(*paired_table(cells), "markdown" if format == "table" else format)
     if out is not None:
         folder, name = split_path(out)
-        folder.write(name, render(header, rows, "markdown" if format == "table" else format).encode())
-        console.print(f"{len(rows)} comparisons in {out}", markup=False)
+        folder.write(name, written.encode())
+        console.print(f"{len(cells)} comparisons in {out}", markup=False)
+    elif format == "table":
+        show_pairs(cells)
     else:
-        show(header, rows, format)
+        console.print(written, markup=False, end="")
     if out is not None or format == "table":
         made = dict.fromkeys(protocol or "an unknown protocol" for known in protocols.values() for protocol in known)
         console.print(f"scores by {', '.join(made)}; {legend(alpha)}", markup=False)
@@ -196,7 +212,7 @@ def read_scores(source: str) -> tuple[list[Score], dict[str, str]]:
 def paired_table(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text; a star marks what is significant after Holm's correction."""
     header = ["metric", "A", "B", "n", "mean A", "mean B", "A - B", "95 % CI", "t", "p", "p Holm", "p Wilcoxon"]
-    header += ["d_z", "wins/ties/losses", ""]
+    header += ["d_z", "wins/ties/losses", "n needed", ""]
     rows = []
     for cell in cells:
         means = [f"{cell[name]:+.4f}" for name in ("mean_a", "mean_b", "difference")]
@@ -207,15 +223,18 @@ def paired_table(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
             for name in ("t", "d_z")
         )
         wins = f"{cell['wins']}/{cell['ties']}/{cell['losses']}"
+        needed = "" if cell["n_needed"] is None else str(cell["n_needed"])
         star = "*" if cell["significant"] else ""
-        rows.append(
-            [cell["metric"], cell["a"], cell["b"], str(cell["n"]), *means, interval, t, *p_values, d_z, wins, star]
-        )
+        row = [cell["metric"], cell["a"], cell["b"], str(cell["n"]), *means, interval, t, *p_values]
+        rows.append([*row, d_z, wins, needed, star])
     return header, rows
 
 
 def legend(alpha: float = ALPHA) -> str:
-    return f"paired t tests over prompts; * is p < {alpha:g} after Holm's correction over the table"
+    return (
+        f"paired t tests over prompts; * is p < {alpha:g} after Holm's correction over the table; n needed: prompts "
+        "with which four of five tests would find this difference"
+    )
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]], format: Literal["markdown", "latex", "csv"]) -> str:
@@ -232,15 +251,27 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], format: Literal
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:], ""])
 
 
-def show(header: Sequence[str], rows: Sequence[Sequence[str]], format: Format = "table") -> None:
-    """Print a table: drawn by rich, or as `render` gives it."""
-    if format != "table":
-        console.print(render(header, rows, format), markup=False, end="")
-        return
+def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, drawn by rich."""
     table = Table(*header)
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def show_pairs(cells: Sequence[Mapping[str, Any]]) -> None:
+    """Print the paired table: for each pair of systems a row per metric, with the columns of `TERMINAL`."""
+    for a, b in dict.fromkeys((cell["a"], cell["b"]) for cell in cells):
+        header, rows = paired_table([cell for cell in cells if (cell["a"], cell["b"]) == (a, b)])
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        for name, heading in TERMINAL.items():
+            table.add_column(heading, justify="left" if name == "metric" else "right")
+        for row in rows:
+            line = dict(zip(header, row, strict=True))
+            line["p Holm"] += line[""] or " "  # the star; a blank keeps the digits aligned
+            table.add_row(*(escape(line[name]) for name in TERMINAL))
+        console.print(f"A {a}, B {b}", markup=False)
+        console.print(table)
 
 
 def plain(value: Any) -> Any:

@@ -25,8 +25,8 @@ from ttmray import __version__, runs
 from ttmray.config import Config, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
-from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, plain, prompt_means, show
-from ttmray.evaluation.fad import fad, fad_inf
+from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, plain, show, show_pairs
+from ttmray.evaluation.fad import fad, fad_inf, half_distances
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
 from ttmray.evaluation.measure import FACTS, FAILED, OK, MeasureConfig, embedding_protocol, measure
 from ttmray.evaluation.metrics import (
@@ -41,7 +41,7 @@ from ttmray.evaluation.metrics import (
 )
 from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_training
 from ttmray.evaluation.results import CLIPS, RESULTS
-from ttmray.evaluation.statistics import hierarchical_bootstrap
+from ttmray.evaluation.statistics import Seeds, hierarchical_bootstrap
 from ttmray.evaluation.systems import System, find_systems
 from ttmray.generation.prompts import given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, ReleasedBundle, open_bundle
@@ -105,6 +105,10 @@ class EvaluateConfig(Config):
     """Half-samples behind the interval of FAD, KAD and diversity."""
     seed: int = Field(0, ge=0)
     """Of all resampling."""
+    seeds: Seeds = "nested"
+    """What samples of a prompt have in common. `nested`: nothing, each has noise of its own, as those of `ttmray
+    generate`. `crossed`: sample k of every prompt shares something, such as a training run or the noise, so intervals
+    of mean scores and levels cover other such seeds as well. Paired tests use the means of prompts in both cases."""
     judge: JudgeConfig | None = None
     """Judge of the concept coverage score; null: none."""
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
@@ -130,6 +134,8 @@ def evaluate(config: EvaluateConfig) -> int:
     if config.baseline is not None and config.baseline not in [system.name for system in systems]:
         names = ", ".join(system.name for system in systems)
         raise UserError(f"baseline: there is no system {config.baseline!r}.", f"Systems: {names}.")
+    if config.seeds == "crossed":
+        _check_crossed(systems)
     bundle = open_bundle(config.bundle)
     protocol = bundle.protocol(config.reward_text)
     audio_protocol = embedding_protocol(bundle.name, protocol)
@@ -170,7 +176,7 @@ def evaluate(config: EvaluateConfig) -> int:
     ]
     described = []
     for system in systems:
-        metrics, more = _system_metrics(system.name, rows, claps, scores, config, bundle, reference, training)
+        metrics, more = _system_metrics(system.name, rows, claps, config, bundle, reference, training)
         ok = [row for row in rows if row["system"] == system.name and row["status"] == OK]
         counts = {"clips": len(ok), "failed": sum(row["system"] == system.name for row in rows) - len(ok)}
         counts["prompts"] = len({row["prompt_id"] for row in ok})
@@ -201,6 +207,15 @@ def evaluate(config: EvaluateConfig) -> int:
     }
     _write(out, results, rows, claps)
     return _report(out, results, rows, config)
+
+
+def _check_crossed(systems: Sequence[System]) -> None:
+    for system in systems:
+        if len({clip.sample for clip in system.clips if clip.path is not None}) < 2:
+            raise UserError(
+                f"seeds: {system.name} has one sample per prompt, which says nothing about other seeds.",
+                "Give several, named `<prompt id>_<k>.wav`, or set seeds: nested.",
+            )
 
 
 def _claim(out: Folder) -> None:
@@ -289,7 +304,6 @@ def _system_metrics(
     name: str,
     rows: Sequence[Mapping[str, Any]],
     claps: np.ndarray,
-    scores: Sequence[Score],
     config: EvaluateConfig,
     bundle: Bundle,
     reference: Embedded | None,
@@ -302,15 +316,22 @@ def _system_metrics(
     sets: dict[str, tuple[int, Callable[[], Metric]]] = {}
     """Metric -> least number of clips, and what makes it."""
     if reference is not None:
-        against, real = reference.for_fad(), reference.rows()
-        sets["fad"] = 2, lambda: fad(clap, against, **how)
-        sets["fad_inf"] = 8, lambda: fad_inf(clap, against, **how)
-        sets["kad"] = 2, lambda: kad(clap, real, **how)
+        against = reference.for_fad()
+        halves = half_distances(clap, against, **how) if len(clips) >= 2 else None
+        sets["fad"] = 2, lambda: fad(clap, against, halves=halves, **how)
+        sets["fad_inf"] = 8, lambda: fad_inf(clap, against, halves=halves, **how)
+        sets["kad"] = 2, lambda: kad(clap, reference.for_kad, **how)
     sets["diversity"] = 2, lambda: diversity(clap, **how)
     if training is not None:
         sets["near_duplicates"] = (
             1,
-            lambda: near_duplicate_rate(clap, iter(training.clap), protocol=audio, threshold=config.near_duplicate),
+            lambda: near_duplicate_rate(
+                clap,
+                iter(training.clap),
+                protocol=audio,
+                threshold=config.near_duplicate,
+                training_clips=training.about["n"],
+            ),
         )
     metrics = {metric: make() for metric, (least, make) in sets.items() if len(clips) >= least}
     warnings = [
@@ -320,31 +341,40 @@ def _system_metrics(
     ]
     protocols = dict.fromkeys(COMPARED, f"{bundle.name}/{bundle.protocol(config.reward_text).id()}")
     protocols |= {"clap_score": audio} | ({"ccs": config.judge.name} if config.judge else {})
-    per_prompt = prompt_means([score for score in scores if score.system == name])
-    samples = Counter(score.metric for score in scores if score.system == name)
-    for metric in COMPARED:
-        if (metric, name) in per_prompt:
-            values = list(per_prompt[metric, name].values())
-            metrics[metric] = _mean(metric, values, samples[metric], protocols[metric], config.seed)
-    for metric, (column, made) in LEVELS.items():
-        levels = [Score(name, row["prompt_id"], metric, row[column]) for row in clips if row[column] is not None]
-        if levels:
-            values = list(prompt_means(levels)[metric, name].values())
-            metrics[metric] = _mean(metric, values, len(levels), made, config.seed)
+    for metric, (column, made_by) in ({one: (one, protocols[one]) for one in COMPARED} | LEVELS).items():
+        values = {(row["prompt_id"], row["sample"]): row[column] for row in clips if row[column] is not None}
+        if values:
+            metrics[metric] = _mean(metric, values, made_by, config)
     warnings += [f"{name}: {metric}: {text}" for metric, made in metrics.items() for text in made.warnings]
     return {metric: plain(asdict(made)) for metric, made in metrics.items()}, warnings
 
 
-def _mean(name: str, values: Sequence[float], clips: int, protocol: str, seed: int) -> Metric:
-    """Mean of the prompts' means, with a bootstrap interval over prompts."""
-    array = np.array(values)
+def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, config: EvaluateConfig) -> Metric:
+    """Mean of the prompts' means, with a bootstrap interval over prompts, and over crossed seeds.
+
+    Args:
+        values: (prompt id, sample) -> value.
+    """
+    prompts: dict[str, dict[int, float]] = {}
+    for (prompt, sample), value in values.items():
+        prompts.setdefault(prompt, {})[sample] = value
+    means = np.array([np.mean(list(of.values())) for of in prompts.values()])
     low = high = None
-    details = {"prompts": float(len(array))}
-    if len(array) > 1:
-        estimate = hierarchical_bootstrap(array[:, None], seeds="nested", seed=seed)
-        low, high = estimate.low, estimate.high
-        details["sd"] = float(array.std(ddof=1))
-    return Metric(name, float(array.mean()), clips, 0, 0, protocol, low, high, 0.95, details=details)
+    details = {"prompts": float(len(means))}
+    warnings: tuple[str, ...] = ()
+    if len(means) > 1:
+        details["sd"] = float(means.std(ddof=1))
+        samples = sorted({sample for _, sample in values})
+        table: np.ndarray | None = means[:, None]
+        if config.seeds == "crossed":
+            whole = len(samples) > 1 and len(values) == len(prompts) * len(samples)
+            table = np.array([[of[k] for k in samples] for of in prompts.values()]) if whole else None
+        if table is None:
+            warnings = ("no interval: some samples of some prompts have no value, and crossed seeds need all.",)
+        else:
+            estimate = hierarchical_bootstrap(table, seeds=config.seeds, seed=config.seed)
+            low, high = estimate.low, estimate.high
+    return Metric(name, float(means.mean()), len(values), 0, 0, protocol, low, high, 0.95, warnings, details)
 
 
 def _plain_leaks(leaks: Leaks, training: Embedded, threshold: float) -> dict[str, Any]:
@@ -363,10 +393,9 @@ def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, 
 
 
 def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], config: EvaluateConfig) -> int:
-    header, lines = system_table(results["systems"])
-    show(header, lines)
+    show(*system_table(results["systems"]))
     if results["comparisons"]:
-        show(*paired_table(results["comparisons"]))
+        show_pairs(results["comparisons"])
         console.print(legend(config.alpha))
     console.print(f"scores by {results['protocol']}", markup=False)
     for warning in results["warnings"]:
@@ -392,14 +421,14 @@ def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str,
 
 
 def system_table(systems: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text: a row per system, value and interval of every metric that any of them has."""
-    names = list(dict.fromkeys(name for system in systems for name in system["metrics"]))
+    """Header and rows of text: a row per metric and system, so that any number of either fits a terminal's width."""
     rows = []
-    for system in systems:
-        cells = []
-        for name in names:
-            metric = system["metrics"].get(name)
-            interval = f" [{metric['low']:.4g}, {metric['high']:.4g}]" if metric and metric["low"] is not None else ""
-            cells.append(f"{metric['value']:.4f}{interval}" if metric else "")
-        rows.append([system["name"], str(system["clips"]), *cells])
-    return ["system", "clips", *names], rows
+    for name in dict.fromkeys(name for system in systems for name in system["metrics"]):
+        for system in systems:
+            if (metric := system["metrics"].get(name)) is None:
+                continue
+            value = "" if metric["value"] is None else f"{metric['value']:.4f}"
+            interval = "" if metric["low"] is None else f"[{metric['low']:.4g}, {metric['high']:.4g}]"
+            n = f"{metric['n_generated']}" + (f" / {metric['n_reference']}" if metric["n_reference"] else "")
+            rows.append([name, system["name"], value, interval, n])
+    return ["metric", "system", "value", "95 % CI", "N (/ reference)"], rows

@@ -118,6 +118,23 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross))
 
 
+def half_distances(
+    generated: np.ndarray,
+    reference: np.ndarray | Gaussian,
+    *,
+    protocol: str,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """(resamples,) FAD of random halves of the clips, nearly all of the work of `fad` and of `fad_inf`.
+
+    Raises:
+        UserError: as `fad`.
+    """
+    samples = _Samples(generated, reference, protocol)
+    return half_samples(samples.distance, samples.n, resamples, seed)
+
+
 def fad(
     generated: np.ndarray,
     reference: np.ndarray | Gaussian,
@@ -126,6 +143,7 @@ def fad(
     resamples: int = RESAMPLES,
     confidence: float = 0.95,
     seed: int = 0,
+    halves: np.ndarray | None = None,
 ) -> Metric:
     """FAD at this N. It is too high by about c/N, so it compares systems only at equal N and with one reference.
 
@@ -134,13 +152,15 @@ def fad(
     Args:
         generated: (n, d).
         reference: (m, d), or its statistics.
+        halves: `half_distances` of the same arguments, where they are there already.
 
     Raises:
         UserError: bad embeddings, one clip, or a reference of another protocol.
     """
     samples = _Samples(generated, reference, protocol)
     value = samples.distance(np.arange(samples.n))
-    halves = half_samples(samples.distance, samples.n, resamples, seed)
+    if halves is None:
+        halves = half_samples(samples.distance, samples.n, resamples, seed)
     interval = half_interval(value, halves, samples.n, confidence)
     details = {"bias": float(halves.mean()) - value} if len(halves) else {}
     expected = f", here by {details['bias']:.3g} or more" if details else ""
@@ -156,6 +176,7 @@ def fad_inf(
     resamples: int = RESAMPLES,
     confidence: float = 0.95,
     seed: int = 0,
+    halves: np.ndarray | None = None,
 ) -> Metric:
     """FAD extrapolated to N = infinity (Chong & Forsyth 2020, CVPR; Gui et al. 2024, ICASSP).
 
@@ -164,6 +185,9 @@ def fad_inf(
     may be below zero. details: slope (FAD is about value + slope / n), r2 of the fit, and fad at N.
 
     The interval is that of FAD at N, moved: the extrapolation takes off a bias and leaves the random part.
+
+    Args:
+        generated, reference, halves: as in `fad`.
 
     Raises:
         UserError: as `fad`, or fewer than 8 clips.
@@ -184,7 +208,9 @@ def fad_inf(
         "r2": 1 - float(np.mean(residual**2)) / spread if spread else 1.0,
         "fad": float(distances[-1]),
     }
-    interval = half_interval(value, half_samples(samples.distance, n, resamples, seed), n, confidence)
+    if halves is None:
+        halves = half_samples(samples.distance, n, resamples, seed)
+    interval = half_interval(value, halves, n, confidence)
     warning = "the line in 1/N removes only a part of the bias, so FAD-inf is expected to be too high still."
     return samples.metric("fad_inf", value, interval, confidence, warning, details)
 

@@ -1,4 +1,4 @@
-"""Metrics of a set of clips, from embeddings alone: KAD, CLAP score, diversity, near-duplicates, leaks.
+"""Metrics of a set of clips, from embeddings alone: KAD, diversity, near-duplicates, leaks.
 
 The Fréchet distances are in `ttmray.evaluation.fad`. Everything is float64 and says with how many clips, under which
 protocol (model, crop, level: see `ttmray.models.protocol`) and with what uncertainty it was measured.
@@ -13,6 +13,7 @@ reference set is held fixed, so an interval is about other clips from the same g
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy import stats
@@ -24,6 +25,8 @@ CHUNK = 8192
 """Rows at a time: 32 MB of 512 dimensions in float64."""
 KAD_SCALE = 100.0
 """The KAD toolkit prints 100 times the squared MMD, and so do we."""
+KERNEL_ROWS = 1024
+"""Rows of either side at a time: a block of KAD's kernel is 8 MB in float64."""
 BANDWIDTH_ROWS = 2048
 NEAR_DUPLICATE = 0.95
 """Cosine from which two clips count as the same. No standard exists: calibrate it on distinct training tracks."""
@@ -128,9 +131,38 @@ def half_interval(value: float, halves: np.ndarray, n: int, confidence: float) -
     return float(value - high), float(value - low)
 
 
+class KadReference:
+    """Reference clips of KAD, with what does not depend on the generated ones: made once for many systems.
+
+    Args:
+        reference: (m, d).
+
+    Raises:
+        UserError: bad embeddings.
+    """
+
+    def __init__(self, reference: np.ndarray) -> None:
+        y = checked(reference, "reference clips", 2)
+        self.center = y.mean(axis=0)  # squared distances by norms lose digits far from the origin
+        self.rows = y - self.center
+        self._sums: dict[float, float] = {}
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Median distance between the clips."""
+        return _median_distance(self.rows)
+
+    def kernel_sum(self, bandwidth: float) -> float:
+        """Sum of the kernel over all m * m pairs, once for each bandwidth."""
+        if bandwidth not in self._sums:
+            blocks = _kernel_blocks(self.rows, self.rows, bandwidth)
+            self._sums[bandwidth] = sum(float(block.sum()) for _, _, block in blocks)
+        return self._sums[bandwidth]
+
+
 def kad(
     generated: np.ndarray,
-    reference: np.ndarray,
+    reference: np.ndarray | KadReference,
     *,
     protocol: str,
     bandwidth: float | None = None,
@@ -143,7 +175,8 @@ def kad(
     Equal distributions give 0 on average at any N, so small negative values are right.
 
     Args:
-        generated, reference: (n, d) and (m, d).
+        generated: (n, d).
+        reference: (m, d), or what several systems share of it.
         bandwidth: of the kernel exp(-|x - y|^2 / (2 bandwidth^2)); None takes the median distance between reference
             clips (Gretton et al. 2012, JMLR 13), of at most 2,048 of them, so that it depends on nothing else.
 
@@ -151,11 +184,12 @@ def kad(
         UserError: bad embeddings, or no positive bandwidth because reference clips are all the same.
     """
     x = checked(generated, "generated clips", 2)
-    y = checked(reference, "reference clips", 2, x.shape[1])
-    center = y.mean(axis=0)  # squared distances by norms lose digits far from the origin
-    x, y = x - center, y - center
+    if not isinstance(reference, KadReference):
+        reference = KadReference(reference)
+    y = checked(reference.rows, "reference clips", 2, x.shape[1])
+    x = x - reference.center
     if bandwidth is None:
-        bandwidth = _median_distance(y)
+        bandwidth = reference.bandwidth
     if not (np.isfinite(bandwidth) and bandwidth > 0):
         raise UserError(f"The kernel's bandwidth is {bandwidth:g}: most reference clips have the same embedding.")
     n, m = len(x), len(y)
@@ -164,50 +198,18 @@ def kad(
         chosen = np.zeros((len(halves), n))
         np.put_along_axis(chosen, np.stack(halves), 1.0, axis=1)
         sets = np.concatenate([sets, chosen])
-    within, across, inside_reference = np.zeros(len(sets)), np.zeros(len(sets)), 0.0
-    for rows in _slices(n):
-        within += ((sets[:, rows] @ _kernel(x[rows], x, bandwidth)) * sets).sum(axis=1)
-        across += sets[:, rows] @ np.concatenate([_kernel(x[rows], y[part], bandwidth) for part in _slices(m)], 1).mean(
-            axis=1
-        )
-    for rows in _slices(m):
-        inside_reference += float(_kernel(y[rows], y, bandwidth).sum())
+    within, nearness = np.zeros(len(sets)), np.zeros(n)
+    for rows, columns, block in _kernel_blocks(x, x, bandwidth):
+        within += ((sets[:, rows] @ block) * sets[:, columns]).sum(axis=1)
+    for rows, _, block in _kernel_blocks(x, y, bandwidth):
+        nearness[rows] += block.sum(axis=1) / m
+    across, inside_reference = sets @ nearness, reference.kernel_sum(bandwidth)
     size = sets.sum(axis=1)  # k(x, x) = 1 for each
     values = (within - size) / (size * (size - 1)) - 2 * across / size + (inside_reference - m) / (m * (m - 1))
     values *= KAD_SCALE
     value = float(values[0])
     low, high = half_interval(value, values[1:], n, confidence)
     return Metric("kad", value, n, m, x.shape[1], protocol, low, high, confidence, details={"bandwidth": bandwidth})
-
-
-def clap_scores(audio: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """(n,) cosines of row i of `audio` with row i of `text`, both (n, d): one score per prompt.
-
-    Raises:
-        UserError: bad embeddings, another number of rows, or a zero vector, such as that of an empty prompt.
-    """
-    a = _unit(checked(audio, "audio"), "audio")
-    t = _unit(checked(text, "text", dimension=a.shape[1]), "text")
-    if len(a) != len(t):
-        raise UserError(f"{len(a)} audio embeddings, but {len(t)} of text.", "Give one prompt per clip.")
-    return np.einsum("ij,ij->i", a, t)
-
-
-def clap_score(
-    audio: np.ndarray,
-    text: np.ndarray,
-    *,
-    protocol: str,
-    resamples: int = RESAMPLES,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Metric:
-    """Mean of `clap_scores`."""
-    scores = clap_scores(audio, text)
-    n, value = len(scores), float(scores.mean())
-    halves = half_samples(lambda rows: float(scores[rows].mean()), n, resamples, seed)
-    low, high = half_interval(value, halves, n, confidence)
-    return Metric("clap_score", value, n, 0, np.shape(audio)[1], protocol, low, high, confidence)
 
 
 def diversity(
@@ -249,7 +251,7 @@ def nearest(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray]) -> t
     q = _unit(checked(queries, "clips"), "clips")
     best, index, start = np.full(len(q), -np.inf), np.zeros(len(q), dtype=np.int64), 0
     for array in [corpus] if isinstance(corpus, np.ndarray) else corpus:
-        for rows in _slices(len(array)):
+        for rows in _slices(len(array), CHUNK):
             what = f"corpus rows from {start}"
             part = _unit(checked(array[rows], what, dimension=q.shape[1]), what)
             cosines = q @ part.T
@@ -270,10 +272,15 @@ def near_duplicate_rate(
     protocol: str,
     threshold: float = NEAR_DUPLICATE,
     confidence: float = 0.95,
+    training_clips: int | None = None,
 ) -> Metric:
     """Share of generated clips whose nearest training clip has a cosine of `threshold` or above.
 
-    The interval is Wilson's (1927), which is sound at a rate of 0. n_reference counts the training clips.
+    The interval is Wilson's (1927), which is sound at a rate of 0.
+
+    Args:
+        training_clips: n_reference, where a clip has several rows, such as its mix and its instrumental; None counts
+            the rows.
     """
     _check_threshold(threshold)
     _check_confidence(confidence)
@@ -283,9 +290,8 @@ def near_duplicate_rate(
     details = {"threshold": threshold, "copies": float(copies), "max_cosine": float(cosine.max())}
     dimension = np.shape(generated)[1]
     low, high = float(interval.low), float(interval.high)
-    return Metric(
-        "near_duplicate_rate", copies / n, n, seen, dimension, protocol, low, high, confidence, details=details
-    )
+    m = seen if training_clips is None else training_clips
+    return Metric("near_duplicate_rate", copies / n, n, m, dimension, protocol, low, high, confidence, details=details)
 
 
 def find_leaks(
@@ -338,9 +344,9 @@ def _halves(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield rng.permutation(n)[: n // 2]
 
 
-def _slices(n: int) -> Iterator[slice]:
-    for start in range(0, n, CHUNK):
-        yield slice(start, min(start + CHUNK, n))
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -348,8 +354,11 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(squares, 0, out=squares)
 
 
-def _kernel(a: np.ndarray, b: np.ndarray, bandwidth: float) -> np.ndarray:
-    return np.exp(_squared_distances(a, b) / (-2 * bandwidth**2))
+def _kernel_blocks(a: np.ndarray, b: np.ndarray, bandwidth: float) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Rows of a, rows of b, and the kernel between them, until all pairs are done."""
+    for rows in _slices(len(a), KERNEL_ROWS):
+        for columns in _slices(len(b), KERNEL_ROWS):
+            yield rows, columns, np.exp(_squared_distances(a[rows], b[columns]) / (-2 * bandwidth**2))
 
 
 def _median_distance(y: np.ndarray) -> float:
@@ -363,7 +372,7 @@ def _unit(array: np.ndarray, what: str) -> np.ndarray:
     if not norm.all():
         raise UserError(
             f"{what}: row {int(norm.argmin())} is a zero vector, which has no cosine.",
-            "An empty prompt has no CLAP score: leave its clip out.",
+            "Look for silent or damaged audio and leave it out.",
         )
     return array / norm
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,6 +32,7 @@ from ttmray.corpus.catalogue import track_ids
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, measure
+from ttmray.evaluation.metrics import KadReference
 from ttmray.evaluation.systems import audio_files
 from ttmray.models.bundle import open_bundle
 from ttmray.models.protocol import Protocol
@@ -65,6 +66,10 @@ class Embedded:
         if self.gaussian is None or self.gaussian.n <= len(self.gaussian.mean):
             return self.rows()
         return self.gaussian
+
+    @cached_property
+    def for_kad(self) -> KadReference:
+        return KadReference(self.rows())
 
     def rows(self) -> np.ndarray:
         return self.clap[0] if len(self.clap) == 1 else np.concatenate(self.clap)

@@ -325,7 +325,7 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> str:
     if not comparisons:
         return "<p>Nothing was compared: that needs two systems on the same prompts.</p>"
     titles = ("Metric", "Systems", "Mean A", "Mean B", "A − B", "t", "p", "p, Holm", "p, Wilcoxon", "d<sub>z</sub>")
-    head = "".join(f'<th scope="col">{title}</th>' for title in (*titles, "Wins A : B", "N", "N needed"))
+    head = "".join(f'<th scope="col">{title}</th>' for title in (*titles, "Wins : ties : losses", "N", "N needed"))
     head = head.replace('"col">Systems', '"col" class="word">Systems')
     body = []
     for one in comparisons:
@@ -341,7 +341,7 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> str:
             f"{_p(one.p_holm)}{mark}",
             _p(one.p_wilcoxon),
             _number(one.d_z, 2),
-            "–" if one.wins is None else f"{one.wins} : {'–' if one.losses is None else one.losses}",
+            " : ".join("–" if count is None else str(count) for count in (one.wins, one.ties, one.losses)),
             str(one.n),
             "–" if one.n_needed is None else f"{one.n_needed:,}",
         ]
@@ -352,9 +352,9 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> str:
             + "</tr>"
         )
     caption = (
-        "Paired tests on the means of each prompt, intervals at 95 %. ✓: significant after Holm's correction over this "
-        "table; a difference without it may be chance. N needed: prompts with which four of five tests would find this "
-        "difference."
+        "Paired tests on the means of each prompt, intervals at 95 %. Wins: prompts on which A is above B. ✓: "
+        "significant after Holm's correction over this table; a difference without it may be chance. N needed: prompts "
+        "with which four of five tests would find this difference."
     )
     return _table("Paired comparisons", head, body, caption)
 
@@ -392,7 +392,9 @@ def _method(results: Results) -> str:
     facts |= {"Folders": {system.name: system.folder for system in results.systems}}
     facts |= {"Reference set": results.reference} if results.reference else {}
     facts |= {"Leaks": results.leaks} if results.leaks else {}
-    return _facts({name: value for name, value in facts.items() if value})
+    licences = "".join(f"<li>{escape(line)}</li>" for line in results.license_notes)
+    listed = f"<h3>Licences of the models that made the numbers</h3><ul>{licences}</ul>" if licences else ""
+    return _facts({name: value for name, value in facts.items() if value}) + listed
 
 
 def _facts(value: Any) -> str:

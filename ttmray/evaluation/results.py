@@ -76,6 +76,7 @@ class Comparison(_Read):
     p_wilcoxon: float | None = None
     d_z: float | None = None
     wins: int | None = None
+    ties: int | None = None
     losses: int | None = None
     n_needed: int | None = None
     significant: bool = False
@@ -92,6 +93,8 @@ class Results(_Read):
     reference: dict[str, Any] | None = None
     leaks: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    license_notes: tuple[str, ...] = ()
+    """A line per model of the bundle that made the numbers; none where its weights have no licence."""
 
 
 def read_results(folder: Folder) -> Results:

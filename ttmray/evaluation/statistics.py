@@ -4,7 +4,7 @@ Everything pairs scores of the same prompt: prompts differ far more among each o
 systems do on one prompt. Distributions are scipy's.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Literal, TypeVar
@@ -15,11 +15,14 @@ from scipy import stats
 from ttmray.errors import UserError
 
 Alternative = Literal["two-sided", "greater", "less"]
+Seeds = Literal["nested", "crossed"]
 Cell = TypeVar("Cell", bound=Hashable)
 
 EXACT_SPEARMAN = 8
 """Up to 8! = 40,320 orders are counted; the t approximation gives p = 0 for three points in perfect order."""
 MOST_PROMPTS = 10_000_000
+BOOTSTRAP_CELLS = 2**20
+"""Counts of drawn prompts in memory at a time: 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -74,32 +77,11 @@ class Correlation:
     n: int
 
 
-def pair(
-    a: Iterable[tuple[str, float]], b: Iterable[tuple[str, float]], names: tuple[str, str] = ("A", "B")
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Prompt ids in A's order, and (n,) scores of both systems in that order, from rows of (prompt id, score).
-
-    Raises:
-        UserError: an id twice in one table, ids of only one table, NaN or infinite scores, or no rows.
-    """
-    first, second = (_table(rows, name) for rows, name in zip((a, b), names, strict=True))
-    for name, other, missing in (
-        (names[0], names[1], first.keys() - second.keys()),
-        (names[1], names[0], second.keys() - first.keys()),
-    ):
-        if missing:
-            raise UserError(
-                f"{len(missing)} prompt ids of {name} are not in {other}: {_some(missing)}.",
-                "Compare systems on the same prompts.",
-            )
-    return list(first), np.array(list(first.values())), np.array([second[key] for key in first])
-
-
 def paired(a: np.ndarray, b: np.ndarray, *, alternative: Alternative = "two-sided", confidence: float = 0.95) -> Paired:
     """Paired t and Wilcoxon signed-rank tests of A - B.
 
     Args:
-        a, b: (n,) scores of the same prompts in the same order, see `pair`.
+        a, b: (n,) scores of the same prompts in the same order.
 
     Raises:
         UserError: other shapes, fewer than two prompts, NaN or infinity.
@@ -177,7 +159,7 @@ def hierarchical_bootstrap(
     a: np.ndarray,
     b: np.ndarray | None = None,
     *,
-    seeds: Literal["nested", "crossed"],
+    seeds: Seeds,
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -206,12 +188,17 @@ def hierarchical_bootstrap(
         raise UserError("One seed says nothing about other seeds.", "Run at least two, or use nested seeds.")
     rng = np.random.default_rng(seed)
     # a mean over drawn rows (and columns) is a product with their counts
-    rows = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    products = [np.empty((resamples, table.shape[1])) for table in tables]
+    step = max(1, BOOTSTRAP_CELLS // n)
+    for start in range(0, resamples, step):
+        rows = rng.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start)) / n
+        for table, product in zip(tables, products, strict=True):
+            product[start : start + step] = rows @ table
     drawn, value = np.zeros(resamples), 0.0
-    for table, sign in zip(tables, (1, -1), strict=False):
+    for table, product, sign in zip(tables, products, (1, -1), strict=False):
         k = table.shape[1]
         columns = rng.multinomial(k, np.full(k, 1 / k), size=resamples) / k if seeds == "crossed" else 1 / k
-        drawn += sign * ((rows @ table) * columns).sum(axis=1)
+        drawn += sign * (product * columns).sum(axis=1)
         value += sign * float(table.mean())
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Estimate(value, float(low), float(high), confidence, n, min(table.shape[1] for table in tables))
@@ -317,30 +304,6 @@ def prompts_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
-
-
-def _table(rows: Iterable[tuple[str, float]], name: str) -> dict[str, float]:
-    table: dict[str, float] = {}
-    repeated = set()
-    for key, score in rows:
-        if key in table:
-            repeated.add(key)
-        table[key] = float(score)
-    if repeated:
-        raise UserError(
-            f"{name}: {len(repeated)} prompt ids occur more than once: {_some(repeated)}.", "Keep one each."
-        )
-    if not table:
-        raise UserError(f"{name}: there are no scores.")
-    bad = {key for key, score in table.items() if not np.isfinite(score)}
-    if bad:
-        raise UserError(f"{name}: {len(bad)} scores are NaN or infinite, of prompts {_some(bad)}.")
-    return table
-
-
-def _some(keys: Iterable[str]) -> str:
-    ordered = sorted(map(str, keys))
-    return ", ".join(ordered[:5]) + (", ..." if len(ordered) > 5 else "")
 
 
 def _vector(values: np.ndarray, name: str) -> np.ndarray:
