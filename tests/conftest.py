@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
 
+from ttmray.cluster import leave
+
 REPO = Path(__file__).resolve().parents[1]
 
 # A run of the suite says something about the change at hand only if it draws the same examples as the run before.
@@ -38,6 +40,13 @@ def golden_dir() -> Path:
 def data_dir() -> Path:
     """Folder of real audio and metadata (environment variable TTMRAY_DATA)."""
     return _outside("TTMRAY_DATA", "data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_ray_of_other_modules() -> Iterator[None]:
+    """An instance that this process has started has the CPUs that its first user asked for."""
+    yield
+    leave()
 
 
 @pytest.fixture(scope="module")
