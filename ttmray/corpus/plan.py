@@ -119,7 +119,7 @@ class Plan:
         where = folder.path(PLAN_FILE)
         way_out = "Choose another output folder, or remove this one."
         try:
-            table = pq.read_table(pa.BufferReader(folder.read(PLAN_FILE)))
+            table = pq.ParquetFile(pa.BufferReader(folder.read(PLAN_FILE))).read(use_threads=False)
         except (pa.ArrowException, OSError) as error:  # pyarrow reports some damage as OSError
             raise UserError(f"{where} is not readable: {error}", way_out) from error
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
