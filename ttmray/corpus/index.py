@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
-from ttmray.storage import Folder
+from ttmray.storage import Folder, parquet_table
 
 INDEX = "index"
 MERGED = "index.parquet"
@@ -107,8 +107,7 @@ def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
 
 def _table(data: bytes, name: str) -> pa.Table:
     try:
-        # without Arrow's threads: a command that ends right after their start may abort (seen in 1 of 25 on a busy CPU)
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).select(SCHEMA.names)
+        table = parquet_table(data).select(SCHEMA.names)
         table.validate(full=True)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise _unreadable(name, error) from error

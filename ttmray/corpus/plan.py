@@ -24,7 +24,7 @@ from ttmray.corpus.catalogue import Catalogue
 from ttmray.corpus.config import CorpusConfig, SplitConfig
 from ttmray.corpus.track import Track
 from ttmray.errors import ClipError, UserError
-from ttmray.storage import Folder, explained
+from ttmray.storage import Folder, explained, parquet_table
 
 PLAN_FILE = "plan.parquet"
 FORMAT = "1"
@@ -119,7 +119,7 @@ class Plan:
         where = folder.path(PLAN_FILE)
         way_out = "Choose another output folder, or remove this one."
         try:
-            table = pq.ParquetFile(pa.BufferReader(folder.read(PLAN_FILE))).read(use_threads=False)
+            table = parquet_table(folder.read(PLAN_FILE))
         except (pa.ArrowException, OSError) as error:  # pyarrow reports some damage as OSError
             raise UserError(f"{where} is not readable: {error}", way_out) from error
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -25,7 +24,7 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.evaluation.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.generation import manifest
-from ttmray.storage import Folder, absolute, split_path
+from ttmray.storage import Folder, absolute, parquet_table, split_path
 from ttmray.training.pairs import read_rows
 
 COMPARED = {
@@ -184,7 +183,7 @@ def read_scores(source: str) -> tuple[list[Score], dict[str, str]]:
     folder = Folder.at(source)
     if folder.exists(RESULTS):
         try:
-            rows = pq.read_table(pa.BufferReader(folder.read(CLIPS))).to_pylist()
+            rows = parquet_table(folder.read(CLIPS)).to_pylist()
             results = json.loads(folder.read(RESULTS))
             protocols = dict.fromkeys(COMPARED, str(results["protocol"]))
             judged = [one["metrics"]["ccs"]["protocol"] for one in results["systems"] if "ccs" in one["metrics"]]

@@ -35,7 +35,7 @@ from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
-from ttmray.storage import Folder, split_path
+from ttmray.storage import Folder, parquet_table, split_path
 from ttmray.training.features import EncodingConfig
 
 PARTS = "parts"
@@ -272,7 +272,7 @@ def _known(output: Folder, made_by: str) -> dict[tuple[str, str], dict[str, Any]
     for entry in output.files(PARTS, sizes=False):
         name = f"{PARTS}/{entry.name}"
         try:
-            table = pq.read_table(pa.BufferReader(output.read(name)))
+            table = parquet_table(output.read(name))
             if table.schema.metadata[b"ttmray.made_by"] != made_by.encode():
                 continue
             rows = table.drop_columns(["clap"]).cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()

@@ -36,7 +36,7 @@ from ttmray.evaluation.metrics import KadReference
 from ttmray.evaluation.systems import audio_files
 from ttmray.models.bundle import open_bundle
 from ttmray.models.protocol import Protocol
-from ttmray.storage import Folder
+from ttmray.storage import Folder, parquet_table
 
 STORE = "~/.cache/ttmray/references"
 ABOUT, CLAP, GAUSSIAN, TRACKS = "reference.json", "clap.safetensors", "gaussian.safetensors", "tracks.parquet"
@@ -190,7 +190,7 @@ def load_reference(address: str, store: str, protocol: str) -> Embedded:
         )
     try:
         clap = load_tensors(folder.read(CLAP))["clap"]
-        tracks = pq.read_table(pa.BufferReader(folder.read(TRACKS)))["track_id"].to_pylist()
+        tracks = parquet_table(folder.read(TRACKS))["track_id"].to_pylist()
     except (SafetensorError, KeyError, ValueError, OSError, pa.ArrowException) as error:
         raise UserError(f"{folder} is damaged: {error}", "Delete it and build it again.") from error
     gaussian = Gaussian.load(folder.path(GAUSSIAN))

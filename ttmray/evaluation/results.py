@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ttmray.errors import UserError
-from ttmray.storage import Folder
+from ttmray.storage import Folder, parquet_table
 
 RESULTS, CLIPS = "results.json", "clips.parquet"
 COLUMNS = {
@@ -124,7 +123,7 @@ def read_clips(folder: Folder, results: Results) -> list[dict[str, Any]]:
     where = folder.path(CLIPS)
     data = folder.read(CLIPS)
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = parquet_table(data)
         if absent := [name for name in COLUMNS if name not in table.column_names]:
             raise UserError(f"{where} lacks the columns {', '.join(absent)}.", "Evaluate again.")
         rows = table.select(list(COLUMNS)).cast(pa.schema(COLUMNS.items())).to_pylist()

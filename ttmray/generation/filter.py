@@ -3,7 +3,6 @@
 A pool (generation/pool.py) is a corpus run of generated clips, whose index has more columns than a corpus's.
 """
 
-import io
 import json
 import math
 from collections import Counter
@@ -13,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from ttmray.config import Config, differences, identity
@@ -23,7 +21,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
 from ttmray.runs import RUN
-from ttmray.storage import Folder
+from ttmray.storage import Folder, parquet_table
 
 KEPT, WEIGHTED, REPORT = "kept.txt", "weights.csv", "selection.json"
 PERCENTILES = (5, 25, 50, 75, 90, 95)
@@ -129,7 +127,7 @@ def read_pool(folder: str) -> tuple[pa.Table, str]:
     if not run.exists(index.MERGED):
         raise UserError(f"{folder} is not a finished pool: it has no {index.MERGED}.", "Finish its generation.")
     table = index.read_merged(run)
-    whole = pq.read_table(io.BytesIO(run.read(index.MERGED)))
+    whole = parquet_table(run.read(index.MERGED))
     missing = [name for name in COLUMNS.names if name not in whole.column_names]
     if missing:
         raise UserError(f"{folder} is no pool: its index has no column {missing[0]}.", "Make one with `ttmray pool`.")

@@ -19,13 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from ttmray.corpus import index, shards
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, read_file
+from ttmray.storage import Folder, parquet_table, read_file
 from ttmray.training.files import Files, copies_folder, damaged
 
 CLAP_WIDTH = 512
@@ -220,7 +219,7 @@ def read_keys(path: str) -> dict[str, float]:
 
 def _read_table(data: bytes, kind: str) -> pa.Table:
     if kind == "parquet":
-        return pq.read_table(pa.BufferReader(data))
+        return parquet_table(data)
     parse = pyarrow.csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",")
     convert = pyarrow.csv.ConvertOptions(column_types={"key": pa.string()})  # 007 is no number
     return pyarrow.csv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=convert)

@@ -29,7 +29,7 @@ from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import SAMPLE_RATE, Embeddings, Scorer
-from ttmray.storage import Folder, split_path
+from ttmray.storage import Folder, parquet_table, split_path
 
 FEATURES = "features"
 PART_CLIPS = 64
@@ -246,7 +246,7 @@ def _known(run: Folder, made_by: str) -> dict[tuple[str, str], Any]:
     for entry in run.files(FEATURES, sizes=False):
         name = f"{FEATURES}/{entry.name}"
         try:
-            table = pq.read_table(pa.BufferReader(run.read(name)))
+            table = parquet_table(run.read(name))
             about = table.schema.metadata
             if about[b"ttmray.made_by"] != made_by.encode():
                 continue

@@ -17,14 +17,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ttmray.config import Config, execution
 from ttmray.errors import UserError
-from ttmray.storage import Folder, read_file, split_path
+from ttmray.storage import Folder, parquet_table, read_file, split_path
 
 SPLITS = ("train", "validation", "test")
 BOTH_BAD = "both_bad"
@@ -161,7 +160,7 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
     data, name = read_file(path), path.lower()
     try:
         if name.endswith(".parquet"):
-            word, items = "row", pq.read_table(pa.BufferReader(data)).to_pylist()
+            word, items = "row", parquet_table(data).to_pylist()
         elif name.endswith((".csv", ".tsv")):
             text = io.StringIO(data.decode("utf-8-sig"), newline="")
             word, items = (

@@ -22,7 +22,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import Reward, blend, counted, describe, numbers, prompt_prefix, read_pool
 from ttmray.generation.prompts import read_prompts
-from ttmray.storage import Folder, read_file
+from ttmray.storage import Folder, parquet_table, read_file
 
 PAIRS = "pairs.parquet"
 METADATA_KEY = b"ttmray.pairs"
@@ -124,7 +124,7 @@ def read_pairs(path: str, pool: str | None = None) -> pa.Table:
     data = read_file(path)
     about = _about(data, path)
     try:
-        table = pq.read_table(pa.BufferReader(data)).select(SCHEMA.names).cast(SCHEMA)
+        table = parquet_table(data).select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise UserError(f"{path} does not hold preference pairs: {error}", "Make it with `ttmray pairs`.") from error
     if not table.num_rows:
