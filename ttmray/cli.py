@@ -40,18 +40,26 @@ def _corpus(commands: Any) -> None:
     _add_config(plan)
     plan.set_defaults(run=_score_corpus, plan_only=True, max_failures=None, retry_failed=False)
 
-    corpus = commands.add_parser("corpus", help="look into a corpus: stats, verify, ls, sample")
+    corpus = commands.add_parser("corpus", help="look into a corpus: stats, verify, ls, sample; rescore it")
     looks = corpus.add_subparsers(dest="look", required=True, metavar="LOOK")
     stats = looks.add_parser("stats", help="counts, reasons, rewards and latent statistics")
     verify = looks.add_parser("verify", help="recompute hashes and counts, open every tar and latent")
     ls = looks.add_parser("ls", help="rows of the index")
     ls.add_argument("--status", choices=("ok", "rejected", "failed"), help="only rows of this status")
     ls.add_argument("--limit", type=_count, default=50, metavar="N", help="at most N rows (default 50; 0: all)")
+    ls.add_argument("--columns", metavar="A,B", help="these columns, such as key,ranker/reward_score")
     ls.add_argument("--json", action="store_true", help="one JSON object per line, all columns")
     sample = looks.add_parser("sample", help="a page with some random clips to listen to, beside captions and scores")
     sample.add_argument("-n", type=_count, default=8, metavar="N", help="number of clips (default 8)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", required=True, metavar="DIR", help="folder for the page and its audio")
+    rescore = looks.add_parser("rescore", help="rewards of all clips by another head, from the stored embeddings")
+    rescore.add_argument("folder", metavar="RUN", help="run folder of a finished corpus or pool, local or s3://")
+    rescore.add_argument("--head", required=True, metavar="HEAD", help="weights, or run folder of train-ranker")
+    rescore.add_argument("--name", required=True, help="of the table: its columns are NAME/reward_score and so on")
+    rescore.add_argument("--text", choices=("empty", "caption"), help="what the head sees (default: as the corpus)")
+    _add_config(rescore)
+    rescore.set_defaults(run=_rescore)
     for look, run in ((stats, "stats"), (verify, "verify"), (ls, "ls"), (sample, "sample")):
         look.add_argument("folder", metavar="RUN", help="run folder or s3:// prefix")
         look.set_defaults(run=_look(run))
@@ -420,6 +428,15 @@ def _train_sft(arguments: argparse.Namespace) -> int:
 
     config = with_absolute_paths(load_config(TrainConfig, arguments.config, arguments.sets))
     return train_sft(config, plan_only=arguments.plan_only, force=arguments.force)
+
+
+def _rescore(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.corpus.rescore import RescoreConfig, rescore
+
+    given = {"corpus": arguments.folder, "head": arguments.head, "name": arguments.name, "text": arguments.text}
+    sets = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+    return rescore(load_config(RescoreConfig, arguments.config, [*arguments.sets, *sets]))
 
 
 def _score_corpus(arguments: argparse.Namespace) -> int:

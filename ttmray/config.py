@@ -8,7 +8,7 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -16,6 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ttmray.errors import UserError
 from ttmray.storage import read_file
+
+
+class IdentityPart:
+    """Marks a type of which only a part decides results: `Annotated[str, IdentityPart(name_without_path)]`."""
+
+    def __init__(self, part: Callable[[Any], Any]) -> None:
+        self.of = part
 
 
 class Config(BaseModel):
@@ -42,6 +49,8 @@ def identity(config: Config) -> dict[str, Any]:
         if isinstance(extra, dict) and extra.get("execution"):
             continue
         value = getattr(config, name)
+        for mark in field.metadata:
+            value = mark.of(value) if isinstance(mark, IdentityPart) else value
         plain[name] = identity(value) if isinstance(value, Config) else _plain(value)
     return plain
 

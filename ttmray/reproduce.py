@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from ttmray.chain import Step, fill, merged, run_chain
 from ttmray.config import Config, ConfigT, execution, fingerprint, identity
 from ttmray.errors import UserError
+from ttmray.models.bundle import BundleName
 from ttmray.storage import Folder, absolute, read_file
 
 Stage = Literal["stage1", "stage2", "control", "stage3"]
@@ -57,7 +58,7 @@ class ReproduceConfig(Config):
 
     output: str = execution("runs/reproduce", min_length=1)
     """Run folder: a local path or s3:// prefix."""
-    bundle: str = "debug"
+    bundle: BundleName = "debug"
     """Models of all steps."""
     prompts: str | None = execution(None)
     """File of the prompts of the evaluation. Pools and pairs must not use them."""

@@ -16,11 +16,11 @@ from ttmray.corpus.finalise import (
     differing_tracks,
     finalise,
     latent_statistics,
-    reward_statistics,
     summary_lines,
     sweep,
 )
 from ttmray.corpus.plan import SCHEMA, Plan
+from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.storage import Folder

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ttmray.config import Config, execution
+from ttmray.models.bundle import BundleName
 
 MAX_UNIT_CLIPS = 32
 """32 stereo float32 clips of 10 s are 113 MB: below Ray Data's 128 MiB block (design, corpus pipeline)."""
@@ -167,7 +168,7 @@ class CorpusConfig(Config):
     segments: SegmentConfig = SegmentConfig()
     limits: LimitConfig = LimitConfig()
     separation: SeparationConfig = SeparationConfig()
-    bundle: str = "debug"
+    bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
     reward_text: Literal["empty", "caption"] = "empty"
     """Text input of the reward. The released TuneJury scores use none; the paper does not say."""

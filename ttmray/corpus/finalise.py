@@ -14,12 +14,11 @@ from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
+from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import UserError
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
-
-REWARDS = ("reward_score", "instrumental_reward_score", "track_reward_score")
 
 
 def finalise(
@@ -145,26 +144,6 @@ def latent_statistics(metadata: list[dict[str, Any]]) -> dict[str, Any]:
             "mean": mean.tolist(),
             "std_of_means": np.sqrt(variance).tolist(),
             "std_of_samples": np.sqrt(variance + total["sum_of_variances"] / total["count"]).tolist(),
-        }
-    return statistics
-
-
-def reward_statistics(table: pa.Table) -> dict[str, Any]:
-    """Per split: mean, sample std, p5, p95 and max of every reward column over the ok clips."""
-    statistics: dict[str, Any] = {}
-    ok = _ok(table)
-    for split in sorted(set(ok["split"].to_pylist())):
-        rows = ok.filter(pc.equal(ok["split"], split))
-        statistics[split] = {"clips": rows.num_rows} | {
-            name: {
-                "mean": float(values.mean()),
-                "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
-                "p5": float(np.percentile(values, 5)),
-                "p95": float(np.percentile(values, 95)),
-                "max": float(values.max()),
-            }
-            for name in REWARDS
-            for values in [rows[name].to_numpy()]
         }
     return statistics
 

@@ -14,12 +14,16 @@ from ttmray.audio import segment
 from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.finalise import latent_statistics, reward_statistics, summary_lines
+from ttmray.corpus.finalise import latent_statistics, summary_lines
 from ttmray.corpus.plan import Plan
+from ttmray.corpus.scores import REWARDS, reward_statistics, table_names, with_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.runs import RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
+
+LISTED = ("key", "status", "stage", "reason", "message", "instrumental_reward_score", "lufs", "source")
+"""Columns that `ls` prints where nobody chooses."""
 
 
 def _open(folder: str) -> Folder:
@@ -57,7 +61,8 @@ def stats(folder: str) -> int:
     units = index.read_units(run, names)
     table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
     shown = Table("split", "column", "clips", "mean", "std", "p5", "p95", "max")
-    for split, columns in reward_statistics(table).items():
+    rewards = [*REWARDS, *(f"{name}/{column}" for name in table_names(run) for column in REWARDS)]
+    for split, columns in reward_statistics(with_columns(run, table, rewards), rewards).items():
         for name, values in columns.items():
             if name != "clips":
                 numbers = [f"{values[key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max")]
@@ -90,19 +95,28 @@ def verify(folder: str) -> int:
     return EXIT_BAD_INPUT if count else EXIT_OK
 
 
-def ls(folder: str, status: str | None, limit: int, json: bool) -> int:
-    """Print rows of the index."""
-    table = index.read_index(_open(folder))
+def ls(folder: str, status: str | None, limit: int, json: bool, columns: str | None = None) -> int:
+    """Print rows of the index.
+
+    Args:
+        columns: names with commas between them, of the index or of tables of scores; default: some, and all in JSON.
+
+    Raises:
+        UserError: a column that the run does not have.
+    """
+    run = _open(folder)
+    table = index.read_index(run)
+    names = [name.strip() for name in columns.split(",")] if columns else list(LISTED)
+    table = with_columns(run, table, names)
     if status:
         table = table.filter(pc.equal(table["status"], status))
     shown = table.slice(0, limit) if limit else table
     if json:
-        for row in shown.to_pylist():
+        for row in (shown.select(names) if columns else shown).to_pylist():
             console.print(_json(row), markup=False)
         return EXIT_OK
-    columns = ("key", "status", "stage", "reason", "message", "instrumental_reward_score", "lufs", "source")
-    printed = Table(*columns)
-    for row in shown.select(columns).to_pylist():
+    printed = Table(*names)
+    for row in shown.select(names).to_pylist():
         printed.add_row(*(f"{v:+.3f}" if isinstance(v, float) else str(v or "") for v in row.values()))
     console.print(printed)
     console.print(f"{shown.num_rows} of {table.num_rows} rows")
@@ -125,6 +139,8 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     table = table.filter(pc.equal(table["status"], OK))
     if not table.num_rows:
         raise UserError(f"{run} has no ok clips yet.")
+    others = [f"{name}/{column}" for name in table_names(run) for column in REWARDS[:2]]
+    table = with_columns(run, table, others)
     root = Folder(Plan.load(run).root)
     chosen = sorted(np.random.default_rng(seed).permutation(table.num_rows)[:n].tolist())
     target = Path(out)
@@ -139,7 +155,7 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
         audio_io.write_audio(str(target / name), clip, rate, "flac")
         facts = ", ".join(
             f"{column} {row[column]:+.3f}"
-            for column in ("reward_score", "instrumental_reward_score", "clap_score", "vocal_ratio", "lufs")
+            for column in ("reward_score", "instrumental_reward_score", *others, "clap_score", "vocal_ratio", "lufs")
             if row[column] is not None
         )
         parts.append(

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,11 @@ def named_by_content(folder: str, unit: str, data: bytes, suffix: str) -> tuple[
     return f"{folder}/{unit}-{digest[:12]}.{suffix}", digest
 
 
-def read_samples(data: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_samples(data: bytes, name: str, only: Collection[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Key and decoded members of every sample of a shard: json as dict, npy as array, others as bytes.
+
+    Args:
+        only: extensions to decode; the others are left out. Default: all.
 
     Raises:
         UserError: for a tar that is broken, members out of order, or arrays that are no plain npy.
@@ -68,7 +71,8 @@ def read_samples(data: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]
                     if sample:
                         yield key, sample
                     key, sample = member_key, {}
-                sample[extension] = _decode(extension, file.read())
+                if only is None or extension in only:
+                    sample[extension] = _decode(extension, file.read())
             if sample:
                 yield key, sample
     except (tarfile.TarError, ValueError, EOFError) as error:

@@ -1,6 +1,7 @@
 """`ttmray corpus verify`: does the corpus hold what its index says? Reads every byte once, changes nothing."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ttmray.corpus import index, shards
+from ttmray.corpus import index, scores, shards
 from ttmray.corpus.finalise import check_rows
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
@@ -61,6 +62,28 @@ def problems(run: Folder) -> Iterator[str]:
             yield f"{index.MERGED} differs from the units' index files"
     except UserError as error:
         yield error.message
+    for name in scores.table_names(run):
+        yield from _table_problems(run, name, table)
+
+
+def _table_problems(run: Folder, name: str, rows: pa.Table) -> Iterator[str]:
+    """A table of scores must be the bytes that its success marker names, of the run's clips of now, and finite."""
+    place = f"{scores.SCORES}/{name}"
+    try:
+        promised = json.loads(run.read(f"{place}/{SUCCESS}"))["summary"]["sha256"]
+        if hashlib.sha256(run.read(f"{place}/{scores.TABLE}")).hexdigest() != promised:
+            yield f"{place}/{scores.TABLE}: SHA-256 differs from {SUCCESS}. {scores.again(run, name)}"
+            return
+        columns = [f"{name}/{column}" for column in scores.REWARDS]
+        scored = scores.with_columns(run, rows.select(["key", "status", "shard"]), columns)
+        ok = scored.filter(pc.equal(scored["status"], OK))
+        for column in columns:
+            if not np.isfinite(ok[column].to_numpy()).all():
+                yield f"{place}: {column} is not finite. {scores.again(run, name)}"
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"{place}/{SUCCESS} is damaged: {error!r}. {scores.again(run, name)}"
+    except UserError as error:
+        yield f"{error.message} {error.hint}"
 
 
 def _unit_problems(

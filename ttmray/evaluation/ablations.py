@@ -38,7 +38,7 @@ from ttmray.evaluation.measure import embedding_protocol
 from ttmray.evaluation.reference import load_reference, training_digest
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.generation.prompts import read_prompts
-from ttmray.models.bundle import open_bundle
+from ttmray.models.bundle import BundleName, open_bundle
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder, absolute, local_file, read_file
 from ttmray.training.config import TrainConfig, with_absolute_paths
@@ -167,7 +167,7 @@ class AblateConfig(Config):
 
     output: str = execution("runs/ablations", min_length=1)
     """Run folder: a local path or s3:// prefix."""
-    bundle: str = "debug"
+    bundle: BundleName = "debug"
     """Models of all steps."""
     prompts: str
     """File of the prompts of all tables but the first."""

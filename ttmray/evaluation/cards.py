@@ -6,18 +6,19 @@ bucket names are left out, because cards are made to be published.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from ttmray.console import console
+from ttmray.corpus.scores import SCORES, table_names
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.published import SUB_1
 from ttmray.evaluation.results import Results, System, read_results
 from ttmray.models.backbone import BackboneConfig
 from ttmray.models.backbone_weights import count_parameters
-from ttmray.models.bundle import BUNDLES, ReleasedBundle
+from ttmray.models.bundle import BUNDLES, ReleasedBundle, base_name
 from ttmray.models.weights import licences
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, split_path
@@ -94,7 +95,7 @@ def model_card(
             raise UserError(f"{run} is a ranker, which makes no clips.", "Leave --evaluation out.")
         return _ranker_card(run, described, name, license)
     identity, config = described["identity"], described["config"]
-    corpora = [_corpus(source["corpus"]) for source in config["data"]["sources"]]
+    corpora = [_corpus(source["corpus"], source["score_column"]) for source in config["data"]["sources"]]
     bundles = [bundle for bundle in dict.fromkeys(corpus["bundle"] for corpus in corpora) if bundle]
     results = measured = None
     if evaluation is not None:
@@ -179,7 +180,7 @@ def _ranker_card(run: Folder, described: Mapping[str, Any], name: str, license: 
     if not run.exists(METRICS):
         raise UserError(f"{run} is not finished.", "A card says how good the ranker is: start its job again first.")
     metrics, head = _json(run, METRICS), _json(run, f"{HEAD}.json")
-    config, bundle = described["identity"]["config"], described["config"]["bundle"]
+    config, bundle = described["identity"]["config"], base_name(described["config"]["bundle"])
     notes = [BUNDLES[bundle].note] if _is_debug(bundle) else []
     published = f"{head['variant']}-seed{head['seed']}"
     facts = [
@@ -263,10 +264,11 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
     if not run.exists(SUCCESS):
         raise UserError(f"{run} is not finished.", "A card counts all clips: start its job again first.")
     summary = _json(run, SUCCESS)["summary"]
-    config, bundle = described["identity"]["config"], described["config"]["bundle"]
+    config, bundle = described["identity"]["config"], base_name(described["config"]["bundle"])
     name = name or folder.rstrip("/").rpartition("/")[2]
     clips = summary["rows"]["ok"]
     notes = [described["note"]] if _is_debug(bundle) else []
+    heads = {table: _json(run, f"{SCORES}/{table}/{RUN}")["protocol_id"] for table in table_names(run)}
     audio = config["keep_audio"]
     front = {
         "license": license or "other",
@@ -283,6 +285,7 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
         ("size", f"{summary['bytes'] / 1e6:,.1f} MB"),
         ("audio", "instrumentals, mono 16-bit FLAC" if audio else "none; latents from which a VAE makes audio"),
         ("scores by", described["protocol_id"]),
+        *((f"scores `{table}` by", protocol) for table, protocol in heads.items()),
         ("catalogue fingerprint", described["identity"]["catalogue"]),
         *_origin(described),
     ]
@@ -292,11 +295,9 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
             split,
             column,
             values["clips"],
-            *(f"{values[column][key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max")),
+            *(f"{values[column.rpartition('/')[2]][key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max")),
         )
-        for split, values in summary["rewards"].items()
-        for column in values
-        if column != "clips"
+        for split, column, values in _reward_rows(run, summary)
     ]
     parts = [
         _front(front),
@@ -425,14 +426,29 @@ def _progress(run: Folder) -> int:
     return int(read_state(folder.sub(name))["step"]) if name else 0
 
 
-def _corpus(address: str) -> dict[str, str]:
-    """What a card says about a corpus; empty where the corpus is gone or says nothing."""
+def _reward_rows(run: Folder, summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(split, column, statistics) of the corpus's own rewards and of its tables of scores."""
+    found = {"": summary["rewards"]}
+    found |= {f"{name}/": _json(run, f"{SCORES}/{name}/stats.json")["splits"] for name in table_names(run)}
+    for prefix, splits in found.items():
+        for split, values in splits.items():
+            yield from ((split, f"{prefix}{column}", values) for column in values if column != "clips")
+
+
+def _corpus(address: str, column: str | None) -> dict[str, str]:
+    """What a card says about a corpus; empty where the corpus is gone or says nothing.
+
+    Args:
+        column: the score column that was read; its protocol may be that of a table.
+    """
     run = Folder.at(address)
     facts = dict.fromkeys(("bundle", "clips", "protocol"), "") | {"name": run.uri.rpartition("/")[2]}
     if run.exists(RUN):
         described = _json(run, RUN)
-        facts["bundle"] = str(described.get("config", {}).get("bundle", ""))
-        facts["protocol"] = str(described.get("protocol_id", ""))
+        facts["bundle"] = base_name(str(described.get("config", {}).get("bundle", "")))
+        table = (column or "").rpartition("/")[0]
+        scored = _json(run, f"{SCORES}/{table}/{RUN}") if table and run.exists(f"{SCORES}/{table}/{RUN}") else described
+        facts["protocol"] = str(scored.get("protocol_id", "")) if column else "no score is read"
     if run.exists(SUCCESS):
         rows = _json(run, SUCCESS).get("summary", {}).get("rows", {})
         facts["clips"] = str(rows.get("ok", ""))

@@ -44,8 +44,7 @@ from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.evaluation.statistics import Seeds, hierarchical_bootstrap
 from ttmray.evaluation.systems import System, find_systems
 from ttmray.generation.prompts import given_prompts, read_prompts
-from ttmray.models.bundle import Bundle, ReleasedBundle, open_bundle
-from ttmray.models.weights import licences
+from ttmray.models.bundle import Bundle, BundleName, open_bundle
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
 
@@ -91,7 +90,7 @@ class EvaluateConfig(Config):
     """Folder of the reference sets, local or s3://."""
     output: str = execution("runs/evaluation", min_length=1)
     """Folder of the results: a local path or s3:// prefix."""
-    bundle: str = "debug"
+    bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
     reward_text: Literal["empty", "caption"] = "empty"
     """What the reward sees as text; CLAP scores always use the raw prompt."""
@@ -202,7 +201,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "reference": reference.about if reference else {},
         "leaks": _plain_leaks(leaks, training, config.near_duplicate) if training else {},
         "warnings": list(dict.fromkeys(warnings + more)),
-        "license_notes": licences(bundle.name) if isinstance(bundle, ReleasedBundle) else [],
+        "license_notes": list(bundle.licence_notes),
         "timing": {"wall_s": total, **seconds},
     }
     _write(out, results, rows, claps)

@@ -250,8 +250,9 @@ def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None
 
 
 def _made_by(bundle: str, reward_text: Literal["empty", "caption"], config: MeasureConfig, middle: bool) -> str:
-    how = asdict(open_bundle(bundle).protocol(reward_text))
-    how |= {"bundle": bundle, "gpu": config.on_gpu, "middle": middle}
+    chosen = open_bundle(bundle)
+    how = asdict(chosen.protocol(reward_text))
+    how |= {"bundle": chosen.name, "gpu": config.on_gpu, "middle": middle}
     return fingerprint(json.loads(json.dumps(how)))
 
 

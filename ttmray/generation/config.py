@@ -9,6 +9,7 @@ from ttmray.cluster import PoolConfig
 from ttmray.config import Config, execution
 from ttmray.generation.postprocess import PostprocessConfig
 from ttmray.generation.sampler import SamplerConfig
+from ttmray.models.bundle import BundleName
 from ttmray.models.score_heads import Head, Null
 
 OURS = ("bundle", "format")
@@ -55,7 +56,7 @@ class GenerateConfig(Config):
     output: str = execution("runs/generate", min_length=1)
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
     added to a folder, other settings need another one."""
-    bundle: str = "debug"
+    bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
     checkpoint: str | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; its hash is part of the run's identity); default: the bundle's.

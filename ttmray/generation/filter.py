@@ -6,8 +6,8 @@ A pool (generation/pool.py) is a corpus run of generated clips, whose index has 
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from pydantic import Field
 from ttmray.config import Config, differences, identity
 from ttmray.console import console
 from ttmray.corpus import index, shards
+from ttmray.corpus.scores import COLUMN, protocol_of, with_columns
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
@@ -25,14 +26,13 @@ from ttmray.storage import Folder, parquet_table
 
 KEPT, WEIGHTED, REPORT = "kept.txt", "weights.csv", "selection.json"
 PERCENTILES = (5, 25, 50, 75, 90, 95)
-Reward = Literal["reward_score", "instrumental_reward_score"]
 
 
 class FilterConfig(Config):
     """What is kept of a pool. Gates are ours: the paper names none."""
 
-    reward: Reward = "instrumental_reward_score"
-    """Column of the reward."""
+    reward: str = Field("instrumental_reward_score", pattern=COLUMN)
+    """Column of the reward: of the index, or `<table>/<column>` of a table of `ttmray corpus rescore`."""
     reward_weight: float = Field(0.5, ge=0)
     """Of its z-score in the blend. Only the ratio of the weights counts."""
     clap_weight: float = Field(0.5, ge=0)
@@ -64,19 +64,23 @@ class Selection(NamedTuple):
     weights: np.ndarray
 
 
-def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None = None) -> int:
+def filter_pool(
+    pool: str, output: str, config: FilterConfig, corpus: str | None = None, corpus_column: str | None = None
+) -> int:
     """Choose clips of a finished pool; writes `selection.json`, `selection.md` and `kept.txt` into `output`, and where
     clips are weighted `weights.csv`.
 
     Args:
-        corpus: run folder of the training corpus, whose rewards the kept ones are compared with.
+        corpus: run folder of the training corpus, whose rewards the kept ones are compared with, where the same head
+            made both.
+        corpus_column: its score column; default: that of the pool.
 
     Raises:
         UserError: no pool, too few clips, scores that are all equal, or an output folder of another selection.
     """
-    table, fingerprint = read_pool(pool)
+    table, fingerprint = read_pool(pool, (config.reward,))
     out = Folder.at(output)
-    what = _identity(fingerprint, config)
+    what = _identity(pool, fingerprint, config)
     _refuse_another(out, what)
     embeddings = {} if config.max_similarity is None else read_embeddings(Folder.at(pool), table)
     try:
@@ -85,7 +89,12 @@ def filter_pool(pool: str, output: str, config: FilterConfig, corpus: str | None
         raise UserError(f"{pool}: {error.message}", error.hint) from error
     rewards = report["distributions"].get("reward")  # not there where the reward has no weight, and a clip none
     if corpus is not None and rewards is not None:
-        report["train"] = compare(train_rewards(corpus, config.reward), rewards["after"]["mean"])
+        column = corpus_column or config.reward
+        ours, theirs = protocol_of(Folder.at(pool), config.reward), protocol_of(Folder.at(corpus), column)
+        if ours == theirs:
+            report["train"] = compare(train_rewards(corpus, column), rewards["after"]["mean"])
+        else:
+            console.print(f"not compared with {corpus}: {theirs} made its {column}, {ours} the pool's", markup=False)
     report = {"identity": what, **report}
     out.write(REPORT, json.dumps(report, indent=1).encode())
     out.write("selection.md", markdown(report).encode())
@@ -103,11 +112,14 @@ def refuse_another_selection(pool: str, output: str, config: FilterConfig) -> No
     Raises:
         UserError: it is another one, or there is no such pool.
     """
-    _refuse_another(Folder.at(output), _identity(read_pool(pool)[1], config))
+    _refuse_another(Folder.at(output), _identity(pool, read_pool(pool)[1], config))
 
 
-def _identity(pool: str, config: FilterConfig) -> dict[str, Any]:
-    return dict(json.loads(json.dumps({"pool": pool, "filter": identity(config)})))
+def _identity(pool: str, fingerprint: str, config: FilterConfig) -> dict[str, Any]:
+    what: dict[str, Any] = {"pool": fingerprint, "filter": identity(config)}
+    if "/" in config.reward:  # a table may be made again by another head
+        what["scores"] = protocol_of(Folder.at(pool), config.reward)
+    return dict(json.loads(json.dumps(what)))
 
 
 def _refuse_another(out: Folder, what: dict[str, Any]) -> None:
@@ -117,11 +129,14 @@ def _refuse_another(out: Folder, what: dict[str, Any]) -> None:
             raise UserError(f"{out} holds another selection:\n    " + "\n    ".join(lines), "Choose another folder.")
 
 
-def read_pool(folder: str) -> tuple[pa.Table, str]:
+def read_pool(folder: str, columns: Sequence[str] = ()) -> tuple[pa.Table, str]:
     """All rows of a finished pool, and its fingerprint.
 
+    Args:
+        columns: score columns that are needed, of the index or of tables of scores.
+
     Raises:
-        UserError: not finished, damaged, or no pool.
+        UserError: not finished, damaged, or no pool, or a score column that it does not have.
     """
     run = Folder.at(folder)
     if not run.exists(index.MERGED):
@@ -133,6 +148,7 @@ def read_pool(folder: str) -> tuple[pa.Table, str]:
         raise UserError(f"{folder} is no pool: its index has no column {missing[0]}.", "Make one with `ttmray pool`.")
     for name in COLUMNS.names:
         table = table.append_column(name, whole[name])
+    table = with_columns(run, table, columns)
     try:
         return table, str(json.loads(run.read(RUN))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
@@ -326,7 +342,8 @@ def train_rewards(corpus: str, column: str) -> np.ndarray:
     Raises:
         UserError: there are none.
     """
-    table = index.read_index(Folder.at(corpus))
+    run = Folder.at(corpus)
+    table = with_columns(run, index.read_index(run), (column,))
     rows = table.filter(pc.and_(pc.equal(table["status"], OK), pc.equal(table["split"], "train")))
     values = numbers(rows, column)
     values = values[np.isfinite(values)]

@@ -29,8 +29,9 @@ from ttmray.cluster import each
 from ttmray.config import identity
 from ttmray.console import console, meter
 from ttmray.corpus import index, shards
-from ttmray.corpus.finalise import check_rows, latent_statistics, reward_statistics, sweep
+from ttmray.corpus.finalise import check_rows, latent_statistics, sweep
 from ttmray.corpus.plan import SCHEMA, Plan, pack_units, plan_difference
+from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, Worker

@@ -17,7 +17,7 @@ from ttmray.generation.config import RuntimeConfig
 from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
 from ttmray.models import one_thread, require_finite, side_by_side
 from ttmray.models.backbone_weights import load_backbone
-from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.bundle import BundleName, LoadOptions, open_bundle, resolve_device
 from ttmray.models.score_heads import Head, Null
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 
@@ -52,7 +52,7 @@ class CandidatesConfig(Config):
     """File of prompts that must not be among them, by id or by text: those of the evaluation."""
     output: str = execution("runs/pool", min_length=1)
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
-    bundle: str = "debug"
+    bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
     checkpoint: str | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; their hash is part of the run's identity); default: the bundle's.

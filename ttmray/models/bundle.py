@@ -11,11 +11,16 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import AfterValidator
+
+from ttmray.config import IdentityPart
 from ttmray.errors import UserError
 from ttmray.models.protocol import Protocol
+from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
 from ttmray.models.weights import Store, digest_file, licences, open_store
+from ttmray.storage import absolute
 
 if TYPE_CHECKING:
     from ttmray.models.backbone import FluxAudio
@@ -74,6 +79,8 @@ class Bundle(ABC):
 
     name: str
     note: str
+    licence_notes: tuple[str, ...] = ()
+    """What must be said of the licences of its weights."""
 
     @abstractmethod
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
@@ -152,8 +159,12 @@ class ReleasedBundle(Bundle):
     name: str
 
     @property
+    def licence_notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(licences(self.name))
+
+    @property
     def note(self) -> str:  # type: ignore[override]
-        return "; ".join(licences(self.name))
+        return "; ".join(self.licence_notes)
 
     def _entries(self, store: Store) -> dict[str, str]:
         """Role -> name of the registry entry."""
@@ -226,6 +237,38 @@ class ReleasedBundle(Bundle):
         }
 
 
+@dataclass(frozen=True)
+class BundleWithHead(Bundle):
+    """A bundle whose rewards come from another head: that of a ranker run, or of a file."""
+
+    base: Bundle
+    head: RewardHead
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.base.name
+
+    @property
+    def licence_notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.base.licence_notes
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        own = f"rewards by the head {self.head.location} ({self.head.sha256[:12]})"
+        return f"{self.base.note}; {own}" if self.base.note else own
+
+    def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
+        identity = self.base.identity(roles)
+        return identity | {"head": self.head.id} if roles is None or "tunejury" in roles else identity
+
+    def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
+        return with_head(self.base.protocol(reward_text), self.head)
+
+    def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        makers = self.base._makers(options, device, vocoder)
+        return makers | {"tunejury": lambda: self.head.load(device=device)}
+
+
 BUNDLES: dict[str, Bundle] = {
     "paper": ReleasedBundle("paper"),
     "debug": DebugBundle("debug", width=1),
@@ -233,15 +276,34 @@ BUNDLES: dict[str, Bundle] = {
 }
 
 
+def base_name(bundle: str) -> str:
+    """`paper` of `paper+runs/my-ranker`."""
+    return bundle.partition("+")[0]
+
+
+def _with_absolute_head(bundle: str) -> str:
+    name, plus, head = bundle.partition("+")
+    return f"{name}+{absolute(head)}" if plus else bundle
+
+
+BundleName = Annotated[str, AfterValidator(_with_absolute_head), IdentityPart(base_name)]
+"""Field of configs. Where a head lies is no part of an identity: the bundle's own has its hash."""
+
+
 def open_bundle(name: str) -> Bundle:
-    """The bundle of that name.
+    """The bundle of that name, or of that name with another reward head: `paper+runs/my-ranker`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such bundle or head, or the head was trained on features of other encoders.
     """
+    name, plus, head = name.partition("+")
     if name not in BUNDLES:
         raise UserError(f"bundle: there is no bundle {name!r}.", f"Known bundles: {', '.join(BUNDLES)}.")
-    return BUNDLES[name]
+    if not plus:
+        return BUNDLES[name]
+    bundle = BundleWithHead(BUNDLES[name], open_head(head))
+    require_same_encoders(bundle.head, bundle.base.identity(), f"bundle {name}")
+    return bundle
 
 
 def on_gpu(device: str, runner: str, gpus: float) -> bool:

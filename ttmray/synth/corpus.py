@@ -6,6 +6,7 @@ It is written by the corpus job's own last stage and its own finalise, so it can
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ttmray.corpus.plan import SCHEMA, Plan, pack_units
 from ttmray.corpus.stages import Context, Write
 from ttmray.corpus.unit import Unit
 from ttmray.models.bundle import Models
+from ttmray.models.protocol import Protocol
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 
@@ -52,7 +54,8 @@ def write_random_corpus(
     segments = SegmentConfig(max_clips=clips_per_track)
     config = CorpusConfig(input="none", output=run.uri, bundle=PROTOCOL, unit_clips=unit_clips, segments=segments)
     plan = _plan(tracks, clips_per_track, captions or tracks, validation, test, unit_clips)
-    what = {"seed": seed, "plan": plan.identity(), "latent": list(latent), "text": list(text)}
+    what: dict[str, Any] = {"seed": seed, "plan": plan.identity(), "latent": list(latent), "text": list(text)}
+    what["protocol"] = asdict(Protocol())
     described = {"kind": "corpus", "fingerprint": fingerprint(what), "identity": what, "protocol_id": PROTOCOL}
     described |= {"config": config.model_dump(mode="json"), "note": "random numbers: they mean nothing"}
     run.write(RUN, json.dumps(described).encode())

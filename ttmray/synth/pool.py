@@ -98,7 +98,7 @@ def write_pool(folder: str, candidates: Sequence[Candidate], prompts: Mapping[st
     run.write(shard, tar)
     run.write(captions, features)
     run.write(index.MERGED, buffer.getvalue())
-    described = {"kind": "pool", "fingerprint": fingerprint(identity), "identity": identity}
+    described = {"kind": "pool", "fingerprint": fingerprint(identity), "identity": identity, "protocol_id": PROTOCOL}
     run.write(RUN, json.dumps(described | {"config": {"bundle": PROTOCOL}}).encode())
     run.write(SUCCESS, b"{}")
     return run

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from ttmray.corpus import index, shards
+from ttmray.corpus import index, scores, shards
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.runs import RUN, SUCCESS
@@ -129,7 +129,7 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
         corpus: run folder, local or remote.
         split: `train`, `validation`, `test` or `all`.
         keys: file of clip keys to keep (see `read_keys`).
-        score_column: column of the index; None: the clips need no score.
+        score_column: column of the index or of a table of scores; None: the clips need no score.
         cache: local folder for copies of remote files.
 
     Raises:
@@ -138,8 +138,12 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
     run = Folder.at(corpus)
     fingerprint = _fingerprint(run)
     files = Files(run, copies_folder(cache).sub(fingerprint[:16]))
-    columns = ["key", "status", "split", "caption_id", "shard", "unit", *([score_column] if score_column else [])]
-    table = index.read_index(run).select(columns)
+    columns = ["key", "status", "split", "caption_id", "shard", "unit"]
+    table = index.read_index(run)
+    if score_column is not None:
+        table = scores.with_columns(run, table, [score_column])
+        columns.append(score_column)
+    table = table.select(columns)
     weights = None if keys is None else read_keys(keys)
     rows = _choose(run, table, split, keys, weights)
     captions = rows["caption_id"].combine_chunks().dictionary_encode()

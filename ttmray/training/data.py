@@ -25,7 +25,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ttmray.config import Config, execution, fingerprint
+from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.errors import UserError
+from ttmray.storage import Folder
 from ttmray.training.clips import CLAP_WIDTH, Clips, open_clips, remote_sizes
 from ttmray.training.files import make_room
 from ttmray.training.flow_matching import Batch
@@ -48,10 +50,9 @@ class SourceConfig(Config):
     keys: str | None = execution(None)
     """File of the clip keys to keep: one per line, or a column `key` (.csv, .tsv, .parquet). Default: all clips. A
     column `weight` weighs their losses in training, as reward-weighted fine-tuning does."""
-    score_column: Literal["reward_score", "instrumental_reward_score", "track_reward_score"] | None = (
-        "instrumental_reward_score"
-    )
-    """Score that the model is conditioned on; null for models that take none."""
+    score_column: str | None = Field("instrumental_reward_score", pattern=COLUMN)
+    """Score that the model is conditioned on: a number of the index, or `<table>/<column>` of a table of
+    `ttmray corpus rescore`, such as `ranker/instrumental_reward_score`; null for models that take none."""
 
 
 class DataConfig(Config):
@@ -260,12 +261,33 @@ def open_mixture(config: DataConfig) -> Mixture:
         UserError: sources without such clips, without scores, damaged, or too large for the cache.
     """
     sources = [open_clips(s.corpus, s.split, s.keys, s.score_column, config.cache) for s in config.sources]
+    require_one_protocol(config.sources)
     needed: dict[str, int] = {}
     for source in sources:
         needed |= remote_sizes(source)
     make_room(config.cache, needed, config.cache_gib)
     pa.default_memory_pool().release_unused()  # whole index files were read; what is kept is a tenth
     return Mixture(sources, [source.repeat for source in config.sources], config.seed)
+
+
+def require_one_protocol(sources: Sequence[SourceConfig]) -> None:
+    """See that the scores of all sources mean the same: they were made in one way, by one head.
+
+    Raises:
+        UserError: two of them were not.
+    """
+    first: tuple[str, str] | None = None
+    for source in sources:
+        if source.score_column is None:
+            continue
+        run = Folder.at(source.corpus)
+        protocol, where = protocol_of(run, source.score_column), f"{source.score_column} of {run}"
+        first = first or (protocol, where)
+        if protocol != first[0]:
+            raise UserError(
+                f"sources: {first[1]} was made by {first[0]}, {where} by {protocol}.",
+                "Score both in one way: ttmray corpus rescore RUN --head HEAD --name NAME, and name its column.",
+            )
 
 
 def draws(seed: int, number: int, shape: tuple[int, int]) -> Draws:

@@ -184,9 +184,18 @@ def _experts(
             sample_pool(weights, source.uri)
     corpus = config.data.sources[0]
     selection = place.sub(SELECTION)
-    filter_pool(source.uri, selection.uri, config.filter, corpus.corpus)
+    filter_pool(source.uri, selection.uri, config.filter, corpus.corpus, corpus.score_column)
     keys = selection.path(KEPT if config.filter.temperature is None else WEIGHTED)
-    return SourceConfig(corpus=source.uri, split="all", keys=keys, score_column=corpus.score_column, repeat=1.0)
+    return SourceConfig(
+        corpus=source.uri, split="all", keys=keys, score_column=_pool_column(corpus, config), repeat=1.0
+    )
+
+
+def _pool_column(corpus: SourceConfig, config: ExpertIterationConfig) -> str | None:
+    """What the model is conditioned on in the pool: the corpus's column, or where that is one of a table the column by
+    which the pool is filtered. Both must have been made by one head, which opening the mixture checks."""
+    column = corpus.score_column
+    return config.filter.reward if column is not None and "/" in column else column
 
 
 def _pool(config: ExpertIterationConfig, number: int, place: Folder) -> Folder:

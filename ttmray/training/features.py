@@ -28,6 +28,7 @@ from ttmray.errors import ClipError, UserError
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
+from ttmray.models.reward_head import encoders_of
 from ttmray.models.scoring import SAMPLE_RATE, Embeddings, Scorer
 from ttmray.storage import Folder, parquet_table, split_path
 
@@ -270,7 +271,7 @@ def _from_corpora(addresses: Sequence[str], bundle: str) -> dict[str, tuple[np.n
     for uri, keys in wanted.items():
         run = Folder.at(uri)
         made = json.loads(run.read("run.json"))["identity"]["bundle"]
-        if made != json.loads(json.dumps(open_bundle(bundle).identity())):
+        if encoders_of(made) != encoders_of(json.loads(json.dumps(open_bundle(bundle).identity()))):
             raise UserError(f"{uri} was made by {made}, not by the bundle {bundle}.", "Name the bundle of the corpus.")
         rows = index.read_index(run).select(["key", "status", "shard"]).to_pylist()
         for shard in sorted({row["shard"] for row in rows if row["status"] == "ok" and row["key"] in keys}):

@@ -18,9 +18,10 @@ from pydantic import Field
 
 from ttmray.config import Config, differences, execution, identity
 from ttmray.console import console
+from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.generation.filter import Reward, blend, counted, describe, numbers, prompt_prefix, read_pool
+from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool
 from ttmray.generation.prompts import read_prompts
 from ttmray.storage import Folder, parquet_table, read_file
 
@@ -49,8 +50,8 @@ class PairsConfig(Config):
     by: Literal["clap", "reward", "blend"] = "clap"
     """What ranks the candidates of a prompt: `clap_score` (the paper), the reward, or their blend (z-scores over the
     whole pool, as in the filter of Stage 2)."""
-    reward: Reward = "instrumental_reward_score"
-    """Column of the reward."""
+    reward: str = Field("instrumental_reward_score", pattern=COLUMN)
+    """Column of the reward: of the index, or `<table>/<column>` of a table of `ttmray corpus rescore`."""
     reward_weight: float = Field(0.5, ge=0)
     """Of `blend`."""
     clap_weight: float = Field(0.5, ge=0)
@@ -84,10 +85,12 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
     Raises:
         UserError: no finished pool, no pair, or an output folder of other pairs.
     """
-    table, fingerprint = read_pool(pool)
+    table, fingerprint = read_pool(pool, (config.reward,))
     held_out = () if config.held_out is None else [(p.id, p.text) for p in read_prompts(config.held_out)]
     digest = sha256(json.dumps(sorted(held_out)).encode()).hexdigest()
     what = {"pool": fingerprint, "pairs": identity(config) | {"held_out": digest if held_out else None}}
+    if "/" in config.reward:  # a table may be made again by another head
+        what["scores"] = protocol_of(Folder.at(pool), config.reward)
     out = Folder.at(output)
     if out.exists(PAIRS):
         lines = differences(_about(out.read(PAIRS), out.path(PAIRS)), what)

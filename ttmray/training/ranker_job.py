@@ -22,7 +22,7 @@ from ttmray.cluster import PoolConfig, each
 from ttmray.config import Config, execution, fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.models.bundle import open_bundle, resolve_device
+from ttmray.models.bundle import BundleName, open_bundle, resolve_device
 from ttmray.models.tunejury import BLOCKS, VARIANTS, TuneJury, load_tunejury
 from ttmray.storage import Folder
 from ttmray.training import ranker_report as report
@@ -51,7 +51,7 @@ class RankerConfig(Config):
     """Tables of votes."""
     output: str = execution(min_length=1)
     """Run folder: a local path or s3:// prefix."""
-    bundle: str = "debug"
+    bundle: BundleName = "debug"
     """Encoders. Those of `debug` are seeded, tiny and untrained."""
     split: PairSplit = PairSplit()
     variants: tuple[Literal["A1", "A2", "A3", "A4", "A5", "A6", "A7"], ...] = Field(("A7",), min_length=1)

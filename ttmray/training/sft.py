@@ -22,7 +22,8 @@ from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import Transfer, config_of, read_config, tidy, transfer
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import LoadOptions, base_name, open_bundle
+from ttmray.models.reward_head import encoders_of
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
@@ -94,21 +95,21 @@ class SftTask:
 
 
 def corpus_bundle(data: DataConfig) -> str:
-    """Name of the bundle that made all corpora.
+    """Name of the bundle that made all corpora, whatever heads scored them.
 
     Raises:
         UserError: they were made by different ones.
     """
     runs = [Folder.at(source.corpus) for source in data.sources]
     described = [json.loads(run.read(RUN)) for run in runs]
-    bundles = [found["identity"].get("bundle") for found in described]
+    bundles = [encoders_of(found["identity"].get("bundle") or {}) for found in described]
     for run, bundle in zip(runs, bundles, strict=True):
         if bundle != bundles[0]:
             lines = "; ".join(differences(bundles[0], bundle, "bundle"))
             raise UserError(
                 f"{runs[0]} and {run} were made by different models: {lines}.", "Mix corpora of one bundle."
             )
-    return str(described[0]["config"]["bundle"])
+    return base_name(str(described[0]["config"]["bundle"]))
 
 
 def open_held_out(data: DataConfig) -> Mixture | None:

@@ -1,0 +1,243 @@
+"""Rewards by another head, from the embeddings of a finished run."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from ttmray.cli import main
+from ttmray.cluster import leave
+from ttmray.config import load_config
+from ttmray.corpus import index, rescore, scores
+from ttmray.corpus.job import score_corpus
+from ttmray.corpus.verify import problems
+from ttmray.errors import UserError
+from ttmray.models.bundle import open_bundle
+from ttmray.models.tunejury import debug_tunejury
+from ttmray.storage import Folder
+from ttmray.training.clips import open_clips
+from ttmray.training.data import DataConfig, SourceConfig, open_mixture
+
+OTHER_SEED = 7
+
+
+def write_head(folder: Path, seed: int = OTHER_SEED, variant: str = "A7", mert: int = 64, **sidecar: object) -> Path:
+    """A head of the debug encoders with other weights, as `train-ranker` leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = debug_tunejury(seed, mert, variant=variant)
+    save_file(model.head.net.state_dict(), folder / "tunejury.safetensors")
+    excluded = {"A7": [], "A4": ["text"], "A1": ["mert", "text"]}[variant]
+    facts = {"input_dim": model.head.widths[0], "exclude": excluded, "block_dims": [512, mert, 512]} | sidecar
+    (folder / "tunejury.json").write_text(json.dumps(facts))
+    return folder
+
+
+def run_rescore(run: Path | str, head: Path | str, *sets: str, name: str = "mine") -> int:
+    config = load_config(rescore.RescoreConfig, None, [f"corpus={run}", f"head={head}", f"name={name}", *sets])
+    return rescore.rescore(config)
+
+
+def rewards(run: Path | str, prefix: str = "") -> dict[str, tuple[float, ...]]:
+    """Key -> the three rewards of a clip."""
+    folder = Folder.at(str(run))
+    names = [f"{prefix}{name}" for name in scores.REWARDS]
+    table = scores.with_columns(folder, index.read_index(folder), names)
+    return {row["key"]: tuple(row[n] for n in names) for row in table.to_pylist() if row["status"] == "ok"}
+
+
+@pytest.mark.parametrize(("variant", "text"), [("A7", "caption"), ("A7", "empty"), ("A1", "empty")])
+def test_rescored_rewards_are_those_of_scoring_the_audio_anew_with_that_head(
+    run: Path, songs: Path, make_config: Callable, tmp_path: Path, variant: str, text: str
+):
+    head = write_head(tmp_path / "head", variant=variant)
+    assert run_rescore(run, head, f"text={text}") == 0
+    anew = make_config(songs, tmp_path / "anew", f"bundle=debug+{head}", f"reward_text={text}")
+    assert score_corpus(anew) == 0
+    assert rewards(run, "mine/") == rewards(anew.output)
+    assert rewards(run, "mine/") != rewards(run)
+    protocol = scores.protocol_of(Folder.at(str(run)), "mine/reward_score")
+    assert protocol == scores.protocol_of(Folder.at(anew.output), "reward_score")
+    assert protocol != scores.protocol_of(Folder.at(str(run)), "reward_score")
+    statistics = json.loads((run / "scores/mine/stats.json").read_text())
+    assert statistics["splits"] == json.loads((Path(anew.output) / "stats/rewards.json").read_text())["splits"]
+
+
+def test_a_relaunch_goes_on_with_the_parts_that_are_missing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(rescore, "UNITS_PER_PART", 1)
+    head = write_head(tmp_path / "head")
+    run_rescore(run, head, name="whole")
+    score, calls = rescore.PartScorer.__call__, []
+
+    def dies(self: rescore.PartScorer, part: rescore.Part) -> int:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(part.name)
+        return score(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rescore.PartScorer, "__call__", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_rescore(run, head)
+    assert scores.table_names(Folder.at(str(run))) == ["whole"]
+    with pytest.raises(UserError, match="has no score column 'mine/reward_score'"):
+        rewards(run, "mine/")
+    run_rescore(run, head)
+    assert "resuming: 1 of 3 parts are there" in " ".join(capsys.readouterr().out.split())
+    for name in ("scores.parquet", "stats.json"):
+        assert (run / "scores/mine" / name).read_bytes() == (run / "scores/whole" / name).read_bytes()
+    assert not list((run / "scores/mine/parts").iterdir())
+    run_rescore(run, head)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_workers_of_ray_write_the_same_table(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rescore, "UNITS_PER_PART", 1)
+    head = write_head(tmp_path / "head")
+    run_rescore(run, head, name="here")
+    run_rescore(run, head, "runtime.runner=ray", "runtime.workers=2", name="there")
+    leave()
+    table = "scores.parquet"
+    assert (run / "scores/there" / table).read_bytes() == (run / "scores/here" / table).read_bytes()
+
+
+def test_a_corpus_and_a_head_in_a_bucket_are_rescored_there(run: Path, bucket: str, tmp_path: Path):
+    head = write_head(tmp_path / "head")
+    for root, where in ((run, "corpus"), (head, "head")):
+        for file in root.rglob("*"):
+            if file.is_file():
+                Folder.at(f"{bucket}/{where}").write(file.relative_to(root).as_posix(), file.read_bytes())
+    run_rescore(f"{bucket}/corpus", f"{bucket}/head")
+    run_rescore(run, head)
+    assert rewards(f"{bucket}/corpus", "mine/") == rewards(run, "mine/")
+
+
+def test_another_head_needs_another_name(run: Path, tmp_path: Path):
+    run_rescore(run, write_head(tmp_path / "one", seed=1))
+    with pytest.raises(UserError, match="belongs to another run:\n    head: "):
+        run_rescore(run, write_head(tmp_path / "two", seed=2))
+
+
+def test_the_place_of_a_head_and_of_its_run_is_no_part_of_identity(run: Path, tmp_path: Path):
+    run_rescore(run, write_head(tmp_path / "one"))
+    moved = run.rename(tmp_path / "moved")
+    assert run_rescore(moved, write_head(tmp_path / "two") / "tunejury.safetensors") == 0
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "mert", "message"),
+    [
+        ({"protocol": "paper/tj-center-full-int16-empty-0123"}, 64, "trained on features of the bundle paper"),
+        ({}, 48, "takes 1072 inputs"),
+    ],
+)
+def test_a_head_of_other_encoders_is_refused(
+    run: Path, tmp_path: Path, sidecar: dict[str, str], mert: int, message: str
+):
+    with pytest.raises(UserError, match=message):
+        run_rescore(run, write_head(tmp_path / "head", mert=mert, **sidecar))
+    assert scores.table_names(Folder.at(str(run))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run, head: (run / "_SUCCESS.json").unlink(), "is not finished"),
+        (lambda run, head: (head / "tunejury.safetensors").unlink(), "is no reward head"),
+        (lambda run, head: (head / "tunejury.safetensors").write_bytes(b"PK"), "tunejury.safetensors"),
+        (lambda run, head: (run / "run.json").unlink(), "is not a corpus run"),
+        (lambda run, head: _flip(next((run / "shards").iterdir())), "hash is not that of its name"),
+    ],
+)
+def test_what_cannot_be_rescored_is_one_message_and_no_table(
+    run: Path, tmp_path: Path, change: Callable[[Path, Path], object], message: str
+):
+    head = write_head(tmp_path / "head")
+    change(run, head)
+    with pytest.raises(UserError, match=message):
+        run_rescore(run, head)
+    assert scores.table_names(Folder.at(str(run))) == []
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "x" * 65])
+def test_a_name_that_is_no_folder_is_refused(run: Path, tmp_path: Path, name: str):
+    command = ["corpus", "rescore", str(run), "--head", str(write_head(tmp_path / "head")), "--name", name]
+    assert main(command) == 2
+    assert not (run / "scores").exists()
+
+
+def test_training_reads_a_column_of_a_table_and_lists_the_columns_that_there_are(run: Path, tmp_path: Path):
+    run_rescore(run, write_head(tmp_path / "head"))
+    clips = open_clips(str(run), "all", None, "mine/reward_score", str(tmp_path))
+    expected = rewards(run, "mine/")
+    assert [expected[str(key)][0] for key in clips.keys] == pytest.approx(clips.score.tolist())
+    with pytest.raises(
+        UserError, match=r"no score column 'yours/reward_score'. It has: .*lufs.*mine/track_reward_score"
+    ):
+        open_clips(str(run), "all", None, "yours/reward_score", str(tmp_path))
+    assert open_clips(str(run), "all", None, "lufs", str(tmp_path)).score.max() < 0
+
+
+def test_scores_of_different_heads_do_not_mix(run: Path, tmp_path: Path):
+    run_rescore(run, write_head(tmp_path / "head"))
+    sources = [
+        SourceConfig(corpus=str(run), split="all", score_column=column)
+        for column in ("mine/instrumental_reward_score", "instrumental_reward_score")
+    ]
+    with pytest.raises(UserError, match=r"sources: mine/instrumental_reward_score of .* was made by"):
+        open_mixture(DataConfig(sources=tuple(sources), cache=str(tmp_path)))
+
+
+def test_verify_finds_damaged_tables_and_clips_that_were_made_again(run: Path, tmp_path: Path):
+    head = write_head(tmp_path / "head")
+    run_rescore(run, head)
+    run_rescore(run, head, name="other")
+    assert list(problems(Folder.at(str(run)))) == []
+    _flip(run / "scores/mine/scores.parquet")
+    (run / "scores/other/_SUCCESS.json").write_text("{}")
+    lines = list(problems(Folder.at(str(run))))
+    assert len(lines) == 2
+    assert "scores/mine/scores.parquet: SHA-256 differs" in lines[0]
+    assert "scores/other/_SUCCESS.json is damaged" in lines[1]
+    assert all("rescore once more" in line for line in lines)
+    for name in ("mine", "other"):  # the advice works
+        shutil.rmtree(run / "scores" / name)
+        run_rescore(run, head, name=name)
+    assert list(problems(Folder.at(str(run)))) == []
+
+
+def test_looks_take_columns_of_tables(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_rescore(run, write_head(tmp_path / "head"))
+    capsys.readouterr()
+    assert main(["corpus", "ls", str(run), "--status", "ok", "--columns", "key,mine/reward_score", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["key"]: row["mine/reward_score"] for row in rows} == {
+        key: values[0] for key, values in rewards(run, "mine/").items()
+    }
+    assert main(["corpus", "ls", str(run), "--columns", "key,nothing"]) == 2
+    assert main(["corpus", "stats", str(run)]) == 0
+    assert "mine/track_reward" in capsys.readouterr().out
+    assert main(["corpus", "sample", str(run), "-n", "1", "--out", str(tmp_path / "page")]) == 0
+    assert "mine/reward_score" in (tmp_path / "page/index.html").read_text()
+
+
+def test_a_bundle_with_another_head_says_so_and_names_it_by_hash(tmp_path: Path):
+    head = write_head(tmp_path / "head")
+    bundle = open_bundle(f"debug+{head}")
+    assert bundle.name == "debug"
+    assert bundle.identity()["head"] == bundle.protocol("empty").hashes[-1][1]
+    assert len(bundle.identity()["head"].split()[0]) == 64
+    assert str(head) in bundle.note
+    assert bundle.identity({"vocoder"}) == open_bundle("debug").identity({"vocoder"})
+    with pytest.raises(UserError, match="is no reward head"):
+        open_bundle(f"debug+{tmp_path}/nothing")

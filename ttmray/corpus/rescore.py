@@ -1,0 +1,277 @@
+"""Rewards of a finished run by another head, from the embeddings in its shards: no audio is read, no encoder loaded.
+
+`ttmray corpus rescore` writes `scores/<name>/`: a part per `UNITS_PER_PART` units, whose file is its commit as an index
+file is that of its unit, and in the end one table in the order of the index (`corpus/scores.py`), statistics and
+`_SUCCESS.json`. Resume is relaunch. The numbers are those that a corpus job with this head would have made, to the bit
+on a CPU.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from ttmray import runs
+from ttmray.cluster import PoolConfig, each
+from ttmray.config import Config, execution
+from ttmray.console import console, meter
+from ttmray.corpus import index, scores, shards
+from ttmray.corpus.plan import Plan
+from ttmray.corpus.unit import OK
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.models.bundle import open_bundle
+from ttmray.models.protocol import Protocol
+from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
+from ttmray.runs import RUN, SUCCESS
+from ttmray.storage import Folder, parquet_table
+
+if TYPE_CHECKING:
+    from ttmray.models.tunejury import TuneJury
+
+PARTS = "parts"
+UNITS_PER_PART = 64
+"""About 2,000 clips: seconds of work, and few files for a large corpus."""
+COLUMNS = ("key", "track_id", "shard", "unit", "caption_id", "caption")
+
+
+class RescoreRuntime(PoolConfig):
+    """Where heads run."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Device of the head."""
+
+
+class RescoreConfig(Config):
+    """`ttmray corpus rescore`."""
+
+    corpus: str = execution(min_length=1)
+    """Run folder of a finished corpus or pool, local or s3://."""
+    head: str = execution(min_length=1)
+    """Weights of the head, or the run folder of `train-ranker`."""
+    name: str = execution(min_length=1)
+    """Of the table."""
+    text: Literal["empty", "caption"] | None = None
+    """What the head sees as text; null: what the rewards of the corpus saw."""
+    runtime: RescoreRuntime = execution(RescoreRuntime())
+    """Where, and on how many workers."""
+
+
+class Part(NamedTuple):
+    """What one call scores: ok rows of some units in the order of the index, and the files of their captions."""
+
+    name: str
+    rows: pa.Table
+    captions: tuple[str, ...]
+
+
+def rescore(config: RescoreConfig) -> int:
+    """Write, or go on with, a table of scores; returns the exit code.
+
+    Raises:
+        UserError: no finished run, a head that does not fit its embeddings, damaged shards, or a name that is taken.
+    """
+    run, head = Folder.at(config.corpus), open_head(config.head)
+    corpus = runs.read(run, _kind(run))
+    if not run.exists(SUCCESS):
+        raise UserError(f"{run} is not finished.", "Finish it first: start its command again.")
+    require_same_encoders(head, corpus["identity"].get("bundle") or {}, str(run))
+    out = run.sub(f"{scores.SCORES}/{scores.check_name(config.name)}")
+    protocol = _protocol(corpus, config.text, head)
+    rows = index.read_index(run)
+    rows = rows.filter(pc.equal(rows["status"], OK)).select(COLUMNS)
+    _claim(out, config, corpus, head, protocol, rows)
+    if out.exists(SUCCESS):
+        console.print(f"nothing to do: {out} is finished, {rows.num_rows} clips are scored", markup=False)
+        return EXIT_OK
+    parts = list(_parts(run, rows, protocol.text == "caption"))
+    todo = [part for part in parts if not out.exists(_file(part))]
+    if len(todo) < len(parts):
+        console.print(f"resuming: {len(parts) - len(todo)} of {len(parts)} parts are there", markup=False)
+    make = partial(PartScorer, run.uri, out.uri, head.location, protocol.text, config.runtime.device)
+    with meter("clips", sum(part.rows.num_rows for part in todo)) as progress:
+        for count in each(make, todo, config.runtime):
+            progress.advance(count)
+    _finish(run, out, parts, corpus, head)
+    return EXIT_OK
+
+
+def _kind(run: Folder) -> str:
+    """A pool is a corpus, too."""
+    if not run.exists(RUN):
+        raise UserError(f"{run} is not a corpus run: it has no {RUN}.", "Give the output folder of a corpus job.")
+    try:
+        kind = str(json.loads(run.read(RUN))["kind"])
+    except (ValueError, KeyError, TypeError):
+        kind = "corpus"  # whose reader says what is wrong
+    return kind if kind == "pool" else "corpus"
+
+
+def _protocol(corpus: dict[str, Any], text: Literal["empty", "caption"] | None, head: RewardHead) -> Protocol:
+    """The corpus's, but for head and text."""
+    how = corpus["identity"]["protocol"]
+    if isinstance(how, dict):
+        fields = how | {"hashes": tuple((str(name), str(value)) for name, value in how["hashes"])}
+        protocol = Protocol(**fields)
+    else:  # pools hold its id
+        protocol = open_bundle(corpus["config"]["bundle"]).protocol(corpus["config"]["reward_text"])
+        if protocol.id() != how:
+            raise UserError(f"its rewards were made by {how}, this bundle's are {protocol.id()}.", "Make it again.")
+    return with_head(protocol if text is None else replace(protocol, text=text), head)
+
+
+def _claim(
+    out: Folder, config: RescoreConfig, corpus: dict[str, Any], head: RewardHead, protocol: Protocol, rows: pa.Table
+) -> None:
+    """Write `run.json` of the table, or see that it describes the same one."""
+    clips = hashlib.sha256()
+    for column in ("key", "shard"):  # names of shards carry hashes
+        clips.update("\n".join(rows[column].to_pylist()).encode())
+    what = {"corpus": corpus["fingerprint"], "clips": clips.hexdigest(), "head": head.id, "protocol": asdict(protocol)}
+    bundle = corpus["protocol_id"].partition("/")[0]
+    described = runs.describe(
+        "scores", what, config, ("torch", "numpy"), protocol_id=f"{bundle}/{protocol.id()}", head=head.sha256
+    )
+    old = runs.existing(out, "scores")
+    if old is None and runs.write(out, described):
+        return
+    runs.refuse_another(out, old or runs.read(out, "scores"), described, way_out="Another table needs another name.")
+
+
+def _parts(run: Folder, rows: pa.Table, with_text: bool) -> Iterator[Part]:
+    units = rows["unit"].combine_chunks().dictionary_encode()
+    names, codes = units.dictionary.to_pylist(), units.indices.to_numpy()  # in the order of the index
+    files = _caption_files(run) if with_text else {}
+    for first in range(0, len(names), UNITS_PER_PART):
+        start, stop = np.searchsorted(codes, (first, first + UNITS_PER_PART))
+        part = rows.slice(int(start), int(stop - start))
+        owners = [files[row["caption_id"]] for row in part.to_pylist() if row["caption"]] if with_text else []
+        yield Part(names[first], part, tuple(sorted(set(owners))))
+
+
+def _caption_files(run: Folder) -> dict[str, str]:
+    """Caption id -> the file with its text features: that of the unit which holds it first."""
+    plan = Plan.load(run).table
+    owned = plan.filter(plan["caption_owner"])
+    of_unit: dict[str, str] = {}
+    units = sorted(set(owned["unit"].to_pylist()))
+    for unit, (_, metadata) in zip(units, index.read_units(run, units), strict=True):
+        for name in metadata["files"]:
+            if name.startswith(f"{shards.CAPTIONS}/"):
+                of_unit[unit] = name
+    pairs = zip(owned["caption_id"].to_pylist(), owned["unit"].to_pylist(), strict=True)
+    return {caption: of_unit[unit] for caption, unit in pairs if unit in of_unit}
+
+
+def _file(part: Part) -> str:
+    return f"{PARTS}/{part.name}.parquet"
+
+
+class PartScorer:
+    """The head in one process. A call scores the clips of a part, writes its file and returns how many there were."""
+
+    def __init__(self, run: str, out: str, head: str, text: str, device: str) -> None:
+        from ttmray.models import one_thread
+        from ttmray.models.bundle import resolve_device
+
+        self.run, self.out, self.with_text = Folder(run), Folder(out), text == "caption"
+        self.device = resolve_device(device)
+        self.source = open_head(head)
+        self.head: TuneJury | None = None  # whose widths are those of the first embeddings
+        one_thread()
+
+    def __call__(self, part: Part) -> int:
+        texts = self._texts(part)
+        table = pa.concat_tables(
+            self._score(part.rows.filter(pc.equal(part.rows["shard"], shard)), shard, texts)
+            for shard in part.rows["shard"].unique().to_pylist()
+        )
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.out.create(_file(part), buffer.getvalue())
+        return table.num_rows
+
+    def _texts(self, part: Part) -> dict[str, np.ndarray]:
+        vectors: dict[str, np.ndarray] = {}
+        for name in part.captions:
+            for caption, features in shards.read_captions(self.run, name).items():
+                vectors[caption] = features["clap_score"]
+        return vectors
+
+    def _score(self, rows: pa.Table, shard: str, texts: dict[str, np.ndarray]) -> pa.Table:
+        """Rows of `scores.SCHEMA` for the clips of a shard."""
+        clips = self._embeddings(rows, shard)
+        clap = np.stack([clips[key][0] for key in rows["key"].to_pylist()])
+        mert = np.stack([clips[key][1] for key in rows["key"].to_pylist()])
+        text = None
+        if self.with_text:
+            none = np.zeros(clap.shape[2], np.float32)
+            text = np.stack([texts[row["caption_id"]] if row["caption"] else none for row in rows.to_pylist()])
+        if self.head is None:
+            self.head = self.source.load((clap.shape[2], mert.shape[2], clap.shape[2]), self.device)
+        mix = self.head.score(clap[:, 0], mert[:, 0], text).astype(np.float64)
+        same = np.array_equal(clap[:, 0], clap[:, 1]) and np.array_equal(mert[:, 0], mert[:, 1])
+        other = mix if same else self.head.score(clap[:, 1], mert[:, 1], text).astype(np.float64)
+        tracks = rows["track_id"].to_pylist()  # whole ones: a track is never divided between units
+        of_track: dict[str, list[float]] = {}
+        for track, value in zip(tracks, mix.tolist(), strict=True):
+            of_track.setdefault(track, []).append(value)
+        means = [float(np.mean(of_track[track])) for track in tracks]
+        columns = [rows["key"].combine_chunks(), rows["shard"].combine_chunks(), mix, other, means]
+        return pa.table(columns, schema=scores.SCHEMA)
+
+    def _embeddings(self, rows: pa.Table, shard: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Key -> CLAP (2, 512) and MERT (2, H) of a shard whose bytes are those that its name promises."""
+        data, where = self.run.read(shard), self.run.path(shard)
+        if hashlib.sha256(data).hexdigest()[:12] != shard.rpartition("-")[2].removesuffix(".tar"):
+            raise UserError(f"{where} is damaged: its hash is not that of its name.", shards.VERIFY)
+        found = {}
+        for key, sample in shards.read_samples(data, where, only=("clap_audio.npy", "mert.npy")):
+            found[key] = (np.atleast_2d(sample["clap_audio.npy"]), np.atleast_2d(sample["mert.npy"]))
+        for key in rows["key"].to_pylist():
+            if key not in found:
+                raise UserError(f"{where} is damaged: clip {key} is not there.", shards.VERIFY)
+        return found
+
+
+def _finish(run: Folder, out: Folder, parts: Sequence[Part], corpus: dict[str, Any], head: RewardHead) -> None:
+    """The table, its statistics and `_SUCCESS.json`; parts are then needed no more."""
+    tables = [parquet_table(out.read(_file(part))).cast(scores.SCHEMA) for part in parts]
+    table = pa.concat_tables(tables) if tables else scores.SCHEMA.empty_table()
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    data = buffer.getvalue()
+    out.write(scores.TABLE, data)
+    rows = index.read_index(run)
+    rows = rows.filter(pc.equal(rows["status"], OK)).select(["key", "status", "split"])
+    if rows["key"].to_pylist() != table["key"].to_pylist():
+        raise RuntimeError(f"{out}: the table's clips are not those of the index")
+    for name in scores.REWARDS:
+        rows = rows.append_column(name, table[name])
+    described = runs.read(out, "scores")
+    statistics = {"protocol": described["protocol_id"], "splits": scores.reward_statistics(rows)}
+    out.write("stats.json", json.dumps(statistics, indent=1).encode())
+    summary = {"clips": table.num_rows, "sha256": hashlib.sha256(data).hexdigest(), "head": head.sha256, **statistics}
+    out.write(SUCCESS, json.dumps({"fingerprint": described["fingerprint"], "summary": summary}, indent=1).encode())
+    for entry in out.files(PARTS, sizes=False):
+        out.delete(f"{PARTS}/{entry.name}")
+    out.sweep_temporary(older_than_s=0.0)
+    name = out.uri.rpartition("/")[2]
+    console.print(
+        f"{table.num_rows} clips scored by {described['protocol_id']}: {out.path(scores.TABLE)}", markup=False
+    )
+    for split, columns in statistics["splits"].items():
+        numbers = columns["instrumental_reward_score"]
+        line = ", ".join(f"{key} {numbers[key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max"))
+        console.print(f"  {split}: {columns['clips']} clips, instrumental reward {line}", markup=False)
+    if corpus.get("note"):
+        console.print(f"  {corpus['note']}", markup=False)
+    console.print(f"columns: {', '.join(f'{name}/{column}' for column in scores.REWARDS)}", markup=False)

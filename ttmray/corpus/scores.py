@@ -1,0 +1,162 @@
+"""Score columns of a run: those of its index, and those of tables that another reward head made later.
+
+`ttmray corpus rescore` writes a table into `scores/<name>/`. Its columns are called `<name>/<column>` wherever a column
+of the index may stand: `ranker/instrumental_reward_score`.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ttmray.corpus import index
+from ttmray.corpus.unit import OK
+from ttmray.errors import UserError
+from ttmray.runs import RUN, SUCCESS
+from ttmray.storage import Folder, parquet_table
+
+SCORES, TABLE = "scores", "scores.parquet"
+REWARDS = ("reward_score", "instrumental_reward_score", "track_reward_score")
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),  # whose embeddings were scored; shard names carry a hash
+        *((name, pa.float64()) for name in REWARDS),
+    ]
+)
+"""Of a table: a row per ok clip, in the order of the index."""
+COLUMN = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63}/)?[a-z][a-z0-9_]*$"
+"""Of a score column in configs."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """`name` if it can name a table.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot name a table of scores.", "Use letters, digits, '.', '_' and '-'.")
+    return name
+
+
+def table_names(run: Folder) -> list[str]:
+    """The finished tables of a run, sorted."""
+    names = (entry.name for entry in run.files(SCORES, sizes=False))
+    return sorted(
+        name.removesuffix(f"/{SUCCESS}") for name in names if re.fullmatch(f"[^/]+/{re.escape(SUCCESS)}", name)
+    )
+
+
+def columns(run: Folder) -> list[str]:
+    """Every score column of a run: numbers of the index, then those of its tables."""
+    own = [field.name for field in index.SCHEMA if pa.types.is_floating(field.type)]
+    return own + [f"{name}/{column}" for name in table_names(run) for column in REWARDS]
+
+
+def with_columns(run: Folder, rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Rows of the index with some score columns of tables beside their own; null where a row is not ok.
+
+    Args:
+        rows: with the columns key, status and shard.
+        names: score columns; those that `rows` has are left as they are.
+
+    Raises:
+        UserError: a column that the run does not have, or a table that was made of other embeddings.
+    """
+    for name in dict.fromkeys(names):
+        if name not in rows.column_names:
+            require_column(run, name)
+            table, _, column = name.rpartition("/")
+            rows = rows.append_column(name, _looked_up(run, rows, table, column))
+    return rows
+
+
+def require_column(run: Folder, name: str) -> None:
+    """See that a run has a score column.
+
+    Raises:
+        UserError: it has none of that name; lists those that it has.
+    """
+    own = {field.name for field in index.SCHEMA if pa.types.is_floating(field.type)}
+    table, _, column = name.rpartition("/")
+    if (not table and name in own) or (table and column in REWARDS and run.exists(f"{SCORES}/{table}/{SUCCESS}")):
+        return
+    raise UserError(
+        f"{run} has no score column {name!r}. It has: {', '.join(columns(run))}.",
+        "Take one of them, or make a table: ttmray corpus rescore RUN --head HEAD --name NAME",
+    )
+
+
+def protocol_of(run: Folder, name: str) -> str:
+    """Id of the protocol that made a score column: that of the run, or of its table; empty for numbers that no reward
+    head made."""
+    table, _, column = name.rpartition("/")
+    if column not in REWARDS:
+        return ""
+    described = json.loads(run.read(f"{SCORES}/{table}/{RUN}" if table else RUN))
+    return str(described["protocol_id"])
+
+
+def read_table(run: Folder, name: str) -> pa.Table:
+    """A finished table of scores.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    file = f"{SCORES}/{name}/{TABLE}"
+    try:
+        return parquet_table(run.read(file)).select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{run.path(file)} is damaged: {error}", again(run, name)) from error
+
+
+def again(run: Folder, name: str) -> str:
+    """How to make a table again."""
+    return f"Delete {run.path(f'{SCORES}/{name}')} and rescore once more."
+
+
+def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[str, Any]:
+    """Per split: mean, sample std, p5, p95 and max of score columns over the ok clips."""
+    statistics: dict[str, Any] = {}
+    ok = rows.filter(pc.equal(rows["status"], OK))
+    for split in sorted(set(ok["split"].to_pylist())):
+        part = ok.filter(pc.equal(ok["split"], split))
+        statistics[split] = {"clips": part.num_rows} | {
+            name: {
+                "mean": float(values.mean()),
+                "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+                "p5": float(np.percentile(values, 5)),
+                "p95": float(np.percentile(values, 95)),
+                "max": float(values.max()),
+            }
+            for name in names
+            for values in [part[name].to_numpy()]
+        }
+    return statistics
+
+
+def _looked_up(run: Folder, rows: pa.Table, name: str, column: str) -> pa.Array:
+    table = read_table(run, name)
+    place = pc.index_in(rows["key"].combine_chunks(), table["key"].combine_chunks())
+    ok = pc.equal(rows["status"], OK).combine_chunks()
+    missing = rows.filter(pc.and_(ok, pc.is_null(place)))
+    if missing.num_rows:
+        raise UserError(
+            f"{run}: {missing.num_rows} clips have no score in the table {name}, e.g. {missing['key'][0]}.",
+            again(run, name),
+        )
+    of = table.take(place)
+    same = pc.equal(of["shard"], rows["shard"])
+    other = rows.filter(pc.and_(ok, pc.invert(pc.fill_null(same, True))))
+    if other.num_rows:
+        raise UserError(
+            f"{run}: {other.num_rows} clips were made again after the table {name}, e.g. {other['key'][0]}.",
+            again(run, name),
+        )
+    return pc.if_else(ok, of[column].combine_chunks(), pa.scalar(None, pa.float64()))
