@@ -3,6 +3,7 @@
 The same rules on an object store are in `corpus/test_s3.py`.
 """
 
+import errno
 import os
 import pickle
 import socket
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttmray import storage
 from ttmray.errors import UserError
 from ttmray.storage import (
     TEMPORARY_PREFIX,
@@ -81,6 +83,58 @@ def test_create_never_replaces(folder):
     assert folder.create("a", b"first") is True
     assert folder.create("a", b"second") is False
     assert folder.read("a") == b"first"
+
+
+def without_links(monkeypatch: pytest.MonkeyPatch, number: int, renames: bool) -> None:
+    """The file system as FUSE, SMB or exFAT show it."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(storage, "_said", set())
+    if not renames:
+        monkeypatch.setattr(storage, "_rename_new", refuse)
+
+
+@pytest.mark.parametrize("renames", [True, False])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_is_written_to_and_never_replaces(
+    tmp_path, monkeypatch, capsys, number, renames
+):
+    without_links(monkeypatch, number, renames)
+    folder = Folder.at(str(tmp_path))
+    assert folder.create("a", b"first")
+    assert folder.create("b", b"other")
+    assert not folder.create("a", b"second")
+    assert folder.read("a") == b"first"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("Do not start two launches with one output folder at once") == int(not renames)
+
+
+def test_of_eight_threads_one_wins_without_hard_links_too(tmp_path, monkeypatch):
+    without_links(monkeypatch, errno.EPERM, renames=True)
+    folder = Folder.at(str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: folder.create("x", bytes([i])), range(8)))
+    assert sum(won) == 1
+    assert folder.read("x") == bytes([won.index(True)])
+
+
+@pytest.mark.parametrize("act", ["write", "create"])
+def test_a_folder_that_cannot_be_synced_is_no_error_after_the_write(tmp_path, monkeypatch, act):
+    sync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    folder = Folder.at(str(tmp_path))
+    getattr(folder, act)("a", b"data")
+    assert folder.read("a") == b"data"
 
 
 def test_of_eight_threads_that_create_one_file_exactly_one_wins(folder):

@@ -14,11 +14,12 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from ttmray.console import errors
 from ttmray.errors import UserError
 
 if TYPE_CHECKING:
@@ -318,6 +319,7 @@ def _leads_back(folder: str, name: str) -> bool:
 
 
 def _local_write(target: Path, data: bytes, replace: bool) -> None:
+    """Write a temporary file and give it its name. Once it has it, nothing turns the write into an error any more."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:  # not what `create` means by it
@@ -331,16 +333,74 @@ def _local_write(target: Path, data: bytes, replace: bool) -> None:
         if replace:
             os.replace(temporary, target)
         else:
-            os.link(temporary, target)
-        fsync(target.parent)
+            _name_new(temporary, target)
+        fsync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _name_new(temporary: Path, target: Path) -> None:
+    """Give a file its final name unless that is taken; of several writers one succeeds.
+
+    By a hard link; where the file system has none (FUSE, SMB, exFAT) by a rename that does not replace; where it has
+    not even that by looking first, which keeps apart all but writers at the very same moment, and is said.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    try:
+        os.link(temporary, target)
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    try:
+        _rename_new(temporary, target)
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    device = os.stat(target.parent).st_dev
+    if device not in _said:
+        _said.add(device)
+        errors.print(
+            f"{target.parent}: this file system cannot create a file that never replaces another one. Do not start two "
+            "launches with one output folder at once here.",
+            markup=False,
+        )
+    os.replace(temporary, target)
+
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+_said: set[int] = set()
+"""File systems (device numbers) of which it was said that they keep no writers apart."""
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Linux's rename that fails where the target exists (`renameat2` with RENAME_NOREPLACE)."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    here, no_replace = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
+    if rename(here, os.fsencode(source), here, os.fsencode(target), no_replace) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
 def fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
+    """Make a file survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut, where its file system can do that."""
+    with suppress(OSError):
+        fsync(path)

@@ -26,7 +26,7 @@ from ttmray.config import Config, load_config
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.models.download import Remote, download, forget, hub_endpoint
-from ttmray.storage import Folder, absolute, explained, fsync, local_file
+from ttmray.storage import Folder, absolute, explained, fsync, fsync_folder, local_file
 
 Role = Literal["clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer"]
 
@@ -402,7 +402,7 @@ def publish(temporary: Path, final: Path) -> None:
     with explained(str(final)):
         fsync(temporary)
         os.replace(temporary, final)
-        fsync(final.parent)
+        fsync_folder(final.parent)
 
 
 def _local(folder: Path, name: str) -> Path:
