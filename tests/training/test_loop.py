@@ -223,6 +223,33 @@ def test_an_exploding_run_names_its_clips_and_keeps_its_checkpoint(finished, mak
     assert look.difference(look.state(run), look.state(finished)) == 0
 
 
+def test_no_update_is_applied_from_a_bad_gradient_on_although_the_host_looks_later(
+    finished, make_sets, tmp_path, capsys, monkeypatch
+):
+    """As on a GPU, where the host does not wait for every update."""
+    at_the_end: list[dict[str, torch.Tensor]] = []
+    require_finite = Tally.require_finite
+
+    def watched(log: Tally, checkpoints) -> None:
+        try:
+            require_finite(log, checkpoints)
+        except loop.NotFinite:
+            at_the_end.append({name: tensor.clone() for name, tensor in log.task.model.state_dict().items()})
+            raise
+
+    monkeypatch.setattr(Tally, "require_finite", watched)
+    for name, looks in (("each", loop.look_now), ("seldom", lambda step, config, device: step % 5 == 0)):
+        monkeypatch.setattr(loop, "look_now", looks)
+        run = shutil.copytree(finished, tmp_path / name)
+        sets = [*make_sets(run), "steps=30", "optimizer.lr=1e30", "runtime.log_every=5", "validation.clips=0"]
+        assert main(["train-sft", "--force", *(f"--set={text}" for text in sets)]) == EXIT_BAD_INPUT
+        message = " ".join(capsys.readouterr().err.split())
+        assert "The gradient of update 14 is not finite. Its worst clips: t0000" in message
+    each, seldom = at_the_end
+    assert all(torch.isfinite(tensor).all() for tensor in each.values())
+    assert all(torch.equal(tensor, seldom[name]) for name, tensor in each.items())
+
+
 def test_the_worst_clips_are_those_that_are_not_finite(make_train_config, tmp_path):
     task = SftTask(make_train_config(tmp_path), CPU)
     log = Tally(task, task.config, Ranks(), CPU, 0)
@@ -230,7 +257,7 @@ def test_the_worst_clips_are_those_that_are_not_finite(make_train_config, tmp_pa
     losses = torch.tensor([5.0, float("nan"), 7.0])
     log.add(samples, loop.Losses(losses, torch.rand(3)))
     first, second, third = samples.keys
-    assert log.suspects() == f"{second} (loss nan), {third} (loss 7), {first} (loss 5)"
+    assert log.suspects(log.update) == f"{second} (loss nan), {third} (loss 7), {first} (loss 5)"
 
 
 def test_a_latent_that_is_not_finite_stops_the_run_and_is_named(make_sets, debug_corpus, look, tmp_path, capsys):

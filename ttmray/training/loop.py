@@ -8,7 +8,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -209,19 +209,15 @@ def train(
                     (found.losses.mean() / accumulation).backward()
                 log.add(samples, found)
             norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.clip, foreach=True)
-            # gradients are averaged over ranks, so a bad one makes the norm bad everywhere
-            if not torch.isfinite(norm):
-                raise NotFinite(
-                    f"The gradient of update {step + 1} is not finite. Its worst clips: {log.suspects()}.",
-                    f"The newest checkpoint in {places} stays. Look at these clips, or lower optimizer.lr.",
-                )
-            optimizer.step()
+            optimizer.found_inf = log.update_done(step + 1, norm)  # type: ignore[attr-defined]
+            optimizer.step()  # does nothing from the first gradient on that is not finite
             optimizer.zero_grad(set_to_none=True)
             ema.update(model)
             step += 1
             alive()
-            log.update_done(norm)
-            done = step == config.steps
+            stop, done = interrupted(), step == config.steps
+            if stop or done or look_now(step, config, device):
+                log.require_finite(places)  # before anything is written
             if step % config.runtime.log_every == 0 or done:
                 values = log.line(step, rate)
                 if book is not None:
@@ -236,7 +232,6 @@ def train(
                     )
             if (step % config.ema.snapshot_every == 0 or done) and ranks.first:
                 ema.write_snapshots(out.sub(SNAPSHOTS), model)
-            stop = interrupted()
             sample()  # before the checkpoint: a relaunch makes again what comes after it
             if step % config.checkpoint.every == 0 or done or stop:
                 if book is not None:
@@ -248,8 +243,24 @@ def train(
                 raise KeyboardInterrupt
 
 
+def look_now(step: int, config: TrainConfig, device: torch.device) -> bool:
+    """Whether the host looks at what the device has found after this update: it waits for it there.
+
+    On a CPU always, for nothing is to be waited for; else where a log line, validation, averages, audio or a checkpoint
+    is due.
+    """
+    every = (
+        config.runtime.log_every,
+        config.validation.every if config.validation.clips else 0,
+        config.ema.snapshot_every,
+        config.samples.every,
+        config.checkpoint.every,
+    )
+    return device.type == "cpu" or any(number and step % number == 0 for number in every)
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters, one group."""
+    """Fused AdamW over the trainable parameters, one group: it can skip an update without the host (`found_inf`)."""
     o = config.optimizer
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, o.lr, o.betas, o.eps, o.weight_decay, fused=True)
@@ -377,6 +388,8 @@ class Tally:
             console.print(f"peak of this device: {self.peak / 1e12:.3g} TFLOP/s ({source})")
         self.keys = ""
         self.update: list[tuple[list[str], Tensor]] = []
+        self.updates: dict[int, list[tuple[list[str], Tensor]]] = {}  # since the host looked last
+        self.first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._reset(step)
         if state is not None:
             self.since, self.keys = state["since"], state["keys"]
@@ -409,12 +422,38 @@ class Tally:
             self.keys = hashlib.sha256(f"{self.keys}{key}".encode()).hexdigest()
         self.update.append((samples.keys, found.losses.detach()))
 
-    def update_done(self, norm: Tensor) -> None:
-        self.grad_norm, self.update = norm, []
+    def update_done(self, number: int, norm: Tensor) -> Tensor:
+        """Note the gradient of an update; nothing here waits for the device.
 
-    def suspects(self, count: int = 4) -> str:
-        """Clips of the update in flight with losses that are not finite, then with the largest; on every rank."""
-        own = [pair for keys, losses in self.update for pair in zip(losses.tolist(), keys, strict=True)]
+        Gradients are averaged over ranks, so a bad one makes the norm bad everywhere.
+
+        Returns:
+            What fused optimisers take as `found_inf`: float32 without dimensions, 1 from the first update on whose
+            gradient was not finite, so that neither it nor any later one is applied.
+        """
+        new = (self.first_bad == 0) & ~torch.isfinite(norm)
+        self.first_bad = torch.where(new, number, self.first_bad)
+        self.updates[number] = self.update
+        self.grad_norm, self.update = norm, []
+        return (self.first_bad > 0).float()
+
+    def require_finite(self, checkpoints: Folder) -> None:
+        """See that all gradients so far were finite; waits for the device. Every rank must call it.
+
+        Raises:
+            NotFinite: one was not; names its update and its worst clips.
+        """
+        bad = int(self.first_bad)
+        if bad:
+            raise NotFinite(
+                f"The gradient of update {bad} is not finite. Its worst clips: {self.suspects(self.updates[bad])}.",
+                f"The newest checkpoint in {checkpoints} stays. Look at these clips, or lower optimizer.lr.",
+            )
+        self.updates.clear()
+
+    def suspects(self, update: Sequence[tuple[list[str], Tensor]], count: int = 4) -> str:
+        """Clips of an update with losses that are not finite, then with the largest; on every rank."""
+        own = [pair for keys, losses in update for pair in zip(losses.tolist(), keys, strict=True)]
         pairs = [pair for rank in self.ranks.gather(own) for pair in rank]
         pairs.sort(key=lambda pair: (math.isfinite(pair[0]), -pair[0]))
         return ", ".join(f"{key} (loss {loss:.4g})" for loss, key in pairs[:count])
