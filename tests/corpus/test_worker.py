@@ -1,5 +1,6 @@
 """The child process: how it answers, fails, dies and is started again."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ttmray.corpus import worker as worker_module
 from ttmray.corpus.running import Job
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.corpus.worker import Worker, WorkerDied, WorkerError
@@ -49,6 +52,7 @@ def unit(unit_and_job) -> Unit:
 
 @pytest.fixture
 def before() -> set[int]:
+    resource_tracker.ensure_running()  # multiprocessing's own helper, one for the life of this process
     return children()
 
 
@@ -147,17 +151,33 @@ def test_killing_a_worker_that_never_started_or_is_dead_does_nothing(worker, uni
     worker.kill()
 
 
-def test_a_child_whose_parent_is_gone_ends_quietly():
-    ours, theirs = os.pipe()
-    os.close(theirs)
-    read_back, write_back = os.pipe()
-    child = subprocess.run(
-        [sys.executable, "-m", "ttmray.corpus.worker", str(ours), str(write_back)],
-        pass_fds=(ours, write_back),
-        capture_output=True,
-        timeout=TIMEOUT_S,
-        check=False,
+def test_a_child_whose_parent_is_gone_ends_quietly(unit_and_job, capfd):
+    job = unit_and_job[1]
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    child = spawn.Process(target=worker_module._serve, args=(theirs, job.to_json(), ("decode",)))
+    child.start()
+    theirs.close()
+    assert ours.recv_bytes() == b"ready"
+    ours.close()
+    child.join(TIMEOUT_S)
+    assert child.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_program_that_starts_a_job_is_not_run_again_by_its_workers(unit_and_job, unit, tmp_path):
+    """Spawned processes import the main module, and most people's has no guard."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from ttmray.corpus.unit import Unit\n"
+        "from ttmray.corpus.worker import Worker\n"
+        "print('started', flush=True)\n"
+        "worker = Worker(sys.argv[1], ('decode',))\n"
+        f"print(len(worker.run(Unit('u0', {unit.tracks[:1]!r}), {TIMEOUT_S}).rows))\n"
+        "worker.kill()\n"
     )
-    for descriptor in (ours, read_back, write_back):
-        os.close(descriptor)
-    assert (child.returncode, child.stderr) == (0, b"")
+    command = [sys.executable, str(program), unit_and_job[1].to_json()]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True).stdout
+    assert printed.split()[0::2] == ["started"]
+    assert int(printed.split()[1]) == 2

@@ -112,7 +112,7 @@ def workers_of(driver: int) -> list[int]:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if b"ttmray.corpus.worker" in command and parent == driver:
+            if b"spawn_main" in command and parent == driver:
                 found.append(int(entry.name))
     return found
 

@@ -1,21 +1,20 @@
 """A child process that runs stages on units: the local runner's worker, and the place where suspects run alone.
 
-Parent and child speak length-prefixed Arrow IPC over two pipes of their own (not stdin and stdout, which
-libraries print to). A child that dies or hangs costs the parent one `WorkerDied`, never more.
+Parent and child send Arrow IPC over a pipe of `multiprocessing`; nothing is pickled but the arguments of the start. A
+child that dies or hangs costs the parent one `WorkerDied`, never more.
 """
 
 import io
 import json
-import os
-import select
+import multiprocessing
 import signal
-import struct
-import subprocess
 import sys
-import time
+import threading
 import traceback
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from types import ModuleType
 
 import pyarrow as pa
 
@@ -23,9 +22,10 @@ from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.unit import Unit
 from ttmray.errors import UserError
 
-_LENGTH = struct.Struct("<Q")
-_CLOSED = "the pipe is closed"
 START_TIMEOUT_S = 300.0
+_READY = b"ready"
+_spawn = multiprocessing.get_context("spawn")
+_starting = threading.Lock()
 
 
 class WorkerDied(Exception):
@@ -49,10 +49,9 @@ class Worker:
     """
 
     def __init__(self, job: str, stages: Sequence[str]) -> None:
-        self._setup = json.dumps({"job": job, "stages": list(stages)})
-        self._child: subprocess.Popen[bytes] | None = None
-        self._to: IO[bytes] | None = None
-        self._from: IO[bytes] | None = None
+        self._job, self._stages = job, tuple(stages)
+        self._child: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
 
     def run(self, unit: Unit, timeout_s: float) -> Unit:
         """The unit after the stages.
@@ -61,16 +60,14 @@ class Worker:
             WorkerDied: the child is gone (a new one is started by the next call).
             UserError, WorkerError: what the child raised; it lives on.
         """
+        if self._child is None:
+            self._start()
+        assert self._pipe is not None
         try:
-            if self._child is None:
-                self._start()
-            assert self._to is not None
-            assert self._from is not None
-            _send(self._to, _encode(unit))
-            answer = pa.ipc.open_stream(_receive(self._from, time.monotonic() + timeout_s)).read_all()
-        except (BrokenPipeError, EOFError, TimeoutError) as error:
-            how = self._bury(timed_out=isinstance(error, TimeoutError), timeout_s=timeout_s)
-            raise WorkerDied(how) from None
+            self._pipe.send_bytes(_encode(unit.to_table()))
+            answer = pa.ipc.open_stream(_receive(self._pipe, timeout_s)).read_all()
+        except (OSError, EOFError) as error:  # a broken pipe, and a time-out, are OSErrors
+            raise WorkerDied(self._bury(timeout_s if isinstance(error, TimeoutError) else None)) from None
         if answer.column_names == ["error"]:
             raised = json.loads(answer["error"][0].as_py())
             if raised["kind"] == "UserError":
@@ -82,107 +79,87 @@ class Worker:
         """End the child at once."""
         if self._child is not None:
             self._child.kill()
-            self._bury(timed_out=False, timeout_s=0)
+            self._bury(None)
 
     def _start(self) -> None:
-        read_child, write_parent = os.pipe()
-        read_parent, write_child = os.pipe()
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ttmray.corpus.worker", str(read_child), str(write_child)],
-            pass_fds=(read_child, write_child),
-            stdin=subprocess.DEVNULL,
-        )
-        os.close(read_child)
-        os.close(write_child)
-        self._to, self._from = os.fdopen(write_parent, "wb"), os.fdopen(read_parent, "rb", buffering=0)
+        self._pipe, theirs = _spawn.Pipe()
+        self._child = _spawn.Process(target=_serve, args=(theirs, self._job, self._stages), daemon=True)
+        with _without_main():
+            self._child.start()
+        theirs.close()  # else the child's death would not close the pipe
         try:
-            _send(self._to, self._setup.encode())
-            _receive(self._from, time.monotonic() + START_TIMEOUT_S)
-        except (BrokenPipeError, EOFError, TimeoutError) as error:
-            how = self._bury(timed_out=isinstance(error, TimeoutError), timeout_s=START_TIMEOUT_S)
+            _receive(self._pipe, START_TIMEOUT_S)
+        except (OSError, EOFError) as error:
+            how = self._bury(START_TIMEOUT_S if isinstance(error, TimeoutError) else None)
             # no clip's fault: nothing was sent yet
             raise UserError(f"A worker process cannot start: it {how}.", "Its own message stands above.") from None
 
-    def _bury(self, timed_out: bool, timeout_s: float) -> str:
-        child = self._child
+    def _bury(self, timeout_s: float | None) -> str:
+        """Take leave of the child; returns how it ended.
+
+        Args:
+            timeout_s: what it did not answer within; None: it is dead, or dying.
+        """
+        child, pipe = self._child, self._pipe
         assert child is not None
-        if timed_out:
+        assert pipe is not None
+        if timeout_s is not None:
             child.kill()
-        code = child.wait()
-        for pipe in (self._to, self._from):
-            try:
-                if pipe is not None:
-                    pipe.close()
-            except BrokenPipeError:
-                continue  # flushing to a dead child; nothing of value is lost
-        self._child = self._to = self._from = None
-        if timed_out:
+        child.join()
+        code = child.exitcode or 0
+        child.close()
+        pipe.close()
+        self._child = self._pipe = None
+        if timeout_s is not None:
             return f"no answer within {timeout_s:g} s"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
-def _encode(unit: Unit) -> bytes:
-    table = unit.to_table()
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A spawned process imports the parent's main module again, whatever that does; ours needs nothing of it."""
+    with _starting:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+def _encode(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
 
 
-def _send(pipe: IO[bytes], data: bytes) -> None:
-    pipe.write(_LENGTH.pack(len(data)))
-    pipe.write(data)
-    pipe.flush()
+def _receive(pipe: Connection, timeout_s: float) -> bytes:
+    if not pipe.poll(timeout_s):
+        raise TimeoutError
+    return pipe.recv_bytes()
 
 
-def _receive(pipe: IO[bytes], deadline: float | None = None) -> bytes:
-    (length,) = _LENGTH.unpack(_exactly(pipe, _LENGTH.size, deadline))
-    return _exactly(pipe, length, deadline)
-
-
-def _exactly(pipe: IO[bytes], count: int, deadline: float | None) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        if deadline is not None:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-        chunk = pipe.read(min(count - len(data), 1 << 20))
-        if not chunk:
-            raise EOFError(_CLOSED)
-        data += chunk
-    return bytes(data)
-
-
-def _serve(read: int, write: int) -> None:
+def _serve(pipe: Connection, job: str, names: Sequence[str]) -> None:
+    """The child: answers units until the parent is gone or done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us by closing the pipe
-    source, sink = os.fdopen(read, "rb", buffering=0), os.fdopen(write, "wb")
+    stages = None
     try:
-        setup = json.loads(_receive(source))
-        _send(sink, b"ready")
-        stages = None
+        pipe.send_bytes(_READY)
         while True:
-            unit = Unit.from_table(pa.ipc.open_stream(_receive(source)).read_all())
+            unit = Unit.from_table(pa.ipc.open_stream(pipe.recv_bytes()).read_all())
             try:
                 if stages is None:
-                    stages = Job.from_json(setup["job"]).build(setup["stages"])
-                answer = _encode(run_stages(stages, unit))
+                    stages = Job.from_json(job).build(names)
+                answer = run_stages(stages, unit).to_table()
             except UserError as error:
                 answer = _error("UserError", error.message, error.hint)
             except Exception:
                 answer = _error("Error", traceback.format_exc(), "")
-            _send(sink, answer)
-    except (EOFError, BrokenPipeError):
-        return  # the parent is gone or done
+            pipe.send_bytes(_encode(answer))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
 
 
-def _error(kind: str, message: str, hint: str) -> bytes:
-    table = pa.table({"error": [json.dumps({"kind": kind, "message": message, "hint": hint})]})
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+def _error(kind: str, message: str, hint: str) -> pa.Table:
+    return pa.table({"error": [json.dumps({"kind": kind, "message": message, "hint": hint})]})
