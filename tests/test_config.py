@@ -115,6 +115,39 @@ def test_the_value_of_an_override_may_hold_equal_signs():
     assert load("input=s3://bucket/a=b").input == "s3://bucket/a=b"
 
 
+def test_a_number_sign_in_an_override_begins_no_comment():
+    assert load("input=/d/My Songs #1").input == "/d/My Songs #1"
+
+
+@pytest.mark.parametrize("field", ["input", "output"])
+@pytest.mark.parametrize("value", ["", "   ", "s3://", "s3:///", "s3:///prefix", "file://", "' '"])
+def test_what_names_no_place_is_no_folder(field, value):
+    text = message(f"{field}={value}")
+    assert f"  {field}: " in text
+    assert "names no" in text or "at least 1 character" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"segments: {clip_s: 8}\nsegments: {min_s: 2}\n", "'segments' is there twice"),
+        (b"splits:\n  seed: 1\n  seed: 2\n", "'seed' is there twice"),
+        (b"splits: &x {seed: 1, x: *x}\n", "inside of its own anchor"),
+    ],
+)
+def test_a_file_that_says_one_thing_twice_is_refused(tmp_path, content, named):
+    (tmp_path / "c.yaml").write_bytes(content)
+    text = message(path=str(tmp_path / "c.yaml"))
+    assert str(tmp_path / "c.yaml") in text
+    assert named in text
+
+
+def test_an_override_changes_only_what_it_names(tmp_path):
+    (tmp_path / "c.yaml").write_text("runtime:\n  decode: &x {cpus: 2}\n  models: *x\n  write: {<<: *x, gpus: 1}\n")
+    runtime = load("runtime.models.cpus=7", path=str(tmp_path / "c.yaml")).runtime
+    assert (runtime.decode.cpus, runtime.models.cpus, runtime.write.cpus) == (2, 7, 2)
+
+
 @pytest.mark.parametrize("assignment", ["workers", "=3", "runtime.=3", ".workers=3", "runtime..workers=3"])
 def test_a_malformed_override_is_refused(assignment):
     assert "a.b=value" in message(assignment)

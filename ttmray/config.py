@@ -9,13 +9,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ttmray.errors import UserError
-from ttmray.storage import read_file
+from ttmray.storage import absolute, read_file
+from ttmray.yaml_text import read_override, read_yaml
 
 
 class IdentityPart:
@@ -39,6 +40,18 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def execution(default: Any = ..., **constraints: Any) -> Any:
     """A field that says where or how fast, and is therefore no part of a run's identity."""
     return Field(default, json_schema_extra={"execution": True}, **constraints)
+
+
+def _address(value: str) -> str:
+    try:
+        absolute(value)
+    except UserError as error:
+        raise ValueError(f"{error.message} {error.hint}") from error
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""A local path or a URI: not empty, and not a scheme alone."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -87,8 +100,8 @@ def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str
     Args:
         kind: the config class.
         path: local path or URI of a YAML mapping; None starts from the defaults.
-        sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work. Positions of a list
-            count from 0: `sources.0.split=all`.
+        sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work, but a `#` is part of
+            it and begins no comment. Positions of a list count from 0: `sources.0.split=all`.
 
     Raises:
         UserError: naming the file, each wrong field and the way out.
@@ -96,9 +109,9 @@ def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str
     plain: Any = {}
     if path is not None:
         try:
-            plain = yaml.safe_load(read_file(path))
+            plain = read_yaml(read_file(path))
         except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {error}", "Check the indentation near that line.") from error
+            raise UserError(f"{path} is not valid YAML: {error}", "Mend it near that line.") from error
         if plain is None:
             plain = {}
         if not isinstance(plain, dict):
@@ -136,7 +149,7 @@ def _with_override(plain: dict[str, Any], assignment: str) -> dict[str, Any]:
     if not separator or not all(keys):
         raise UserError(f"--set {assignment!r} is not of the form a.b=value.", "Example: --set runtime.workers=4")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = read_override(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {assignment!r}: the value is not valid YAML: {error}", "Quote it.") from error
     changed: dict[str, Any] = copy.deepcopy(plain)

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ttmray.chain import Step, fill, merged, run_chain
-from ttmray.config import Config, ConfigT, execution, fingerprint, identity
+from ttmray.config import Address, Config, ConfigT, execution, fingerprint, identity
 from ttmray.errors import UserError
 from ttmray.models.bundle import BundleName
 from ttmray.storage import Folder, absolute, read_file
@@ -56,7 +56,7 @@ class ReproduceConfig(Config):
     """`jobs/reproduce.py` and `ttmray reproduce`. The sections are configs of the jobs without what the chain fills in:
     outputs, checkpoints, pools, pairs, corpora and prompts."""
 
-    output: str = execution("runs/reproduce", min_length=1)
+    output: Address = execution("runs/reproduce", min_length=1)
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Models of all steps."""

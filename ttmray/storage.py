@@ -29,9 +29,18 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def absolute(path: str) -> str:
-    """`path` as an absolute local path or an unchanged URI (Ray jobs run in another working directory)."""
+    """`path` as an absolute local path or an unchanged URI (Ray jobs run in another working directory).
+
+    Raises:
+        UserError: it is empty, or a scheme alone.
+    """
+    scheme, separator, place = path.partition("://")
+    if not (place if separator else path).strip():
+        raise UserError(f"{path!r} names no place.", "Give a path, or an address such as s3://bucket/prefix.")
     path = path.removeprefix("file://")  # atomic writes and create-only are ours for local files
     if "://" in path:
+        if not place.partition("/")[0].strip():
+            raise UserError(f"{path!r} names no bucket.", f"Give an address such as {scheme}://bucket/prefix.")
         return path.rstrip("/")
     return os.path.abspath(os.path.expanduser(path))
 

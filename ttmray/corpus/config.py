@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Config, execution
+from ttmray.config import Address, Config, execution
 from ttmray.models.bundle import BundleName
 
 MAX_UNIT_CLIPS = 32
@@ -159,9 +159,9 @@ class RuntimeConfig(Config):
 class CorpusConfig(Config):
     """`jobs/score_corpus.py` and `ttmray score-corpus`."""
 
-    input: str = execution()
+    input: Address = execution()
     """Folder or bucket of songs, or a table of tracks (CSV, TSV, Parquet, JSON; MTG-Jamendo's TSV as it is)."""
-    output: str = execution(min_length=1)
+    output: Address = execution(min_length=1)
     """Run folder: a local path or s3:// prefix."""
     catalogue: CatalogueConfig = CatalogueConfig()
     splits: SplitConfig = SplitConfig()

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 from pydantic import Field, model_validator
 
 from ttmray.chain import Step, fill, merged, run_chain
-from ttmray.config import Config, execution, fingerprint, identity
+from ttmray.config import Address, Config, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation import published
@@ -165,7 +165,7 @@ class ReferenceConfig(Config):
 class AblateConfig(Config):
     """`jobs/ablate.py` and `ttmray ablate`. Sections are configs of their jobs without what is filled in here."""
 
-    output: str = execution("runs/ablations", min_length=1)
+    output: Address = execution("runs/ablations", min_length=1)
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Models of all steps."""

@@ -22,7 +22,7 @@ from rich.markup import escape
 from safetensors.numpy import save as save_tensors
 
 from ttmray import __version__, runs
-from ttmray.config import Config, execution, fingerprint, identity
+from ttmray.config import Address, Config, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, plain, show, show_pairs
@@ -88,7 +88,7 @@ class EvaluateConfig(Config):
     """Corpus run or reference set that the systems were trained on: near-duplicates and leaks are looked for there."""
     references: str = execution(STORE)
     """Folder of the reference sets, local or s3://."""
-    output: str = execution("runs/evaluation", min_length=1)
+    output: Address = execution("runs/evaluation", min_length=1)
     """Folder of the results: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ttmray.cluster import PoolConfig
-from ttmray.config import Config, execution
+from ttmray.config import Address, Config, execution
 from ttmray.generation.postprocess import PostprocessConfig
 from ttmray.generation.sampler import SamplerConfig
 from ttmray.models.bundle import BundleName
@@ -53,7 +53,7 @@ class GenerateConfig(Config):
     """File of prompts (CSV, TSV, JSON, JSON lines, or text with one per line)."""
     texts: tuple[str, ...] = execution(())
     """Prompts, instead of a file."""
-    output: str = execution("runs/generate", min_length=1)
+    output: Address = execution("runs/generate", min_length=1)
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
     added to a folder, other settings need another one."""
     bundle: BundleName = "debug"

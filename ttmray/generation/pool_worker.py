@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from ttmray.config import Config, execution
+from ttmray.config import Address, Config, execution
 from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.running import run_stages
@@ -50,7 +50,7 @@ class CandidatesConfig(Config):
     """Only so many prompts: the first of a file, or a choice by `seed` of the captions of a corpus. null: all."""
     held_out: str | None = execution(None)
     """File of prompts that must not be among them, by id or by text: those of the evaluation."""
-    output: str = execution("runs/pool", min_length=1)
+    output: Address = execution("runs/pool", min_length=1)
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
     bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from ttmray.errors import ClipError, UserError
 from ttmray.models import micro_batch, seeded
 from ttmray.models.state_dicts import load_exactly
+from ttmray.yaml_text import read_yaml
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Instrumental = Literal["sum", "residual"]
@@ -370,7 +371,7 @@ def load_separator(path: str | Path) -> BagOfModels:
             "Download e.g. the hub repository adefossez/Demucs-mdx_extra into a folder and name that.",
         )
     try:
-        bag = yaml.safe_load(bags[0].read_text())
+        bag = read_yaml(bags[0].read_text())
         signatures, weights, segment = bag["models"], bag.get("weights"), bag.get("segment")
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(f"{bags[0]} is not a bag of Demucs models: {error!r}") from error

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Config, execution
+from ttmray.config import Address, Config, execution
 from ttmray.models.score_heads import Head, Null
 from ttmray.storage import absolute
 from ttmray.training.data import DataConfig
@@ -131,7 +131,7 @@ class RuntimeConfig(Config):
 class TrainConfig(Config):
     """`jobs/train_sft.py` and `ttmray train-sft`: Stage 1, from scratch or from weights."""
 
-    output: str = execution(min_length=1)
+    output: Address = execution(min_length=1)
     """Run folder: a local path or s3:// prefix."""
     data: DataConfig
     """Corpora and their mixture."""

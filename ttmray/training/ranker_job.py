@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_tensors
 
 from ttmray import runs
 from ttmray.cluster import PoolConfig, each
-from ttmray.config import Config, execution, fingerprint, identity
+from ttmray.config import Address, Config, execution, fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import BundleName, open_bundle, resolve_device
@@ -49,7 +49,7 @@ class RankerConfig(Config):
 
     sources: tuple[PairSource, ...] = Field(min_length=1)
     """Tables of votes."""
-    output: str = execution(min_length=1)
+    output: Address = execution(min_length=1)
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Encoders. Those of `debug` are seeded, tiny and untrained."""
