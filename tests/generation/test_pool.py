@@ -1,5 +1,6 @@
 """A pool is a corpus of generated clips: what it holds, who may make it, and what it refuses."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -329,20 +330,79 @@ def test_prompts_of_a_corpus_are_captions_of_training_clips_alone(tmp_path):
     corpus = write_random_corpus(str(tmp_path / "corpus"), tracks=9, captions=6, validation=1, test=1, **sizes).uri
     # tracks 7 and 8 are held out and share the captions of tracks 1 and 2
     usual = ("prompts=null", f"corpus={corpus}")
-    chosen = choose_prompts(make("x", tmp_path / "pool", *usual))
+    chosen = choose_prompts(make("x", tmp_path / "pool", *usual)).chosen
     assert {prompt.text for prompt in chosen} == {f"a caption of number {i}" for i in (0, 3, 4, 5)}
-    some = choose_prompts(make("x", tmp_path / "pool", *usual, "prompt_count=2"))
+    some = choose_prompts(make("x", tmp_path / "pool", *usual, "prompt_count=2")).chosen
     assert some == chosen[:2]
-    orders = {tuple(p.id for p in choose_prompts(make("x", tmp_path, *usual, f"seed={s}"))) for s in range(9)}
+    orders = {tuple(p.id for p in choose_prompts(make("x", tmp_path, *usual, f"seed={s}")).chosen) for s in range(9)}
     assert len(orders) > 1
 
 
+@pytest.fixture
+def captions(tmp_path: Path) -> str:
+    """A corpus with ten captions, `a caption of number 0` to `9`."""
+    sizes = {"latent": (5, 4), "text": (3, 8), "clips_per_track": 1}
+    return write_random_corpus(str(tmp_path / "corpus"), tracks=10, captions=10, validation=0, test=0, **sizes).uri
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "id,prompt\ne1,a caption of number 3\n",
+        "id,prompt\ne1,A  Caption of\u00a0number 3\n",
+        "id,prompt\ne1,A slow song: a caption of number 3\n",  # with the prefix that generation adds
+        f"id,prompt\n{hashlib.sha256(b'a caption of number 3').hexdigest()[:16]},another text\n",
+    ],
+)
+def test_a_held_out_caption_is_left_out_and_counted_and_moves_no_other(captions, tmp_path, held):
+    usual = ("prompts=null", f"corpus={captions}", "sampler.prefix='A slow song: '")
+    everything = choose_prompts(make("x", tmp_path / "pool", *usual))
+    (tmp_path / "held.csv").write_text(held)
+    found = choose_prompts(make("x", tmp_path / "pool", *usual, f"held_out={tmp_path / 'held.csv'}"))
+    assert (everything.held_out, found.held_out) == (0, 1)
+    assert found.chosen == [prompt for prompt in everything.chosen if prompt.text != "a caption of number 3"]
+
+
+def test_the_order_of_the_held_out_prompts_changes_nothing(captions, tmp_path):
+    rows = [f"e{i},a caption of number {i}\n" for i in (2, 5, 7)]
+    found = []
+    for name, some in (("one", rows), ("two", rows[::-1])):
+        (tmp_path / f"{name}.csv").write_text("id,prompt\n" + "".join(some))
+        sets = ("prompts=null", f"corpus={captions}", f"held_out={tmp_path / name}.csv", "prompt_count=4")
+        config = make("x", tmp_path / "pool", *sets)
+        found.append(plan_pool(choose_prompts(config).chosen, config).identity())
+    assert found[0] == found[1]
+
+
+def test_too_many_held_out_captions_are_hardly_an_evaluation(captions, tmp_path, idle):
+    (tmp_path / "held.txt").write_text("".join(f"a caption of number {i}\n" for i in range(6)))
+    sets = ("prompts=null", f"corpus={captions}", f"held_out={tmp_path / 'held.txt'}")
+    with pytest.raises(UserError, match=r"6 of 10 captions are held out .* 50% may be") as caught:
+        generate_pool(make("x", tmp_path / "pool", *sets))
+    assert "max_held_out" in caught.value.hint
+    assert choose_prompts(make("x", tmp_path / "pool", *sets, "max_held_out=0.6")).held_out == 6
+    with pytest.raises(UserError, match=r"has 4 prompts \(6 more are held out\), prompt_count is 5"):
+        choose_prompts(make("x", tmp_path / "pool", *sets, "max_held_out=0.6", "prompt_count=5"))
+
+
+def test_a_pool_says_how_many_captions_are_held_out(captions, tmp_path, capsys):
+    (tmp_path / "held.txt").write_text("a caption of number 3\na caption of number 4\n")
+    sets = ("prompts=null", f"corpus={captions}", f"held_out={tmp_path / 'held.txt'}", "prompt_count=2", "candidates=1")
+    config = make("x", tmp_path / "pool", *sets, "silence_dbfs=-200", "max_clipping=1")
+    for _ in range(2):  # a relaunch says it, too
+        assert generate_pool(config) == 0
+        assert "2 captions are held out and left out" in capsys.readouterr().out
+    for name in ("run.json", "summary.json"):
+        assert json.loads((tmp_path / "pool" / name).read_text())["held_out"] == 2
+    assert "2 captions are held out" in (tmp_path / "pool/summary.md").read_text()
+
+
 def test_a_caption_of_several_prompts_is_stored_once(prompts, tmp_path):
-    plan = plan_pool(choose_prompts(make(prompts, tmp_path)), make(prompts, tmp_path))
+    plan = plan_pool(choose_prompts(make(prompts, tmp_path)).chosen, make(prompts, tmp_path))
     assert plan.table["caption_owner"].to_pylist() == [True, True, True]  # texts differ by case
     (tmp_path / "p.csv").write_text("id,prompt\na,same\nb,same\n")
     config = make(tmp_path / "p.csv", tmp_path)
-    assert plan_pool(choose_prompts(config), config).table["caption_owner"].to_pylist() == [True, False]
+    assert plan_pool(choose_prompts(config).chosen, config).table["caption_owner"].to_pylist() == [True, False]
 
 
 @given(st.integers(2, 12), st.integers(0, 2**32 - 1))

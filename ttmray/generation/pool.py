@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,7 @@ from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, Worker
-from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, read_prompts
+from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN, SUCCESS
@@ -68,12 +68,15 @@ def generate_pool(config: CandidatesConfig) -> int:
     paths = {name: absolute(getattr(config, name)) for name in names if getattr(config, name) is not None}
     config = config.model_copy(update=paths)
     run, bundle = Folder.at(config.output), open_bundle(config.bundle)
-    plan = plan_pool(choose_prompts(config), config)
-    described = _describe(config, plan, bundle)
+    prompts = choose_prompts(config)
+    plan = plan_pool(prompts.chosen, config)
+    described = _describe(config, plan, bundle, prompts.held_out)
     existing = runs.existing(run, "pool", beside=("plan.parquet",))
     if existing is not None:
-        prompts = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
-        runs.refuse_another(run, existing, described, prompts)
+        changes = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
+        runs.refuse_another(run, existing, described, changes)
+    if prompts.held_out:
+        console.print(f"{_left_out(prompts.held_out)}: {config.held_out}", markup=False)
     if bundle.note:
         console.print(f"[yellow]{bundle.note}[/yellow]")
     committed = set(index.committed_units(run))
@@ -113,20 +116,30 @@ def sample_pool(config: CandidatesConfig, weights: str, output: str) -> None:
         raise UserError(f"{output}: too many clips failed.", "See its summary.md, or raise max_failures of the pool.")
 
 
-def choose_prompts(config: CandidatesConfig) -> list[Prompt]:
-    """The prompts of a pool, in order.
+class Prompts(NamedTuple):
+    """Prompts of a pool in order, and how many captions were left out because they are held out."""
+
+    chosen: list[Prompt]
+    held_out: int
+
+
+def choose_prompts(config: CandidatesConfig) -> Prompts:
+    """The prompts of a pool. Held-out ones are left out of captions, which nobody chose; in a file they are an error.
 
     Raises:
-        UserError: they cannot be read, are too few, held out, or have ids that cannot be keys of clips.
+        UserError: they cannot be read, are too few, or have ids that cannot be keys of clips; a file has held-out
+            ones, or of the captions more than `max_held_out` are.
     """
     if config.prompts is not None:
-        source, prompts = config.prompts, read_prompts(config.prompts)
+        source, prompts, dropped = config.prompts, read_prompts(config.prompts), 0
     else:
         assert config.corpus is not None
-        source, prompts = config.corpus, _captions(config.corpus, config.seed)
+        source = config.corpus
+        prompts, dropped = _free_captions(config, _captions(config.corpus, config.seed))
     wanted = config.prompt_count or len(prompts)
     if len(prompts) < wanted:
-        raise UserError(f"{source} has {len(prompts)} prompts, prompt_count is {wanted}.", "Lower prompt_count.")
+        less = f" ({dropped} more are held out)" if dropped else ""
+        raise UserError(f"{source} has {len(prompts)} prompts{less}, prompt_count is {wanted}.", "Lower prompt_count.")
     prompts = prompts[:wanted]
     for prompt in prompts:
         if "." in prompt.id or len(prompt.id) > 64:
@@ -134,16 +147,28 @@ def choose_prompts(config: CandidatesConfig) -> list[Prompt]:
                 f"{source}: the id {prompt.id} cannot be part of a key in a pool.",
                 "Use at most 64 letters, digits, '_' and '-'.",
             )
-    if config.held_out is not None:
-        kept_away = read_prompts(config.held_out)
-        ids, texts = {prompt.id for prompt in kept_away}, {prompt.text.casefold() for prompt in kept_away}
-        bad = [prompt for prompt in prompts if prompt.id in ids or prompt.text.casefold() in texts]
+    if config.prompts is not None and config.held_out is not None:
+        bad = held_out(prompts, read_prompts(config.held_out), config.sampler.prefix)
         if bad:
             raise UserError(
                 f"{source}: {len(bad)} prompts are held out by {config.held_out}, e.g. {bad[0].id}: {bad[0].text!r}.",
                 "Remove them: who learns from the prompts of the evaluation measures nothing.",
             )
-    return prompts
+    return Prompts(prompts, dropped)
+
+
+def _free_captions(config: CandidatesConfig, captions: list[Prompt]) -> tuple[list[Prompt], int]:
+    """Captions that are not held out, and the number of the others."""
+    if config.held_out is None:
+        return captions, 0
+    bad = {prompt.id for prompt in held_out(captions, read_prompts(config.held_out), config.sampler.prefix)}
+    if len(bad) > config.max_held_out * len(captions):
+        raise UserError(
+            f"{config.corpus}: {len(bad)} of {len(captions)} captions are held out by {config.held_out}, "
+            f"{config.max_held_out:.0%} may be.",
+            "Is it the right file? If so, raise max_held_out: they are left out.",
+        )
+    return [prompt for prompt in captions if prompt.id not in bad], len(bad)
 
 
 def _captions(corpus: str, seed: int) -> list[Prompt]:
@@ -181,8 +206,12 @@ def plan_pool(prompts: Sequence[Prompt], config: CandidatesConfig) -> Plan:
     return Plan(pa.table({name: columns.get(name, empty) for name in SCHEMA.names}).cast(SCHEMA), "")
 
 
-def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle) -> dict[str, Any]:
-    """What `run.json` holds."""
+def _left_out(count: int) -> str:
+    return f"{count} captions are held out and left out"
+
+
+def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: int) -> dict[str, Any]:
+    """What `run.json` holds. Prompts are part of the identity, and so what is held out of them."""
     protocol = bundle.protocol(config.reward_text)
     weights = {}
     if config.checkpoint is not None:
@@ -201,6 +230,7 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle) -> dict[str,
         ("torch", "numpy", "pyarrow"),
         protocol_id=f"{bundle.name}/{protocol.id()}",
         note=bundle.note,
+        held_out=left_out,
     )
 
 
@@ -265,6 +295,7 @@ def _finalise(
         "rows": {"total": table.num_rows} | {status: statuses[status] for status in (OK, REJECTED, FAILED)},
         "reasons": reasons,
         "tracks": len(plan.table),
+        "held_out": described["held_out"],
         "clips_expected": plan.expected_clips(),
         "clips_found": table.num_rows,
         "splits": {"train": statuses[OK]},
@@ -338,6 +369,7 @@ def _summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
     rows = summary["rows"]
     lines = [
         f"{rows[OK]} clips ok, {rows[REJECTED]} rejected, {rows[FAILED]} failed; {summary['tracks']} prompts",
+        *([f"  {_left_out(summary['held_out'])}"] if summary.get("held_out") else []),
         *(f"  {r['status']} in {r['stage']}: {r['reason']} x {r['count']}" for r in summary["reasons"]),
         *(f"  {stage}: {rate['wall_ms_per_clip']:.0f} ms per clip" for stage, rate in summary["stages"].items()),
     ]

@@ -49,7 +49,11 @@ class CandidatesConfig(Config):
     prompt_count: int | None = Field(None, ge=1)
     """Only so many prompts: the first of a file, or a choice by `seed` of the captions of a corpus. null: all."""
     held_out: str | None = execution(None)
-    """File of prompts that must not be among them, by id or by text: those of the evaluation."""
+    """File of prompts that must not be among them, by id or by text (with or without the prefix, whatever the case):
+    those of the evaluation. Captions of a corpus that are among them are left out and counted; in a file of prompts
+    they are an error, because somebody has chosen them."""
+    max_held_out: float = execution(0.5, ge=0, le=1)
+    """Share of the captions of a corpus that may be held out: more of them are hardly the prompts of an evaluation."""
     output: Address = execution("runs/pool", min_length=1)
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
     bundle: BundleName = "debug"

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,6 +72,24 @@ def given_prompts(texts: Sequence[str]) -> list[Prompt]:
         UserError: as `read_prompts`.
     """
     return _checked((Row(f"prompt {i}", None, text) for i, text in enumerate(texts, 1)), "the command line")
+
+
+def plain(text: str, prefix: str = "") -> str:
+    """What two texts have in common that are the same prompt: without a prefix that one has and the other has not,
+    whatever their case, their spaces and the form of their accents."""
+    words = [" ".join(unicodedata.normalize("NFKC", part).split()).casefold() for part in (text, prefix)]
+    return words[0].removeprefix(words[1]).strip()
+
+
+def held_out(prompts: Sequence[Prompt], kept_away: Sequence[Prompt], prefix: str = "") -> list[Prompt]:
+    """Those of some prompts that must not be used, because their id or their text is among others'.
+
+    Args:
+        kept_away: prompts of an evaluation.
+        prefix: what either may have before the prompt itself.
+    """
+    ids, texts = {prompt.id for prompt in kept_away}, {plain(prompt.text, prefix) for prompt in kept_away}
+    return [prompt for prompt in prompts if prompt.id in ids or plain(prompt.text, prefix) in texts]
 
 
 def _delimited(source: str, text: str, separator: str) -> Iterator[Row]:

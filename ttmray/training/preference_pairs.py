@@ -22,7 +22,7 @@ from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool
-from ttmray.generation.prompts import read_prompts
+from ttmray.generation.prompts import plain, read_prompts
 from ttmray.storage import Folder, parquet_table, read_file
 
 PAIRS = "pairs.parquet"
@@ -155,7 +155,7 @@ def make_pairs(
     Raises:
         UserError: a blend of scores that are all equal.
     """
-    ids, texts = {name for name, _ in held_out}, {_plain(text) for _, text in held_out}
+    ids, texts = {name for name, _ in held_out}, {plain(text, prefix) for _, text in held_out}
     rows = table.filter(pc.equal(table["status"], OK)).sort_by("key")
     score = _scores(rows, config)
     finite = np.isfinite(score)
@@ -168,7 +168,7 @@ def make_pairs(
     prompts = Counter({"pool": len(set(table["prompt_id"].to_pylist()))})
     found: list[tuple[int, str, int, int]] = []
     for name, members in of_prompt.items():
-        text = _plain((columns["caption"][members[0]] or "").removeprefix(prefix))
+        text = plain(columns["caption"][members[0]] or "", prefix)
         if name in ids or text in texts or _unit(text) < config.held_out_share:
             prompts["held out"] += 1
             continue
@@ -240,10 +240,6 @@ def _about(data: bytes, what: str) -> dict[str, Any]:
         return dict(json.loads(pq.read_schema(pa.BufferReader(data)).metadata[METADATA_KEY]))
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what} does not hold preference pairs.", "Make it with `ttmray pairs`.") from error
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def _unit(text: str) -> float:
