@@ -422,3 +422,25 @@ def test_cuda_on_a_machine_without_a_gpu_is_one_message():
         with pytest.raises(UserError, match=f"device is {device}") as caught:
             open_bundle("debug").load(["mert"], LoadOptions(device=device))
         assert "auto" in caught.value.hint
+
+
+def test_the_16_khz_bundle_decodes_312_latents_to_ten_seconds_and_encodes_nothing():
+    models = open_bundle("debug-16k").load({"latents", "vocoder", "backbone"}, LoadOptions())
+    decoder = models.latents
+    assert (decoder.sample_rate, decoder.channels, decoder.frames) == (16_000, 20, 312)
+    assert (models.backbone.config.latent_dim, models.backbone.config.latent_len) == (20, 312)
+    latents = np.random.default_rng(0).normal(size=(1, 312, 20)).astype(np.float32)
+    wave = decoder.to_audio(latents)
+    assert wave.shape == (1, 312 * 2 * 256)
+    assert 0 < np.abs(wave).max() <= 1
+    with pytest.raises(UserError, match="only decodes"):
+        decoder.encode(np.zeros((1, 160_000), np.float32))
+    assert open_bundle("debug-16k").identity() != open_bundle("debug").identity()
+
+
+def test_the_public_16_khz_bundle_shares_all_weights_with_the_paper_s_but_vae_and_vocoder():
+    paper, public = (set(open_bundle(name).weights()) for name in ("paper", "public-16k"))
+    assert paper - public == {"mmaudio-vae", "bigvgan"}
+    assert public - paper == {"mmaudio-vae-16k", "bigvgan-16k"}
+    assert set(open_bundle("paper").weights({"clap_condition"})) == {"clap-music-speech", "roberta-tokenizer"}
+    assert open_bundle("debug").weights() == []

@@ -37,6 +37,11 @@ class MelConfig:
         return (samples + 2 * self.padding - self.n_fft) // self.hop + 1
 
 
+PUBLIC_16K = MelConfig(sample_rate=16_000, n_fft=1024, hop=256, n_mels=80, fmax=8000.0)
+"""Shape of the spectrograms behind 16 kHz latents. Their logarithm is of base 10, which `LogMel` does not make: the
+public VAE of that rate only decodes here."""
+
+
 def _hz_to_mel(hz: float) -> float:
     if hz < _BREAK_HZ:
         return hz / _HZ_PER_MEL

@@ -122,6 +122,11 @@ class Worker:
                 f"has {models.latents.channels}.",
                 "Name the bundle that it was trained with.",
             )
+        if (rate := models.latents.sample_rate) != SAMPLE_RATE:
+            raise UserError(
+                f"bundle {self.config.bundle} makes audio of {rate} Hz, a pool has {SAMPLE_RATE} Hz.",
+                "Name the bundle of a model that makes it.",
+            )
         sampler = Sampler(
             [backbone],
             models.text,

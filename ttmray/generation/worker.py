@@ -19,7 +19,7 @@ from ttmray.generation.sampler import Draw, Sampler
 from ttmray.models import one_thread, side_by_side
 from ttmray.models.backbone_weights import load_backbone
 from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
-from ttmray.models.scoring import Scorer
+from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder
 
 SILENT_DBFS = -80.0
@@ -82,6 +82,13 @@ class Worker:
                 f"bundle has {models.latents.channels}.",
                 "Name the bundle that it was trained with.",
             )
+        rate = models.latents.sample_rate
+        self.pad_to = None if config.pad_to is None else round(config.pad_to * rate / SAMPLE_RATE)
+        if rate != SAMPLE_RATE and (config.scores or config.best_of > 1):
+            raise UserError(
+                f"bundle {config.bundle} makes audio of {rate} Hz, scores are for {SAMPLE_RATE} Hz.",
+                "Leave out scores and best_of, and score the files: ttmray evaluate.",
+            )
         self.sampler = Sampler(
             backbones,
             models.text,
@@ -131,7 +138,7 @@ class Worker:
         else:
             waves = list(decoder.to_audio(np.stack(arrays), self.config.runtime.decode_batch))
         for work, wave in zip(works, waves, strict=True):
-            work.wave = _padded(wave, self.config.pad_to)[None]
+            work.wave = _padded(wave, self.pad_to)[None]
 
     def _choose(self, works: list[_Work]) -> None:
         """The best of N candidates. One of all clips at a time, so memory does not grow with N."""

@@ -237,7 +237,13 @@ def with_head(model: FluxAudio, head: Head, null: Null | None = None) -> tuple[F
 
 
 def debug_backbone(
-    seed: int, head: Head = "v1", *, width: int = 1, text_dim: int = 64, device: str | torch.device = "cpu"
+    seed: int,
+    head: Head = "v1",
+    *,
+    width: int = 1,
+    text_dim: int = 64,
+    device: str | torch.device = "cpu",
+    latent_dim: int = 40,
 ) -> FluxAudio:
     """A tiny, seeded, untrained backbone whose output depends on latents, time, text and score.
 
@@ -245,8 +251,18 @@ def debug_backbone(
         seed: of the weights; torch's global generator is left as it was.
         width: factor on the hidden width of 64.
         text_dim: of the text encoder.
+        latent_dim: 40, or 20 for 16 kHz latents.
     """
-    config = BackboneConfig(text_dim=text_dim, hidden=64 * width, heads=2, depth=3, fused_depth=1, head=head)
+    config = BackboneConfig(
+        latent_dim=latent_dim,
+        latent_len=LATENT_LENGTHS[latent_dim],
+        text_dim=text_dim,
+        hidden=64 * width,
+        heads=2,
+        depth=3,
+        fused_depth=1,
+        head=head,
+    )
     with seeded(seed):
         model = FluxAudio(config)
         with torch.no_grad():

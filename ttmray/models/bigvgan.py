@@ -1,4 +1,4 @@
-"""BigVGAN v2 generator: 44.1 kHz log-mel -> waveform.
+"""BigVGAN generators, v2 at 44.1 kHz and v1 at 16 kHz: log-mel -> waveform.
 
 Architecture: Lee et al., "BigVGAN: A Universal Neural Vocoder with Large-Scale Training" (ICLR 2023) and
 NVIDIA's v2 release (github.com/NVIDIA/BigVGAN, MIT). Inference only: weight normalisation is folded into
@@ -8,7 +8,7 @@ plain weights when a checkpoint is read. Module names are those of the released 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class BigVGANConfig:
     upsample_initial_channel: int = 1536  # halved by every stage
     resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    use_bias_at_final: bool = False  # v1 has a bias and tanh there, v2 clamps
+    use_tanh_at_final: bool = False
 
     @property
     def hop(self) -> int:
@@ -67,6 +69,16 @@ class BigVGANConfig:
         if len(config.resblock_kernel_sizes) != len(config.resblock_dilation_sizes):
             raise UserError("BigVGAN config: resblock_kernel_sizes and _dilation_sizes differ in length")
         return config
+
+
+PUBLIC_16K = BigVGANConfig(
+    num_mels=80,
+    upsample_rates=(4, 4, 2, 2, 2, 2),
+    upsample_kernel_sizes=(8, 8, 4, 4, 4, 4),
+    use_bias_at_final=True,
+    use_tanh_at_final=True,
+)
+"""The 16 kHz generator of Make-An-Audio 2, which MMAudio and MeanAudio use (best_netG.pt)."""
 
 
 def _tuples(value: Any) -> Any:
@@ -169,7 +181,7 @@ class AMPBlock(nn.Module):
 
 
 class BigVGAN(nn.Module):
-    """(B, num_mels, T) natural-log mel -> (B, 1, hop * T) waveform in [-1, 1]."""
+    """(B, num_mels, T) log-mel, natural for v2, of base 10 for `PUBLIC_16K` -> (B, 1, hop * T) waveform in [-1, 1]."""
 
     def __init__(self, config: BigVGANConfig | None = None) -> None:
         super().__init__()
@@ -185,7 +197,7 @@ class BigVGAN(nn.Module):
             for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
                 self.resblocks.append(AMPBlock(width, size, dilations))
         self.activation_post = AntiAliasedSnake(width)
-        self.conv_post = nn.Conv1d(width, 1, 7, padding=3, bias=False)
+        self.conv_post = nn.Conv1d(width, 1, 7, padding=3, bias=config.use_bias_at_final)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         x = self.conv_pre(mel)
@@ -194,7 +206,8 @@ class BigVGAN(nn.Module):
             x = up(x)
             blocks = self.resblocks[stage * per_stage : (stage + 1) * per_stage]
             x = sum(block(x) for block in blocks) / per_stage
-        return self.conv_post(self.activation_post(x)).clamp(-1.0, 1.0)
+        wave = self.conv_post(self.activation_post(x))
+        return wave.tanh() if self.config.use_tanh_at_final else wave.clamp(-1.0, 1.0)
 
 
 def fold_weight_norm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -258,15 +271,17 @@ def load_bigvgan(path: str | Path, config: BigVGANConfig | None = None) -> BigVG
     return model.eval().requires_grad_(False)
 
 
-def debug_bigvgan(seed: int, width: int = 64, num_mels: int = 128) -> BigVGAN:
+def debug_bigvgan(seed: int, width: int = 64, num_mels: int = 128, like: BigVGANConfig = BigVGANConfig()) -> BigVGAN:
     """Untrained generator with the released rates (hop 512), one AMP block per stage, seeded.
 
     Args:
         seed: of the weights; torch's global generator is left as it was.
         width: initial channels, a multiple of 64.
         num_mels: input bands.
+        like: whose rates and end it has.
     """
-    config = BigVGANConfig(
+    config = replace(
+        like,
         num_mels=num_mels,
         upsample_initial_channel=width,
         resblock_kernel_sizes=(3,),

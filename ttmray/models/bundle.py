@@ -2,8 +2,9 @@
 
 `paper` is the released weights. `debug` is made of the same classes at tiny width with seeded, untrained weights,
 so every job and test runs anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real
-workload, for benchmarks. Opening a bundle imports no framework: identity and protocol are known before anything
-is loaded.
+workload, for benchmarks. `public-16k` and `debug-16k` differ from `paper` and `debug` in VAE and vocoder alone, which
+are those of 16 kHz latents and only decode: the public baseline generates with them. Opening a bundle imports no
+framework: identity and protocol are known before anything is loaded.
 """
 
 from abc import ABC, abstractmethod
@@ -86,6 +87,10 @@ class Bundle(ABC):
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         """What decides its numbers, as plain JSON types: of some roles, whose weights must be here, or of all."""
 
+    def weights(self, roles: Collection[str] | None = None) -> list[str]:
+        """Names of the released weights (`ttmray weights`) of some roles, or of all."""
+        return []
+
     @abstractmethod
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
         """How this bundle's rewards are made."""
@@ -109,11 +114,12 @@ class Bundle(ABC):
 
 @dataclass(frozen=True)
 class DebugBundle(Bundle):
-    """Seeded, untrained models; `width` is a factor on their sizes."""
+    """Seeded, untrained models; `width` is a factor on their sizes, `rate` that of the latents' audio in Hz."""
 
     name: str
     width: int
     seed: int = 0
+    rate: int = 44_100
 
     @property
     def note(self) -> str:  # type: ignore[override]
@@ -122,12 +128,14 @@ class DebugBundle(Bundle):
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         # Seeded weights also depend on the versions of the libraries that draw them.
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "demucs")}
-        return {"name": self.name, "seed": self.seed, "width": self.width, "versions": versions}
+        rate = {} if self.rate == 44_100 else {"rate": self.rate}
+        return {"name": self.name, "seed": self.seed, "width": self.width, "versions": versions} | rate
 
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
         return Protocol(text=reward_text, hashes=(("debug", f"seed{self.seed}-width{self.width}"),))
 
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        from ttmray.models import bigvgan
         from ttmray.models.backbone_weights import debug_backbone
         from ttmray.models.bigvgan import debug_bigvgan
         from ttmray.models.clap import debug_clap
@@ -138,25 +146,35 @@ class DebugBundle(Bundle):
         from ttmray.models.vae import LatentEncoder, debug_vae
 
         seed, width, batch, threads = self.seed, self.width, options.batch, options.threads
+
+        def latents() -> "LatentEncoder":
+            if self.rate == 44_100:
+                generator = debug_bigvgan(seed) if vocoder else None
+                return LatentEncoder(debug_vae(seed, 16 * width), options.clip_samples, device, generator)
+            generator = debug_bigvgan(seed, num_mels=80, like=bigvgan.PUBLIC_16K) if vocoder else None
+            return _decoder_16k(debug_vae(seed, 16 * width, 20, 80), device, options, generator)
+
         return {
             "separator": lambda: _separator(debug_separator(seed, width=4 * width), device, options),
             "clap": lambda: debug_clap(seed, width, device, batch, threads),
             "mert": lambda: debug_mert(seed, width, device, batch, threads),
             "tunejury": lambda: debug_tunejury(seed, 64 * width, device),
-            "latents": lambda: LatentEncoder(
-                debug_vae(seed, 16 * width), options.clip_samples, device, debug_bigvgan(seed) if vocoder else None
-            ),
+            "latents": latents,
             "text": lambda: debug_text_encoder(seed, width=width, device=device, batch=batch),
             "clap_condition": lambda: debug_clap(seed + 1, width, device, batch, threads),
-            "backbone": lambda: debug_backbone(seed, width=width, text_dim=64 * width, device=device),
+            "backbone": lambda: debug_backbone(
+                seed, width=width, text_dim=64 * width, device=device, latent_dim=40 if self.rate == 44_100 else 20
+            ),
         }
 
 
 @dataclass(frozen=True)
 class ReleasedBundle(Bundle):
-    """Released weights, from the cache of this machine or local copies (`ttmray weights`)."""
+    """Released weights, from the cache of this machine or local copies (`ttmray weights`); `rate` is that of the
+    latents' audio in Hz."""
 
     name: str
+    rate: int = 44_100
 
     @property
     def licence_notes(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -169,6 +187,12 @@ class ReleasedBundle(Bundle):
     def _entries(self, store: Store) -> dict[str, str]:
         """Role -> name of the registry entry."""
         return {entry.role: entry.name for entry in store.of_bundle(self.name)}
+
+    def weights(self, roles: Collection[str] | None = None) -> list[str]:
+        entries = self._entries(open_store())
+        if roles is not None and not {"clap", "clap_condition"}.isdisjoint(roles):
+            roles = {*roles, "tokenizer"}
+        return [name for role, name in entries.items() if roles is None or role in roles]
 
     def _hashes(self, roles: Collection[str] | None = None) -> dict[str, str]:
         """`entry/file` -> SHA-256 of every file that decides a number, of some roles only or of all."""
@@ -193,7 +217,7 @@ class ReleasedBundle(Bundle):
         return Protocol(text=reward_text, hashes=tuple(sorted(hashes.items())))
 
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
-        from ttmray.models.bigvgan import load_bigvgan
+        from ttmray.models.bigvgan import PUBLIC_16K, load_bigvgan
         from ttmray.models.mert import load_mert
         from ttmray.models.separator import load_separator
         from ttmray.models.t5 import load_text_encoder
@@ -216,6 +240,9 @@ class ReleasedBundle(Bundle):
             return _clap(weights(role), folder("tokenizer"), device, options)
 
         def latents() -> "LatentEncoder":
+            if self.rate != 44_100:
+                generator = load_bigvgan(weights("vocoder"), PUBLIC_16K) if vocoder else None
+                return _decoder_16k(load_vae(weights("latents")), device, options, generator)
             generator = load_bigvgan(weights("vocoder")) if vocoder else None
             return LatentEncoder(load_vae(weights("latents")), options.clip_samples, device, generator)
 
@@ -271,7 +298,9 @@ class BundleWithHead(Bundle):
 
 BUNDLES: dict[str, Bundle] = {
     "paper": ReleasedBundle("paper"),
+    "public-16k": ReleasedBundle("public-16k", rate=16_000),
     "debug": DebugBundle("debug", width=1),
+    "debug-16k": DebugBundle("debug-16k", width=1, rate=16_000),
     "debug-wide": DebugBundle("debug-wide", width=4),
 }
 
@@ -334,6 +363,14 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and index >= torch.cuda.device_count():
         raise UserError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs.", "Use auto or cpu.")
     return device
+
+
+def _decoder_16k(vae: Any, device: str, options: LoadOptions, vocoder: Any) -> "LatentEncoder":
+    from ttmray.audio.mel import PUBLIC_16K
+    from ttmray.models.vae import LatentEncoder
+
+    samples = round(options.clip_samples * PUBLIC_16K.sample_rate / 44_100)
+    return LatentEncoder(vae, samples, device, vocoder, PUBLIC_16K, decodes_only=True)
 
 
 def _separator(model: Any, device: str, options: LoadOptions) -> "Separator":

@@ -327,14 +327,16 @@ class LatentEncoder:
         device: str | torch.device = "cpu",
         vocoder: BigVGAN | None = None,
         mel: MelConfig | None = None,
+        decodes_only: bool = False,
     ) -> None:
         """
         Args:
             vae: with normalised weights.
-            clip_samples: length at 44.1 kHz; lengths that give as many latent frames are accepted too.
+            clip_samples: length at the rate of `mel`; lengths that give as many latent frames are accepted too.
             device: of all computation.
             vocoder: needed by `to_audio` only.
             mel: spectrogram definition; default the 44.1 kHz one.
+            decodes_only: for a VAE of spectrograms that `LogMel` does not make.
 
         Raises:
             UserError: VAE, vocoder and spectrogram do not fit together.
@@ -349,6 +351,7 @@ class LatentEncoder:
             )
         self.device = torch.device(device)
         self.sample_rate = mel.sample_rate
+        self.decodes_only = decodes_only
         self.channels = vae.config.embed_dim
         self.clip_samples = clip_samples
         self.frames = mel.frames(clip_samples) // vae.config.downsampling
@@ -369,9 +372,11 @@ class LatentEncoder:
             batch: clips per forward pass on an accelerator.
 
         Raises:
-            UserError: another length than the adapter was built for.
+            UserError: another length than the adapter was built for, or a VAE that only decodes.
             ValueError: not (B, T), or samples that are not finite.
         """
+        if self.decodes_only:
+            raise UserError(f"this bundle's VAE of {self.sample_rate} Hz only decodes", "Name the bundle paper.")
         if waves.ndim != 2:
             raise ValueError(f"waves must be (batch, samples), not {waves.shape}")
         if not np.isfinite(waves).all():
@@ -408,7 +413,8 @@ class LatentEncoder:
 
     @torch.inference_mode()
     def to_audio(self, latents: np.ndarray, batch: int = 4) -> np.ndarray:
-        """(B, L, channels) latents -> (B, T) float32 mono at 44.1 kHz in [-1, 1]; L = 430 gives T = 440,320.
+        """(B, L, channels) latents -> (B, T) float32 mono at `sample_rate` in [-1, 1]; L = 430 gives T = 440,320 at
+        44.1 kHz.
 
         Raises:
             UserError: the adapter was built without a vocoder.
@@ -457,10 +463,10 @@ def load_vae(path: str | Path) -> MelVAE:
     return model.eval().requires_grad_(False).normalise_weights()
 
 
-def debug_vae(seed: int, hidden_dim: int = 16, embed_dim: int = 40) -> MelVAE:
+def debug_vae(seed: int, hidden_dim: int = 16, embed_dim: int = 40, data_dim: int = 128) -> MelVAE:
     """Untrained VAE of the released layout, weights normalised; torch's global generator is untouched."""
     with seeded(seed):
-        model = MelVAE(MelVAEConfig(hidden_dim=hidden_dim, embed_dim=embed_dim))
+        model = MelVAE(MelVAEConfig(hidden_dim=hidden_dim, embed_dim=embed_dim, data_dim=data_dim))
     # About the level and spread of the log-mel of music, so that decoded mels are in the vocoder's range.
     model.data_mean.fill_(-5.0)
     model.data_std.fill_(2.3)
