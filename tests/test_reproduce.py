@@ -17,6 +17,7 @@ from ttmray.errors import UserError
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.reproduce import ReproduceConfig, build_steps, reproduce
 from ttmray.storage import Folder
+from ttmray.synth.corpus import write_random_corpus
 
 REPO = Path(__file__).resolve().parents[1]
 DEBUG = REPO / "configs/debug/reproduce.yaml"
@@ -57,6 +58,10 @@ def test_steps_come_in_order_and_only_with_their_sections(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_system_can_be_taken_out_again(tmp_path):
+    assert "generate-control" not in steps(tmp_path, "systems.control=null")
+
+
 def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
     made = steps(tmp_path)
     root = str(tmp_path)
@@ -80,6 +85,80 @@ def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
     assert made["generate-stage1"].config.checkpoint == stage1
     assert made["generate-control"].config.checkpoint == f"{root}/stage2/control/round-1/polish.safetensors"
     assert made["evaluate"].config.folders[0] == f"stage1-best={root}/generated/stage1-best"
+
+
+def test_prompts_that_a_pool_will_lack_are_noticed_before_stage_1_is_trained(tmp_path):
+    sizes = {"latent": (5, 4), "text": (3, 8), "clips_per_track": 1}
+    write_random_corpus(str(tmp_path / "run/corpus"), tracks=6, captions=6, validation=0, test=0, **sizes)
+    (tmp_path / "held.txt").write_text("".join(f"a caption of number {i}\n" for i in range(4)))
+    for prompts, count, message in (
+        (PROMPTS, 9, "has 6 prompts, prompt_count is 9"),
+        (tmp_path / "held.txt", 2, "4 of 6 captions are held out"),
+    ):
+        sets = (f"prompts={prompts}", f"pool.prompt_count={count}")
+        made = {step.name: step for step in build_steps(debug(tmp_path / "run", *sets))}
+        with pytest.raises(UserError, match=message):
+            made["stage1"].run()
+    assert not (tmp_path / "run/stage1").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        ((), ("v1", "v1", "v1", "v2")),
+        (("stage1.model.head=v2",), ("v2", "v2", "v2", "v2")),
+        (("stage2.model.head=v2",), ("v1", "v2", "v2", "v2")),
+        (("stage3.model.head=v4",), ("v1", "v1", "v1", "v4")),
+        (("stage1.model.head=v4", "stage3.model.head=v1"), ("v4", "v4", "v4", "v1")),
+    ],
+)
+@pytest.mark.parametrize("name", ["paper", "debug"])
+def test_a_stage_inherits_the_backbone_that_it_starts_from_and_changes_no_other(name, sets, expected):
+    config = load_config(ReproduceConfig, str(REPO / f"configs/{name}/reproduce.yaml"), sets)
+    made = {step.name: step.config for step in build_steps(config)}
+    models = [made[stage].model for stage in ("stage1", "stage2", "control", "stage3")]  # type: ignore[attr-defined]
+    assert tuple(model.head for model in models) == expected
+    assert len({(model.size, model.null) for model in models}) == 1
+    less = load_config(ReproduceConfig, str(REPO / f"configs/{name}/reproduce.yaml"), ["stage3.model={}"])
+    assert {step.name: step.config for step in build_steps(less)}["stage3"].model.head == "v1"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["paper", "debug"])
+def test_an_override_of_one_stage_changes_only_that_stage(name):
+    path = str(REPO / f"configs/{name}/reproduce.yaml")
+    usual = {step.name: step.config for step in build_steps(load_config(ReproduceConfig, path))}
+    for stage in ("stage1", "stage2", "stage3"):
+        for field, value in (("runtime.log_every", 77), ("precision", "bf16" if name == "debug" else "fp32")):
+            changed = {
+                step.name: step.config
+                for step in build_steps(load_config(ReproduceConfig, path, [f"{stage}.{field}={value}"]))
+            }
+            different = {one for one in usual if usual[one] != changed[one]}
+            assert different == {stage} | ({"control"} if stage == "stage2" else set())
+
+
+def test_systems_may_be_other_weights_finished_clips_and_other_seeds(tmp_path):
+    systems = {
+        "mine": {"clips": str(tmp_path / "clips")},
+        "public": {"checkpoint": "public.pth", "generate": {"bundle": "debug-16k", "sampler": {"score": None}}},
+        "best": {"checkpoint": "public.pth", "scores": [1, 2], "generate": {"head": "v2"}},
+        "sub1": {"stage": "stage3"},
+        "sub2": {"stage": "stage3", "seed": 55},
+    }
+    made = steps(tmp_path, f"systems={json.dumps(systems)}")
+    assert "generate-mine" not in made
+    public, sub1, sub2 = (made[f"generate-{name}"].config for name in ("public", "sub1", "sub2"))
+    facts = (public.checkpoint, public.bundle, public.sampler.score)
+    assert facts == (str(Path("public.pth").absolute()), "debug-16k", None)
+    assert (sub1.seed, sub2.seed, sub1.checkpoint) == (42, 55, sub2.checkpoint)
+    assert (made["choose-best"].config.head, made["choose-best"].after) == ("v2", ("corpus",))
+    assert made["generate-public"].after == ()
+    assert made["evaluate"].after == tuple(f"generate-{name}" for name in ("public", "best", "sub1", "sub2"))
+    assert made["evaluate"].config.folders[:2] == (f"mine={tmp_path / 'clips'}", f"public={tmp_path}/generated/public")
+    with pytest.raises(UserError) as caught:
+        reproduce(debug(tmp_path / "run", f"systems={json.dumps(systems)}"), plan_only=True)
+    for what in ("clips: there is no such folder", "set systems.public.checkpoint"):
+        assert what in caught.value.message
 
 
 def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
@@ -110,6 +189,9 @@ def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
         (("prompts=null",), "section generate"),
         (("stage4={}",), "unknown field"),
         (("systems.stage1.scores=[2.0]",), "scores are two or more"),
+        (("systems.stage1={}",), "needs one of stage, checkpoint .* and clips"),
+        (("systems.stage1.clips=/x",), "needs one of stage, checkpoint .* and clips"),
+        (("systems.stage1={clips: /x, seed: 3}",), "clips are there already"),
     ],
 )
 def test_wrong_sections_are_found_before_the_first_step(tmp_path, sets, message):

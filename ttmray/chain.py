@@ -20,6 +20,7 @@ from ttmray.cluster import alone, connected_gpus
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.needs import Need, refuse_missing
 from ttmray.storage import Folder
 
 PAPER_GPU_HOURS = 40
@@ -39,6 +40,7 @@ class Step:
         after: steps whose results it takes.
         page: what people should open, below the run folder.
         in_paper: whether its cost is part of what the paper reports.
+        needs: what must be there from outside of the run folder.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Step:
     after: tuple[str, ...] = ()
     page: str = ""
     in_paper: bool = False
+    needs: tuple[Need, ...] = ()
 
 
 class Row(NamedTuple):
@@ -74,10 +77,11 @@ def run_chain(
         prints: step -> fingerprint of all that its result depends on.
         first: step to start with; those before it must be done, with whatever settings.
         last: step to end with.
-        plan_only: print the steps and their states, and stop.
+        plan_only: print the steps and their states, look at what they need, and stop.
 
     Raises:
-        UserError: unknown steps, a missing result before `first`, and what the jobs raise.
+        UserError: unknown steps, a missing result before `first`, anything that a step to do needs and that is not
+            there (before any step starts, all of it at once), and what the jobs raise.
     """
     names = [step.name for step in steps]
     for flag, name in (("--from", first), ("--until", last)):
@@ -88,12 +92,14 @@ def run_chain(
         raise UserError(f"--from {first} comes after --until {last}.", f"Their order is: {', '.join(names)}.")
     if plan_only:
         console.print(_table(root, steps, prints))
-        return EXIT_OK
     for step in steps[:start]:
         missing = [name for name in step.makes if not root.exists(name)]
         if missing:
             raise UserError(f"--from {first}: step {step.name} is not done: {missing[0]} is missing.", "Start earlier.")
     todo = [step for step in steps[start : stop + 1] if not is_done(root, step, prints[step.name])]
+    refuse_missing({step.name: step.needs for step in todo})
+    if plan_only:
+        return EXIT_OK
     try:
         for step in todo:
             console.rule(f"{step.name} ({names.index(step.name) + 1} of {len(names)})")

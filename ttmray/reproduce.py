@@ -7,20 +7,24 @@ held-out prompts. A section that is left out leaves out its step.
 
 A step is skipped when it was finished with this very config, and the steps that it takes from with theirs; otherwise
 its job is started, which goes on where it was. So the same command completes a chain that was killed anywhere. Files
-outside of the run folder (songs, votes) are only looked at by steps that run. A step whose settings or inputs have
-changed is refused by its job, as ever: to make it again, delete its folder and those of the steps after it.
+outside of the run folder (songs, votes, weights, reference sets) are only looked at for steps that are to run, all of
+them before the first one starts (`ttmray.needs`). A step whose settings or inputs have changed is refused by its job,
+as ever: to make it again, delete its folder and those of the steps after it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ttmray.chain import Step, fill, merged, run_chain
 from ttmray.config import Address, Config, ConfigT, execution, fingerprint, identity
 from ttmray.errors import UserError
+from ttmray.generation.config import GenerateConfig
 from ttmray.models.bundle import BundleName
-from ttmray.storage import Folder, absolute, read_file
+from ttmray.needs import Need, needs_of, plots, problem, text_if_there
+from ttmray.storage import Folder, absolute
+from ttmray.training.config import ModelConfig, TrainConfig, with_absolute_paths
 
 Stage = Literal["stage1", "stage2", "control", "stage3"]
 
@@ -35,18 +39,31 @@ class VotesConfig(Config):
 
 
 class SystemConfig(Config):
-    """Clips of one model for the evaluation."""
+    """Clips for the evaluation: of a stage of this chain, of other weights, or of another program."""
 
-    stage: Stage
+    stage: Stage | None = None
     """Whose weights."""
+    checkpoint: str | None = None
+    """Weights file instead, local or s3://: that of the challenge's baseline (Row 0 of Table II), or one's own."""
+    clips: str | None = None
+    """Folder of finished clips instead, named by the ids of the prompts (`<id>.wav`): nothing is generated."""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Seed of the noise, in place of the section's (the paper's submissions: 42 and 55)."""
     score: float | None = None
     """Score to generate for, in place of the section's."""
     scores: tuple[float, ...] = ()
     """Scores of which the one with the highest mean reward is taken, on one candidate for each prompt of the section
     `pool`, none of which is a prompt of the evaluation: a parent is to be judged at its own best score as well."""
+    generate: dict[str, Any] = Field(default_factory=dict)
+    """What else differs from the section `generate`: `{bundle: public-16k, sampler: {score: null}}` for weights that
+    were made for another VAE and know no score."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        if sum(source is not None for source in (self.stage, self.checkpoint, self.clips)) != 1:
+            raise ValueError("needs one of stage, checkpoint (a file) and clips (a folder)")
+        if self.clips is not None and (self.generate or self.scores or (self.seed, self.score) != (None, None)):
+            raise ValueError("clips are there already; seed, score, scores and generate say how some are generated")
         if self.scores and (self.score is not None or len(self.scores) < 2):
             raise ValueError("scores are two or more to choose from, and then there is no score")
         return self
@@ -75,7 +92,8 @@ class ReproduceConfig(Config):
     pool: dict[str, Any] | None = None
     """`pool`: candidates of Stage 1 for Stage 2. Without `prompts` their texts are captions of the corpus."""
     stage2: dict[str, Any] | None = None
-    """`expert-iteration`; its first round has the pool above."""
+    """`expert-iteration`; its first round has the pool above. Size, head and null of its model are those of Stage 1
+    where it does not say otherwise."""
     control: bool = True
     """Stage 2 once more without its own clips, so that the gain can be attributed."""
     pairs_pool: dict[str, Any] | None = None
@@ -83,13 +101,19 @@ class ReproduceConfig(Config):
     pairs: dict[str, Any] | None = None
     """`pairs`."""
     stage3: dict[str, Any] | None = None
-    """`train-crpo`."""
+    """`train-crpo`. Size, head and null of its model are those of the stage that it starts from where it does not say
+    otherwise; the paper's head is v2 from here on."""
     generate: dict[str, Any] | None = None
     """`generate`, for each system."""
     systems: dict[str, SystemConfig] = Field(default_factory=dict)
-    """What is generated and evaluated, by name; default: every trained stage."""
+    """What is generated and evaluated, by name; null takes one out again. Default: every trained stage."""
     evaluate: dict[str, Any] | None = None
     """`evaluate`, of all systems."""
+
+    @field_validator("systems", mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def reproduce(
@@ -100,10 +124,11 @@ def reproduce(
     Args:
         first: step to start with; those before it must be done and are taken as they are.
         last: step to end with.
-        plan_only: check all sections, print the steps and what is done, and stop.
+        plan_only: check all sections and what the steps need, print the steps and what is done, and stop.
 
     Raises:
-        UserError: for everything that the user can mend; all sections are checked before the first step runs.
+        UserError: for everything that the user can mend; all sections, and everything that a step to do needs from
+            outside of the run folder, are checked before the first step runs.
     """
     if config.prompts is not None:
         config = config.model_copy(update={"prompts": absolute(config.prompts)})
@@ -118,178 +143,252 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
     Raises:
         UserError: a section that is wrong, or needs one that is not there.
     """
-    from ttmray.corpus.config import CorpusConfig
-    from ttmray.corpus.job import score_corpus
-    from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
-    from ttmray.evaluation.report import report
-    from ttmray.generation.choose_score import CHOICE, ScoreChoiceConfig, choose_score, chosen_score
-    from ttmray.generation.config import GenerateConfig
-    from ttmray.generation.generate import generate
-    from ttmray.generation.pool import generate_pool
-    from ttmray.generation.pool_worker import CandidatesConfig
-    from ttmray.synth import votes
-    from ttmray.training.config import TrainConfig, with_absolute_paths
-    from ttmray.training.crpo import CrpoConfig, train_crpo
-    from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
-    from ttmray.training.export import export_again
-    from ttmray.training.preference_pairs import PairsConfig, build_pairs
-    from ttmray.training.ranker_job import RankerConfig, train_ranker
-    from ttmray.training.sft import train_sft
-
-    root = Folder.at(config.output)
-    path = root.path
-    steps: list[Step] = []
-    links: dict[str, Any]
-    weights: dict[str, str] = {}
-    """Trained stage -> its weights file, below the run folder."""
-
-    def section(kind: type[ConfigT], name: str, given: Mapping[str, Any], **links: Any) -> ConfigT:
-        return fill(kind, name, given, {"bundle": config.bundle, **links})
-
-    def add(
-        name: str, config: Config, run: Callable[[], int], *makes: str, after: Sequence[str] = (), page: str = ""
-    ) -> None:
-        in_paper = name in ("ranker", "stage1", "pool", "stage2", "pairs_pool", "pairs", "stage3")
-        steps.append(Step(name, config, run, makes, tuple(after), page, in_paper))
-
-    corpus = section(CorpusConfig, "corpus", config.corpus, output=path("corpus"))
-    corpus = corpus.model_copy(update={"input": absolute(corpus.input)})
-    add("corpus", corpus, lambda: score_corpus(corpus), "corpus/_SUCCESS.json", page="corpus/summary.md")
-
-    if config.votes is not None:
-        draws = [path("corpus"), path("votes.csv"), f"--count={config.votes.count}", f"--seed={config.votes.seed}"]
-        add("votes", config.votes, lambda: votes.main(draws), "votes.csv", after=["corpus"])
-    if config.ranker is not None:
-        made_up = {"name": "votes", "path": path("votes.csv"), "corpus": path("corpus")} if config.votes else None
-        ranker = section(
-            RankerConfig, "ranker", config.ranker, output=path("ranker"), sources=[made_up] if made_up else None
-        )
-        after = ["votes"] if config.votes else []
-        made = ("ranker/metrics.json", "ranker/tunejury.safetensors")
-        add("ranker", ranker, lambda: train_ranker(ranker), *made, after=after, page="ranker/summary.md")
-
-    data = {"sources": [{"corpus": path("corpus")}]}
-    stage1 = with_absolute_paths(section(TrainConfig, "stage1", config.stage1, output=path("stage1"), data=data))
-    weights["stage1"] = "stage1/weights.safetensors"
-    add(
-        "stage1",
-        stage1,
-        lambda: train_sft(stage1) or export_again(path("stage1"), config.weights),
-        "stage1/_SUCCESS.json",
-        weights["stage1"],
-        after=["corpus"],
-    )
-
-    def candidates(name: str, given: dict[str, Any], parent: str) -> CandidatesConfig:
-        texts = None if "prompts" in given else path("corpus")
-        made_by = {"output": path(name), "checkpoint": path(weights[parent])}
-        return section(CandidatesConfig, name, given, corpus=texts, held_out=config.prompts, **made_by)
-
-    def add_pool(name: str, pool: CandidatesConfig, parent: str) -> None:
-        after = ["corpus", parent]
-        add(name, pool, lambda: generate_pool(pool), f"{name}/_SUCCESS.json", after=after, page=f"{name}/summary.md")
-
+    chain = _Chain(config)
+    chain.add_corpus()
+    chain.add_ranker()
+    chain.add_stage1()
     if config.pool is not None:
-        add_pool("pool", candidates("pool", config.pool, "stage1"), "stage1")
-
-    def add_stage2(name: str, given: dict[str, Any]) -> None:
-        control = name == "control"
-        links: dict[str, Any] = {"output": path("stage2"), "data": data, "model": {"init": path(weights["stage1"])}}
-        links |= {"weights": config.weights, "control": control, "pools": [] if control else [path("pool")]}
-        if given.get("rounds", 1) > 1:  # the later ones need pools of their own
-            links["pool"] = candidates("pool", config.pool or {}, "stage1").model_dump(mode="json")
-        stage2 = section(ExpertIterationConfig, "stage2", given, **links)
-        place, end = f"stage2/{'control' if control else 'expert'}", "polish" if stage2.polish.steps else "finetune"
-        weights[name] = f"{place}/round-{stage2.rounds}/{end}.safetensors"
-        page = "" if control else f"{place}/round-1/selection/selection.md"
-        after = ["corpus", "stage1"] if control else ["corpus", "stage1", "pool"]
-        made = (f"{place}/_SUCCESS.json", weights[name])
-        add(name, stage2, lambda: expert_iteration(stage2), *made, after=after, page=page)
-
+        chain.add_pool("pool", config.pool, "stage1")
     if config.stage2 is not None:
         _need(config, "stage2", "pool")
-        add_stage2("stage2", config.stage2)
+        chain.add_stage2("stage2", config.stage2)
         if config.control:
-            add_stage2("control", config.stage2)
-    parent = "stage2" if "stage2" in weights else "stage1"
+            chain.add_stage2("control", config.stage2)
+    parent = "stage2" if config.stage2 is not None else "stage1"
     if config.pairs_pool is not None:
-        given = merged(config.pool or {}, config.pairs_pool)
-        add_pool("pairs_pool", candidates("pairs_pool", given, parent), parent)
+        chain.add_pool("pairs_pool", merged(config.pool or {}, config.pairs_pool), parent)
     if config.pairs is not None:
         _need(config, "pairs", "pairs_pool")
-        pairs = section(PairsConfig, "pairs", config.pairs, held_out=config.prompts)
-        add(
-            "pairs",
-            pairs,
-            lambda: build_pairs(path("pairs_pool"), path("pairs"), pairs),
-            "pairs/pairs.parquet",
-            after=["pairs_pool"],
-            page="pairs/pairs.md",
-        )
+        chain.add_pairs(config.pairs)
     if config.stage3 is not None:
         _need(config, "stage3", "pairs")
-        pool_data = {"sources": [{"corpus": path("pairs_pool"), "split": "all"}]}
-        links = {"pairs": path("pairs/pairs.parquet"), "model": {"init": path(weights[parent])}, "data": pool_data}
-        stage3 = section(CrpoConfig, "stage3", config.stage3, output=path("stage3"), **links)
-        weights["stage3"] = "stage3/weights.safetensors"
-        add(
-            "stage3",
-            stage3,
-            lambda: train_crpo(stage3) or export_again(path("stage3"), config.weights),
-            "stage3/_SUCCESS.json",
-            weights["stage3"],
-            after=["pairs", parent],
-        )
+        chain.add_stage3(config.stage3, parent)
+    systems = config.systems or {stage: SystemConfig.model_validate({"stage": stage}) for stage in chain.weights}
+    if config.generate is not None:
+        for name, system in systems.items():
+            chain.add_system(name, system, config.generate)
+    if config.evaluate is not None:
+        if any(system.clips is None for system in systems.values()):
+            _need(config, "evaluate", "generate")
+        chain.add_evaluation(systems, config.evaluate)
+    return chain.steps
 
-    def add_choice(name: str, system: SystemConfig) -> None:
-        """The step that finds out at which of its scores a system is best."""
-        given = merged(config.pool or {}, {"candidates": 1})
-        links: dict[str, Any] = {"output": path(f"choices/{name}"), "checkpoint": path(weights[system.stage])}
-        links |= {"corpus": None if "prompts" in given else path("corpus"), "held_out": config.prompts}
-        choice = section(ScoreChoiceConfig, "pool", given, scores=list(system.scores), **links)
-        made, after = f"choices/{name}/{CHOICE}", ["corpus", system.stage]
-        page = f"choices/{name}/choice.md"
-        add(f"choose-{name}", choice, lambda: choose_score(choice), made, after=after, page=page)
 
-    def add_system(name: str, system: SystemConfig, given: dict[str, Any]) -> None:
-        if system.stage not in weights:
+class _Chain:
+    """The steps so far, and what they have made for those that follow."""
+
+    def __init__(self, config: ReproduceConfig) -> None:
+        self.config, self.root = config, Folder.at(config.output)
+        self.path = self.root.path
+        self.steps: list[Step] = []
+        self.weights: dict[str, str] = {}
+        """Trained stage -> its weights file, below the run folder."""
+        self.models: dict[str, ModelConfig] = {}
+        """Trained stage -> its backbone."""
+        self.data = {"sources": [{"corpus": self.path("corpus")}]}
+
+    def section(self, kind: type[ConfigT], name: str, given: Mapping[str, Any], **links: Any) -> ConfigT:
+        return fill(kind, name, given, {"bundle": self.config.bundle, **links})
+
+    def add(
+        self,
+        name: str,
+        config: Config,
+        run: Callable[[], int],
+        *makes: str,
+        after: Sequence[str] = (),
+        page: str = "",
+        section: str = "",
+        needs: Sequence[Need] = (),
+    ) -> None:
+        """Args: section: whose config it is, where that is not called as the step."""
+        in_paper = name in ("ranker", "stage1", "pool", "stage2", "pairs_pool", "pairs", "stage3")
+        outside = (*needs_of(section or name, config, self.root), *needs)
+        self.steps.append(Step(name, config, run, makes, tuple(after), page, in_paper, outside))
+
+    def add_corpus(self) -> None:
+        from ttmray.corpus.config import CorpusConfig
+        from ttmray.corpus.job import score_corpus
+
+        corpus = self.section(CorpusConfig, "corpus", self.config.corpus, output=self.path("corpus"))
+        corpus = corpus.model_copy(update={"input": absolute(corpus.input)})
+        self.add("corpus", corpus, lambda: score_corpus(corpus), "corpus/_SUCCESS.json", page="corpus/summary.md")
+
+    def add_ranker(self) -> None:
+        from ttmray.synth import votes
+        from ttmray.training.ranker_job import RankerConfig, train_ranker
+
+        given, path, made_up = self.config.votes, self.path, None
+        if given is not None:
+            draws = [path("corpus"), path("votes.csv"), f"--count={given.count}", f"--seed={given.seed}"]
+            self.add("votes", given, lambda: votes.main(draws), "votes.csv", after=["corpus"])
+            made_up = [{"name": "votes", "path": path("votes.csv"), "corpus": path("corpus")}]
+        if self.config.ranker is None:
+            return
+        ranker = self.section(RankerConfig, "ranker", self.config.ranker, output=path("ranker"), sources=made_up)
+        after = ["votes"] if made_up else []
+        made = ("ranker/metrics.json", "ranker/tunejury.safetensors")
+        self.add("ranker", ranker, lambda: train_ranker(ranker), *made, after=after, page="ranker/summary.md")
+
+    def add_stage1(self) -> None:
+        from ttmray.training.export import export_again
+        from ttmray.training.sft import train_sft
+
+        place, links = self.path("stage1"), {"output": self.path("stage1"), "data": self.data}
+        stage1 = with_absolute_paths(self.section(TrainConfig, "stage1", self.config.stage1, **links))
+        self.weights["stage1"], self.models["stage1"] = "stage1/weights.safetensors", stage1.model
+        made = ("stage1/_SUCCESS.json", self.weights["stage1"])
+
+        def run() -> int:
+            self.check_captions()
+            return train_sft(stage1) or export_again(place, self.config.weights)
+
+        self.add("stage1", stage1, run, *made, after=["corpus"])
+
+    def check_captions(self) -> None:
+        """Whether the corpus has the prompts of the pools: it is known as soon as the corpus is, days before them.
+
+        Raises:
+            UserError: as `choose_prompts`.
+        """
+        from ttmray.generation.pool import choose_prompts
+        from ttmray.generation.pool_worker import CandidatesConfig
+
+        for step in self.steps:
+            if isinstance(step.config, CandidatesConfig) and not any(map(problem, step.needs)):
+                choose_prompts(step.config)
+
+    def candidates(self, kind: type[ConfigT], section: str, given: Mapping[str, Any], **links: Any) -> ConfigT:
+        texts = None if "prompts" in given else self.path("corpus")
+        return self.section(kind, section, given, corpus=texts, held_out=self.config.prompts, **links)
+
+    def add_pool(self, name: str, given: Mapping[str, Any], parent: str) -> None:
+        from ttmray.generation.pool import generate_pool
+        from ttmray.generation.pool_worker import CandidatesConfig
+
+        links = {"output": self.path(name), "checkpoint": self.path(self.weights[parent])}
+        pool = self.candidates(CandidatesConfig, name, given, **links)
+        after, page = ["corpus", parent], f"{name}/summary.md"
+        self.add(name, pool, lambda: generate_pool(pool), f"{name}/_SUCCESS.json", after=after, page=page)
+
+    def model(self, parent: str) -> dict[str, Any]:
+        """What a stage inherits of the backbone that it starts from."""
+        known = self.models[parent]
+        inherited = {"size": known.size, "head": known.head, "null": known.null}
+        return inherited | {"init": self.path(self.weights[parent])}
+
+    def add_stage2(self, name: str, given: Mapping[str, Any]) -> None:
+        from ttmray.generation.pool_worker import CandidatesConfig
+        from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
+
+        control, path = name == "control", self.path
+        links: dict[str, Any] = {"output": path("stage2"), "data": self.data, "model": self.model("stage1")}
+        links |= {"weights": self.config.weights, "control": control, "pools": [] if control else [path("pool")]}
+        if given.get("rounds", 1) > 1:  # the later ones need pools of their own
+            made_by = {"output": path("pool"), "checkpoint": path(self.weights["stage1"])}
+            pool = self.candidates(CandidatesConfig, "pool", self.config.pool or {}, **made_by)
+            links["pool"] = pool.model_dump(mode="json")
+        stage2 = self.section(ExpertIterationConfig, "stage2", given, **links)
+        place, end = f"stage2/{'control' if control else 'expert'}", "polish" if stage2.polish.steps else "finetune"
+        self.weights[name], self.models[name] = f"{place}/round-{stage2.rounds}/{end}.safetensors", stage2.model
+        page = "" if control else f"{place}/round-1/selection/selection.md"
+        after = ["corpus", "stage1"] if control else ["corpus", "stage1", "pool"]
+        made = (f"{place}/_SUCCESS.json", self.weights[name])
+        self.add(name, stage2, lambda: expert_iteration(stage2), *made, after=after, page=page, section="stage2")
+
+    def add_pairs(self, given: Mapping[str, Any]) -> None:
+        from ttmray.training.preference_pairs import PairsConfig, build_pairs
+
+        pairs = self.section(PairsConfig, "pairs", given, held_out=self.config.prompts)
+
+        def run() -> int:
+            return build_pairs(self.path("pairs_pool"), self.path("pairs"), pairs)
+
+        self.add("pairs", pairs, run, "pairs/pairs.parquet", after=["pairs_pool"], page="pairs/pairs.md")
+
+    def add_stage3(self, given: Mapping[str, Any], parent: str) -> None:
+        from ttmray.training.crpo import CrpoConfig, train_crpo
+        from ttmray.training.export import export_again
+
+        place = self.path("stage3")
+        links: dict[str, Any] = {"output": place, "pairs": self.path("pairs/pairs.parquet")}
+        links |= {"model": self.model(parent)}
+        links |= {"data": {"sources": [{"corpus": self.path("pairs_pool"), "split": "all"}]}}
+        stage3 = self.section(CrpoConfig, "stage3", given, **links)
+        self.weights["stage3"], self.models["stage3"] = "stage3/weights.safetensors", stage3.model
+        made = ("stage3/_SUCCESS.json", self.weights["stage3"])
+
+        def run() -> int:
+            return train_crpo(stage3) or export_again(place, self.config.weights)
+
+        self.add("stage3", stage3, run, *made, after=["pairs", parent])
+
+    def add_system(self, name: str, system: SystemConfig, given: Mapping[str, Any]) -> None:
+        """The clips of a system, and before them the step that finds out at which of its scores it is best."""
+        from ttmray.generation.choose_score import chosen_score
+        from ttmray.generation.generate import generate
+
+        if system.clips is not None:
+            return
+        if system.stage is not None and system.stage not in self.weights:
             raise UserError(f"systems.{name}: there is no {system.stage}.", f"Add the section {system.stage}.")
+        weights = self.path(self.weights[system.stage]) if system.stage else absolute(system.checkpoint or "")
+        made_by = [system.stage] if system.stage else []
+        place, changes = f"generated/{name}", dict(system.generate)
+        changes |= {} if system.seed is None else {"seed": system.seed}
+        changes = merged(changes, {} if system.score is None else {"sampler": {"score": system.score}})
+        links = {"output": self.path(place), "checkpoint": weights, "prompts": self.config.prompts}
+        clips = self.section(GenerateConfig, "generate", merged(given, changes), **links)
+        choice = f"choices/{name}"
         if system.scores:
-            add_choice(name, system)
-        place = f"generated/{name}"
-        given = merged(given, {} if system.score is None else {"sampler": {"score": system.score}})
-        links = {"checkpoint": path(weights[system.stage]), "prompts": config.prompts}
-        clips = section(GenerateConfig, "generate", given, output=path(place), **links)
+            self.add_choice(name, system, clips, made_by)
 
         def run() -> int:
             if not system.scores:
                 return generate(clips, play_page=True)
-            best = clips.sampler.model_copy(update={"score": chosen_score(path(f"choices/{name}"))})
+            best = clips.sampler.model_copy(update={"score": chosen_score(self.path(choice))})
             return generate(clips.model_copy(update={"sampler": best}), play_page=True)
 
-        after = [system.stage, *([f"choose-{name}"] if system.scores else [])]
-        add(f"generate-{name}", clips, run, f"{place}/manifest.parquet", after=after, page=f"{place}/index.html")
+        after = [*made_by, *([f"choose-{name}"] if system.scores else [])]
+        page, section = f"{place}/index.html", f"systems.{name}" if system.checkpoint else "generate"
+        self.add(f"generate-{name}", clips, run, f"{place}/manifest.parquet", after=after, page=page, section=section)
 
-    systems = config.systems or {stage: SystemConfig.model_validate({"stage": stage}) for stage in weights}
-    if config.generate is not None:
-        for name, system in systems.items():
-            add_system(name, system, config.generate)
-    if config.evaluate is not None:
-        _need(config, "evaluate", "generate")
-        folders = [f"{name}={path(f'generated/{name}')}" for name in systems]
-        links = {"output": path("evaluation"), "folders": folders, "prompts": config.prompts}
-        evaluation = section(EvaluateConfig, "evaluate", config.evaluate, training=path("corpus"), **links)
+    def add_choice(self, name: str, system: SystemConfig, clips: GenerateConfig, made_by: Sequence[str]) -> None:
+        from ttmray.generation.choose_score import CHOICE, ScoreChoiceConfig, choose_score
+
+        place = f"choices/{name}"
+        given = merged(self.config.pool or {}, {"candidates": 1})
+        links: dict[str, Any] = {"output": self.path(place), "checkpoint": clips.checkpoint, "bundle": clips.bundle}
+        links |= {"head": clips.head, "null": clips.null}
+        choice = self.candidates(ScoreChoiceConfig, "pool", given, scores=list(system.scores), **links)
+        run, after = (lambda: choose_score(choice)), ["corpus", *made_by]
+        made, page = f"{place}/{CHOICE}", f"{place}/choice.md"
+        self.add(f"choose-{name}", choice, run, made, after=after, page=page, section="pool")
+
+    def add_evaluation(self, systems: Mapping[str, SystemConfig], given: Mapping[str, Any]) -> None:
+        from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+        from ttmray.evaluation.report import report
+
+        places = {name: one.clips or self.path(f"generated/{name}") for name, one in systems.items()}
+        links: dict[str, Any] = {"output": self.path("evaluation"), "prompts": self.config.prompts}
+        links |= {"folders": [f"{name}={absolute(place)}" for name, place in places.items()]}
+        evaluation = self.section(EvaluateConfig, "evaluate", given, training=self.path("corpus"), **links)
         made = ("evaluation/_SUCCESS.json", "evaluation/report/index.html")
-        after = [f"generate-{name}" for name in systems]
-        add(
-            "evaluate",
-            evaluation,
-            lambda: evaluate(evaluation) or report(evaluation.output),
-            *made,
-            after=after,
-            page=made[1],
-        )
-    return steps
+        after = [f"generate-{name}" for name, system in systems.items() if system.clips is None]
+
+        def run() -> int:
+            return evaluate(evaluation) or report(evaluation.output)
+
+        self.add("evaluate", evaluation, run, *made, after=after, page=made[1], needs=[plots()])
+
+
+def _from_outside(config: ReproduceConfig, step: str) -> dict[str, str]:
+    """Addresses of weights and clips that are not of this chain; their content is the job's to compare."""
+    if step == "evaluate":
+        return {name: absolute(one.clips) for name, one in config.systems.items() if one.clips}
+    kind, _, name = step.partition("-")
+    system = config.systems.get(name) if kind in ("choose", "generate") else None
+    return {name: absolute(system.checkpoint)} if system is not None and system.checkpoint else {}
 
 
 def _need(config: ReproduceConfig, section: str, other: str) -> None:
@@ -299,7 +398,7 @@ def _need(config: ReproduceConfig, section: str, other: str) -> None:
 
 def _fingerprints(config: ReproduceConfig, steps: Sequence[Step]) -> dict[str, str]:
     """What a step was finished with: its config, the prompts, and the same of the steps that it takes from."""
-    prompts = None if config.prompts is None else read_file(config.prompts).decode("utf-8", "replace")
+    prompts = None if config.prompts is None else text_if_there(config.prompts)
     prints: dict[str, str] = {}
     for step in steps:
         what: dict[str, Any] = {"config": identity(step.config), "after": [prints[name] for name in step.after]}
@@ -307,5 +406,6 @@ def _fingerprints(config: ReproduceConfig, steps: Sequence[Step]) -> dict[str, s
             what["prompts"] = prompts
         if step.name in ("stage1", "stage3"):
             what["weights"] = config.weights
+        what |= {"outside": outside} if (outside := _from_outside(config, step.name)) else {}
         prints[step.name] = fingerprint(what)
     return prints

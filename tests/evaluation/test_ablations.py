@@ -42,6 +42,7 @@ from ttmray.evaluation.published import CHAIN, FACTORIAL, SWEEP, Published
 from ttmray.evaluation.reference import build_reference
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.score_heads import Head
+from ttmray.reproduce import ReproduceConfig, build_steps
 from ttmray.storage import Folder
 
 REPO = Path(__file__).resolve().parents[2]
@@ -185,11 +186,11 @@ def test_the_sweep_says_how_score_and_reward_go_together_in_and_beyond_the_train
     assert table.rows[1][1]["reward"].paper is None
 
 
-def backbone(path: Path, seed: int, head: Head = "v1") -> Path:
+def backbone(path: Path, seed: int, head: Head = "v1", latent_dim: int = 40) -> Path:
     """A weights file with a seeded backbone whose score embedding says something."""
     import torch
 
-    model = debug_backbone(seed, head)
+    model = debug_backbone(seed, head, latent_dim=latent_dim)
     if model.score_embed is not None:
         with torch.no_grad():
             torch.nn.init.normal_(model.score_embed.mlp[2].weight, std=0.3)
@@ -308,7 +309,18 @@ def test_a_silent_clip_stops_nothing_within_the_share_and_stands_in_the_notes(gi
         (("heads={heads: {v1: one}, scores: [0, 1], at: 1}",), "-0.5 is not"),
         (("heads={heads: {}}",), "name at least one row"),
         (("checkpoints.three={}", "chain=[{label: a, checkpoint: three}]"), "needs path"),
-        (("checkpoints.three={path: nothing.safetensors}",), "checkpoints.three: .*is not a file"),
+        (
+            ("checkpoints.three={path: nothing.safetensors}", "chain=[{label: a, checkpoint: three}]"),
+            "nothing.safetensors: not found. .*set checkpoints.three.path",
+        ),
+        (("chain=[{label: a, checkpoint: one, clips: /nowhere}]",), "needs checkpoint .* or clips .*, and not both"),
+        (("chain=[{label: a, clips: /nowhere, head: v2}]",), "clips are there already"),
+        (("chain=[{label: a, clips: /nowhere}]",), "/nowhere: there is no such folder"),
+        (
+            ("chain=[{label: a, checkpoint: one, generate: {bundle: nothing}}]",),
+            "there is no bundle 'nothing'",
+        ),
+        (("sweep={checkpoints: {a: {clips: /x}}, scores: [0, 1]}",), "clips have no input score"),
         (("checkpoints.three={train: {}}",), "Add the section stage1"),
         (("checkpoints.three={train: {}, init: four}", "stage1={}"), "no checkpoint four stands before it"),
         (("checkpoints.three={path: a.pth, init: one}",), "init is for checkpoints that are trained"),
@@ -327,6 +339,67 @@ def test_mistakes_are_found_before_the_first_step(given, tmp_path, sets, message
         ablate(configure(given, tmp_path / "run", *sets))
     assert re.search(message, f"{caught.value.message} {caught.value.hint}"), caught.value
     assert not (tmp_path / "run").exists()
+
+
+def test_a_16_khz_checkpoint_and_clips_of_another_program_can_be_row_0(given, tmp_path, capsys):
+    """The public baseline has latents, a VAE and a vocoder of its own, and no score; a user's may be mere files."""
+    output, mine = tmp_path / "run", tmp_path / "mine"
+    public = backbone(tmp_path / "public.safetensors", 4, "none", latent_dim=20)
+    mine.mkdir()
+    for i, name in enumerate(("a", "b_0", "c")):
+        tone = 0.1 * np.sin(2 * np.pi * 300 * (i + 1) * np.arange(32_000 * 10) / 32_000)
+        soundfile.write(mine / f"{name}.wav", tone, 32_000)
+    rows = [
+        {"label": "public", "checkpoint": "public", "generate": {"bundle": "debug-16k"}, "baseline": True},
+        {"label": "mine", "clips": str(mine), "baseline": True},
+        {"label": "SFT (v1)", "checkpoint": "one"},
+    ]
+    sets = (f"checkpoints.public={{path: {public}}}", f"chain={json.dumps(rows)}")
+    config = configure(given, output, *sets)
+    assert ablate(config, plan_only=True) == 0
+    assert ablate(config) == 0
+    table = list(csv.DictReader((output / "tables/chain.csv").open()))
+    assert [row["step"] for row in table] == ["public", "mine", "SFT (v1)"]
+    assert all(row["reward"] and row["fad"] and row["clap_score"] for row in table)
+    cells = json.loads((output / "cells.json").read_text())["chain"]
+    for name in "abc":
+        info = soundfile.info(output / f"cells/{cells['public']}/clips/clips/{name}.wav")
+        assert (info.samplerate, info.frames) == (16_000, 160_000)
+    assert not (output / f"cells/{cells['mine']}/clips").exists()
+    capsys.readouterr()
+    assert ablate(config) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    soundfile.write(mine / "c.wav", -tone, 32_000)  # another clip under a known name
+    assert ablate(config, plan_only=True) == 0
+    assert capsys.readouterr().out.count("begun") == 2  # its evaluation and the tables
+
+
+def test_weights_of_16_khz_latents_need_their_bundle(given, tmp_path):
+    public = backbone(tmp_path / "public.safetensors", 4, "none", latent_dim=20)
+    sets = (f"checkpoints.public={{path: {public}}}", "chain=[{label: public, checkpoint: public}]")
+    with pytest.raises(UserError, match="makes 20 latent channels, the VAE of the bundle has 40") as caught:
+        ablate(configure(given, tmp_path / "run", *sets))
+    assert "bundle that it was trained with" in caught.value.hint
+
+
+def test_the_paper_s_recipes_say_what_they_mean():
+    ablations = load_config(AblateConfig, str(REPO / "configs/paper/ablate.yaml"))
+    text = (REPO / "configs/paper/ablate.yaml").read_text() + (REPO / "configs/paper/reproduce.yaml").read_text()
+    assert text.count("--set stage1.model.head=v2") == 2
+    heads = {"/data/chain": ("v1", "v1", "v2"), "/data/chain-v2": ("v2", "v2", "v2")}
+    for output, expected in heads.items():
+        sets = [f"output={output}", *(["stage1.model.head=v2"] if output.endswith("v2") else [])]
+        config = load_config(ReproduceConfig, str(REPO / "configs/paper/reproduce.yaml"), sets)
+        steps = {step.name: step for step in build_steps(config)}
+        models = [steps[name].config.model for name in ("stage1", "stage2", "stage3")]  # type: ignore[attr-defined]
+        assert tuple(model.head for model in models) == expected
+        assert {(model.size, model.null) for model in models} == {("s_44k", "zero_embedding")}
+        made = {f"{output}/{name}" for step in steps.values() for name in step.makes}
+        own = [one.path for one in ablations.checkpoints.values() if one.path and one.path.startswith(f"{output}/")]
+        assert own
+        assert set(own) <= made
+    assert ablations.stage1 is not None
+    assert ablations.stage1["data"]["sources"][0]["corpus"] == "/data/chain/corpus"
 
 
 def test_tables_figure_and_page_come_from_real_cells_and_a_relaunch_does_nothing(given, tmp_path, capsys):

@@ -81,6 +81,23 @@ def build_catalogue(input: str, config: CatalogueConfig) -> Catalogue:
     return Catalogue(root, tracks, report)
 
 
+def check_songs(input: str, config: CatalogueConfig) -> None:
+    """Whether the songs of a catalogue are there, without reading any.
+
+    Raises:
+        UserError: for an input that is absent, empty or not readable, and for a table none of whose files is there.
+    """
+    if not is_table(input) or os.path.isdir(absolute(input)):
+        _from_folder(Folder.at(input), config)
+        return
+    root, tracks, _, _ = _from_table(input, config)
+    if all(track.size < 0 for track in tracks):
+        raise UserError(
+            f"{input}: none of its {len(tracks)} tracks, such as {tracks[0].path}, is there under {root}.",
+            "Set catalogue.audio_root.",
+        )
+
+
 def track_ids(paths: Sequence[str]) -> list[str]:
     """One safe id per path, unique without regard to case (some file systems have none).
 

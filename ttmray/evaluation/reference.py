@@ -34,8 +34,10 @@ from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, measure
 from ttmray.evaluation.metrics import KadReference
 from ttmray.evaluation.systems import audio_files
-from ttmray.models.bundle import open_bundle
+from ttmray.models.bundle import base_name, open_bundle
 from ttmray.models.protocol import Protocol
+from ttmray.models.scoring import Scorer
+from ttmray.models.weights import open_store
 from ttmray.storage import Folder, parquet_table
 
 STORE = "~/.cache/ttmray/references"
@@ -174,13 +176,8 @@ def load_reference(address: str, store: str, protocol: str) -> Embedded:
     Raises:
         UserError: there is none, it is damaged, or it was made under another protocol.
     """
-    folder = Folder.at(address) if "/" in address else Folder.at(store).sub(address)
-    parent, _, name = folder.uri.rpartition("/")
-    if not folder.exists(ABOUT):
-        raise UserError(
-            f"reference {address}: there is none at {folder}.",
-            f"Build it: ttmray reference build {name} SOURCE --bundle {protocol.partition('/')[0]} --store {parent}",
-        )
+    folder = _place(address, store, protocol.partition("/")[0])
+    parent = folder.uri.rpartition("/")[0]
     about = _about(folder)
     if about["protocol"] != protocol:
         raise UserError(
@@ -197,6 +194,47 @@ def load_reference(address: str, store: str, protocol: str) -> Embedded:
     if not len(clap) == len(tracks) == gaussian.n or clap.ndim != 2 or gaussian.protocol != protocol:
         raise UserError(f"{folder} is damaged: its files do not belong together.", "Delete it and build it again.")
     return Embedded(about, tracks, [clap], gaussian)
+
+
+def _place(address: str, store: str, bundle: str) -> Folder:
+    folder = Folder.at(address) if "/" in address else Folder.at(store).sub(address)
+    parent, _, name = folder.uri.rpartition("/")
+    if not folder.exists(ABOUT):
+        raise UserError(
+            f"reference {address}: there is none at {folder}.",
+            f"Build it: ttmray reference build {name} SOURCE --bundle {bundle} --store {parent}",
+        )
+    return folder
+
+
+def reference_there(address: str, store: str, bundle: str, reward_text: Literal["empty", "caption"]) -> None:
+    """Whether a reference set is there, and, where the weights of the bundle are, was made with them.
+
+    Raises:
+        UserError: as `load_reference`.
+    """
+    _about(_place(address, store, bundle))
+    if (protocol := known_protocol(bundle, reward_text)) is not None:
+        load_reference(address, store, protocol)
+
+
+def training_there(address: str, store: str, bundle: str, reward_text: Literal["empty", "caption"]) -> None:
+    """The same of a training set, see `load_training`.
+
+    Raises:
+        UserError: as `training_digest`.
+    """
+    if _corpus_run(Folder.at(address)) is None:
+        reference_there(address, store, bundle, reward_text)
+
+
+def known_protocol(bundle: str, reward_text: Literal["empty", "caption"]) -> str | None:
+    """Of embeddings; None where weights that it depends on are not on this machine."""
+    chosen, roles = open_bundle(base_name(bundle)), (*Scorer.roles, "tokenizer")  # whatever the reward head
+    here = open_store()
+    if any(len(here.present(name)) < len(here.entry(name).files) for name in chosen.weights(roles)):
+        return None
+    return embedding_protocol(chosen.name, chosen.protocol(reward_text))
 
 
 def load_training(address: str, store: str, protocol: str) -> Embedded:

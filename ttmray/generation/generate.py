@@ -111,12 +111,14 @@ def _with_absolute_paths(config: GenerateConfig) -> GenerateConfig:
     return config.model_copy(update={name: absolute(path) for name, path in paths.items() if path is not None})
 
 
+def roles_with_separator(config: GenerateConfig) -> set[str]:
+    """All models that a run needs."""
+    return roles_of(config) | ({"separator"} if config.postprocess is not None and config.postprocess.passes else set())
+
+
 def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
     """What `run.json` holds. Prompts are not part of the identity: more can be added later."""
-    roles = roles_of(config) | (
-        {"separator"} if config.postprocess is not None and config.postprocess.passes else set()
-    )
-    models = bundle.identity(roles)
+    models = bundle.identity(roles_with_separator(config))
     weights = {"bundle": fingerprint(models)}
     for field in ("checkpoint", "second_checkpoint"):
         path = getattr(config, field)
