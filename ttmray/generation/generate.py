@@ -26,6 +26,7 @@ from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import Clip, Job, Worker, roles_of
 from ttmray.models.backbone_weights import file_config
 from ttmray.models.bundle import Bundle, on_gpu, open_bundle
+from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder, absolute
@@ -113,10 +114,8 @@ def _with_absolute_paths(config: GenerateConfig) -> GenerateConfig:
 
 def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
     """What `run.json` holds. Prompts are not part of the identity: more can be added later."""
-    roles = roles_of(config) | (
-        {"separator"} if config.postprocess is not None and config.postprocess.passes else set()
-    )
-    models = bundle.identity(roles)
+    separated = config.postprocess is not None and config.postprocess.passes > 0
+    models = bundle.identity(roles_of(config) | ({"separator"} if separated else set()))
     weights = {"bundle": fingerprint(models)}
     for field in ("checkpoint", "second_checkpoint"):
         path = getattr(config, field)
@@ -125,6 +124,7 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
             found = file_config(path, head=config.head, null=config.null)
             weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
     what = {"config": identity(config), "bundle": models, "weights": weights}
+    what |= {"separation": SEPARATION} if separated else {}
     return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
 
 
