@@ -408,7 +408,8 @@ class Plan:
                 bundle = open_bundle(evaluation.bundle)
                 protocol = embedding_protocol(bundle.name, bundle.protocol("empty"))
                 if what == "reference":
-                    self.digests[key] = load_reference(address, evaluation.references, protocol).digest()
+                    stem = evaluation.reference_stem
+                    self.digests[key] = load_reference(address, evaluation.references, protocol, stem).digest()
                 else:
                     self.digests[key] = training_digest(address, evaluation.references, protocol)
             found[what] = self.digests[key]

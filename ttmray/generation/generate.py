@@ -123,7 +123,7 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
             weights[field] = digest_file(weights_file(path, field)).sha256
             found = file_config(path, head=config.head, null=config.null)
             weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
-    what = {"config": identity(config), "bundle": models, "weights": weights}
+    what: dict[str, Any] = {"config": identity(config), "bundle": models, "weights": weights}
     what |= {"separation": SEPARATION} if separated else {}
     return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
 
