@@ -54,7 +54,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "path,caption\n" + "".join(f"album/song{i}.flac,Take {i}\n" for i in (1, 2))
     )
     (folder / "my-prompts.csv").write_text("id,prompt\na,a calm piano piece\nb,loud drums\n")
-    captions = [f'album/song{i}.flac,"Take {i}, slow"' for i in range(8)]
+    (folder / "mtg-jamendo/00").mkdir(parents=True)
+    for i in range(8):
+        (folder / f"mtg-jamendo/00/song{i}.flac").symlink_to(songs / f"album/song{i}.flac")
+    captions = [f'00/song{i}.flac,"Take {i}, slow"' for i in range(8)]
     (folder / "jamendo.csv").write_text("\n".join(["path,caption", *captions]) + "\n")
     (folder / "song-describer/audio").mkdir(parents=True)
     for i in range(3):
