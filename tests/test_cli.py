@@ -76,7 +76,7 @@ def test_the_commands_are_these(capsys):
     corpus = {"score-corpus", "plan", "corpus", "status", "score", "weights"}
     models = {"train-sft", "train-ranker", "generate", "postprocess", "params", "checkpoint"}
     chain = {"pool", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
-    evaluation = {"evaluate", "compare", "reference", "report", "card"}
+    evaluation = {"evaluate", "compare", "reference", "subset", "report", "card"}
     assert shown_commands(capsys) == corpus | models | chain | evaluation
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export"}
     assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample"}

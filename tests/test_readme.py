@@ -1,4 +1,4 @@
-"""Every command of the README files works.
+"""Every command of the README files and of docs/references.md works.
 
 Fenced `sh` blocks are read line by line. How a line is checked depends on its first words (`CHECKS`); a line that
 nobody knows how to check fails. `python ...` and `ttmray ...` run for real, in order and in this process, in a
@@ -54,6 +54,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "path,caption\n" + "".join(f"album/song{i}.flac,Take {i}\n" for i in (1, 2))
     )
     (folder / "my-prompts.csv").write_text("id,prompt\na,a calm piano piece\nb,loud drums\n")
+    (folder / "mtg-jamendo/00").mkdir(parents=True)
+    for i in range(8):
+        (folder / f"mtg-jamendo/00/song{i}.flac").symlink_to(songs / f"album/song{i}.flac")
+    captions = [f'00/song{i}.flac,"Take {i}, slow"' for i in range(8)]
+    (folder / "jamendo.csv").write_text("\n".join(["path,caption", *captions]) + "\n")
+    (folder / "song-describer/audio").mkdir(parents=True)
+    for i in range(3):
+        (folder / f"song-describer/audio/{i + 7}.2min.flac").symlink_to(songs / f"album/song{i}.flac")
+    described = [f"{2 * i + k},{i + 7},A song of {i} and {k},0{i}/{i + 7}.mp3" for i in range(3) for k in range(2)]
+    (folder / "song_describer.csv").write_text("\n".join(["caption_id,track_id,caption,path", *described]) + "\n")
     header = "track_id\tartist_id\talbum_id\tpath\tduration_s\ttunejury_track_reward\ttags\n"
     rows = [f"t{i}\ta{i // 9}\tb\t{i % 100:02d}/{i}.mp3\t{30 + i % 300}.5\t0.1\tg\n" for i in range(1000)]
     (folder / "tracks.tsv").write_text(header + "".join(rows))
@@ -165,7 +175,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-@pytest.mark.parametrize("document", ["README.md", "cluster/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "cluster/README.md", "docs/references.md"])
 @pytest.mark.usefixtures("songs_in_bucket")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 def test_every_command_of_the_document_works(
@@ -173,6 +183,7 @@ def test_every_command_of_the_document_works(
 ) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("HOME", str(workplace))  # the store of reference sets
     lines = commands(document)
     assert lines
     for line in lines:

@@ -187,11 +187,29 @@ def _evaluation(commands: Any) -> None:
     build.add_argument("source", metavar="SOURCE", help="folder or bucket of audio, or a corpus run")
     build.add_argument("--store", metavar="DIR", help="folder of reference sets (~/.cache/ttmray/references)")
     build.add_argument("--bundle", default="debug", help="set of models (default debug)")
-    build.add_argument("--stem", default="instrumental", choices=("mix", "instrumental"), help="of a corpus run")
+    build.add_argument(
+        "--stem",
+        choices=("mix", "instrumental"),
+        help="instrumental: without vocals (default of a corpus run); mix: as it is (default of a folder)",
+    )
+    build.add_argument(
+        "--keys", metavar="FILE", help="only these clips of a corpus run, as `ttmray subset` writes them"
+    )
     build.add_argument("--split", default="all", choices=("train", "validation", "test", "all"), help="of a corpus run")
     build.add_argument("--max-failures", type=_count, default=0, metavar="N", help="tracks that may fail")
     _add_config(build)
     reference.set_defaults(run=_reference)
+
+    subset = commands.add_parser("subset", help="some clips or captions, seeded: keys.txt and prompts.csv")
+    subset.add_argument("source", metavar="SOURCE", help="corpus run, or table of tracks with captions")
+    subset.add_argument("-n", type=_count, required=True, metavar="N", help="number of clips (of a table: tracks)")
+    subset.add_argument(
+        "--split", default="all", choices=("train", "validation", "test", "all"), help="of a corpus run"
+    )
+    subset.add_argument("--per-track", type=_count, default=1, metavar="N", help="most clips of a track (default 1)")
+    subset.add_argument("--seed", type=int, default=0)
+    subset.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    subset.set_defaults(run=_subset)
 
     page = commands.add_parser("report", help="an evaluation as a static page: tables, plots, players, blind A/B test")
     page.add_argument("folder", metavar="OUT", help="output of `ttmray evaluate`, local or s3://")
@@ -272,12 +290,18 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _reference(arguments: argparse.Namespace) -> int:
     from ttmray.config import load_config
-    from ttmray.evaluation.measure import MeasureConfig
-    from ttmray.evaluation.reference import STORE, build_reference
+    from ttmray.evaluation.reference import STORE, ReferenceConfig, build_reference
 
-    options = {name: getattr(arguments, name) for name in ("bundle", "stem", "split", "max_failures")}
-    runtime = load_config(MeasureConfig, arguments.config, arguments.sets)
+    options = {name: getattr(arguments, name) for name in ("bundle", "stem", "split", "keys", "max_failures")}
+    runtime = load_config(ReferenceConfig, arguments.config, arguments.sets)
     return build_reference(arguments.name, arguments.source, store=arguments.store or STORE, runtime=runtime, **options)
+
+
+def _subset(arguments: argparse.Namespace) -> int:
+    from ttmray.evaluation.subset import write_subset
+
+    options = {name: getattr(arguments, name) for name in ("n", "split", "per_track", "seed", "out")}
+    return write_subset(arguments.source, **options)
 
 
 def _count(text: str) -> int:

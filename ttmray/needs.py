@@ -355,7 +355,7 @@ def _of_evaluation(section: str, config: Any, root: Folder) -> Iterable[Need]:
     yield from weights(config.bundle, (*Scorer.roles, "tokenizer"))
     if config.reference is not None and not inside(config.references, root):
         asked = (config.reference, config.references, config.bundle, config.reward_text)
-        yield Need(reference_there, asked)
+        yield Need(reference_there, (*asked, config.reference_stem))
     if config.training is not None and not inside(config.training, root):
         asked = (config.training, config.references, config.bundle, config.reward_text)
         yield Need(training_there, asked)

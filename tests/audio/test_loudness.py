@@ -39,7 +39,7 @@ def test_golden_loudness_and_true_peak_agree_with_libebur128(golden_dir: Path) -
     samples = load_file(golden_dir / "loudness.safetensors")
     assert expected
     for name, clip in expected.items():
-        x = (samples[f"{name}_i16"].T / 32767).astype(np.float32)
+        x = (samples[f"{name}_i16"].T / int(clip["scale"].removeprefix("i16/"))).astype(np.float32)
         rate = clip["sample_rate"]
         assert integrated_loudness(x, rate) == pytest.approx(clip["integrated_lufs"], abs=0.001)
         np.testing.assert_allclose(true_peak_per_channel(x, rate), clip["true_peak_dbtp"], atol=0.1)

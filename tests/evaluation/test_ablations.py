@@ -32,7 +32,6 @@ from ttmray.evaluation.ablation_tables import (
     factorial_table,
     head_table,
     page,
-    pearson,
     render_table,
     sweep_notes,
     sweep_table,
@@ -135,7 +134,37 @@ def test_score_r_and_delta_out_follow_their_definitions():
     assert head["delta_out"].low < 0.6 < head["delta_out"].high
     assert (alone["score_r"].value, alone["delta_out"].value) == (None, None)
     assert (alone["fad"].value, head["fad"].value) == (0.44, 0.4)
-    assert pearson(np.ones(5), np.arange(5.0)) == (None, None, None)
+
+
+def test_the_interval_of_score_r_is_over_prompts_not_over_clips():
+    scores, rng = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0), np.random.default_rng(2)
+    levels = rng.normal(0, 0.5, 40)
+    steered = {}
+    for s in scores:
+        once = levels + 0.15 * s + rng.normal(0, 0.2, 40)
+        steered[s] = Cell(
+            (0.4, None, None), {"reward": dict(zip(map(str, range(40)), once, strict=True))}, {"reward": once}
+        )
+    ((_, row),) = head_table({"v2": steered}, {}, 1.5, (-0.5, 1.5)).rows
+    twice = {
+        s: Cell(
+            c.fad,
+            c.scores,
+            {"reward": np.repeat(c.clips["reward"], 2)},
+            "",
+            0,
+            {"reward": np.repeat(list(c.scores["reward"]), 2).tolist()},
+        )
+        for s, c in steered.items()
+    }
+    ((_, again),) = head_table({"v2": twice}, {}, 1.5, (-0.5, 1.5)).rows
+    x = np.repeat(scores, 40)
+    fisher = stats.pearsonr(x, np.concatenate([c.clips["reward"] for c in steered.values()])).confidence_interval()
+    width = row["score_r"].high - row["score_r"].low
+    assert fisher.high - fisher.low > 1.4 * width > 0
+    # two samples of a prompt that say the same say it once
+    assert (again["score_r"].low, again["score_r"].high) == pytest.approx((row["score_r"].low, row["score_r"].high))
+    assert again["score_r"].value == pytest.approx(row["score_r"].value)
 
 
 def test_the_best_of_every_column_is_bold_and_the_papers_figures_have_columns_of_their_own():

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from safetensors.numpy import load, save
 
+from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
@@ -21,7 +22,7 @@ from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
 from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.measure import MeasureConfig, embedding_protocol
 from ttmray.evaluation.metrics import find_leaks
-from ttmray.evaluation.reference import build_reference, load_reference, load_training
+from ttmray.evaluation.reference import ReferenceConfig, build_reference, load_reference, load_training
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.scoring import Scorer
 from ttmray.storage import Folder
@@ -79,6 +80,64 @@ def test_a_folder_gives_one_row_per_track_of_its_middle_ten_seconds(store, songs
     assert isinstance(found.for_fad(), np.ndarray)  # three clips: the rows say more than their covariance
     about = json.loads((store / "three/reference.json").read_text())
     assert (about["n"], about["tracks"], about["protocol"], about["made_from"]) == (3, 3, PROTOCOL, "folder")
+
+
+@pytest.fixture(scope="module")
+def separated(songs: Path, store: Path) -> Path:
+    """The store, with `backing`: the songs of `three` without vocals."""
+    options = ("--store", str(store), "--stem", "instrumental", "--set", "device=cpu", "--set", "threads=1")
+    assert main(["reference", "build", "backing", str(songs), *options]) == 0
+    return store
+
+
+def test_an_instrumental_set_of_a_folder_holds_what_the_corpus_job_makes_of_its_clips(separated, corpus, tmp_path):
+    mixes, found = (load_reference(name, str(separated), PROTOCOL) for name in ("three", "backing"))
+    assert (mixes.about["stem"], found.about["stem"]) == ("mix", "instrumental")
+    assert found.tracks == mixes.tracks
+    assert (np.einsum("ij,ij->i", found.rows(), mixes.rows()) < 1 - 1e-6).all()
+    assert build_reference("c", str(corpus), store=str(tmp_path)) == 0  # of a corpus run that is the default
+    stored = load_reference("c", str(tmp_path), PROTOCOL)
+    for track in ("track0", "track1"):  # of up to 10 s: their middle is their only clip
+        row = stored.rows()[stored.tracks.index(track)]
+        np.testing.assert_array_equal(found.rows()[found.tracks.index(track)], row)
+
+
+def test_mixes_and_instrumentals_are_never_taken_for_each_other(separated, songs, tmp_path):
+    mine = Path(shutil.copytree(separated, tmp_path / "store"))
+    with pytest.raises(UserError, match="stem: 'mix' -> 'instrumental'"):
+        build_reference("three", str(songs), store=str(mine), stem="instrumental", runtime=RUNTIME)
+    with pytest.raises(UserError, match="stem: 'instrumental' -> 'mix'"):
+        build_reference("backing", str(songs), store=str(mine), runtime=RUNTIME)
+    # nor their parts: those of the mixes are measured anew
+    shutil.copytree(mine / "three/parts", mine / "other/parts")
+    assert build_reference("other", str(songs), store=str(mine), stem="instrumental", runtime=RUNTIME) == 0
+    same = [load_reference(name, str(mine), PROTOCOL).rows() for name in ("other", "backing")]
+    np.testing.assert_array_equal(*same)
+    with pytest.raises(UserError, match="is of stem mix, reference_stem is instrumental") as error:
+        load_reference("three", str(mine), PROTOCOL, "instrumental")
+    assert f"ttmray reference build NAME {songs} --stem instrumental" in error.value.hint
+    assert load_reference("backing", str(mine), PROTOCOL, "instrumental").about["name"] == "backing"
+    # a set of before there was a choice
+    about = json.loads((mine / "three/reference.json").read_text())
+    del about["stem"]
+    (mine / "three/reference.json").write_text(json.dumps(about))
+    assert load_reference("three", str(mine), PROTOCOL).about["stem"] == "mix"
+    assert build_reference("three", str(songs), store=str(mine), runtime=RUNTIME) == 0
+
+
+def test_how_vocals_are_removed_is_part_of_a_set(separated, songs, tmp_path):
+    mine = Path(shutil.copytree(separated, tmp_path / "store"))
+    sets = ["device=cpu", "threads=1", "separation.instrumental=residual"]
+    options = {"store": str(mine), "stem": "instrumental", "runtime": load_config(ReferenceConfig, None, sets)}
+    with pytest.raises(UserError, match=r"separation\.instrumental: 'sum' -> 'residual'"):
+        build_reference("backing", str(songs), **options)
+    shutil.copytree(mine / "backing/parts", mine / "residual/parts")
+    assert build_reference("residual", str(songs), **options) == 0
+    ours, other = (load_reference(name, str(mine), PROTOCOL).rows() for name in ("residual", "backing"))
+    assert not np.array_equal(ours, other)
+    options["runtime"] = load_config(ReferenceConfig, None, ["separation.scope=track"])
+    with pytest.raises(UserError, match=r"separation\.scope"):
+        build_reference("x", str(songs), **options)
 
 
 def test_building_again_measures_nothing_and_a_new_track_alone(store, songs, tmp_path, monkeypatch):
@@ -166,6 +225,31 @@ def test_a_corpus_gives_its_stored_embeddings(corpus, tmp_path, stem, row, monke
     assert sorted(keys) == sorted(rows)
     np.testing.assert_array_equal(found.rows(), np.stack([stored[key] for key in keys]))
     assert found.tracks == [rows[key]["track_id"] for key in keys]
+
+
+def test_keys_choose_the_clips_of_a_corpus_and_are_part_of_the_set(corpus, songs, tmp_path):
+    rows = [r["key"] for r in index.read_index(Folder.at(str(corpus))).to_pylist() if r["status"] == "ok"]
+    keys = tmp_path / "keys.txt"
+    keys.write_text("\n".join(rows[:0:-1]))
+    assert build_reference("some", str(corpus), store=str(tmp_path), keys=str(keys)) == 0
+    found = pq.read_table(tmp_path / "some/tracks.parquet")["id"].to_pylist()
+    assert sorted(found) == sorted(rows[1:])
+    for options in ({}, {"keys": str(keys)}):
+        keys.write_text("\n".join(rows[:2]))
+        with pytest.raises(UserError, match="is another one"):
+            build_reference("some", str(corpus), store=str(tmp_path), **options)
+    keys.write_text(f"{rows[0]}\nnobody_3")
+    with pytest.raises(UserError, match=r"1 of 2 are not among the ok clips .* split all, e\.g\. nobody_3"):
+        build_reference("x", str(corpus), store=str(tmp_path), keys=str(keys))
+    with pytest.raises(UserError, match="is a folder of audio"):
+        build_reference("x", str(songs), store=str(tmp_path), keys=str(keys))
+
+
+def test_an_evaluation_refuses_a_set_of_the_other_stem(separated, songs, tmp_path):
+    (tmp_path / "prompts.csv").write_text("id,prompt\ntrack0,a tone\n")
+    sets = (f"folders=[{songs}]", f"prompts={tmp_path}/prompts.csv", f"references={separated}", "reference=three")
+    with pytest.raises(UserError, match="three is of stem mix"):
+        evaluate(load_config(EvaluateConfig, None, [*sets, "reference_stem=instrumental", f"output={tmp_path}/out"]))
 
 
 def test_a_corpus_of_another_bundle_or_without_such_clips_is_refused(corpus, tmp_path):

@@ -16,10 +16,14 @@ from ttmray.evaluation.statistics import (
     mcnemar,
     paired,
     paired_from_summary,
+    pearson,
+    pearson_interval,
     power,
     prompts_needed,
     spearman,
 )
+
+SCORES = np.array([-0.5, 0.0, 0.5, 1.0, 1.5, 2.0])
 
 # Published scores of 100 prompts: mean difference, t, interval, p, d_z; scipy and pandas made them.
 PUBLISHED = {
@@ -240,6 +244,75 @@ def test_spearman_refuses_what_has_no_ranks() -> None:
         spearman(np.arange(4.0), np.arange(5.0))
     with pytest.raises(UserError, match="y: scores must be finite"):
         spearman(np.arange(3.0), np.array([1.0, np.nan, 2.0]))
+
+
+def responses(
+    rng: np.random.Generator,
+    prompts: int,
+    slope: float,
+    level_sd: float,
+    slope_sd: float,
+    noise: float,
+    samples: int = 1,
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Input score, reward and prompt of every clip; prompts differ in their level and in how they follow the score."""
+    level = rng.normal(0, level_sd, (prompts, 1, 1))
+    slopes = slope + rng.normal(0, slope_sd, (prompts, 1, 1))
+    rewards = level + slopes * SCORES[:, None] + rng.normal(0, noise, (prompts, len(SCORES), samples))
+    inputs = np.broadcast_to(SCORES[:, None], rewards.shape)
+    return inputs.ravel(), rewards.ravel(), np.repeat(np.arange(prompts), rewards[0].size).tolist()
+
+
+@pytest.mark.parametrize("prompts", [10, 40])
+@pytest.mark.parametrize(("slope", "level_sd", "slope_sd"), [(0.15, 0.5, 0.0), (0.15, 0.5, 0.1), (0.6, 0.5, 0.1)])
+def test_the_interval_of_pearson_covers_where_points_share_prompts(
+    prompts: int, slope: float, level_sd: float, slope_sd: float
+) -> None:
+    rng = np.random.default_rng(1)
+    scores_variance = SCORES.var()
+    score_part = slope**2 * scores_variance
+    other_part = level_sd**2 + slope_sd**2 * (SCORES**2).mean() + 0.2**2
+    true = np.sqrt(score_part / (score_part + other_part))
+    covered, widths, fisher = 0, [], []
+    for _ in range(600):
+        x, y, of = responses(rng, prompts, slope, level_sd, slope_sd, 0.2)
+        interval = pearson_interval(x, y, of)
+        assert interval is not None
+        covered += interval[0] <= true <= interval[1]
+        widths.append(interval[1] - interval[0])
+        fisher.append(np.diff(stats.pearsonr(x, y).confidence_interval()).item())
+    assert 0.90 <= covered / 600 <= 0.98
+    if slope < 0.6 and slope_sd == 0:  # only levels differ: points taken for independent say too little
+        assert np.mean(fisher) > 1.4 * np.mean(widths)
+
+
+def test_the_interval_of_pearson_is_the_jackknife_over_prompts_worked_by_hand() -> None:
+    x, y, of = responses(np.random.default_rng(3), 7, 0.3, 0.5, 0.1, 0.2, samples=2)
+    keep = np.random.default_rng(4).permutation(len(x))[:70]  # some clips failed, in any order
+    x, y, of = x[keep] + 1e4, y[keep] - 1e4, [f"prompt {of[i]}" for i in keep]
+    z = np.array([np.arctanh(pearson(*(v[np.array(of) != one] for v in (x, y)))) for one in sorted(set(of))])
+    half = stats.t.ppf(0.95, 6) * np.sqrt(6 / 7 * ((z - z.mean()) ** 2).sum())
+    middle = np.arctanh(stats.pearsonr(x, y).statistic)
+    assert pearson_interval(x, y, of, 0.9) == pytest.approx(np.tanh([middle - half, middle + half]), abs=1e-9)
+    assert pearson(x, y) == stats.pearsonr(x, y).statistic
+
+
+def test_copies_of_a_prompts_clips_make_no_interval_narrower() -> None:
+    x, y, of = responses(np.random.default_rng(5), 12, 0.3, 0.5, 0.1, 0.2)
+    once, thrice = pearson_interval(x, y, of), pearson_interval(np.tile(x, 3), np.tile(y, 3), of * 3)
+    assert once == pytest.approx(thrice, abs=1e-12)
+
+
+def test_pearson_says_nothing_where_there_is_nothing_to_say() -> None:
+    x, y = np.arange(6.0), np.array([1.0, 0, 3, 2, 5, 1])
+    assert pearson(np.ones(5), np.arange(5.0)) is None
+    assert pearson_interval(x, y, list("aabbaa")) is None  # two prompts
+    assert pearson_interval(np.ones(6), y, list("aabbcc")) is None
+    assert pearson_interval(x, 2 * x, list("aabbcc")) is None
+    assert pearson_interval(np.array([0, 0, 0, 0, 0, 1.0]), y, list("aabbcc")) is None  # without c it is constant
+    for bad in (lambda: pearson(x, y[:3]), lambda: pearson_interval(x, y, "ab"), lambda: pearson(x, y * np.nan)):
+        with pytest.raises(UserError):
+            bad()
 
 
 @pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])

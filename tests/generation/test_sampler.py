@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,17 +68,25 @@ def golden_branches(model: FluxAudio, g: dict[str, torch.Tensor], negative: bool
     return make_branches(model, model.conditions(g["in.text_f"], g["in.text_f_c"]), away, None)
 
 
+def cases(g: dict[str, torch.Tensor], pattern: str) -> list[re.Match[str]]:
+    """Tensors whose name has the parameters in it."""
+    found = [match for name in g if (match := re.fullmatch(pattern, name))]
+    assert found, pattern
+    return found
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize(("weight", "away", "t"), [(4.5, "empty", 0.37), (1.0, "empty", 0.37), (4.0, "neg", 0.81)])
-def test_golden_guided_velocities(golden, weight, away, t):
+def test_golden_guided_velocities(golden):
     model, g = golden
-    branches = golden_branches(model, g, away == "neg")
-    v = guided(model.velocity, g["in.latent"], torch.tensor(t), branches, (weight,))
-    close(v, g[f"out.ode_cfg{weight}_{away}_t{t}"], 1e-4)
+    for case in cases(g, r"out\.ode_cfg(?P<weight>.+)_(?P<away>neg|empty)_t(?P<t>.+)"):
+        branches = golden_branches(model, g, case["away"] == "neg")
+        weight = max(1.0, float(case["weight"]))  # below 1 the reference does not guide
+        v = guided(model.velocity, g["in.latent"], torch.tensor(float(case["t"])), branches, (weight,))
+        close(v, g[case[0]], 1e-4)
 
 
 @torch.inference_mode()
-def test_golden_euler_of_5_guided_and_25_plain_steps(golden):
+def test_golden_euler_with_guidance_and_without(golden):
     model, g = golden
     branches = golden_branches(model, g, negative=True)
     states = []
@@ -86,12 +95,16 @@ def test_golden_euler_of_5_guided_and_25_plain_steps(golden):
         states.append(x)
         return guided(model.velocity, x, t, branches, (weight,))
 
-    x = integrate(lambda x, t, step: velocity(x, t, step, 4.0), g["in.x0"], time_grid(5))
-    close(torch.stack([*states, x]), g["out.euler5_traj"], 1e-4)
-    close(x, g["out.euler5_cfg4.0_neg.norm"], 1e-4)
-    close(model.unnormalise(x), g["out.euler5_cfg4.0_neg.unnorm"], 1e-4)
-    x = integrate(lambda x, t, step: velocity(x, t, step, 1.0), g["in.x0"], time_grid(25))
-    close(x, g["out.euler25_nocfg.norm"], 1e-4)
+    for case in cases(g, r"out\.(euler(\d+))_cfg(.+)_neg\.norm"):
+        states.clear()
+        weight, grid = float(case[3]), time_grid(int(case[2]))
+        x = integrate(lambda x, t, step, w=weight: velocity(x, t, step, w), g["in.x0"], grid)
+        close(torch.stack([*states, x]), g[f"out.{case[1]}_traj"], 1e-4)
+        close(x, g[case[0]], 1e-4)
+        close(model.unnormalise(x), g[case[0].removesuffix("norm") + "unnorm"], 1e-4)
+    for case in cases(g, r"out\.euler(\d+)_nocfg\.norm"):
+        x = integrate(lambda x, t, step: velocity(x, t, step, 1.0), g["in.x0"], time_grid(int(case[1])))
+        close(x, g[case[0]], 1e-4)
 
 
 def test_golden_euler_in_both_directions(golden_dir):
@@ -100,12 +113,12 @@ def test_golden_euler_in_both_directions(golden_dir):
     def field(x: torch.Tensor, t: torch.Tensor, step: int) -> torch.Tensor:
         return x @ g["in.A"] + g["in.b"] * torch.cos(3 * t)
 
-    for steps, min_sigma in ((7, 0.0), (10, 0.02), (25, 0.0)):
-        ours = integrate(field, g["in.x0"], time_grid(steps, min_sigma))
-        close(ours, g[f"out.euler_n{steps}_minsigma{min_sigma}_to_data"], 2e-5)
-    back = torch.linspace(0, 1, 8)
-    close(integrate(field, g["in.x1"], back), g["out.euler_n7_to_prior"], 2e-5)
-    close(integrate(field, g["in.x0"], back), g["out.euler_n7_to_data_forwardconv"], 2e-5)
+    for case in cases(g, r"out\.euler_n(\d+)_minsigma(.+)_to_data"):
+        ours = integrate(field, g["in.x0"], time_grid(int(case[1]), float(case[2])))
+        close(ours, g[case[0]], 2e-5)
+    for start, end in (("in.x1", "to_prior"), ("in.x0", "to_data_forwardconv")):
+        for case in cases(g, rf"out\.euler_n(\d+)_{end}"):
+            close(integrate(field, g[start], torch.linspace(0, 1, int(case[1]) + 1)), g[case[0]], 2e-5)
 
 
 def test_heun_is_of_second_order_and_spares_the_last_evaluation():

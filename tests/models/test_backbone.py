@@ -1,6 +1,7 @@
 """FluxAudio against the reference's numbers, and what its users rely on."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,20 +42,30 @@ def test_golden_forward_and_everything_on_the_way(golden):
 
         return hook
 
+    def raw_qkv(name: str):
+        def hook(attn, inputs, output):  # the module uses the layer's weight in another order
+            taps[name] = attn.qkv(inputs[0])
+
+        return hook
+
     model.audio_input_proj.register_forward_hook(tap("audio_in"))
     model.t_embed.register_forward_hook(tap("t_embed"))
     for i, block in enumerate(model.joint_blocks):
         block.register_forward_hook(tap(f"joint{i}.latent", 0))
         block.register_forward_hook(tap(f"joint{i}.text", 1))
+        block.latent_block.attn.register_forward_hook(raw_qkv(f"joint{i}.latent_qkv"))
     for i, block in enumerate(model.fused_blocks):
         block.register_forward_hook(tap(f"fused{i}"))
     close(model(g["in.latent"], g["in.t"], g["in.text_f"], g["in.text_f_c"]), g["out.forward"])
-    assert len(taps) >= 5
-    for name, value in taps.items():
-        close(value.reshape(g[f"out.tap.{name}"].shape), g[f"out.tap.{name}"])
-    for t in (0, 1):
-        times = torch.full_like(g["in.t"], t)
-        close(model(g["in.latent"], times, g["in.text_f"], g["in.text_f_c"]), g[f"out.forward_t{t}"])
+    expected = {name.removeprefix("out.tap."): value for name, value in g.items() if name.startswith("out.tap.")}
+    assert len(expected) >= 5
+    for name, value in expected.items():
+        close(taps[name].reshape(value.shape), value)
+    times = {name: float(t[1]) for name in g if (t := re.fullmatch(r"out\.forward_t(\d.*)", name))}
+    assert times
+    for name, t in times.items():
+        at = torch.full_like(g["in.t"], t)
+        close(model(g["in.latent"], at, g["in.text_f"], g["in.text_f_c"]), g[name])
 
 
 @torch.inference_mode()

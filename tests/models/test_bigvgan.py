@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ttmray.models.bigvgan import (
 @pytest.fixture(scope="module")
 def golden(golden_dir):
     info = json.loads((golden_dir / "bigvgan_v2_tiny.json").read_text())
-    return info["config"], load_file(golden_dir / "bigvgan_v2_tiny.safetensors")
+    return info["config"], load_file(golden_dir / "bigvgan_v2_tiny.safetensors"), info["tensors"]
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +49,16 @@ def test_golden_waveform_of_the_released_key_style(golden, model):
 
 
 def test_golden_taps(golden, model):
+    """ups3 is ups[3], res2.act1 is resblocks[2].activations[1]."""
     tensors = golden[1]
-    modules = {
-        "conv_pre": model.conv_pre,
-        "ups0": model.ups[0],
-        "res0": model.resblocks[0],
-        "res0.act0": model.resblocks[0].activations[0],
-        "ups5": model.ups[5],
-        "act_post": model.activation_post,
-        "conv_post": model.conv_post,
-    }
+    rules = ((r"\bups(\d+)", r"ups.\1"), (r"\bres(\d+)", r"resblocks.\1"), (r"\bact(\d+)", r"activations.\1"))
+    modules = {}
+    for name in (key.removeprefix("out.tap.") for key in tensors if key.startswith("out.tap.")):
+        path = name.replace("act_post", "activation_post")
+        for pattern, replacement in rules:
+            path = re.sub(pattern, replacement, path)
+        modules[name] = model.get_submodule(path)
+    assert len(modules) > 3
     taps = {}
     hooks = [
         module.register_forward_hook(lambda _m, _i, out, name=name: taps.setdefault(name, out))
@@ -75,7 +76,8 @@ def test_golden_taps(golden, model):
 
 def test_golden_anti_aliased_activation_and_its_two_resamplers(golden, model):
     tensors = golden[1]
-    activation = model.resblocks[3].activations[1]
+    (text,) = (text for name, text in golden[2].items() if "out.aa_act" in name)
+    activation = model.get_submodule(re.search(r"resblocks\.\d+\.activations\.\d+", text)[0])
     parts = {"aa_act": activation, "aa_up": activation.upsample, "aa_down": activation.downsample}
     for name, module in parts.items():
         with torch.inference_mode():
@@ -85,9 +87,12 @@ def test_golden_anti_aliased_activation_and_its_two_resamplers(golden, model):
 def test_golden_folded_weights_and_filter(golden, released_state):
     tensors = golden[1]
     folded = fold_weight_norm(released_state)
-    for key in ("conv_pre.weight", "ups.0.0.weight"):
-        torch.testing.assert_close(folded[key], tensors[f"out.plain.{key}"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kaiser_sinc_filter(), tensors["ref.filter12"], rtol=0, atol=1e-7)
+    plain = {key.removeprefix("out.plain."): value for key, value in tensors.items() if key.startswith("out.plain.")}
+    assert plain
+    for key, value in plain.items():
+        torch.testing.assert_close(folded[key], value, rtol=1e-5, atol=1e-6)
+    (taps,) = (value for key, value in tensors.items() if key.startswith("ref.filter"))
+    torch.testing.assert_close(kaiser_sinc_filter(), taps, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("style", ["parametrized", "plain"])

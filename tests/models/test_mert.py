@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -54,14 +55,16 @@ def golden(golden_dir):
 @pytest.mark.parametrize(("normalize", "record"), [(False, "hidden_states"), (True, "hidden_states_normalised_input")])
 def test_golden_last_hidden_state_and_time_mean(golden, tmp_path, normalize, record):
     weights, config, io = golden
+    ((name, rate),) = ((key, 1000 * int(match[1])) for key in io if (match := re.fullmatch(r"wave_(\d+)k", key)))
+    waves = io[name]
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mert_model"}))
-    preprocessor = {"do_normalize": normalize, "sampling_rate": 24000, "feature_size": 1}
+    preprocessor = {"do_normalize": normalize, "sampling_rate": rate, "feature_size": 1}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     loaded = load_mert(tmp_path)
     last = io[record][-1].numpy()
-    np.testing.assert_allclose(loaded.last_hidden_state(io["wave_24k"]).numpy(), last, atol=GOLDEN_ATOL)
-    np.testing.assert_allclose(loaded.embed(io["wave_24k"].numpy()), last.mean(axis=1), atol=GOLDEN_ATOL)
+    np.testing.assert_allclose(loaded.last_hidden_state(waves).numpy(), last, atol=GOLDEN_ATOL)
+    np.testing.assert_allclose(loaded.embed(waves.numpy()), last.mean(axis=1), atol=GOLDEN_ATOL)
 
 
 def test_golden_weights_that_do_not_fit_are_refused(golden):

@@ -31,11 +31,16 @@ def noise(samples, seed=0, channels=2):
 
 
 def upstream(model, piece, **options):
-    """Stems (sources, 2, T) as demucs' own interface computes them."""
+    """Stems (sources, 2, T) as demucs' own interface computes them but for the mix's mean, which it adds to each."""
     wave = torch.from_numpy(piece)
     reference = wave.mean(0)
     mean, std = reference.mean(), reference.std() + 1e-8
-    return (apply_model(model, ((wave - mean) / std)[None], **options)[0] * std + mean).numpy()
+    return (apply_model(model, ((wave - mean) / std)[None], **options)[0] * std).numpy()
+
+
+def without_vocals(stems, piece):
+    """Sum of the other stems, and the mix's mean once."""
+    return stems[:3].sum(0) + piece.mean()
 
 
 def assert_same(first, second):
@@ -66,7 +71,7 @@ def test_stems_equal_those_of_demucs(kind, samples):
     result = Separator(model).separate([piece])[0]
     stems = upstream(model, piece, shifts=0, overlap=0.25)
     np.testing.assert_allclose(result.vocals, stems[3], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(result.instrumental, stems[:3].sum(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.instrumental, without_vocals(stems, piece), rtol=0, atol=1e-6)
     energy = np.square(stems[3], dtype=np.float64).sum() / np.square(piece, dtype=np.float64).sum()
     assert result.vocal_ratio == pytest.approx(energy, rel=1e-5)
 
@@ -77,7 +82,7 @@ def test_a_bag_respects_its_weights_per_source_at_any_overlap(bag, overlap):
     result = Separator(bag, overlap=overlap).separate([piece])[0]
     stems = upstream(bag, piece, shifts=0, overlap=overlap)
     np.testing.assert_allclose(result.vocals, stems[3], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(result.instrumental, stems[:3].sum(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.instrumental, without_vocals(stems, piece), rtol=0, atol=1e-6)
 
 
 def draws(monkeypatch, offsets):
@@ -95,7 +100,17 @@ def test_shifts_are_those_of_demucs_once_the_draws_are_the_same(bag, monkeypatch
     draws(monkeypatch, offsets)
     stems = upstream(bag, piece, shifts=3, overlap=0.25)
     np.testing.assert_allclose(result.vocals, stems[3], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(result.instrumental, stems[:3].sum(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.instrumental, without_vocals(stems, piece), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sum", "residual"])
+@pytest.mark.parametrize("offset", [0.1, -0.02])
+def test_a_dc_offset_of_the_mix_stays_as_it_is_in_the_instrumental_after_every_pass(bag, kind, offset):
+    piece = noise(60_000)
+    piece -= piece.mean()
+    plain, moved = Separator(bag, instrumental=kind, passes=2).separate([piece, piece + np.float32(offset)])
+    np.testing.assert_allclose(moved.instrumental, plain.instrumental + offset, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(moved.vocals, plain.vocals, rtol=0, atol=1e-5)
 
 
 @given(key=st.binary(min_size=16, max_size=16))
@@ -252,8 +267,8 @@ def test_windows_cover_every_sample_whatever_the_lengths(samples, segment, overl
     model.forward = lambda mix: mix[:, None].expand(-1, 2, -1, -1)
     piece = noise(samples)
     result = Separator(model, overlap=overlap, shifts=1).separate([piece])[0]
-    np.testing.assert_allclose(result.vocals, piece, rtol=0, atol=1e-6)
-    assert result.vocal_ratio == pytest.approx(1.0, rel=1e-4)
+    np.testing.assert_allclose(result.vocals, piece - piece.mean(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.instrumental, piece, rtol=0, atol=1e-6)
 
 
 def test_a_saved_bag_is_read_back_to_the_bit_by_us_and_by_demucs(bag, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,10 +28,10 @@ def facts(golden_dir):
 class Net(nn.Module):
     """A trainable tensor, a frozen one, a buffer, and an integer parameter."""
 
-    def __init__(self, shape=(3, 4)):
+    def __init__(self, shape=(3, 4), frozen=(1.25, -3.0)):
         super().__init__()
         self.w = nn.Parameter(torch.randn(shape))
-        self.frozen = nn.Parameter(torch.tensor([1.25, -3.0]), requires_grad=False)
+        self.frozen = nn.Parameter(torch.tensor(frozen), requires_grad=False)
         self.register_buffer("table", torch.arange(3.0))
         self.count = nn.Parameter(torch.tensor([7]), requires_grad=False)
 
@@ -40,18 +41,26 @@ def assert_within(got, expected, tolerance):
     assert (got - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
 
 
+def widths(golden, variant):
+    """sigma_rel -> averages after every update; in the order of the checkpointed EMAs."""
+    name = re.compile(rf"out\.{variant}\.ema_sigma(.+)")
+    found = {float(match[1]): value for key, value in golden.items() if (match := name.fullmatch(key))}
+    assert found
+    return dict(sorted(found.items()))
+
+
 def run(golden, facts, variant, folder):
     """The golden trajectory of one variant, compared at every update, with snapshots in `folder`."""
-    rules = facts["variants"][variant]
-    model = Net()
-    ema = PowerEMA(model, (0.05, 0.1), rules["step_size_correction"], rules["update_every"])
+    rules, averages, values = facts["variants"][variant], widths(golden, variant), golden[f"in.{variant}.param"]
+    assert len(values) == rules["n_updates"]
+    model = Net(values[0].shape, golden[f"in.{variant}.frozen"].tolist())
+    ema = PowerEMA(model, tuple(averages), rules["step_size_correction"], rules["update_every"])
     with torch.no_grad():
-        model.frozen.copy_(golden[f"in.{variant}.frozen"])
-        for k, value in enumerate(golden[f"in.{variant}.param"], 1):
+        for k, value in enumerate(values, 1):
             model.w.copy_(value)
             ema.update(model)
-            for sigma in (0.05, 0.1):
-                assert_within(ema.averages[sigma][0], golden[f"out.{variant}.ema_sigma{sigma}"][k - 1], 3e-6)
+            for sigma, expected in averages.items():
+                assert_within(ema.averages[sigma][0], expected[k - 1], 3e-6)
             if k % rules["checkpoint_every"] == 0:
                 ema.write_snapshots(folder, model)
     return model, ema, rules
@@ -62,22 +71,35 @@ def test_golden_gammas(facts):
         assert gamma_of(float(sigma)) == pytest.approx(gamma, rel=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["a", "b", "c"])
-def test_golden_decays(golden, facts, variant):
-    rules = facts["variants"][variant]
-    for sigma in (0.05, 0.1):
-        for k, expected in enumerate(golden[f"out.{variant}.beta_sigma{sigma}.f64"].tolist(), 1):
+def test_golden_decays(golden, facts):
+    for key, betas in golden.items():
+        if match := re.fullmatch(r"out\.(.+)\.beta_sigma(.+)\.f64", key):
+            rules, gamma = facts["variants"][match[1]], gamma_of(float(match[2]))
             options = {"correction": rules["step_size_correction"], "update_every": rules["update_every"]}
-            assert beta_of(k, gamma_of(sigma), **options) == pytest.approx(expected, abs=1e-12)
+            assert len(betas) == rules["n_updates"]
+            for k, expected in enumerate(betas.tolist(), 1):
+                assert beta_of(k, gamma, **options) == pytest.approx(expected, abs=1e-12), (key, k)
 
 
-@pytest.mark.parametrize("variant", ["a", "b", "c"])
-def test_golden_averages_snapshots_and_synthesis(golden, facts, variant, tmp_path):
-    folder = Folder.at(str(tmp_path / "ema"))
+def test_golden_averages_snapshots_and_synthesis(golden, facts, tmp_path):
+    for variant in facts["variants"]:
+        assert_variant(golden, facts, variant, Folder.at(str(tmp_path / variant)))
+
+
+@pytest.mark.parametrize("name", ["step_size_correction", "update_every", "checkpoint_every"])
+def test_another_value_of_any_rule_gives_other_averages(golden, facts, name, tmp_path):
+    for variant, rules in facts["variants"].items():
+        other = {"variants": {variant: rules | {name: 1 - rules[name] if name[0] == "s" else rules[name] + 1}}}
+        with pytest.raises((AssertionError, FileNotFoundError)):  # without the snapshot of a step
+            assert_variant(golden, other, variant, Folder.at(str(tmp_path / variant)))
+
+
+def assert_variant(golden, facts, variant, folder):
     model, _, rules = run(golden, facts, variant, folder)
+    sigmas = list(widths(golden, variant))
     files = [name.split(".")[:2] for name in rules["checkpoint_files"]]
     for i, step in files:
-        snapshot = load_file(folder.path(f"sigma-{(0.05, 0.1)[int(i)]}-step-{int(step):08d}.safetensors"))
+        snapshot = load_file(folder.path(f"sigma-{sigmas[int(i)]:g}-step-{int(step):08d}.safetensors"))
         assert_within(snapshot["w"], golden[f"out.{variant}.ckpt.{i}.{step}"], 3e-6)
         assert torch.equal(snapshot["frozen"], model.frozen)
     for target in rules["synth"]:
@@ -89,16 +111,19 @@ def test_golden_averages_snapshots_and_synthesis(golden, facts, variant, tmp_pat
         assert torch.equal(tensors["count"], model.count)
         order = [name.split(".")[:2] for name in target["checkpoint_order"]]
         weights = synthesis_weights(
-            [int(s) for _, s in order], [(0.05, 0.1)[int(i)] for i, _ in order], step, target["sigma_rel"]
+            [int(s) for _, s in order], [sigmas[int(i)] for i, _ in order], step, target["sigma_rel"]
         )
         np.testing.assert_allclose(weights, golden[f"{name}.weights.f64"].numpy(), rtol=0, atol=1e-4)
 
 
 def test_where_the_public_synthesis_scales_frozen_tensors_ours_does_not(golden, facts, tmp_path):
-    model, _, _ = run(golden, facts, "a", Folder.at(str(tmp_path)))
-    scaled = golden["out.a.synth0.frozen"]
+    variant = next(iter(facts["variants"]))
+    model, _, rules = run(golden, facts, variant, Folder.at(str(tmp_path)))
+    target = rules["synth"][0]
+    scaled = golden[f"out.{variant}.synth{target['index']}.frozen"]
     assert not torch.allclose(scaled, model.frozen, rtol=1e-4)
-    assert torch.equal(synthesise(Folder.at(str(tmp_path)), 0.08)[0]["frozen"], golden["in.a.frozen"])
+    ours, _ = synthesise(Folder.at(str(tmp_path)), target["sigma_rel"], target["step"])
+    assert torch.equal(ours["frozen"], golden[f"in.{variant}.frozen"])
 
 
 def test_synthesis_of_an_averaged_width_gives_that_snapshot():

@@ -10,7 +10,7 @@ from ttmray.training.schedule import learning_rate
 
 def test_golden_learning_rates(golden_dir):
     cases = json.loads((golden_dir / "rules.json").read_text())["lr_schedule"]["cases"]
-    assert len(cases) == 4
+    assert cases
     for case in cases:
         expected = case["lr_at"] if "lr_at" in case else dict(enumerate(case["lr_all"]))
         for step, lr in expected.items():

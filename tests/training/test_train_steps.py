@@ -1,6 +1,7 @@
 """The mathematics of whole optimiser steps against the public trainer: flow matching, backbone, AdamW, EMA."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -62,8 +63,65 @@ def close(got, expected, tolerance):
     return (got - expected).abs() <= tolerance * max(1.0, float(expected.abs().max()))
 
 
+OTHERS = {
+    "lr_base": 3.1e-4,
+    "weight_decay": 0.03,
+    "betas": [0.8, 0.95],
+    "eps": 1e-2,
+    "clip_grad_norm": 0.5,
+    "warmup_steps": 3,
+    "num_iterations": 2,
+    "lr_schedule": "step, milestones int(0.1*N), gamma 0.1",
+    "t_mean": 0.01,
+    "t_scale": 1.01,
+    "null_condition_probability": 0.999,
+    "ema_sigma_rels": [0.06, 0.1],
+    "ema_step_size_correction": False,
+    "ema_update_every": 2,
+}
+"""Of every hyper-parameter a value that is not the golden one's."""
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_golden_steps(golden, facts, model, fused):
+    assert_steps(golden, facts, model, fused)
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(-0.4, 1.3), (0.5, 0.7)])
+def test_golden_steps_of_a_file_with_other_times_are_followed(golden, facts, model, mean, scale):
+    """The same times t from other normal draws: what a file with another mean and scale of the logit holds."""
+    hyper = facts["hyper"]
+    other = {
+        key: (value * hyper["t_scale"] + hyper["t_mean"] - mean) / scale if key.endswith(".z_t") else value
+        for key, value in golden.items()
+    }
+    assert_steps(other, facts | {"hyper": hyper | {"t_mean": mean, "t_scale": scale}}, model, fused=False)
+
+
+def test_golden_steps_take_every_hyper_parameter_from_the_file(facts):
+    assert facts["hyper"].keys() == OTHERS.keys()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_value_of_any_hyper_parameter_gives_other_steps(golden, facts, model, name):
+    assert facts["hyper"][name] != OTHERS[name]
+    with pytest.raises(AssertionError):
+        assert_steps(golden, facts | {"hyper": facts["hyper"] | {name: OTHERS[name]}}, model, fused=False)
+
+
+def scheduled(hyper, step):
+    """Learning rate of a 0-based step: "step, milestones int(0.8*N), int(0.9*N) ..., gamma 0.1", or "constant"."""
+    schedule, _, rule = hyper["lr_schedule"].partition(",")
+    options = {}
+    if schedule == "step":
+        options["milestones"] = [float(share) for share in re.findall(r"int\(([\d.]+)\*N\)", rule)]
+        options["gamma"] = float(re.search(r"gamma ([\d.e-]+)", rule)[1])
+        assert options["milestones"]
+    total, warmup = hyper["num_iterations"], hyper["warmup_steps"]
+    return learning_rate(step, hyper["lr_base"], warmup=warmup, total=total, schedule=schedule, **options)
+
+
+def assert_steps(golden, facts, model, fused):
     hyper = facts["hyper"]
     config = FlowMatchingConfig(
         t_mean=hyper["t_mean"], t_scale=hyper["t_scale"], text_dropout=hyper["null_condition_probability"]
@@ -82,7 +140,7 @@ def test_golden_steps(golden, facts, model, fused):
         batch, name = batch_of(golden, step), f"out.step{step}"
         x1 = model.normalise(batch.mean + batch.std * batch.posterior_noise)
         assert close(x1, golden[f"{name}.x1_norm"], 2e-5).all()
-        assert close(logit_normal_t(batch.z), golden[f"{name}.t"], 2e-5).all()
+        assert close(logit_normal_t(batch.z, config.t_mean, config.t_scale), golden[f"{name}.t"], 2e-5).all()
         assert (batch.u_text < config.text_dropout).tolist() == facts["dropped"][step - 1]
         losses, _ = flow_losses(model, batch, config)
         assert close(losses, golden[f"{name}.loss"], 2e-5).all()
@@ -92,9 +150,7 @@ def test_golden_steps(golden, facts, model, fused):
             assert_gradients(model, golden, facts)
         norm = torch.nn.utils.clip_grad_norm_(trained, hyper["clip_grad_norm"])
         assert float(norm) == pytest.approx(facts["grad_norm_before_clip"][step - 1], rel=1e-4)
-        lr = learning_rate(
-            step - 1, hyper["lr_base"], warmup=hyper["warmup_steps"], total=hyper["num_iterations"], schedule="step"
-        )
+        lr = scheduled(hyper, step - 1)
         assert lr == pytest.approx(facts["lr_used"][step - 1], rel=1e-9)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()

@@ -26,6 +26,8 @@ class MelConfig:
     n_mels: int = 128
     fmin: float = 0.0  # Hz
     fmax: float = 22050.0  # Hz
+    magnitude_eps: float = 1e-9  # added to |X|^2 before the root
+    floor: float = 1e-5  # least mel value, before the logarithm
 
     @property
     def padding(self) -> int:
@@ -67,7 +69,7 @@ def slaney_filter_bank(config: MelConfig) -> np.ndarray:
 class LogMel(nn.Module):
     """Waveform -> natural logarithm of the mel magnitude spectrogram.
 
-    Samples beyond [-1, 1] are clamped. Magnitudes are sqrt(|X|^2 + 1e-9) and mel values at least 1e-5, so
+    Samples beyond [-1, 1] are clamped. Magnitudes are sqrt(|X|^2 + 1e-9) and mel values at least 1e-5 (by default), so
     the output is never below ln(1e-5) = -11.5.
     """
 
@@ -95,5 +97,5 @@ class LogMel(nn.Module):
         spectrum = torch.stft(
             padded, self.config.n_fft, self.config.hop, window=self.window, center=False, return_complex=True
         )
-        magnitude = torch.view_as_real(spectrum).square().sum(-1).add(1e-9).sqrt()
-        return (self.filters @ magnitude).clamp(min=1e-5).log()
+        magnitude = torch.view_as_real(spectrum).square().sum(-1).add(self.config.magnitude_eps).sqrt()
+        return (self.filters @ magnitude).clamp(min=self.config.floor).log()

@@ -18,6 +18,7 @@ from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.models.protocol import SEPARATION
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
@@ -118,6 +119,7 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
         "catalogue": catalogue_digest,
         "plan": plan.identity(),
         "bundle": bundle.identity(),
+        "separation": SEPARATION,
         "protocol": json.loads(json.dumps(asdict(protocol))),
     }
     packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyarrow")

@@ -9,7 +9,7 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from ttmray.errors import UserError
 from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, prompt_means, render
 from ttmray.evaluation.published import Published
 from ttmray.evaluation.results import Results
-from ttmray.evaluation.statistics import Alternative, Paired, paired, spearman
+from ttmray.evaluation.statistics import Alternative, Paired, paired, pearson, pearson_interval, spearman
 
 ALPHA = 0.05
 DAGGER, TIE = "†", "∗"
@@ -37,6 +37,8 @@ class Cell:
         fad: value and interval, None where there was no reference set or too few clips.
         scores: metric -> prompt id -> mean over the samples.
         clips: metric -> (n,) score of every clip.
+        prompts: metric -> (n,) its prompt id; a metric that is not in it has one clip per prompt, in the order of
+            `scores`.
         failed: clips that are in no metric, because they are missing, silent or damaged.
     """
 
@@ -45,6 +47,11 @@ class Cell:
     clips: Mapping[str, np.ndarray]
     protocol: str = ""
     failed: int = 0
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def prompts_of(self, metric: str) -> Sequence[str]:
+        """Prompt id of every value of `clips[metric]`."""
+        return self.prompts.get(metric) or list(self.scores[metric])
 
     def mean(self, metric: str) -> float | None:
         values = list(self.scores.get(metric, {}).values())
@@ -106,6 +113,7 @@ def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
         {metric: np.array([row.value for row in rows if row.metric == metric]) for metric in COMPARED},
         results.protocol,
         system.failed,
+        {metric: [row.prompt_id for row in rows if row.metric == metric] for metric in COMPARED},
     )
 
 
@@ -131,8 +139,9 @@ def head_table(
 ) -> Table:
     """Table I: FAD and CLAP score at one input score; how the reward of the output follows the input score.
 
-    Score-r is Pearson's correlation of input score and reward over all clips of all input scores; delta_out is the mean
-    reward at the upper score of `steer` minus that at the lower.
+    Score-r is Pearson's correlation of input score and reward over all clips of all input scores, its interval over
+    prompts, which have clips at each score; delta_out is the mean reward at the upper score of `steer` minus that at
+    the lower.
 
     Args:
         rows: head -> input score -> cell.
@@ -145,7 +154,8 @@ def head_table(
     for name, cells in rows.items():
         inputs = np.concatenate([np.full(len(cell.clips["reward"]), score) for score, cell in cells.items()])
         outputs = np.concatenate([cell.clips["reward"] for cell in cells.values()])
-        r, low, high = pearson(inputs, outputs)
+        prompts = [prompt for cell in cells.values() for prompt in cell.prompts_of("reward")]
+        r, (low, high) = pearson(inputs, outputs), pearson_interval(inputs, outputs, prompts) or (None, None)
         effect = _against(cells[steer[1]], cells[steer[0]], "reward")
         moved = Value(effect.difference, effect.low, effect.high) if effect else Value(None)
         lines.append(((name,), values_of(cells[at]) | {"score_r": Value(r, low, high), "delta_out": moved}))
@@ -159,7 +169,7 @@ def head_table(
             f"FAD-CLAP and CLAP score are of the clips at s = {at:g}; which input scores the paper's columns are of is "
             "not public, nor is its grid.",
             f"Score-r: Pearson's r of input score and reward over all clips at "
-            f"s = {', '.join(f'{score:g}' for score in next(iter(rows.values()), {}))}. "
+            f"s = {', '.join(f'{score:g}' for score in next(iter(rows.values()), {}))}, its interval over prompts. "
             f"Δout: mean reward at s = {steer[1]:+g} minus that at {steer[0]:+g}.",
             "The paper's text gives only that score-conditioned heads lie 0.025 to 0.040 below the unconditional FAD.",
             *_failures(unconditional),
@@ -303,7 +313,7 @@ def sweep_notes(curves: Mapping[str, Mapping[float, Cell]], trained: tuple[float
             if len(some) < 3:
                 continue
             s, rewards = (np.array(column) for column in zip(*some, strict=True))
-            r = pearson(s, rewards)[0]
+            r = pearson(s, rewards)
             rho = spearman(s, rewards).rho if np.ptp(rewards) > 0 else None
             shown = [
                 f"{what_r} {value:+.2f}"
@@ -315,17 +325,6 @@ def sweep_notes(curves: Mapping[str, Mapping[float, Cell]], trained: tuple[float
                 f"({', '.join(shown) or 'constant'}; {len(some)} points)."
             )
     return tuple(notes)
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None, float | None]:
-    """Pearson's r with its 95 % interval (Fisher); None where a side is constant, no interval below four points."""
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None, None, None
-    result = stats.pearsonr(x, y)
-    if len(x) < 4:
-        return float(result.statistic), None, None
-    interval = result.confidence_interval(0.95)
-    return float(result.statistic), float(interval.low), float(interval.high)
 
 
 def render_table(table: Table, format: Literal["markdown", "latex", "csv", "html"]) -> str:

@@ -433,11 +433,12 @@ def _digest_of_set(what: str, address: str, evaluation: EvaluateConfig) -> str |
     if protocol is None:
         return None
     check = reference_there if what == "reference" else training_there
-    asked = (address, evaluation.references, evaluation.bundle, evaluation.reward_text)
+    asked: tuple[Any, ...] = (address, evaluation.references, evaluation.bundle, evaluation.reward_text)
+    asked += (evaluation.reference_stem,) if what == "reference" else ()
     if problem(Need(check, asked)) is not None:
         return None
     if what == "reference":
-        return load_reference(address, evaluation.references, protocol).digest()
+        return load_reference(address, evaluation.references, protocol, evaluation.reference_stem).digest()
     return training_digest(address, evaluation.references, protocol)
 
 

@@ -84,6 +84,8 @@ class EvaluateConfig(Config):
     """Prompts, instead of a file."""
     reference: str | None = execution(None)
     """Reference set of FAD and KAD: its name in the store, or its folder (`ttmray reference build`). null: none."""
+    reference_stem: Literal["mix", "instrumental"] | None = execution(None)
+    """What the reference set must be of; another one is refused. The paper's are instrumental. null: either."""
     training: str | None = execution(None)
     """Corpus run or reference set that the systems were trained on: near-duplicates and leaks are looked for there."""
     references: str = execution(STORE)
@@ -140,7 +142,7 @@ def evaluate(config: EvaluateConfig) -> int:
     audio_protocol = embedding_protocol(bundle.name, protocol)
     reference = training = None
     if config.reference is not None:
-        reference = load_reference(config.reference, config.references, audio_protocol)
+        reference = load_reference(config.reference, config.references, audio_protocol, config.reference_stem)
     if config.training is not None:
         training = load_training(config.training, config.references, audio_protocol)
     if config.judge is not None:

@@ -26,14 +26,15 @@ from pydantic import Field
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
 from ttmray.cluster import each
-from ttmray.config import fingerprint
+from ttmray.config import fingerprint, identity
 from ttmray.console import meter
+from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.score import CLIP, LIMITS, SILENT_DBFS
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
-from ttmray.models.protocol import Protocol
+from ttmray.models.protocol import SEPARATION, Protocol
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder, parquet_table, split_path
 from ttmray.training.features import EncodingConfig
@@ -91,6 +92,16 @@ def embedding_protocol(bundle: str, protocol: Protocol) -> str:
     return f"{bundle}/{replace(protocol, text='empty', hashes=hashes).id()}"
 
 
+def separation_identity(bundle: str, separation: SeparationConfig) -> dict[str, Any]:
+    """What decides an instrumental.
+
+    Raises:
+        UserError: the separator's weights are not there.
+    """
+    models = fingerprint(open_bundle(bundle).identity(("separator",)))
+    return {"version": SEPARATION, "separator": models, **identity(separation)}
+
+
 def measure(
     sources: Sequence[Source],
     bundle: str,
@@ -99,6 +110,7 @@ def measure(
     config: MeasureConfig,
     what: str = "clips",
     middle: bool = False,
+    separation: SeparationConfig | None = None,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Facts of every source in order: the columns of `FACTS`, and `clap`, a (512,) float32 unit vector or None.
 
@@ -110,6 +122,8 @@ def measure(
         what: of the progress bar.
         middle: of longer files measure only the 10 s in the middle. CLAP sees no more in any case, but the reward and
             the levels do.
+        separation: embed what the bundle's separator leaves without vocals, clip by clip as the corpus job does; levels
+            stay those of the file. None: the file as it is.
 
     Returns:
         The rows, and seconds over all processes: `embed` (forward passes and the resampling to their rates), `read`
@@ -119,7 +133,7 @@ def measure(
     Raises:
         UserError: models or device are not there, or a damaged part.
     """
-    made_by = _made_by(bundle, reward_text, config, middle)
+    made_by = _made_by(bundle, reward_text, config, middle, separation)
     known = _known(output, made_by)
     digests = _digests({path for path, _ in sources}) if known else {}
     rows: dict[Source, dict[str, Any]] = {}
@@ -135,7 +149,9 @@ def measure(
     spent: Counter[str] = Counter()
     if todo:
         output.sweep_temporary()
-        make = partial(_Measurer, bundle, reward_text, config.model_dump_json(), output.uri, made_by, middle)
+        make = partial(
+            _Measurer, bundle, reward_text, config.model_dump_json(), output.uri, made_by, middle, separation
+        )
         failed = 0
         with meter(what, len(todo)) as progress:
             for sources_done, made, seconds in each(make, parts, config):
@@ -157,11 +173,16 @@ class _Measurer:
         output: str,
         made_by: str,
         middle: bool,
+        separation: SeparationConfig | None,
     ) -> None:
         how = MeasureConfig.model_validate_json(config)
         chosen = open_bundle(bundle)
         options = LoadOptions(device=how.device, batch=how.batch, threads=how.thread_count)
-        models = chosen.load(Scorer.roles, options)
+        if separation is not None:
+            how_separated = {name: getattr(separation, name) for name in ("instrumental", "overlap", "precision")}
+            options = replace(options, **how_separated)
+        models = chosen.load({*Scorer.roles, *(("separator",) if separation else ())}, options)
+        self.separator = models.separator if separation else None
         one_thread()  # more would change last bits
         cache = (
             EmbeddingCache(how.embedding_cache, int(how.embedding_cache_gib * 2**30)) if how.embedding_cache else None
@@ -183,13 +204,26 @@ class _Measurer:
                 for (row, _), (_, prompt) in zip(batch, sources[start:], strict=False):
                     row["prompt"] = prompt
                 begun = time.perf_counter()
-                self._score([(row, wave) for row, wave in batch if wave is not None])
+                self._score(self._mono([(row, wave) for row, wave in batch if wave is not None]))
                 embedding += time.perf_counter() - begun
                 rows += [row for row, _ in batch]
         reading = sum(row.pop("read_s") for row in rows)
         _write_part(self.output, self.made_by, rows)
         seconds = {"embed": embedding, "read": reading, "busy": time.perf_counter() - started, "clips": len(rows)}
         return sources, rows, seconds
+
+    def _mono(self, works: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[tuple[dict[str, Any], np.ndarray]]:
+        """Clips as they are embedded: the mean of the channels, of the instrumental where there is a separator."""
+        if self.separator is None or not works:
+            return [(row, wave.mean(axis=0)) for row, wave in works]
+        try:
+            results = self.separator.separate([wave for _, wave in works])
+        except ClipError as error:
+            if len(works) > 1:  # find the bad one
+                return [part for work in works for part in self._mono([work])]
+            works[0][0].update(status=error.status, reason=error.reason, message=error.message)
+            return []
+        return [(row, result.instrumental.mean(axis=0)) for (row, _), result in zip(works, results, strict=True)]
 
     def _score(self, works: Sequence[tuple[dict[str, Any], np.ndarray]]) -> None:
         if not works:
@@ -221,7 +255,7 @@ def _read(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
 
 
 def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Facts of a file, and mono float32 at 44.1 kHz; None where the facts say why not."""
+    """Facts of a file, and (channels, samples) float32 at 44.1 kHz; None where the facts say why not."""
     row: dict[str, Any] = dict.fromkeys(_PART.names) | {"status": OK, "reason": "", "message": ""}
     try:
         folder, name = split_path(path)
@@ -242,17 +276,24 @@ def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None
         lufs = loudness.integrated_loudness(audio, SAMPLE_RATE)
         row["lufs"] = lufs if math.isfinite(lufs) else None
         row["true_peak_db"] = loudness.true_peak(audio, SAMPLE_RATE)
-        return row, audio.mean(axis=0)
+        return row, audio
     except UserError as error:
         return row | {"status": FAILED, "reason": "unreadable", "message": error.message}, None
     except ClipError as error:
         return row | {"status": error.status, "reason": error.reason, "message": error.message}, None
 
 
-def _made_by(bundle: str, reward_text: Literal["empty", "caption"], config: MeasureConfig, middle: bool) -> str:
+def _made_by(
+    bundle: str,
+    reward_text: Literal["empty", "caption"],
+    config: MeasureConfig,
+    middle: bool,
+    separation: SeparationConfig | None,
+) -> str:
     chosen = open_bundle(bundle)
     how = asdict(chosen.protocol(reward_text))
     how |= {"bundle": chosen.name, "gpu": config.on_gpu, "middle": middle}
+    how |= {"separation": separation_identity(bundle, separation)} if separation else {}
     return fingerprint(json.loads(json.dumps(how)))
 
 

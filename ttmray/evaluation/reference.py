@@ -3,7 +3,9 @@
 Built once from a folder or bucket of audio, or from a corpus run (whose embeddings are there already), and kept under a
 name such as `sdd-706`: `clap.safetensors` (n, 512), `gaussian.safetensors` (what FAD needs of it), `tracks.parquet` (id
 and track of every row), and `reference.json`, which is written last and says under which protocol it was made. One
-audio file is one row, the 10 s in its middle. A corpus gives a row per clip.
+audio file is one row, the 10 s in its middle: as it is (`mix`), or without vocals (`instrumental`), made of it as the
+corpus job makes that of a clip. A corpus gives a row per clip, of either stem. The paper's sets are instrumental;
+`docs/references.md` has the commands.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,13 +27,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from ttmray.config import differences
+from ttmray.config import differences, fingerprint
 from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.catalogue import track_ids
+from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.fad import Gaussian
-from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, measure
+from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, measure, separation_identity
 from ttmray.evaluation.metrics import KadReference
 from ttmray.evaluation.systems import audio_files
 from ttmray.models.bundle import base_name, open_bundle
@@ -39,13 +42,23 @@ from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import Scorer
 from ttmray.models.weights import open_store
 from ttmray.storage import Folder, parquet_table
+from ttmray.training.clips import read_keys
 
 STORE = "~/.cache/ttmray/references"
 ABOUT, CLAP, GAUSSIAN, TRACKS = "reference.json", "clap.safetensors", "gaussian.safetensors", "tracks.parquet"
 Stem = Literal["mix", "instrumental"]
 Split = Literal["train", "validation", "test", "all"]
+IDENTITY = ("source", "made_from", "protocol", "stem", "split", "separation", "keys")
+"""What one name stands for, of `reference.json`; absent where it does not apply."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _READERS = 8
+
+
+class ReferenceConfig(MeasureConfig):
+    """`ttmray reference build`: where and how fast, and how vocals are removed from a folder's audio."""
+
+    separation: SeparationConfig = SeparationConfig()
+    """As the section of a corpus job; clips are separated, whole tracks cannot be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +103,9 @@ def build_reference(
     *,
     store: str = STORE,
     bundle: str = "debug",
-    stem: str = "instrumental",
+    stem: str | None = None,
     split: str = "all",
+    keys: str | None = None,
     max_failures: int = 0,
     runtime: MeasureConfig | None = None,
 ) -> int:
@@ -101,7 +115,9 @@ def build_reference(
         name: letters, digits, `.`, `_` and `-`.
         source: folder or bucket of audio, or a corpus run.
         store: folder of all reference sets, local or s3://.
-        stem, split: which embeddings of a corpus run; a folder of audio is taken as it is.
+        stem: `mix` or `instrumental`; default: the instrumentals of a corpus run, a folder of audio as it is.
+        split: of a corpus run.
+        keys: file of the clip keys of a corpus run to take, see `training.clips.read_keys`; default: all.
         max_failures: with more tracks that cannot be measured than this, nothing is kept but what is measured.
 
     Raises:
@@ -109,48 +125,90 @@ def build_reference(
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} cannot name a reference set.", "Use letters, digits, '.', '_' and '-'.")
-    if stem not in get_args(Stem) or split not in get_args(Split):
+    if stem not in (None, *get_args(Stem)) or split not in get_args(Split):
         raise UserError(f"stem {stem!r}, split {split!r}: unknown.", f"{get_args(Stem)}, {get_args(Split)}.")
     folder, origin = Folder.at(store).sub(name), Folder.at(source)
     chosen = open_bundle(bundle)
     protocol = embedding_protocol(chosen.name, chosen.protocol("empty"))
     from_corpus = _corpus_run(origin) is not None
-    what = {"source": origin.uri, "made_from": "corpus" if from_corpus else "folder", "protocol": protocol}
-    what |= {"stem": stem, "split": split} if from_corpus else {}
-    if folder.exists(ABOUT):
-        old = _about(folder)
-        changed = differences({key: old.get(key) for key in what}, what)
-        if changed:
-            raise UserError(
-                f"the reference {name} is another one:\n    " + "\n    ".join(changed),
-                f"Choose another name, or delete {folder}.",
-            )
+    what: dict[str, Any] = {"source": origin.uri, "made_from": "corpus" if from_corpus else "folder"}
+    what |= {"protocol": protocol, "stem": stem or ("instrumental" if from_corpus else "mix")}
+    selected = separation = None
+    if from_corpus:
+        what["split"] = split
+        if keys is not None:
+            selected = frozenset(read_keys(keys))
+            what["keys"] = fingerprint(sorted(selected))
+    elif keys is not None:
+        raise UserError(f"keys: {origin} is a folder of audio.", "Keys choose clips of a corpus run.")
+    elif stem == "instrumental":
+        separation = _separation(runtime)
+        what["separation"] = separation_identity(bundle, separation)
+    _refuse_another(folder, name, what)
     if chosen.note:
         console.print(f"[yellow]{chosen.note}[/yellow]")
-    facts: dict[str, list[Any]] = {}
     if from_corpus:
-        stems = (("mix", "instrumental").index(stem),)
-        parts = list(_corpus_parts(origin, protocol, stems, split))
+        stems = (("mix", "instrumental").index(what["stem"]),)
+        parts = list(_corpus_parts(origin, protocol, stems, split, selected))
         ids, tracks = ([one for part in parts for one in part[i]] for i in (0, 1))
-        clap, failed = np.concatenate([part[2] for part in parts]), 0
+        rows = _Rows(ids, tracks, np.concatenate([part[2] for part in parts]), {}, 0)
     else:
-        names = audio_files(origin)
-        sources = [(origin.path(file), "") for file in names]
-        rows, _ = measure(sources, bundle, "empty", folder, runtime or MeasureConfig(), "tracks", True)
-        bad = [(file, row) for file, row in zip(names, rows, strict=True) if row["status"] != OK]
-        failed = len(bad)
-        for file, row in bad[:5]:
-            console.print(f"  {file}: {row['reason']}: {row['message']}", markup=False)
-        if failed > max_failures:
-            console.print(f"[red]{failed} of {len(names)} tracks failed, {max_failures} are allowed[/red]; not built")
+        rows = _folder_rows(origin, folder, bundle, runtime, separation)
+        if rows.failed > max_failures:
+            console.print(f"[red]{rows.failed} tracks failed, {max_failures} are allowed[/red]; not built")
             return EXIT_TOO_MANY_FAILURES
-        good = [i for i, row in enumerate(rows) if row["status"] == OK]
-        tracks_of = track_ids(names)
-        ids, tracks = [names[i] for i in good], [tracks_of[i] for i in good]
-        facts = {key: [rows[i][key] for i in good] for key in ("sha256", "duration_s", "reward", "lufs")}
-        clap = np.stack([rows[i]["clap"] for i in good]) if good else np.zeros((0, 512), np.float32)
-    if len(clap) < 2:
-        raise UserError(f"{source}: {len(clap)} clips make no reference set.", "Two are the least, hundreds are usual.")
+    if len(rows.clap) < 2:
+        count = len(rows.clap)
+        raise UserError(f"{source}: {count} clips make no reference set.", "Two are the least, hundreds are usual.")
+    about: dict[str, Any] = {"kind": "reference", "name": name, **what, "bundle": bundle, "note": chosen.note}
+    _write(folder, about, rows)
+    return EXIT_OK
+
+
+def _refuse_another(folder: Folder, name: str, what: dict[str, Any]) -> None:
+    if not folder.exists(ABOUT):
+        return
+    old = _about(folder)
+    changed = differences({key: old[key] for key in IDENTITY if key in old}, what)
+    if changed:
+        raise UserError(
+            f"the reference {name} is another one:\n    " + "\n    ".join(changed),
+            f"Choose another name, or delete {folder}.",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What a set holds, see `Embedded`; `facts` are further columns of its table, `failed` counts what is missing."""
+
+    ids: list[str]
+    tracks: list[str]
+    clap: np.ndarray
+    facts: dict[str, list[Any]]
+    failed: int
+
+
+def _folder_rows(
+    origin: Folder, folder: Folder, bundle: str, runtime: MeasureConfig | None, separation: SeparationConfig | None
+) -> _Rows:
+    """Every audio file of a folder, measured or taken from the parts of an earlier launch; failures are printed."""
+    names = audio_files(origin)
+    sources = [(origin.path(file), "") for file in names]
+    config = runtime or MeasureConfig()
+    plain = MeasureConfig(**{name: getattr(config, name) for name in MeasureConfig.model_fields})
+    rows, _ = measure(sources, bundle, "empty", folder, plain, "tracks", True, separation)
+    bad = [(file, row) for file, row in zip(names, rows, strict=True) if row["status"] != OK]
+    for file, row in bad[:5]:
+        console.print(f"  {file}: {row['reason']}: {row['message']}", markup=False)
+    good = [i for i, row in enumerate(rows) if row["status"] == OK]
+    tracks = track_ids(names)
+    facts = {key: [rows[i][key] for i in good] for key in ("sha256", "duration_s", "reward", "lufs")}
+    clap = np.stack([rows[i]["clap"] for i in good]) if good else np.zeros((0, 512), np.float32)
+    return _Rows([names[i] for i in good], [tracks[i] for i in good], clap, facts, len(bad))
+
+
+def _write(folder: Folder, about: dict[str, Any], rows: _Rows) -> None:
+    clap, protocol = rows.clap, about["protocol"]
     gaussian = Gaussian.of(clap, protocol)
     if len(clap) <= clap.shape[1]:
         console.print(
@@ -158,32 +216,42 @@ def build_reference(
             "high and only good for comparing systems with each other[/yellow]"
         )
     sink = io.BytesIO()
-    pq.write_table(pa.table({"id": ids, "track_id": tracks, **facts}), sink)
+    pq.write_table(pa.table({"id": rows.ids, "track_id": rows.tracks, **rows.facts}), sink)
     folder.write(TRACKS, sink.getvalue())
     folder.write(CLAP, save_tensors({"clap": clap}))
     gaussian.save(folder.path(GAUSSIAN))
-    about: dict[str, Any] = {"kind": "reference", "name": name, **what, "bundle": bundle, "note": chosen.note}
-    about |= {"n": len(clap), "tracks": len(set(tracks)), "dimension": clap.shape[1], "failed": failed}
+    about |= {"n": len(clap), "tracks": len(set(rows.tracks)), "dimension": clap.shape[1], "failed": rows.failed}
     about["created"] = datetime.now(UTC).isoformat(timespec="seconds")
     folder.write(ABOUT, json.dumps(about, indent=1).encode())
-    console.print(f"{folder}: {len(clap)} clips of {about['tracks']} tracks, {protocol}", markup=False)
-    return EXIT_OK
+    console.print(
+        f"{folder}: {len(clap)} clips ({about['stem']}) of {about['tracks']} tracks, {protocol}", markup=False
+    )
 
 
-def load_reference(address: str, store: str, protocol: str) -> Embedded:
+def load_reference(address: str, store: str, protocol: str, stem: str | None = None) -> Embedded:
     """A reference set by its name in the store, or by its folder (an address with a slash).
 
+    Args:
+        stem: what it must hold; None: anything.
+
     Raises:
-        UserError: there is none, it is damaged, or it was made under another protocol.
+        UserError: there is none, it is damaged, or it was made under another protocol or of another stem.
     """
-    folder = _place(address, store, protocol.partition("/")[0])
-    parent = folder.uri.rpartition("/")[0]
+    bundle = protocol.partition("/")[0]
+    folder = _place(address, store, bundle, stem)
+    parent, options = folder.uri.rpartition("/")[0], _options(folder, bundle, stem)
     about = _about(folder)
+    if stem is not None and about["stem"] != stem:
+        raise UserError(
+            f"the reference {address} is of stem {about['stem']}, reference_stem is {stem}: FAD against it would be of "
+            "another kind.",
+            f"Build one under another name: ttmray reference build NAME {about.get('source', 'SOURCE')} {options}",
+        )
     if about["protocol"] != protocol:
         raise UserError(
             f"the reference {address} was made under {about['protocol']}, these clips are under {protocol}.",
-            "Build one with the same bundle, under another name: ttmray reference build NAME "
-            f"{about['source']} --bundle {protocol.partition('/')[0]} --store {parent}",
+            f"Build one with the same bundle, under another name: ttmray reference build NAME {about['source']} "
+            f"--stem {about['stem']} --bundle {protocol.partition('/')[0]} --store {parent}",
         )
     try:
         clap = load_tensors(folder.read(CLAP))["clap"]
@@ -196,26 +264,35 @@ def load_reference(address: str, store: str, protocol: str) -> Embedded:
     return Embedded(about, tracks, [clap], gaussian)
 
 
-def _place(address: str, store: str, bundle: str) -> Folder:
+def _place(address: str, store: str, bundle: str, stem: str | None) -> Folder:
     folder = Folder.at(address) if "/" in address else Folder.at(store).sub(address)
-    parent, _, name = folder.uri.rpartition("/")
+    name = folder.uri.rpartition("/")[2]
     if not folder.exists(ABOUT):
         raise UserError(
             f"reference {address}: there is none at {folder}.",
-            f"Build it: ttmray reference build {name} SOURCE --bundle {bundle} --store {parent}",
+            f"Build it: ttmray reference build {name} SOURCE {_options(folder, bundle, stem)}",
         )
     return folder
 
 
-def reference_there(address: str, store: str, bundle: str, reward_text: Literal["empty", "caption"]) -> None:
-    """Whether a reference set is there, and, where the weights of the bundle are, was made with them.
+def _options(folder: Folder, bundle: str, stem: str | None) -> str:
+    """Of the command that builds a set in the place of this one."""
+    options = f"--bundle {bundle} --store {folder.uri.rpartition('/')[0]}"
+    return f"--stem {stem} {options}" if stem else options
+
+
+def reference_there(
+    address: str, store: str, bundle: str, reward_text: Literal["empty", "caption"], stem: str | None = None
+) -> None:
+    """Whether a reference set is there, of its stem, and, where the weights of the bundle are, made with them.
 
     Raises:
         UserError: as `load_reference`.
     """
-    _about(_place(address, store, bundle))
-    if (protocol := known_protocol(bundle, reward_text)) is not None:
-        load_reference(address, store, protocol)
+    about = _about(_place(address, store, bundle, stem))
+    protocol = known_protocol(bundle, reward_text)
+    if protocol is not None or (stem is not None and about["stem"] != stem):
+        load_reference(address, store, protocol or about["protocol"], stem)
 
 
 def training_there(address: str, store: str, bundle: str, reward_text: Literal["empty", "caption"]) -> None:
@@ -282,10 +359,18 @@ def _corpus_run(folder: Folder) -> dict[str, Any] | None:
         raise UserError(f"{folder.path('run.json')} is damaged: {error!r}") from error
 
 
+def _separation(runtime: MeasureConfig | None) -> SeparationConfig:
+    separation = runtime.separation if isinstance(runtime, ReferenceConfig) else SeparationConfig()
+    if separation.scope != "clip":
+        raise UserError("separation.scope: of a folder's audio only clips are separated.", "Set it to clip.")
+    return separation
+
+
 def _corpus_parts(
-    run: Folder, protocol: str, stems: Sequence[int], split: str
+    run: Folder, protocol: str, stems: Sequence[int], split: str, chosen: Collection[str] | None = None
 ) -> Iterator[tuple[list[str], list[str], np.ndarray]]:
     """Keys, track ids and (n, 512) embeddings of every shard; stems 0 (mix) and 1 (instrumental) after each other.
+    With `chosen` only of these keys.
 
     Raises:
         UserError: the corpus was made under another protocol, has no such clips, or is damaged.
@@ -302,8 +387,15 @@ def _corpus_parts(
     rows = index.read_index(run).select(["key", "track_id", "status", "split", "shard"]).to_pylist()
     wanted: dict[str, dict[str, str]] = {}
     for row in rows:
-        if row["status"] == "ok" and split in ("all", row["split"]):
+        if row["status"] == "ok" and split in ("all", row["split"]) and (chosen is None or row["key"] in chosen):
             wanted.setdefault(row["shard"], {})[row["key"]] = row["track_id"]
+    absent_keys = sorted(set(chosen or ()).difference(*wanted.values()))
+    if absent_keys:
+        raise UserError(
+            f"keys: {len(absent_keys)} of {len(chosen or ())} are not among the ok clips of {run}, split {split}, e.g. "
+            f"{absent_keys[0]}.",
+            "Remove them, or choose the corpus and split that they come from.",
+        )
     if not wanted:
         raise UserError(f"{run} has no ok clips in the split {split}.", "Choose another split, or finish the run.")
     with ThreadPoolExecutor(_READERS) as pool:
@@ -337,7 +429,7 @@ def _about(folder: Folder) -> dict[str, Any]:
     try:
         about = json.loads(folder.read(ABOUT))
         if about["kind"] == "reference" and isinstance(about["protocol"], str):
-            return dict(about)
+            return {"stem": "mix", **about}  # folders were taken as they are before there was a choice
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{folder.path(ABOUT)} describes no reference set.", "Delete it and build it again.")

@@ -4,7 +4,7 @@ Everything pairs scores of the same prompt: prompts differ far more among each o
 systems do on one prompt. Distributions are scipy's.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Literal, TypeVar
@@ -254,6 +254,63 @@ def spearman(x: np.ndarray, y: np.ndarray, confidence: float = 0.95) -> Correlat
         return Correlation(rho, p, None, None, n)
     half = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
     return Correlation(rho, p, float(np.tanh(np.arctanh(rho) - half)), float(np.tanh(np.arctanh(rho) + half)), n)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's correlation of (n,) and (n,) values; None where a side is constant or there are fewer than two."""
+    x, y = _vector(x, "x"), _vector(y, "y")
+    if len(x) != len(y):
+        raise UserError(f"A correlation needs pairs, not {len(x)} and {len(y)} values.")
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(stats.pearsonr(x, y).statistic)
+
+
+def pearson_interval(
+    x: np.ndarray, y: np.ndarray, prompts: Sequence[Hashable], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Interval of Pearson's correlation over points of which several share a prompt.
+
+    The points of one prompt are no independent ones: Fisher's interval counts each, and covers too much where prompts
+    differ in level, too little where they differ in slope. So whole prompts are resampled: the standard error of
+    atanh(r) is the jackknife's that leaves out one prompt at a time, its quantile Student's with prompts - 1 degrees of
+    freedom. In simulations it covers as well with 10 prompts as with 100, where the percentile bootstrap over prompts
+    needs 100 (Efron & Tibshirani 1993, chapters 11 and 14).
+
+    Args:
+        x, y: (n,) values.
+        prompts: (n,) the prompt of each.
+
+    Returns:
+        Low and high end; None for fewer than three prompts, a constant side, or |r| = 1, with or without any prompt.
+
+    Raises:
+        UserError: other shapes, NaN or infinity.
+    """
+    _check_share("confidence", confidence)
+    x, y = _vector(x, "x"), _vector(y, "y")
+    if not len(x) == len(y) == len(prompts):
+        raise UserError(f"A correlation over prompts needs triples, not {len(x)}, {len(y)} and {len(prompts)} values.")
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    n = len(number)
+    if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    x, y = x - x.mean(), y - y.mean()  # sums of squares keep their digits
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()
+    of_prompt = np.zeros((n, 6))
+    np.add.at(of_prompt, [number[one] for one in prompts], np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1))
+    total = of_prompt.sum(axis=0)
+    count, sx, sy, sxx, syy, sxy = np.vstack([total, total - of_prompt]).T
+    variances = (count * sxx - sx**2) * (count * syy - sy**2)
+    if (variances <= 1e-12 * count**4).any():
+        return None
+    r = (count * sxy - sx * sy) / np.sqrt(variances)
+    if (np.abs(r) > 1 - 1e-12).any():
+        return None
+    z = np.arctanh(r)
+    error = np.sqrt((n - 1) / n * np.square(z[1:] - z[1:].mean()).sum())
+    half = stats.t.ppf(0.5 + confidence / 2, n - 1) * error
+    return float(np.tanh(z[0] - half)), float(np.tanh(z[0] + half))
 
 
 def power(d_z: float, n: int, *, alpha: float = 0.05, alternative: Alternative = "two-sided") -> float:

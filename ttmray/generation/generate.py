@@ -26,6 +26,7 @@ from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import Clip, Job, Worker, roles_of
 from ttmray.models.backbone_weights import file_config
 from ttmray.models.bundle import Bundle, on_gpu, open_bundle
+from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder, absolute
@@ -126,7 +127,8 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
             weights[field] = digest_file(weights_file(path, field)).sha256
             found = file_config(path, head=config.head, null=config.null)
             weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
-    what = {"config": identity(config), "bundle": models, "weights": weights}
+    what: dict[str, Any] = {"config": identity(config), "bundle": models, "weights": weights}
+    what |= {"separation": SEPARATION} if separated else {}
     return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
 
 

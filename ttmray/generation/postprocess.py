@@ -42,6 +42,7 @@ from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, ReleasedBundle, open_bundle
+from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
 from ttmray.storage import Folder, is_remote, split_path
 
@@ -260,6 +261,7 @@ def _settings(config: PostprocessConfig) -> dict[str, Any]:
             settings["separator"] = {name: store.hashes(name) for name in entries}
         else:
             settings["separator"] = bundle.identity(("separator",))
+        settings["separation"] = SEPARATION
     return settings
 
 

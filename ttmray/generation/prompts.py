@@ -74,6 +74,15 @@ def given_prompts(texts: Sequence[str]) -> list[Prompt]:
     return _checked((Row(f"prompt {i}", None, text) for i, text in enumerate(texts, 1)), "the command line")
 
 
+def checked_prompts(pairs: Sequence[tuple[str, str]], source: str) -> list[Prompt]:
+    """Prompts of (id, text) pairs of a source, which messages name.
+
+    Raises:
+        UserError: as `read_prompts`.
+    """
+    return _checked((Row(f"{source}, {one}", one, text) for one, text in pairs), source)
+
+
 def plain(text: str, prefix: str = "") -> str:
     """What two texts have in common that are the same prompt: without a prefix that one has and the other has not,
     whatever their case, their spaces and the form of their accents."""

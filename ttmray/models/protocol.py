@@ -13,6 +13,9 @@ from ttmray.errors import UserError
 CLAP_SAMPLE_RATE = 48_000
 MERT_SAMPLE_RATE = 24_000
 
+SEPARATION = "offset-once"
+"""Version of what `ttmray.models.separator` makes of a mix, part of the identity of everything separated."""
+
 Crop = Literal["center", "random", "windows"]
 
 

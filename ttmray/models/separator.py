@@ -45,8 +45,8 @@ MAX_SHIFT = SAMPLE_RATE // 2  # samples; range of the random shifts, as in demuc
 class SeparationResult:
     """One separated piece, stereo at 44.1 kHz, as long as the input."""
 
-    instrumental: np.ndarray  # (2, T) float32, after the last pass
-    vocals: np.ndarray  # (2, T) float32, of the first pass
+    instrumental: np.ndarray  # (2, T) float32, after the last pass, with the DC offset of the mix
+    vocals: np.ndarray  # (2, T) float32, of the first pass, without it
     vocal_ratio: float  # energy of the first pass's vocals over the mix's; 0 for silence, may exceed 1
 
 
@@ -96,8 +96,10 @@ class Separator:
                 nothing, and needs only those sub-models of a bag that have a say on vocals.
             passes: each further pass separates the instrumental of the one before.
             peak: sample peak that the instrumental is scaled to after every pass; None leaves it alone.
-            normalise: zero mean and unit deviation (of the mono mix) before the model, undone after, as
-                demucs' own interface does.
+            normalise: zero mean and unit deviation (of the mono mix) before the model, as in demucs' own
+                interface. The deviation is undone in every stem. The mean (a DC offset, which no source makes) comes
+                back in the instrumental alone, so that it has the mix's offset whichever way it is made; demucs adds
+                it to each stem, and a sum of three then has it three times.
             mono: average the instrumental's channels after every pass; both output channels are then equal.
 
         Raises:
@@ -125,7 +127,6 @@ class Separator:
         self._residual, self._passes, self._peak = instrumental == "residual", passes, peak
         self._normalise, self._mono = normalise, mono
         self._autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self._other_stems = len(sources) - 1
         # Per sub-model a matrix (outputs, sources) from its stems to vocals and, unless residual, the others.
         shares = np.asarray(source_weights, dtype=np.float64)
         shares = shares / shares.sum(axis=0)
@@ -220,9 +221,9 @@ class Separator:
                 estimates = self._overlap_add(model, mixing, inputs, begins)
                 for total, estimate, begin in zip(totals, estimates, begins, strict=True):
                     total += estimate[..., -begin or None :] / max(1, self._shifts)
-        # Each stem gets the mean back, as in demucs: the sum of n stems n times.
-        counts = torch.tensor([1, self._other_stems][:outputs], device=self.device).view(-1, 1, 1)
-        return [total * std + mean * counts for total, (mean, std) in zip(totals, scales, strict=True)]
+        # The mean goes to the instrumental, once: as what is left of the mix (residual), or here (sum).
+        shares = torch.tensor([0.0, 1.0][:outputs], device=self.device).view(-1, 1, 1)
+        return [total * std + mean * shares for total, (mean, std) in zip(totals, scales, strict=True)]
 
     def _scale(self, mix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._normalise:

@@ -10,7 +10,7 @@ idempotent, so a model knows whether it has been done: it refuses to run before 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from ttmray.models.bigvgan import BigVGAN, debug_bigvgan
 from ttmray.models.state_dicts import load_exactly, read_state_dict
 
 _EPS = 1e-4
-_CLIP = 256.0  # bound of the activations after each block
 _RESIDUAL = 0.3  # weight of the branch in a residual sum
 
 
@@ -39,6 +38,7 @@ class MelVAEConfig:
     ch_mult: tuple[int, ...] = (1, 2, 4)  # width of each level, times hidden_dim
     num_res_blocks: int = 2  # per encoder level; the decoder has one more
     down_layers: tuple[int, ...] = (0,)  # levels followed by a halving of the length
+    clip_act: float = 256.0  # bound of the activations after each block; no tensor of a checkpoint says it
 
     @property
     def downsampling(self) -> int:
@@ -47,7 +47,7 @@ class MelVAEConfig:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, torch.Tensor]) -> "MelVAEConfig":
-        """Config of a checkpoint, read from the shapes of its tensors.
+        """Config of a checkpoint, read from the shapes of its tensors; what they do not say is the default.
 
         Raises:
             UserError: the tensors are not those of such a VAE.
@@ -166,8 +166,11 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one width, with a change of length after them where the config asks for one."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None, clip_act: float
+    ) -> None:
         super().__init__()
+        self._clip = clip_act
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
         self._resample_name = resample[0] if resample else None
         if resample:
@@ -175,20 +178,21 @@ class Level(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.block:
-            x = block(x).clamp(-_CLIP, _CLIP)
+            x = block(x).clamp(-self._clip, self._clip)
         return self.get_submodule(self._resample_name)(x) if self._resample_name else x
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, clip_act: float) -> None:
         super().__init__()
+        self._clip = clip_act
         self.block_1 = ResBlock(channels, channels)
         self.attn_1 = Attention(channels)
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for module in (self.block_1, self.attn_1, self.block_2):
-            x = module(x).clamp(-_CLIP, _CLIP)
+            x = module(x).clamp(-self._clip, self._clip)
         return x
 
 
@@ -202,8 +206,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([config.hidden_dim, *widths], widths, strict=False)):
             resample = ("downsample", Downsample(c_out)) if i in config.down_layers else None
-            self.down.append(Level(c_in, c_out, config.num_res_blocks, resample))
-        self.mid = Middle(widths[-1])
+            self.down.append(Level(c_in, c_out, config.num_res_blocks, resample, config.clip_act))
+        self.mid = Middle(widths[-1], config.clip_act)
         self.conv_out = Conv(widths[-1], 2 * config.embed_dim, 3)
         self.learnable_gain = nn.Parameter(torch.zeros([]))
 
@@ -221,12 +225,12 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.hidden_dim * mult for mult in config.ch_mult]
         self.conv_in = Conv(config.embed_dim, widths[-1], 3)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], config.clip_act)
         self.up = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             # The encoder halves after level i, so the doubling that undoes it comes before level i.
             resample = ("upsample", Upsample(c_out)) if i - 1 in config.down_layers else None
-            self.up.append(Level(c_in, c_out, config.num_res_blocks + 1, resample))
+            self.up.append(Level(c_in, c_out, config.num_res_blocks + 1, resample, config.clip_act))
         self.conv_out = Conv(widths[0], config.data_dim, 3)
         self.learnable_gain = nn.Parameter(torch.zeros([]))
 
@@ -444,19 +448,20 @@ def _joined(parts: list[torch.Tensor], shape: tuple[int, ...], what: str) -> np.
     return to_float32(torch.cat(parts), shape, what) if parts else np.empty(shape, np.float32)
 
 
-def load_vae(path: str | Path) -> MelVAE:
+def load_vae(path: str | Path, clip_act: float = MelVAEConfig.clip_act) -> MelVAE:
     """VAE in eval mode on the CPU with normalised weights, from raw ones (57 tensors in the released file).
 
     The config is read from the shapes, the match of names and shapes is exact.
 
     Args:
         path: `.safetensors`, or a torch checkpoint of plain tensors such as MMAudio's v1-44.pth.
+        clip_act: bound of the activations that it was trained with.
 
     Raises:
         UserError: unreadable file, or not the weights of such a VAE.
     """
     state = read_state_dict(path)
-    config = MelVAEConfig.from_state_dict(state)
+    config = replace(MelVAEConfig.from_state_dict(state), clip_act=clip_act)
     with torch.device("meta"):
         model = MelVAE(config)
     load_exactly(model, state, f"VAE weights {path}")
