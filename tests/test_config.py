@@ -8,9 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray.config import Config, differences, fingerprint, identity, load_config, to_yaml
+from ttmray.config import Config, added, differences, fingerprint, identity, load_config, to_yaml
 from ttmray.corpus.config import CorpusConfig
 from ttmray.errors import UserError
+from ttmray.training.config import ModelConfig
 
 PATHS = ("input=songs", "output=run")
 
@@ -58,6 +59,8 @@ def test_an_unknown_field_without_a_near_one_lists_what_there_is():
         ("segments.clip_s=.inf", "segments.clip_s"),
         ("limits.max_channels=6", "limits.max_channels"),
         ("silence_dbfs=3", "silence_dbfs"),
+        ("latent_peak=1.5", "latent_peak"),
+        ("latent_peak=0", "latent_peak"),
         ("catalogue=songs", "catalogue"),
         ("max_failures=1 %", "max_failures"),
         ("max_failures=-1", "max_failures"),
@@ -255,6 +258,7 @@ def test_where_and_how_fast_never_changes_the_identity(fields: dict[str, Any]):
         "separation.scope=track",
         "separation.overlap=0.1",
         "separation.precision=bf16",
+        "latent_peak=0.95",
     ],
 )
 def test_what_changes_results_changes_the_identity_and_is_shown_as_a_difference(assignment):
@@ -265,7 +269,7 @@ def test_what_changes_results_changes_the_identity_and_is_shown_as_a_difference(
 
 
 def test_every_field_is_either_identity_or_execution():
-    flat = identity(load())
+    flat = identity(load("latent_peak=0.95"))
     assert set(flat) | {"input", "output", "max_failures", "runtime"} == set(CorpusConfig.model_fields)
     assert set(flat) & {"input", "output", "max_failures", "runtime"} == set()
 
@@ -328,3 +332,25 @@ def test_an_override_reaches_into_lists(tmp_path):
     for wrong in ("parts.2.size=1", "parts.x.size=1", "parts.-1.size=1"):
         with pytest.raises(UserError, match="not one of the 2 positions"):
             load_config(Whole, str(path), [wrong])
+
+
+def test_a_field_that_was_added_counts_where_it_is_not_at_its_default():
+    class Nested(Config):
+        old: int = 1
+        new: int | None = added(None)
+
+    class Outer(Config):
+        nested: Nested = Nested()
+        several: tuple[Nested, ...] = (Nested(),)
+
+    before = {"nested": {"old": 1}, "several": [{"old": 1}]}
+    assert identity(Outer()) == before
+    assert identity(Outer(nested=Nested(new=2))) == before | {"nested": {"old": 1, "new": 2}}
+    assert identity(Outer(several=(Nested(new=0),))) == before | {"several": [{"old": 1, "new": 0}]}
+
+
+def test_runs_from_before_a_peak_of_the_latents_or_a_null_text_could_be_set_keep_their_fingerprint():
+    assert "latent_peak" not in identity(load())
+    assert identity(load("latent_peak=0.95")) == identity(load()) | {"latent_peak": 0.95}
+    assert "null_text" not in identity(ModelConfig())
+    assert identity(ModelConfig(null_text="clap")) == identity(ModelConfig()) | {"null_text": "clap"}

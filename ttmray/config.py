@@ -1,7 +1,8 @@
 """Run configs: frozen pydantic models, read from YAML, changed with `--set a.b=c`, checked before any work.
 
 What changes results is *identity* and enters the fingerprint of a run. What only says where and how fast
-(paths, workers, batch sizes, devices) is *execution*, is declared with `execution(...)`, and does not.
+(paths, workers, batch sizes, devices) is *execution*, is declared with `execution(...)`, and does not. A field that is
+new is declared with `added(...)`: runs from before it keep their fingerprint.
 """
 
 import copy
@@ -42,6 +43,14 @@ def execution(default: Any = ..., **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"execution": True}, **constraints)
 
 
+def added(default: Any, **constraints: Any) -> Any:
+    """A field that came when runs had been made without it, by what is now its default for good.
+
+    At its default it is no part of the identity, so that those runs go on.
+    """
+    return Field(default, json_schema_extra={"added": True}, **constraints)
+
+
 def _address(value: str) -> str:
     try:
         absolute(value)
@@ -59,9 +68,9 @@ def identity(config: Config) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("execution"):
-            continue
         value = getattr(config, name)
+        if isinstance(extra, dict) and (extra.get("execution") or (extra.get("added") and value == field.default)):
+            continue
         for mark in field.metadata:
             value = mark.of(value) if isinstance(mark, IdentityPart) else value
         plain[name] = identity(value) if isinstance(value, Config) else _plain(value)

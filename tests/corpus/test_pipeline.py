@@ -112,6 +112,22 @@ def test_a_unit_that_runs_alone_ends_as_if_it_had_run_together(
         np.testing.assert_array_equal(alone.clips[name], array)
 
 
+def test_clips_that_run_alone_are_scaled_by_the_peak_of_their_track(songs, make_config, prepare: Prepare, tmp_path):
+    config = make_config(songs, tmp_path / "run", "latent_peak=0.95")
+    job, _, (unit, *_) = prepare(config)
+
+    def instrumentals() -> Unit:
+        decoded = run_stages(job.build(("decode",)), Unit(unit.name, unit.tracks))
+        waves = decoded.clips["mix"].mean(axis=1)
+        decoded.clips = {"instrumental": waves * np.geomspace(1, 0.1, len(waves), dtype=np.float32)[:, None]}
+        return decoded
+
+    assert len(unit.tracks) < len(instrumentals().rows)
+    together = run_stages(job.build(("encode",)), instrumentals())
+    alone = run_alone(job, ("encode",), instrumentals(), timeout_s=120)
+    np.testing.assert_array_equal(alone.clips["latent_mean"], together.clips["latent_mean"])
+
+
 @pytest.mark.slow
 def test_a_unit_that_runs_alone_through_all_stages_is_committed_with_the_same_bytes(
     songs, finished_run, make_config, prepare: Prepare, tmp_path

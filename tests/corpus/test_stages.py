@@ -311,6 +311,61 @@ def test_a_caption_cache_does_not_change_scores(context):
     assert first == again
 
 
+def encoded_audio(monkeypatch: pytest.MonkeyPatch, models: Models) -> list[np.ndarray]:
+    """Batches that the VAE has encoded."""
+    seen: list[np.ndarray] = []
+    real = models.latents.encode
+    monkeypatch.setattr(
+        models.latents, "encode", lambda waves, *more: (seen.append(np.array(waves)), real(waves, *more))[1]
+    )
+    return seen
+
+
+def unit_of_tracks(*tracks: tuple[float, ...]) -> Unit:
+    """Instrumentals of these peaks, by track."""
+    unit = unit_of(instrumental=waves(*(gain for gains in tracks for gain in gains)))
+    places = [(t, segment) for t, gains in enumerate(tracks) for segment in range(len(gains))]
+    for row, (t, segment) in zip(unit.rows, places, strict=True):
+        row.update(track_id=f"t{t}", segment=segment, key=f"t{t}_{segment}")
+    unit.tracks = unit.tracks[: len(tracks)]
+    return unit
+
+
+def test_the_level_of_the_latents_is_that_of_the_source_unless_a_peak_is_set(context, models, monkeypatch):
+    seen = encoded_audio(monkeypatch, models)
+    unit = unit_of_tracks((0.4, 0.1), (0.05,), (5e-5,))
+    source = unit.clips["instrumental"].copy()
+    plain = run_stages(stages(context, "encode"), unit)
+    np.testing.assert_array_equal(seen.pop(), source)
+    context = with_config(context, "latent_peak=0.95", "keep_audio=true")
+    scaled = run_stages(stages(context, "encode"), unit_of_tracks((0.4, 0.1), (0.05,), (5e-5,)))
+    factors = np.array([0.95 / 0.4, 0.95 / 0.4, 0.95 / 0.05, 1.0])  # the last one counts as silent
+    (batch,) = seen
+    np.testing.assert_allclose(batch, source * factors[:, None], rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(scaled.clips["instrumental"], source)
+    assert scaled.clips.keys() == plain.clips.keys() | {"instrumental"}
+    same = [np.array_equal(a, b) for a, b in zip(plain.clips["latent_mean"], scaled.clips["latent_mean"], strict=True)]
+    assert same == [False, False, False, True]
+
+
+def test_clips_that_are_encoded_alone_have_the_peak_of_their_track(context, models, monkeypatch):
+    context = with_config(context, "latent_peak=0.95")
+    gains = ((0.4, 0.1), (0.2,))
+    whole = run_stages(stages(context, "encode"), unit_of_tracks(*gains))
+    real = models.latents.encode
+
+    def one_at_most(waves: np.ndarray, *more: Any) -> Any:
+        if len(waves) > 1:
+            raise RuntimeError("some clip of these is bad")
+        return real(waves, *more)
+
+    monkeypatch.setattr(models.latents, "encode", one_at_most)
+    alone = run_stages(stages(context, "encode"), unit_of_tracks(*gains))
+    assert [row["status"] for row in alone.rows] == [OK] * 3
+    for name in ("latent_mean", "latent_std"):
+        np.testing.assert_array_equal(alone.clips[name], whole.clips[name])
+
+
 def test_the_kept_audio_is_the_instrumental(context):
     unit = unit_of(instrumental=waves(0.5))
     wave = unit.clips["instrumental"][0].copy()

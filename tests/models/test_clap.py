@@ -270,6 +270,14 @@ def test_only_the_empty_string_is_the_zero_vector(clap):
     assert clap.embed_audio([]).shape == (0, 512)
 
 
+def test_the_empty_string_can_be_encoded_like_any_other(clap):
+    vectors = clap.embed_text(["", "piano"], empty_is_zero=False)
+    ids = torch.full((1, 77), clap.tokenizer.pad_token_id)
+    ids[0, :2] = torch.tensor([clap.tokenizer.bos_token_id, clap.tokenizer.eos_token_id])
+    np.testing.assert_allclose(vectors[:1], clap.embed_tokens(ids, (torch.arange(77) < 2)[None].long()), atol=1e-6)
+    assert np.array_equal(vectors[1:], clap.embed_text(["piano"]))
+
+
 def test_captions_beyond_77_tokens_are_cut(clap):
     assert np.array_equal(clap.embed_text(["x" * 75]), clap.embed_text(["x" * 300]))
 

@@ -81,10 +81,11 @@ def test_the_byte_tokenizer_has_one_token_per_byte_and_ends_each_text(text):
     assert TOKENIZER.unk_token_id not in tokens[:-1] or "<unk>" in text
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+@pytest.fixture(params=["relu", "gated-gelu"], ids=["T5", "FLAN-T5"])
+def checkpoint(request, tmp_path):
     """A full encoder-decoder checkpoint as on the hub, with its tokenizer."""
-    config = T5Config(vocab_size=259, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, num_decoder_layers=1)
+    sizes = {"vocab_size": 259, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, num_decoder_layers=1, feed_forward_proj=request.param)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = T5ForConditionalGeneration(config).eval()

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,7 +192,7 @@ def test_at_the_start_policy_and_reference_agree_to_the_bit(configure):
     assert found.losses.shape == found.t.shape == (4,)
     assert found.extra["margin"].tolist() == [0.0] * 4
     assert found.extra["implicit_accuracy"].tolist() == [0.0] * 4
-    losses, t = flow_losses(task.model, samples.batch, config.flow)
+    losses, t = flow_losses(task.model, task.scored(samples).batch, config.flow)
     assert torch.equal(t[:4], t[4:])
     torch.testing.assert_close(found.losses, math.log(2) + losses[:4])
     # so the gradients are 500 (g_w - g_l) and g_w
@@ -239,9 +242,19 @@ def test_the_reference_is_the_whole_starting_model_and_stays(configure, folder):
         assert any(name.startswith(part) for name in changed)
 
 
-@pytest.mark.parametrize(("score", "expected"), [("own", [0.5, -0.5]), (2.0, [2.0, 2.0]), (None, None)])
-def test_what_pairs_are_conditioned_on_is_a_choice(configure, monkeypatch, score, expected):
-    task = CrpoTask(configure(score=score, flow=CrpoFlow(score_dropout_rate=0), gradients_every=0), CPU)
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [2.0, 2.0]),
+        ({"score": "target"}, [2.0, 2.0]),
+        ({"score": "pair"}, [0.0, 0.0]),
+        ({"score": "own"}, [0.5, -0.5]),
+        ({"score": 1.5}, [1.5, 1.5]),
+        ({"score": None}, None),
+    ],
+)
+def test_winner_and_loser_have_one_score_unless_their_own_are_asked_for(configure, fields, expected):
+    task = CrpoTask(configure(**fields, flow=CrpoFlow(score_dropout_rate=0), gradients_every=0), CPU)
     seen = []
 
     def forward(*inputs: Any) -> torch.Tensor:
@@ -252,6 +265,38 @@ def test_what_pairs_are_conditioned_on_is_a_choice(configure, monkeypatch, score
     ((scores, null),) = seen
     assert (scores is None) if expected is None else scores.tolist() == expected
     assert null is None or not null.any()
+
+
+def test_a_score_of_the_pair_is_of_each_pair(configure):
+    task = CrpoTask(configure(score="pair"), CPU)
+    samples = next(task.batches(0, 3, 0, 1, False))
+    rewards = torch.tensor([1.0, 2.0, 3.0, -1.0, 0.0, 2.0])  # winners, then losers
+    scored = task.scored(samples._replace(batch=samples.batch._replace(score=rewards)))
+    assert scored.batch.score.tolist() == [0.0, 1.0, 2.5] * 2
+
+
+def test_the_target_is_what_the_pool_says(configure, folder, tmp_path):
+    pool = Path(shutil.copytree(folder / "pool", tmp_path / "pool"))
+    data = DataConfig(sources=(SourceConfig(corpus=str(pool), split="all"),), threads=0)
+    whole = pq.read_table(pool / "index.parquet")
+
+    def wrote(scores: list[float | None] | None) -> CrpoConfig:
+        table = whole.drop_columns("input_score")
+        if scores is not None:
+            table = table.append_column("input_score", pa.array(scores, pa.float64()))
+        pq.write_table(table, pool / "index.parquet")
+        return configure(data=data)
+
+    rows = whole.num_rows
+    assert CrpoTask(wrote([-1.5] * rows), CPU).score == -1.5
+    assert CrpoTask(wrote([None] * rows), CPU).score is None  # sampled without a score
+    config = wrote([1.0] + [2.0] * (rows - 1))
+    with pytest.raises(UserError, match="was sampled at 2 scores") as caught:
+        CrpoTask(config, CPU)
+    assert caught.value.hint == "Set score to a number, pair, own or null."
+    assert CrpoTask(config.model_copy(update={"score": "own"}), CPU).score == "own"
+    with pytest.raises(UserError, match="has no column input_score"):
+        CrpoTask(wrote(None), CPU)
 
 
 def test_a_toy_learns_its_preferences_without_unlearning_the_winners(configure, capsys):
@@ -316,7 +361,9 @@ def test_reference_losses_made_ahead_give_the_same_bits_and_are_shared_by_a_swee
     assert (task.reference, task.frozen_models) == (None, 0)
     assert task.open_table(4, CPU).missing(30) == task.open_table(2, CPU).missing(30) == []
     assert task.open_table(4, torch.device("cuda")).missing(30) == [0, 1, 2]
-    for fields in ({"score": 2.0}, {"runtime": config.runtime.model_copy(update={"compile": True})}):
+    assert CrpoTask(configure(score=2.0, **shared), CPU).open_table(4, CPU).missing(30) == []  # the target is 2
+    others: list[dict[str, Any]] = [{"score": score} for score in (1.0, "pair", "own", None)]
+    for fields in (*others, {"runtime": config.runtime.model_copy(update={"compile": True})}):
         assert CrpoTask(configure(**fields, **shared), CPU).open_table(4, CPU).missing(30) == [0, 1, 2]
     tables = [CrpoTask(configure(precision="bf16", **shared), CPU).open_table(batch, CPU) for batch in (2, 4)]
     assert tables[0].folder.uri != tables[1].folder.uri
@@ -378,10 +425,8 @@ def test_a_resumed_run_notices_what_an_undisturbed_one_does(configure, tmp_path)
     for name, stops in (("whole", [30]), ("resumed", [7, 16, 23, 30])):
         for steps in stops:
             runtime = RuntimeConfig(device="cpu", threads=1, device_batch=4, log_every=1, tensorboard=False)
-            fast = CrpoOptimizer(lr=3e-3, warmup=0)
-            config = configure(
-                output=str(tmp_path / name), steps=steps, runtime=runtime, optimizer=fast, gradients_every=0
-            )
+            wild: dict[str, Any] = {"optimizer": CrpoOptimizer(lr=3e-3, warmup=0), "score": "own"}  # so it unlearns
+            config = configure(output=str(tmp_path / name), steps=steps, runtime=runtime, gradients_every=0, **wild)
             assert train_crpo(config) == 0
         rises[name] = [line["loser_rises"] for line in metrics(config.output)]
     assert rises["whole"] == rises["resumed"]
@@ -448,6 +493,7 @@ def test_wrong_configs_are_refused_and_defaults_are_the_papers(configure, folder
     )
     assert (config.optimizer.lr, config.optimizer.warmup, config.optimizer.schedule) == (1e-6, 100, "constant")
     assert (config.flow.text_dropout, config.flow.score_dropout_rate) == (0, 0)
+    assert config.score == "target"
     assert Folder.at(config.output).uri.endswith("/run")
 
 

@@ -420,7 +420,26 @@ def test_bad_settings_are_user_errors(votes, tmp_path, fields, message):
 def test_the_configs_in_the_repository_are_valid(name):
     config = load_config(RankerConfig, str(REPO / f"configs/{name}/ranker.yaml"))
     assert set(config.variants) <= set(VARIANTS)
-    assert config.head.batch_norm == "single"
+    assert config.head.batch_norm == {"debug": "single", "paper": "per_side"}[name]
+
+
+def test_defaults_of_the_head_are_the_releases_but_for_those_that_its_docstring_names():
+    release = {
+        "widths": (1024, 512, 256, 128),
+        "batch": 32,
+        "lr": 1e-4,
+        "weight_decay": 1e-3,
+        "dropout": 0.5,
+        "max_epochs": 1000,
+        "patience": 30,
+        "min_improvement": 1e-4,
+        "batch_norm": "per_side",
+        "random_sides": False,
+    }
+    ours = HeadConfig().model_dump()
+    assert ours.keys() == release.keys()
+    differing = {name for name in ours if ours[name] != release[name]}
+    assert {name for name in ours if f"`{name}`" in (HeadConfig.__doc__ or "")} == differing
 
 
 # ---- what it learns from real audio -----------------------------------------------------------------------

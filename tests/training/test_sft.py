@@ -24,7 +24,7 @@ from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.storage import Folder
 from ttmray.training.export import export
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.sft import SftTask, corpus_bundle, open_held_out, train_sft
+from ttmray.training.sft import SftTask, corpus_bundle, keep_empty_text, open_held_out, train_sft
 from ttmray.training.tensors import pack, unpack
 
 CPU = torch.device("cpu")
@@ -41,6 +41,37 @@ def test_a_model_from_scratch_has_the_corpus_statistics_and_the_bundles_empty_te
     assert np.array_equal(model.empty_string_feat.detach(), models.text.encode([""])[0])
     assert np.array_equal(model.empty_string_feat_c.detach(), models.clap_condition.embed_text([""])[0])
     assert not Path("/nowhere").exists()
+
+
+def test_the_pooled_null_text_is_zeros_or_claps_empty_text(make_train_config, tmp_path):
+    models = open_bundle("debug").load(["text", "clap_condition"], LoadOptions())
+    pooled = {
+        "zeros": np.zeros(512, np.float32),
+        "clap": models.clap_condition.embed_text([""], empty_is_zero=False)[0],
+    }
+    assert pooled["clap"].any()
+    config = make_train_config(tmp_path / "run")
+    tasks = {}
+    for choice, expected in pooled.items():  # in one folder, so each sees what the other kept
+        chosen = make_train_config(tmp_path / "run", f"model.null_text={choice}")
+        tasks[choice] = SftTask(chosen, CPU)
+        assert np.array_equal(tasks[choice].model.empty_string_feat_c.detach(), expected)
+        assert np.array_equal(tasks[choice].model.empty_string_feat.detach(), models.text.encode([""])[0])
+        keep_empty_text(chosen, tasks[choice], 1, CPU)
+        assert np.array_equal(SftTask(chosen, CPU).model.empty_string_feat_c.detach(), expected)
+    assert SftTask(config, CPU).identity == tasks["zeros"].identity != tasks["clap"].identity
+
+
+def test_an_empty_text_that_was_kept_before_there_was_a_choice_is_that_of_zeros(
+    finished, make_train_config, tmp_path, monkeypatch
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    kept = Folder.at(str(run))
+    tensors, _ = unpack(kept.read("empty_text.safetensors"), "kept")
+    kept.write("empty_text.safetensors", pack(tensors, {"bundle": "debug"}))
+    expected = SftTask(make_train_config(tmp_path / "new"), CPU).identity
+    monkeypatch.setattr("ttmray.training.sft.open_bundle", lambda name: pytest.fail("the text encoders were loaded"))
+    assert SftTask(make_train_config(run), CPU).identity == expected
 
 
 def test_statistics_of_a_growing_corpus_are_summed_over_its_units(make_train_config, debug_corpus, tmp_path):

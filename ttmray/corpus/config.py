@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Address, Config, execution
+from ttmray.config import Address, Config, added, execution
 from ttmray.models.bundle import BundleName
 
 MAX_UNIT_CLIPS = 32
@@ -175,6 +175,12 @@ class CorpusConfig(Config):
     silence_dbfs: float = Field(-80.0, le=0)
     """A clip whose sample peak is below this is rejected as silent (the reference rejects whole files with a
     peak below 1e-6, that is -120 dBFS)."""
+    latent_peak: float | None = added(None, gt=0, le=1)
+    """Sample peak that instrumentals are scaled to before the VAE, by one factor per track; null: not at all. The
+    public loader scales each file, there a track without vocals, to 0.95 as mono and before it is cut. Here the peak is
+    that of the track's ok clips, which lack what a long track has between them. Tracks whose clips stay below
+    `silence_dbfs` are left as they are. Rewards, CLAP scores and kept audio have the level of the source. The paper
+    does not say."""
     keep_audio: bool = False
     """Also store the instrumental of every clip as mono 16-bit FLAC."""
     unit_clips: int = Field(MAX_UNIT_CLIPS, ge=1, le=MAX_UNIT_CLIPS)

@@ -17,7 +17,7 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
 from ttmray.corpus.placement import least_cpus, place
 from ttmray.corpus.running import TRACK_STAGES, WHOLE_UNIT_STAGES, Job, run_stages
-from ttmray.corpus.stages import STAGES
+from ttmray.corpus.stages import STAGES, note_gains
 from ttmray.corpus.unit import FAILED, Unit, merge
 from ttmray.corpus.worker import Worker, WorkerDied
 from ttmray.errors import ClipError, UserError
@@ -30,6 +30,8 @@ def run_alone(job: Job, names: Sequence[str], unit: Unit, timeout_s: float) -> U
     while left:
         if left[0] in WHOLE_UNIT_STAGES:
             return run_stages(job.build(left), unit)
+        if left[0] == "encode" and unit.ok_rows():
+            note_gains(unit, job.corpus)
         # whole tracks must not leave their process: they are decoded where they are separated
         whole_tracks = left[0] in TRACK_STAGES and job.corpus.separation.scope == "track"
         together = left[: left.index("separate") + 1] if whole_tracks else left[:1]

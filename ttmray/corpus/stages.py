@@ -28,6 +28,9 @@ from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder
 
+MIN_PEAK = 1e-6
+"""What is below is never scaled up: the public loader rejects files of such a peak."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -277,13 +280,18 @@ class Encode(Stage):
         self.models = context.models
         self.batch = context.config.runtime.batch
         self.keep_audio = context.config.keep_audio
+        self.config = context.config
 
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()
-        mean, std = self.models.latents.encode(unit.clips["instrumental"], self.batch)
+        note_gains(unit, self.config)
+        audio = unit.clips["instrumental"]
+        if "gain" in unit.clips:
+            audio = audio * unit.clips["gain"][:, None]
+        mean, std = self.models.latents.encode(audio, self.batch)
         for row in rows:
             row["stage"] = self.name
-        clips = {name: array for name, array in unit.clips.items() if name != "instrumental"}
+        clips = {name: array for name, array in unit.clips.items() if name not in ("instrumental", "gain")}
         if self.keep_audio:
             clips["instrumental"] = unit.clips["instrumental"]
         unit.clips = clips | {"latent_mean": mean.astype(np.float16), "latent_std": std.astype(np.float16)}
@@ -369,6 +377,23 @@ class Write(Stage):
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage for stage in (Decode, Measure, Separate, Score, Encode, Text, Write)
 }
+
+
+def note_gains(unit: Unit, config: CorpusConfig) -> None:
+    """With `latent_peak`: `gain` (n,) float32 of the instrumentals, one factor per track, unless it is there.
+
+    It follows from all ok clips of a track, so it is noted before `Encode` may see them one by one.
+    """
+    if config.latent_peak is None or "gain" in unit.clips:
+        return
+    tracks = np.array([row["track_id"] for row in unit.ok_rows()])
+    peaks = np.array([np.abs(clip).max(initial=0.0) for clip in unit.clips["instrumental"]])
+    gain = np.ones(len(tracks), np.float32)
+    for track in set(tracks):
+        own = float(peaks[tracks == track].max())
+        if own >= max(10 ** (config.silence_dbfs / 20), MIN_PEAK):
+            gain[tracks == track] = config.latent_peak / own
+    unit.clips["gain"] = gain
 
 
 def _stereo(audio: np.ndarray) -> np.ndarray:

@@ -119,7 +119,8 @@ def roles_with_separator(config: GenerateConfig) -> set[str]:
 
 def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
     """What `run.json` holds. Prompts are not part of the identity: more can be added later."""
-    models = bundle.identity(roles_with_separator(config))
+    roles = roles_with_separator(config)
+    models = bundle.identity(roles)
     weights = {"bundle": fingerprint(models)}
     for field in ("checkpoint", "second_checkpoint"):
         path = getattr(config, field)
@@ -128,7 +129,7 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
             found = file_config(path, head=config.head, null=config.null)
             weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
     what: dict[str, Any] = {"config": identity(config), "bundle": models, "weights": weights}
-    what |= {"separation": SEPARATION} if separated else {}
+    what |= {"separation": SEPARATION} if "separator" in roles else {}
     return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
 
 

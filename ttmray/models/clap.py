@@ -200,10 +200,13 @@ class Clap:
         embedded = side_by_side(embed, parts, self._threads)
         return np.concatenate([np.empty((0, self.dim), np.float32), *embedded])
 
-    def embed_text(self, texts: Sequence[str]) -> np.ndarray:
+    def embed_text(self, texts: Sequence[str], *, empty_is_zero: bool = True) -> np.ndarray:
         """Unit vectors of texts; the empty string gives the zero vector (TuneJury's protocol).
 
         Texts are cut at 77 tokens and padded to 77 with a mask. Only "" is empty: " " is encoded.
+
+        Args:
+            empty_is_zero: off: the empty string is encoded like any other, as its start and end.
 
         Returns:
             (B, dim) float32.
@@ -212,7 +215,7 @@ class Clap:
             RuntimeError: the model's output is not finite or not of unit norm.
         """
         out = np.zeros((len(texts), self.dim), np.float32)
-        filled = [i for i, text in enumerate(texts) if text != ""]
+        filled = [i for i, text in enumerate(texts) if text != "" or not empty_is_zero]
         if filled:
             tokens = self.tokenizer(
                 [texts[i] for i in filled],

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Address, Config, execution
+from ttmray.config import Address, Config, added, execution
 from ttmray.models.score_heads import Head, Null
 from ttmray.storage import absolute
 from ttmray.training.data import DataConfig
@@ -21,6 +21,10 @@ class ModelConfig(Config):
     """How the score enters (models/score_heads.py). The paper trains v1."""
     null: Null = "zero_embedding"
     """What a dropped score is; the paper's null = 0 can be read as either."""
+    null_text: Literal["zeros", "clap"] = added("zeros")
+    """Pooled features of a dropped text, of training from scratch; weights from a file bring their own. `zeros`: what
+    clips without a caption have, too. `clap`: CLAP's vector of the empty text, as in the public trainer. Token features
+    are T5's of the empty text in both. The paper does not say."""
     init: str | None = execution(None)
     """Weights to start from: an exported or a released file, local or s3:// (copied to each machine). Default: from
     scratch. Their hash is part of the identity."""

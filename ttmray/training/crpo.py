@@ -40,7 +40,7 @@ from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import Losses, Task, fast_kernels, unsynchronised
 from ttmray.training.memory import step_flops
-from ttmray.training.preference_pairs import read_pairs
+from ttmray.training.preference_pairs import pool_score, read_pairs
 from ttmray.training.reference_losses import ReferenceLosses
 from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, write_samples
 
@@ -48,6 +48,7 @@ LogRatio = Literal["tangoflux", "equation_1"]
 FACTORS: dict[LogRatio, float] = {"tangoflux": 0.5, "equation_1": 1.0}
 """log[pi(x)/pi_ref(x)] = -factor (L(x) - L_ref(x)). TangoFlux's code has the half of a Gaussian's log-density; the
 paper's Eq. 1 shows beta without it."""
+PairScore = float | Literal["pair", "own"] | None
 WATCHED = 10
 """Log lines over which `LoserWatch` looks."""
 
@@ -79,9 +80,15 @@ class CrpoConfig(TrainConfig):
     """`tangoflux`: beta / 2 times the difference of losses. `equation_1`: beta times, Eq. 1 read to the letter."""
     fm_weight: float = Field(1.0, ge=0)
     """lambda: weight of the winner's flow-matching loss (paper)."""
-    score: float | Literal["own"] | None = "own"
-    """What the model is conditioned on: each clip's own reward, one number for all, or null for no score. The paper
-    does not say."""
+    score: float | Literal["target", "pair", "own"] | None = "target"
+    """What the model is conditioned on; the paper does not say. `target`: the score that the pool was sampled at (none
+    where it was sampled without). `pair`: the mean of the two rewards. A number: that. null: no score. `own`: each
+    clip's own reward.
+
+    The DPO loss compares log pi(x_w | c, s) with log pi(x_l | c, s) under one condition, as Eq. 1 says: both clips are
+    answers to the same prompt and score. With `own` they have different scores, so the head, which learned what clips
+    of those rewards look like, can explain the preference by s, and what is left to learn is another thing: to fit
+    winners at high scores and to unfit losers at low ones."""
     reference_losses: str | None = execution(None)
     """Folder (local or s3://) where the reference's losses are computed ahead, unless they are there: runs that differ
     in beta, rates, lambda or length share them (`training/reference_losses.py`). null: the reference runs beside the
@@ -235,6 +242,10 @@ class CrpoTask:
         assert isinstance(config, CrpoConfig)
         self.config = config
         self.pairs = open_pairs(config.pairs, config.data)
+        self.score: PairScore = None  # also where the model takes no score
+        source = config.data.sources[0]
+        if source.score_column is not None:
+            self.score = pool_score(source.corpus) if config.score == "target" else config.score
         self.model, self.init = initial_model(config, self.pairs)
         assert config.model.init is not None
         check_head(self.model, weights_file(config.model.init, "model.init"))
@@ -265,7 +276,7 @@ class CrpoTask:
         """The reference's losses as made in batches of `device_batch` on that device; None where it runs beside."""
         folder = self.config.reference_losses
         if folder is not None:
-            key = _reference_key(self.config, self.identity, device_batch, device)
+            key = _reference_key(self.config, self.identity, self.score, device_batch, device)
             self.table = ReferenceLosses(folder, key)
         return self.table
 
@@ -339,13 +350,14 @@ class CrpoTask:
         return torch.stack(losses.chunk(2), dim=1)
 
     def scored(self, samples: Samples) -> Samples:
-        """Conditioned as `score` says."""
-        own, score = samples.batch.score, self.config.score
+        """Conditioned as `score` says; samples of winners and losers that still have their own rewards."""
+        own, score = samples.batch.score, self.score
         if own is None or score == "own":
             return samples
-        return samples._replace(
-            batch=samples.batch._replace(score=None if score is None else own.new_full(own.shape, score))
-        )
+        one = own.reshape(2, -1).mean(0).repeat(2) if score == "pair" else None
+        if isinstance(score, float):
+            one = own.new_full(own.shape, score)
+        return samples._replace(batch=samples.batch._replace(score=one))
 
     def validate(self, device: torch.device, rank: int, world: int) -> None:
         return None
@@ -423,11 +435,13 @@ def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = Fal
     return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
 
 
-def _reference_key(config: CrpoConfig, identity: dict[str, Any], device_batch: int, device: torch.device) -> str:
+def _reference_key(
+    config: CrpoConfig, identity: dict[str, Any], score: PairScore, device_batch: int, device: torch.device
+) -> str:
     """Of everything that decides the losses of a reference: its weights, the pairs, draws and score, and how numbers
     are rounded."""
     same = {name: identity[name] for name in ("data", "backbone", "init", "frozen")}
-    same |= {"flow": config.flow.model_dump(mode="json"), "score": config.score, "precision": config.precision}
+    same |= {"flow": config.flow.model_dump(mode="json"), "score": score, "precision": config.precision}
     same |= {"device": device.type, "compile": config.runtime.compile}
     same |= {"device_batch": device_batch} if config.precision == "bf16" else {}
     return fingerprint(same)[:16]

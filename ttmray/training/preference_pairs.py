@@ -140,6 +140,19 @@ def read_pairs(path: str, pool: str | None = None) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
+def pool_score(pool: str) -> float | None:
+    """The score that a pool was sampled at; None where it was sampled without.
+
+    Raises:
+        UserError: no finished pool, or clips that were sampled at different scores.
+    """
+    scores = read_pool(pool)[0]["input_score"].unique().to_pylist()
+    if len(scores) > 1:
+        what = f"score is target, but {pool} was sampled at {len(scores)} scores."
+        raise UserError(what, "Set score to a number, pair, own or null.")
+    return None if scores[0] is None else float(scores[0])
+
+
 def make_pairs(
     table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[str, str]] = (), prefix: str = ""
 ) -> Made:

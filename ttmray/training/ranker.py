@@ -1,7 +1,8 @@
 """Training one TuneJury head on packed arrays: RankNet loss, early stopping, exact resume.
 
-Settings and data flow are those of the public release; what it leaves open is a config field. Every epoch draws its
-order, its sides and its dropout masks from (seed, epoch), so a checkpoint between epochs needs no random state.
+Settings and data flow are those of the public release but for two (see `HeadConfig`); what it leaves open is a config
+field. Every epoch draws its order, its sides and its dropout masks from (seed, epoch), so a checkpoint between epochs
+needs no random state.
 """
 
 import io
@@ -26,7 +27,8 @@ ROWS_AT_ONCE = 4096
 
 
 class HeadConfig(Config):
-    """The head and its training; defaults are the release's."""
+    """The head and its training. Defaults are the release's, but for `batch_norm` and `random_sides`, which mend a flaw
+    of it; the release's are `per_side` and false."""
 
     widths: tuple[int, ...] = RELEASED_WIDTHS
     """Hidden widths."""
@@ -44,8 +46,9 @@ class HeadConfig(Config):
     min_improvement: float = Field(1e-4, ge=0)
     """What counts as improvement of the validation loss."""
     batch_norm: Literal["single", "per_side"] = "single"
-    """`single`: one forward over both sides. `per_side`: A and B are normalised apart, as in the release, where a
-    difference that all winners of one side share is lost in training and there in use."""
+    """Whose statistics normalise in training. `single`: those of both sides, in one forward. `per_side`: A and B are
+    normalised apart in two forwards, as in the release, where a difference that all winners of one side share is lost
+    in training and there in use. The paper does not say."""
     random_sides: bool = True
     """Swap A and B of a random half of the pairs in every epoch. It matters to `per_side` only."""
 

@@ -231,21 +231,22 @@ def corpus_latents(corpus: str, std: str) -> tuple[Tensor, Tensor]:
 
 
 def empty_text(config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Features (T, D) and (512,) of the empty text by the corpus's bundle: those kept in the run folder, else new."""
+    """Features (T, D) and (512,) of a dropped text by the corpus's bundle: those kept in the run folder, else new."""
     out, bundle = Folder.at(config.output), corpus_bundle(config.data)
     if out.exists(EMPTY_TEXT):
         tensors, about = unpack(out.read(EMPTY_TEXT), out.path(EMPTY_TEXT))
-        if about == {"bundle": bundle}:
+        if {"null_text": "zeros"} | about == {"bundle": bundle, "null_text": config.model.null_text}:
             return tensors["text"], tensors["pooled"]
     models = open_bundle(bundle).load(["text", "clap_condition"], LoadOptions())
-    text, pooled = models.text.encode([""])[0], models.clap_condition.embed_text([""])[0]
+    zeros = config.model.null_text == "zeros"
+    text, pooled = models.text.encode([""])[0], models.clap_condition.embed_text([""], empty_is_zero=zeros)[0]
     return torch.from_numpy(text).float(), torch.from_numpy(pooled).float()
 
 
 def keep_empty_text(config: TrainConfig, task: Task, device_batch: int, device: torch.device) -> None:
     """So that neither Ray's workers nor later launches load the text encoders."""
     tensors = {"text": task.model.empty_string_feat, "pooled": task.model.empty_string_feat_c}
-    about = {"bundle": corpus_bundle(config.data)}
+    about = {"bundle": corpus_bundle(config.data), "null_text": config.model.null_text}
     if config.model.init is None:
         Folder.at(config.output).write(EMPTY_TEXT, pack({k: t.cpu() for k, t in tensors.items()}, about))
 
