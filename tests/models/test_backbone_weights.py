@@ -99,6 +99,47 @@ def test_v1_into_v2_and_back_transfers_all_203_tensors():
     assert report.lines() == ["203 tensors loaded"]
 
 
+@pytest.mark.parametrize("head", ["v1", "v2", "v4"])
+def test_a_learned_null_is_one_more_tensor_that_goes_from_head_to_head_and_through_files(tmp_path, head):
+    config = SIZES["s_44k"].with_head(head, "learned")
+    with torch.device("meta"):
+        assert len(FluxAudio(config).state_dict()) == 204
+        assert len(FluxAudio(SIZES["s_44k"].with_head(head)).state_dict()) == 203
+    small, _ = with_head(debug_backbone(0, "v1"), head, "learned")
+    torch.nn.init.normal_(small.score_embed.null_embedding)
+    about = json.dumps({"backbone": small.config.to_dict()})
+    save_file(small.state_dict(), tmp_path / "a.safetensors", {METADATA: about})
+    torch.save(small.state_dict(), tmp_path / "a.pth")
+    for loaded in (
+        load_backbone(tmp_path / "a.safetensors"),
+        load_backbone(tmp_path / "a.safetensors", head="v2", null="learned"),
+        load_backbone(tmp_path / "a.pth", head="v2"),
+    ):
+        assert same(loaded, small)
+        assert loaded.config.null == "learned"
+    other, report = with_head(small, "v4")
+    assert report.missing == report.unexpected == []
+    assert same(other, small)
+
+
+def test_a_learned_null_is_neither_invented_nor_lost(model, tmp_path):
+    learned, _ = with_head(model, "v1", "learned")
+    for name, backbone, null, has in (
+        ("plain", model, "learned", "no learned null score"),
+        ("learned", learned, "zero_embedding", "a learned null score"),
+        ("learned", learned, "scalar_zero", "a learned null score"),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(backbone.state_dict(), path, {METADATA: json.dumps({"backbone": backbone.config.to_dict()})})
+        with pytest.raises(UserError, match=f"{has}, which does not fit null {null}"):
+            load_backbone(path, null=null)
+    for backbone, null, words in ((model, "learned", "lack"), (learned, "scalar_zero", "are of a learned null")):
+        config = {**backbone.config.to_dict(), "null": null}
+        save_file(backbone.state_dict(), tmp_path / "odd.safetensors", {METADATA: json.dumps({"backbone": config})})
+        with pytest.raises(UserError, match=f"config says null {null}, and its tensors {words}"):
+            load_backbone(tmp_path / "odd.safetensors")
+
+
 def test_a_partial_transfer_names_every_tensor_that_stayed_behind(model):
     wide = debug_backbone(1, "none", width=2)
     report = transfer(wide, model.state_dict())

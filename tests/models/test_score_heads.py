@@ -1,13 +1,16 @@
 """Five ways for a score to enter: nothing at the start, each its own way afterwards, null never a score."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import debug_backbone, transfer, with_head
-from ttmray.models.score_heads import HEADS, ScoreEmbedding
+from ttmray.models.score_heads import HEADS, Null, ScoreEmbedding
 
 HEADS_WITH_SCORE = HEADS[1:]
+NULLS = get_args(Null)
 INPUTS = tuple(
     torch.randn(*shape, generator=torch.Generator().manual_seed(7)) for shape in ((2, 430, 40), (2, 77, 64), (2, 512))
 )
@@ -20,7 +23,7 @@ def velocity(model: FluxAudio, score: torch.Tensor | None = None, null: torch.Te
         return model(x, TIMES, text, pooled, score, null)
 
 
-@pytest.mark.parametrize("null", ["zero_embedding", "scalar_zero"])
+@pytest.mark.parametrize("null", NULLS)
 @pytest.mark.parametrize("head", HEADS_WITH_SCORE)
 def test_a_new_head_leaves_the_output_of_a_trained_backbone_to_the_bit(head, null):
     trained = debug_backbone(3, "none")
@@ -87,6 +90,26 @@ def test_no_score_is_not_the_score_zero(head):
 def test_the_other_reading_of_null_is_the_score_zero():
     model, _ = with_head(debug_backbone(5, "v1"), "v1", "scalar_zero")
     assert torch.equal(velocity(model), velocity(model, torch.zeros(2)))
+
+
+@pytest.mark.parametrize("head", HEADS_WITH_SCORE)
+def test_a_learned_null_is_learned_where_the_score_is_dropped_and_nowhere_else(head):
+    model, report = with_head(debug_backbone(5, head), head, "learned")
+    assert report.missing == ["score_embed.null_embedding"]
+    zero = debug_backbone(5, head)
+    assert torch.equal(velocity(model), velocity(zero)), "it starts as the zero embedding"
+    null = model.requires_grad_(True).score_embed.null_embedding
+    x, text, pooled = INPUTS
+    for dropped, expected in (([False, False], 0), ([True, False], 1), ([True, True], 1)):
+        model.zero_grad()
+        model(x, TIMES, text, pooled, torch.tensor([1.0, 2.0]), torch.tensor(dropped)).square().mean().backward()
+        assert null.grad is not None, "DDP waits for the gradient of every weight"
+        assert (null.grad.abs().max() > 0) == expected
+        assert (model.score_embed.mlp[2].bias.grad.abs().max() > 0) == (not all(dropped))
+    before = velocity(model), velocity(model, torch.ones(2))
+    torch.nn.init.normal_(null)
+    assert not torch.equal(velocity(model), before[0])
+    assert torch.equal(velocity(model, torch.ones(2)), before[1])
 
 
 def test_embeddings_tell_close_scores_apart_and_stay_finite_far_out():

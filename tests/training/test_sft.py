@@ -19,7 +19,7 @@ from ttmray.corpus.job import score_corpus
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import seeded
 from ttmray.models.backbone import FluxAudio
-from ttmray.models.backbone_weights import load_backbone
+from ttmray.models.backbone_weights import load_backbone, with_head
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.storage import Folder
 from ttmray.training.export import export
@@ -165,6 +165,27 @@ def test_a_run_starts_from_exported_weights(finished, make_train_config, look, t
     save_file(altered, tmp_path / "third.safetensors")
     with pytest.raises(UserError, match="init: "):
         train_sft(make_train_config(tmp_path / "run", f"model.init={tmp_path}/third.safetensors", "steps=4"))
+
+
+def test_a_learned_null_goes_from_run_to_run_and_never_meets_another_null(make_train_config, tmp_path):
+    trained = make_train_config(tmp_path / "run", "model.null=learned", "steps=4", "flow.score_dropout_rate=0.5")
+    assert train_sft(trained) == EXIT_OK
+    file = tmp_path / "weights.safetensors"
+    export(str(tmp_path / "run"), str(file), "ema:0.05")
+    weights = load_backbone(file)
+    assert weights.config.null == "learned"
+    assert weights.score_embed.null_embedding.abs().max() > 0
+    torch.save(weights.state_dict(), tmp_path / "weights.pth")
+    for name in ("weights.safetensors", "weights.pth"):
+        following = SftTask(make_train_config(tmp_path, f"model.init={tmp_path / name}", "model.null=learned"), CPU)
+        assert torch.equal(following.model.score_embed.null_embedding, weights.score_embed.null_embedding)
+        with pytest.raises(UserError, match=r"trained with null learned, model\.null is scalar_zero"):
+            SftTask(make_train_config(tmp_path, f"model.init={tmp_path / name}", "model.null=scalar_zero"), CPU)
+    plain, _ = with_head(weights, "v1", "scalar_zero")
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(UserError, match=r"trained with null zero_embedding, model\.null is learned"):
+        SftTask(make_train_config(tmp_path, f"model.init={tmp_path / 'plain.pth'}", "model.null=learned"), CPU)
+    SftTask(make_train_config(tmp_path, f"model.init={tmp_path / 'plain.pth'}", "model.null=scalar_zero"), CPU)
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(plain_file, make_train_config, tmp_path):

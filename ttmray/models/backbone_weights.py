@@ -25,6 +25,8 @@ from ttmray.models.weights import weights_file
 
 METADATA = "ttmray"
 """Key of the metadata of safetensors files that holds JSON; its `backbone` is the config."""
+NULL_EMBEDDING = "score_embed.null_embedding"
+"""Tensor that files with a learned null score have beside the others."""
 TABLES = ("latent_rot", "text_rot", "t_embed.freqs")
 LATENT_LENGTHS = {20: 312, 40: 430}
 CHALLENGE_LIMIT = 500_000_000
@@ -109,6 +111,9 @@ def _read(path: str, head: Head | None, null: Null | None) -> tuple[dict[str, Te
             f"{path} has a score embedding and does not say for which head it was trained.",
             "Set head=v1, v2 or v4, which share their tensors; the paper's submission is v2.",
         )
+    if config.head != "none" and null is not None and (null == "learned") != (config.null == "learned"):
+        has = "a learned null score" if config.null == "learned" else "no learned null score"
+        raise UserError(f"{path} has {has}, which does not fit null {null}.", f"Leave null out, or set {config.null}.")
     return state, config.with_head(head or config.head, null)
 
 
@@ -160,8 +165,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) -> BackboneConfig:
     """The config of a state dict: read from shapes, checked against what its file says.
 
-    Lengths and RoPE cannot be read from shapes: 430 latents for 40 channels, 312 for 20, and RoPE on, unless `known`
-    says otherwise.
+    A learned null score is a tensor of its own; which of the other nulls it is, only `known` can say. Lengths and RoPE
+    cannot be read from shapes: 430 latents for 40 channels, 312 for 20, and RoPE on, unless `known` says otherwise.
 
     Raises:
         UserError: the tensors are not those of a backbone, or contradict `known`.
@@ -194,8 +199,13 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     scored = any(key.startswith("score_embed.") for key in state)
     if known.get("head") not in (None, *HEADS) or known.get("null") not in (None, *get_args(Null)):
         raise UserError(f"{what}: unknown head {known.get('head')!r} or null {known.get('null')!r} in its config.")
+    learned = NULL_EMBEDDING in state
     defaults = {"latent_len": LATENT_LENGTHS.get(latent_dim, 430), "head": "v1" if scored else "none"}
+    defaults |= {"null": "learned"} if learned else {}
     config = BackboneConfig(**{**defaults, **found, **known})
+    if scored and (config.null == "learned") != learned:
+        has = "are of a learned null score" if learned else f"lack {NULL_EMBEDDING}"
+        raise UserError(f"{what}: its config says null {config.null}, and its tensors {has}.", "Export it again.")
     if gated_width(int(config.hidden * config.mlp_ratio)) != len(state["audio_input_proj.2.w1.weight"]):
         raise UserError(f"{what}: its MLPs are not {config.mlp_ratio} times as wide as its blocks.")
     return config

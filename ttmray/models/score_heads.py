@@ -13,7 +13,8 @@ reconstruction; v1 and v2 follow the paper.
 | v4 | audio-stream AdaLN | as v1, but only where the audio stream is modulated |
 | v5 | text token | a token before the text, read by attention in the joint blocks |
 
-v1, v2 and v4 have the same five tensors, so their checkpoints load into each other whole.
+v1, v2 and v4 have the same five tensors (six where the null is learned), so their checkpoints load into each other
+whole.
 
 A plain extra token would change every attention average, even as a zero vector, and its neighbour through the
 convolutions. The tokens of v3 and v5 are therefore only read, and through a gate per block and attention head that
@@ -38,9 +39,11 @@ NAMES = {
     "v5": "text token",
 }
 
-Null = Literal["zero_embedding", "scalar_zero"]
-"""What a dropped score is. The paper writes null = 0, which can be read as either: the embedding is zero, or the
-scalar is 0. The scalar 0 is a legal score close to the mean, so the embedding is the default."""
+Null = Literal["zero_embedding", "scalar_zero", "learned"]
+"""What a dropped score is. The paper writes null = 0, which can be read as either of the first two: the embedding is
+zero, or the scalar is 0. The scalar 0 is a legal score close to the mean, so the embedding is the default. `learned` is
+an embedding of its own, as classifier-free guidance often has for its null class: it starts at zero and is trained
+where the score is dropped. What becomes of the three is measured in benchmarks/null_score.py."""
 
 FREQUENCIES = 64
 LOWEST, HIGHEST = 0.1, 10.0
@@ -79,15 +82,16 @@ class ScoreEmbedding(nn.Module):
         self.register_buffer("freqs", (LOWEST * (HIGHEST / LOWEST) ** steps).float())
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.gate = nn.Parameter(torch.zeros(blocks, heads)) if head in ("v3", "v5") else None
+        self.null_embedding = nn.Parameter(torch.zeros(width)) if null == "learned" else None
         self.reset()
 
     def reset(self) -> None:
-        """Xavier weights, zero biases, and zero in the last projection and the gates."""
+        """Xavier weights, zero biases, and zero in the last projection, the gates and the learned null."""
         first, last = self.mlp[0], self.mlp[2]
         assert isinstance(first, nn.Linear)
         nn.init.xavier_uniform_(first.weight)
-        zeros = [first.bias, *last.parameters(), *([] if self.gate is None else [self.gate])]
-        for parameter in zeros:
+        own = [parameter for parameter in (self.gate, self.null_embedding) if parameter is not None]
+        for parameter in [first.bias, *last.parameters(), *own]:
             nn.init.zeros_(parameter)
 
     def forward(self, score: Tensor, null: Tensor) -> Tensor:
@@ -105,6 +109,8 @@ class ScoreEmbedding(nn.Module):
         e = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(score.dtype))
         if self.null == "zero_embedding":
             e = e.masked_fill(null[:, None], 0.0)
+        elif self.null_embedding is not None:
+            e = torch.where(null[:, None], self.null_embedding.to(e.dtype), e)
         return e[:, None]
 
     def inject(self, score: Tensor, null: Tensor) -> Injection:

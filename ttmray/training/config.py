@@ -20,7 +20,7 @@ class ModelConfig(Config):
     head: Head = "v1"
     """How the score enters (models/score_heads.py). The paper trains v1."""
     null: Null = "zero_embedding"
-    """What a dropped score is; the paper's null = 0 can be read as either."""
+    """What a dropped score is; the paper's null = 0 can be read as `zero_embedding` or as `scalar_zero`."""
     null_text: Literal["zeros", "clap"] = added("zeros")
     """Pooled features of a dropped text, of training from scratch; weights from a file bring their own. `zeros`: what
     clips without a caption have, too. `clap`: CLAP's vector of the empty text, as in the public trainer. Token features

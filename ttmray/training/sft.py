@@ -152,7 +152,7 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
     if theirs:
         lines = "; ".join(f"{name}: file {value}, run {ours[name]}" for name, value in theirs.items())
         raise UserError(f"{path} does not fit model.size {config.model.size}: {lines}.", "Choose its model.size.")
-    refuse_another_null(model, path)
+    refuse_another_null(model, path, found)
     report = transfer(model, state)
     check_transfer(model, report, path)
     for line in report.lines():
@@ -160,15 +160,18 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
     return model, digest_file(path).sha256
 
 
-def refuse_another_null(model: FluxAudio, path: Path) -> None:
+def refuse_another_null(model: FluxAudio, path: Path, found: BackboneConfig) -> None:
     """What a dropped score is has been learned with the head of a file, whatever the shapes of the tensors say.
 
+    Args:
+        found: the file's config. A file that names no null may be of either of the two that are no tensor.
+
     Raises:
-        UserError: the file names a head and another null than the model's.
+        UserError: the file has a head, and another null than the model's.
     """
-    named, ours = read_config(path), model.config
-    theirs = named.get("null", ours.null) if named.get("head", "none") != "none" and ours.head != "none" else ours.null
-    if theirs != ours.null:
+    theirs, ours = found.null, model.config
+    unsure = "null" not in read_config(path) and "learned" not in (theirs, ours.null)
+    if "none" not in (found.head, ours.head) and not unsure and theirs != ours.null:
         raise UserError(
             f"model.init: {path} was trained with null {theirs}, model.null is {ours.null}.",
             f"Set model.null: {theirs}.",
