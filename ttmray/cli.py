@@ -82,6 +82,7 @@ def _generation(commands: Any) -> None:
     made.add_argument("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/generate)")
     made.add_argument("--seed", type=int, help="of the noise, together with the id of each prompt (default 42)")
     made.add_argument("--samples", type=int, metavar="N", help="clips per prompt (default 1)")
+    made.add_argument("--score-from", metavar="RUN", help="the score that ttmray choose-score found for the checkpoint")
     made.add_argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form")
     made.add_argument("--play-page", action="store_true", help="write index.html with players into the run folder")
     made.add_argument("--retry-failed", action="store_true", help="make failed clips once more")
@@ -97,6 +98,14 @@ def _generation(commands: Any) -> None:
     finish.add_argument("--device", help="auto, cpu or cuda")
     _add_config(finish)
     finish.set_defaults(run=_postprocess)
+
+    choose = commands.add_parser("choose-score", help="the score at which a checkpoint is best, by the mean reward")
+    choose.add_argument("--checkpoint", metavar="FILE", help="weights of the backbone")
+    choose.add_argument("--prompts", metavar="FILE", help="prompts, other ones than those of the evaluation")
+    choose.add_argument("--bundle", help="set of models (default debug)")
+    choose.add_argument("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/score)")
+    _add_config(choose)
+    choose.set_defaults(run=_choose_score)
 
     pool = commands.add_parser("pool", help="candidates per prompt from one checkpoint, scored, as a corpus")
     _add_config(pool)
@@ -335,7 +344,21 @@ def _generate(arguments: argparse.Namespace) -> int:
     # ensure_ascii=False: YAML would read escaped emoji as two halves
     sets = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
     config = load_config(GenerateConfig, arguments.config, [*arguments.sets, *sets])
+    if arguments.score_from is not None:
+        from ttmray.generation.choose_score import chosen_score
+
+        sampler = config.sampler.model_copy(update={"score": chosen_score(arguments.score_from, config.checkpoint)})
+        config = config.model_copy(update={"sampler": sampler})
     return generate(config, retry_failed=arguments.retry_failed, zip_to=arguments.zip_to, play_page=arguments.play_page)
+
+
+def _choose_score(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.generation.choose_score import ScoreChoiceConfig, choose_score
+
+    names = ("checkpoint", "prompts", "bundle", "output")
+    sets = [f"{name}={json.dumps(value)}" for name in names if (value := getattr(arguments, name)) is not None]
+    return choose_score(load_config(ScoreChoiceConfig, arguments.config, [*arguments.sets, *sets]))
 
 
 def _postprocess(arguments: argparse.Namespace) -> int:

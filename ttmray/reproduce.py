@@ -51,9 +51,10 @@ class SystemConfig(Config):
     """Seed of the noise, in place of the section's (the paper's submissions: 42 and 55)."""
     score: float | None = None
     """Score to generate for, in place of the section's."""
-    scores: tuple[float, ...] = ()
+    scores: tuple[float, ...] | Literal["trained"] = ()
     """Scores of which the one with the highest mean reward is taken, on one candidate for each prompt of the section
-    `pool`, none of which is a prompt of the evaluation: a parent is to be judged at its own best score as well."""
+    `pool`, none of which is a prompt of the evaluation: a parent is to be judged at its own best score as well.
+    `trained`: scores within the range of the training, as the weights name it."""
     generate: dict[str, Any] = Field(default_factory=dict)
     """What else differs from the section `generate`: `{bundle: public-16k, sampler: {score: null}}` for weights that
     were made for another VAE and know no score."""
@@ -360,7 +361,8 @@ class _Chain:
         given = merged(self.config.pool or {}, {"candidates": 1})
         links: dict[str, Any] = {"output": self.path(place), "checkpoint": clips.checkpoint, "bundle": clips.bundle}
         links |= {"head": clips.head, "null": clips.null}
-        choice = self.candidates(ScoreChoiceConfig, "pool", given, scores=list(system.scores), **links)
+        scores = [] if system.scores == "trained" else list(system.scores)
+        choice = self.candidates(ScoreChoiceConfig, "pool", given, scores=scores, **links)
         run, after = (lambda: choose_score(choice)), ["corpus", *made_by]
         made, page = f"{place}/{CHOICE}", f"{place}/choice.md"
         self.add(f"choose-{name}", choice, run, made, after=after, page=page, section="pool")

@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
+from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.generation.choose_score import ScoreChoiceConfig, choose_score, chosen_score
 from ttmray.generation.filter import numbers, read_pool
+from ttmray.models.backbone_weights import METADATA, debug_backbone
+from ttmray.models.score_support import ScoreSupport
 
 
 def choice(output: Path, *sets: str) -> ScoreChoiceConfig:
@@ -49,3 +53,31 @@ def test_one_score_is_no_choice_and_a_choice_that_was_not_made_is_named(tmp_path
         choice(tmp_path / "choice", "scores=[1]")
     with pytest.raises(UserError, match=r"choice\.json"):
         chosen_score(str(tmp_path))
+    (tmp_path / "choice.json").write_text("{}")
+    with pytest.raises(UserError, match=r"choice\.json names no score"):
+        chosen_score(str(tmp_path))
+
+
+def test_scores_are_by_default_those_of_the_training_and_generation_takes_the_choice(tmp_path):
+    support = ScoreSupport(min=-2.0, p5=-1.0, p95=0.5, max=2.0).to_dict()
+    for seed, more in ((1, {"score_support": support}), (2, {})):
+        model = debug_backbone(seed)
+        about = {"backbone": model.config.to_dict(), **more}
+        save_file(model.state_dict(), tmp_path / f"{seed}.safetensors", {METADATA: json.dumps(about)})
+    weights, other = (str(tmp_path / f"{seed}.safetensors") for seed in (1, 2))
+    (tmp_path / "prompts.csv").write_text("id,prompt\na,a calm piano\n")
+    sets = ["sampler.steps=2", "max_clipping=1", "silence_dbfs=-200", "runtime.threads=1", "points=3"]
+    command = ["choose-score", "--prompts", str(tmp_path / "prompts.csv"), "--output", str(tmp_path / "choice")]
+    command += [f"--set={one}" for one in sets]
+    assert main([*command, "--checkpoint", weights]) == 0
+    assert {path.name for path in (tmp_path / "choice").glob("score*")} == {"score-1", "score0.5", "score2"}
+    made = ["generate", "--prompt", "drums", "--output", str(tmp_path / "clips"), "--set=runtime.threads=1"]
+    made += ["--set=sampler.steps=1", "--score-from", str(tmp_path / "choice")]
+    assert main([*made, "--checkpoint", weights]) == 0
+    described = json.loads((tmp_path / "clips/run.json").read_text())
+    assert described["config"]["sampler"]["score"] == chosen_score(str(tmp_path / "choice"), weights)
+    assert main([*made, "--checkpoint", other]) == 2
+    with pytest.raises(UserError, match="is not of the weights"):
+        chosen_score(str(tmp_path / "choice"), other)
+    with pytest.raises(UserError, match="does not say which scores it was trained on"):
+        choose_score(choice(tmp_path / "other", f"checkpoint={other}", "scores=[]"))

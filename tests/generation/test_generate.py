@@ -27,6 +27,7 @@ from ttmray.generation.prompts import Prompt
 from ttmray.generation.worker import Worker
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
+from ttmray.models.score_support import ScoreSupport
 
 MakeConfig = Callable[..., GenerateConfig]
 PROMPTS = {"a": "a calm piano", "b": "driving drums", "c": "a quiet café 🎹"}
@@ -225,9 +226,36 @@ def test_a_prompt_cannot_put_markup_into_the_page(tmp_path, idle):
     assert "<b>" not in page
 
 
-def save(backbone: FluxAudio, path: Path) -> str:
-    save_file(backbone.state_dict(), path, {METADATA: json.dumps({"backbone": backbone.config.to_dict()})})
+def save(backbone: FluxAudio, path: Path, **about: Any) -> str:
+    save_file(backbone.state_dict(), path, {METADATA: json.dumps({"backbone": backbone.config.to_dict(), **about})})
     return str(path)
+
+
+def test_a_score_beyond_those_of_the_training_is_named_with_their_range(prompts, tmp_path, capsys):
+    support = ScoreSupport(min=-1.2, p5=-0.45, p95=1.46, max=2.76).to_dict()
+    known = save(debug_backbone(1), tmp_path / "known.safetensors", score_support=support)
+    second = save(debug_backbone(1), tmp_path / "second.safetensors", score_support=support | {"max": 9.0})
+    unknown = save(debug_backbone(1), tmp_path / "unknown.safetensors")
+    mix = ("sampler.mode=average", f"second_checkpoint={second}", "sampler.score=1", "sampler.second_score=5")
+    for name, sets, words in (
+        ("five", (f"checkpoint={known}", "sampler.score=5"), ["sampler.score 5 is above all scores"]),
+        ("two", (f"checkpoint={known}", "sampler.score=2"), ["sampler.score 2 is among the outermost 5 % of scores"]),
+        ("low", (f"checkpoint={known}", "sampler.score=-3"), ["sampler.score -3 is below all scores"]),
+        ("inside", (f"checkpoint={known}", "sampler.score=1"), []),
+        ("null", (f"checkpoint={known}", "sampler.score=null"), []),
+        ("unknown", (f"checkpoint={unknown}", "sampler.score=5"), []),
+        ("mix", (f"checkpoint={known}", *mix), ["sampler.second_score 5 is among the outermost 5 % of scores"]),
+    ):
+        capsys.readouterr()
+        assert generate(make(prompts, tmp_path / name, *sets)) == 0
+        printed = capsys.readouterr().out
+        warnings = json.loads((tmp_path / name / "run.json").read_text())["warnings"]
+        assert len(warnings) == len(words) == printed.count("that the model was trained on")
+        for warning, start in zip(warnings, words, strict=True):
+            assert warning.startswith(start)
+            assert warning in printed
+            assert "p5 -0.45, p95 +1.46, max +" in warning
+            assert "choose-score" in warning
 
 
 def test_checkpoints_heads_and_two_checkpoints_reach_the_sampler(prompts, tmp_path):

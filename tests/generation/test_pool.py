@@ -26,6 +26,7 @@ from ttmray.generation.sampler import Draw, Sampler, noise
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.score_support import ScoreSupport
 from ttmray.storage import Folder
 from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.data import DataConfig, SourceConfig, open_mixture
@@ -246,6 +247,17 @@ def backbone_file(path: Path, scale: float, **config: Any) -> Path:
     about = {METADATA: json.dumps({"backbone": model.config.to_dict()})}
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path, about)
     return path
+
+
+def test_a_score_beyond_those_of_the_training_is_named_with_their_range(prompts, tmp_path, capsys):
+    weights, about = tmp_path / "w.safetensors", {"backbone": debug_backbone(0).config.to_dict()}
+    about["score_support"] = ScoreSupport(min=-1.2, p5=-0.45, p95=1.46, max=2.76).to_dict()
+    save_file(debug_backbone(0).state_dict(), weights, {METADATA: json.dumps(about)})
+    for score, count in ((5, 1), (1, 0)):
+        sets = (f"checkpoint={weights}", f"sampler.score={score}", "prompt_count=1", "candidates=1", "max_clipping=1")
+        assert generate_pool(make(prompts, tmp_path / f"{score}", *sets)) == 0
+        assert capsys.readouterr().out.count("(p5 -0.45, p95 +1.46, max +2.76)") == count
+        assert len(json.loads((tmp_path / f"{score}" / "run.json").read_text())["warnings"]) == count
 
 
 def test_latents_beyond_float16_fail_with_a_reason(prompts, tmp_path):

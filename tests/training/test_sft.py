@@ -7,20 +7,24 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ttmray.config import load_config
+from ttmray.cli import main
+from ttmray.config import fingerprint, load_config
 from ttmray.corpus import shards
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import seeded
 from ttmray.models.backbone import FluxAudio
-from ttmray.models.backbone_weights import load_backbone, with_head
+from ttmray.models.backbone_weights import load_backbone, read_support, with_head
 from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.score_support import NUMBERS
 from ttmray.storage import Folder
 from ttmray.training.export import export
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
@@ -186,6 +190,70 @@ def test_a_learned_null_goes_from_run_to_run_and_never_meets_another_null(make_t
     with pytest.raises(UserError, match=r"trained with null zero_embedding, model\.null is learned"):
         SftTask(make_train_config(tmp_path, f"model.init={tmp_path / 'plain.pth'}", "model.null=learned"), CPU)
     SftTask(make_train_config(tmp_path, f"model.init={tmp_path / 'plain.pth'}", "model.null=scalar_zero"), CPU)
+
+
+def support_in(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["ttmray"])["score_support"]
+
+
+def index_scores(corpus: Path, column: str) -> np.ndarray:
+    rows = pq.read_table(corpus / "index.parquet").to_pylist()
+    return np.array([row[column] for row in rows if row["split"] == "train" and row["status"] == "ok"])
+
+
+@pytest.mark.parametrize("column", ["instrumental_reward_score", "track_reward_score"])
+def test_exported_weights_carry_the_range_of_the_scores_they_were_trained_on(
+    make_train_config, debug_corpus, expert_debug, tmp_path, capsys, column
+):
+    def trained(name: str, *sets: str) -> dict:
+        assert train_sft(make_train_config(tmp_path / name, "steps=1", "validation.clips=0", *sets)) == EXIT_OK
+        export(str(tmp_path / name), str(tmp_path / f"{name}.safetensors"))
+        return support_in(tmp_path / f"{name}.safetensors")
+
+    first, second = (index_scores(corpus, column) for corpus in (debug_corpus, expert_debug))
+    source = f"{{corpus: {debug_corpus}, score_column: {column}}}"
+    alone = trained("alone", f"data.sources=[{source}]")
+    p5, p95 = np.percentile(first, (5, 95))
+    expected = {"min": first.min(), "p5": p5, "p95": p95, "max": first.max()}
+    assert {name: alone[name] for name in NUMBERS} == pytest.approx(expected)
+    assert (alone["trainings"][0]["column"], alone["trainings"][0]["clips"]) == (column, len(first))
+    # 3 draws of every clip of the second: what is drawn counts
+    mixed = trained("mixed", f"data.sources=[{source}, {{corpus: {expert_debug}, score_column: {column}, repeat: 3}}]")
+    assert mixed["p95"] == pytest.approx(np.percentile([*first, *np.repeat(second, 3)], 95))
+    assert mixed["trainings"][0]["clips"] == len(first) + 3 * len(second)
+    # a last training on one clip does not narrow what the embedding knows
+    keys = tmp_path / "keys.txt"
+    rows = [row for row in pq.read_table(debug_corpus / "index.parquet").to_pylist() if row["split"] == "train"]
+    keys.write_text(min(rows, key=lambda row: abs(row[column] - np.median(first)))["key"])
+    narrow = f"{{corpus: {debug_corpus}, score_column: {column}, keys: {keys}}}"
+    polished = trained("polished", f"data.sources=[{narrow}]", f"model.init={tmp_path}/alone.safetensors")
+    assert {name: polished[name] for name in NUMBERS} == {name: alone[name] for name in NUMBERS}
+    assert [one["clips"] for one in polished["trainings"]] == [len(first), 1]
+    capsys.readouterr()
+    assert main(["checkpoint", "inspect", str(tmp_path / "polished.safetensors")]) == EXIT_OK
+    assert f"p95 {p95:+.2f}, max {first.max():+.2f}" in capsys.readouterr().out
+
+
+def test_samples_of_a_run_beyond_its_scores_are_named(make_train_config, tmp_path, capsys):
+    for every, count in ((5, 1), (0, 0)):
+        SftTask(make_train_config(tmp_path, f"samples.every={every}", "samples.score=99"), CPU)
+        assert capsys.readouterr().out.count("samples.score 99 is above all scores") == count
+
+
+def test_weights_without_a_head_and_checkpoints_of_before_name_no_scores(finished, make_train_config, tmp_path):
+    plain = make_train_config(tmp_path, "model.head=none", "data.sources.0.score_column=null")
+    assert SftTask(plain, CPU).facts == {}
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for path in run.glob("checkpoints/*/state.json"):
+        body = json.loads(path.read_text())
+        del body["facts"], body["sha256"]
+        path.write_text(json.dumps({"sha256": fingerprint(body), **body}))
+    export(str(run), str(tmp_path / "old.safetensors"))
+    assert read_support(tmp_path / "old.safetensors") is None
+    assert train_sft(make_train_config(run, "steps=13")) == EXIT_OK
+    export(str(run), str(tmp_path / "new.safetensors"))
+    assert read_support(tmp_path / "new.safetensors") is not None
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(plain_file, make_train_config, tmp_path):

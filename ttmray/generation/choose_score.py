@@ -1,42 +1,61 @@
 """The score at which a model is best: a pool at each of several scores, the highest mean reward wins.
 
-The score of a submission may lie far outside of the training's range. A parent that is judged only there looks worse
-than it is, and what was trained from it better.
+Beyond the scores of its training a model may do as for any other one. A parent that is judged only there looks worse
+than it is, and what was trained from it better. `ttmray generate --score-from` takes the choice.
 """
 
 import json
+from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ttmray.config import execution
 from ttmray.console import console
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import numbers, read_pool
 from ttmray.generation.pool import generate_pool
 from ttmray.generation.pool_worker import CandidatesConfig
+from ttmray.models.backbone_weights import read_support
+from ttmray.models.weights import digest_file, weights_file
 from ttmray.storage import Folder
 
 CHOICE = "choice.json"
 
 
 class ScoreChoiceConfig(CandidatesConfig):
-    """A pool for each score, in folders below `output`; all else of them is the same, noise included. Prompts must not
-    be those of the comparison that the score is for (`held_out`), else it is fitted to them."""
+    """`ttmray choose-score`: a pool for each score, in folders below `output`; all else of them is the same, noise
+    included. Prompts must not be those of the comparison that the score is for (`held_out`), else it is fitted to
+    them."""
 
-    scores: tuple[float, ...] = Field(min_length=2)
-    """Scores to try."""
+    output: str = execution("runs/score", min_length=1)
+    """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
+    candidates: int = Field(1, ge=1, le=256)
+    """Clips per prompt and score."""
+    scores: tuple[float, ...] = ()
+    """Scores to try; default: `points` of them, from p5 to the largest of the checkpoint's training data."""
+    points: int = Field(6, ge=2, le=100)
+    """How many, where `scores` names none."""
+
+    @field_validator("scores")
+    @classmethod
+    def _a_choice(cls, scores: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(scores)) < len(scores) or len(scores) == 1:
+            raise ValueError("needs two or more different scores, or none for those of the checkpoint's training")
+        return scores
 
 
 def choose_score(config: ScoreChoiceConfig) -> int:
     """Make, or go on making, the pools; writes `choice.json` and `choice.md`; returns the exit code.
 
     Raises:
-        UserError: a pool that cannot be made, or without any reward.
+        UserError: a pool that cannot be made, or without any reward; a checkpoint that does not name its scores.
     """
     out = Folder.at(config.output)
+    scores = config.scores or _trained_scores(config)
     rewards: dict[float, tuple[float, int]] = {}
-    for score in config.scores:
+    for score in scores:
         pool = CandidatesConfig(**{name: getattr(config, name) for name in CandidatesConfig.model_fields})
         sampler = pool.sampler.model_copy(update={"score": score})
         folder = out.path(f"score{score:g}")
@@ -55,20 +74,45 @@ def choose_score(config: ScoreChoiceConfig) -> int:
     out.write(
         "choice.md", (text + "\n".join(["| score | mean reward | clips |", "|---|---|---|", *lines]) + "\n").encode()
     )
-    found = {"score": best, "mean_reward": {f"{score:g}": mean for score, (mean, _) in rewards.items()}}
+    found: dict[str, Any] = {"score": best}
+    found["mean_reward"] = {f"{score:g}": mean for score, (mean, _) in rewards.items()}
+    found["checkpoint"] = config.checkpoint and digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
     out.write(CHOICE, json.dumps(found, indent=1).encode())
-    console.print(f"best of the scores {', '.join(f'{score:g}' for score in config.scores)}: {best:g}")
+    console.print(f"best of the scores {', '.join(f'{score:g}' for score in scores)}: {best:g}")
+    console.print(f"to generate with it: ttmray generate --score-from {out}", markup=False)
     return EXIT_OK
 
 
-def chosen_score(folder: str) -> float:
+def _trained_scores(config: ScoreChoiceConfig) -> tuple[float, ...]:
+    """Scores to try, from what the checkpoint says about its training data."""
+    support = read_support(weights_file(config.checkpoint, "checkpoint")) if config.checkpoint else None
+    if support is None:
+        what = config.checkpoint or f"the bundle {config.bundle}"
+        raise UserError(f"{what} does not say which scores it was trained on.", "Set scores, such as scores=[0,1,2].")
+    grid = support.grid(config.points)
+    if len(grid) < 2:
+        raise UserError(f"{config.checkpoint} was trained on one score, {grid[0]:g}.", "Set scores to try others.")
+    return grid
+
+
+def chosen_score(folder: str, checkpoint: str | None = None) -> float:
     """What `choose_score` has found.
 
+    Args:
+        folder: its run folder.
+        checkpoint: weights that the score is to be used with; None: not checked.
+
     Raises:
-        UserError: it has not run, or its file is damaged.
+        UserError: it has not run, its file is damaged, or it was found for other weights.
     """
     out = Folder.at(folder)
+    if not out.exists(CHOICE):
+        raise UserError(f"{out} has no {CHOICE}: no score was chosen there.", "Run ttmray choose-score to its end.")
     try:
-        return float(json.loads(out.read(CHOICE))["score"])
-    except (ValueError, KeyError, TypeError) as error:
+        found = json.loads(out.read(CHOICE))
+        score, theirs = float(found["score"]), found.get("checkpoint")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{out.path(CHOICE)} names no score.", "Delete it, and run the step before again.") from error
+    if checkpoint is not None and digest_file(weights_file(checkpoint, "checkpoint")).sha256 != theirs:
+        raise UserError(f"{out.path(CHOICE)} is not of the weights {checkpoint}.", "Choose a score for them.")
+    return score

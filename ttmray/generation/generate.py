@@ -24,7 +24,7 @@ from ttmray.generation.play import write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import Clip, Job, Worker, roles_of
-from ttmray.models.backbone_weights import file_config
+from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, on_gpu, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
@@ -130,7 +130,16 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
             weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
     what: dict[str, Any] = {"config": identity(config), "bundle": models, "weights": weights}
     what |= {"separation": SEPARATION} if "separator" in roles else {}
-    return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), note=bundle.note)
+    more = {"note": bundle.note, "warnings": _score_warnings(config)}
+    return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), **more)
+
+
+def _score_warnings(config: GenerateConfig) -> list[str]:
+    """Lines about scores beyond those that a checkpoint was trained on, which are also printed."""
+    paths = [path for path in (config.checkpoint, config.second_checkpoint) if path is not None]
+    names = ("sampler.score", "sampler.second_score")
+    lines = [score_warning(*one) for one in zip(paths, config.sampler.scores, names, strict=False)]
+    return [line for line in lines if line is not None]
 
 
 def _check_prompts(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str, Any]]) -> None:

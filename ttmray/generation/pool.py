@@ -36,6 +36,7 @@ from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, Worker
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
+from ttmray.models.backbone_weights import score_warning
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN, SUCCESS
@@ -213,9 +214,10 @@ def _left_out(count: int) -> str:
 def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: int) -> dict[str, Any]:
     """What `run.json` holds. Prompts are part of the identity, and so what is held out of them."""
     protocol = bundle.protocol(config.reward_text)
-    weights = {}
+    weights, warning = {}, None
     if config.checkpoint is not None:
         weights["checkpoint"] = digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
+        warning = score_warning(config.checkpoint, config.sampler.score, "sampler.score")
     what = {
         "config": identity(config),
         "plan": plan.identity(),
@@ -231,6 +233,7 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: in
         protocol_id=f"{bundle.name}/{protocol.id()}",
         note=bundle.note,
         held_out=left_out,
+        warnings=[warning] if warning else [],
     )
 
 

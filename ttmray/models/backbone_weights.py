@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from rich.markup import escape
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio, Size, gated_width
 from ttmray.models.score_heads import HEADS, NAMES, Head, Null
+from ttmray.models.score_support import ScoreSupport
 from ttmray.models.state_dicts import load_exactly, read_state_dict
 from ttmray.models.weights import weights_file
 
@@ -151,13 +153,40 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the metadata hold something else.
     """
+    return dict(_described(path, "backbone"))
+
+
+def read_support(path: Path) -> ScoreSupport | None:
+    """The scores that a file says its model was trained on; None where it does not say it.
+
+    Raises:
+        UserError: the metadata hold something else.
+    """
+    try:
+        found = _described(path, "score_support")
+        return ScoreSupport.from_dict(found) if found else None
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata {METADATA!r} hold {error}.", "Export it again.") from error
+
+
+def score_warning(path: str, score: float | None, what: str) -> str | None:
+    """A line about a score beyond those that the weights at `path` were trained on, printed now; None for one within,
+    for no score, and for files that do not name their scores."""
+    support = read_support(weights_file(path, "checkpoint"))
+    warning = support.warning(score, what) if support else None
+    if warning is not None:
+        console.print(f"[yellow]{escape(warning)}[/yellow]")
+    return warning
+
+
+def _described(path: Path, what: str) -> dict[str, Any]:
+    """A part of the metadata of a safetensors file; empty where there is none."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA, "{}")
     try:
-        found = json.loads(text).get("backbone") or {}
-        return dict(found)
+        return dict(json.loads(text).get(what) or {})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its metadata {METADATA!r} describe no backbone.", "Export it again.") from error
 

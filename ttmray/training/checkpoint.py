@@ -70,6 +70,7 @@ def save(folder: Folder, state: TrainingState) -> str:
         "fingerprint": state.fingerprint(),
         "position": state.position,
         "rng": state.rng,
+        "facts": state.facts,
         "ema_step": state.ema_step,
         "optimizer_layout": state.optimizer_layout,
         "versions": {"ttmray": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -141,6 +142,7 @@ def load(folder: Folder, name: str) -> TrainingState:
         tensors[part], _ = unpack(data, where.path(file))
     kept = ("step", "samples", "config", "identity", "position", "rng", "ema_step", "optimizer_layout")
     rest: dict[str, Any] = {key: body[key] for key in kept}
+    rest["facts"] = body.get("facts", {})  # checkpoints of earlier versions have none
     return TrainingState(**rest, **tensors)
 
 

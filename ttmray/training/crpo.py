@@ -42,7 +42,7 @@ from ttmray.training.loop import Losses, Task, fast_kernels, unsynchronised
 from ttmray.training.memory import step_flops
 from ttmray.training.preference_pairs import pool_score, read_pairs
 from ttmray.training.reference_losses import ReferenceLosses
-from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, write_samples
+from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, score_facts, write_samples
 
 LogRatio = Literal["tangoflux", "equation_1"]
 FACTORS: dict[LogRatio, float] = {"tangoflux": 0.5, "equation_1": 1.0}
@@ -173,6 +173,10 @@ class PairMixture(Mixture):
         rows = np.concatenate([self._winners[clips], self._losers[clips]])
         return super().read(rows, [*numbers, *numbers], [*streams, *streams], pin)
 
+    def scores(self) -> np.ndarray:
+        """(2, n) float32: rewards of all winners, and of all losers."""
+        return self.sources[0].score[np.stack([self._winners, self._losers])]
+
     def fingerprint(self) -> str:
         """Hex SHA-256 of the pool and the pairs."""
         pairs = [self._winners.tolist(), self._losers.tolist()]
@@ -257,6 +261,7 @@ class CrpoTask:
             "init": self.init,
             "frozen": frozen_digest(self.model),
         }
+        self.facts = score_facts(config, _seen(self.pairs.scores(), self.score))
         self.table: ReferenceLosses | None = None
         """Opened by `batches`, or by whoever makes the losses."""
         self.reference: FluxAudio | None = None
@@ -386,6 +391,15 @@ class CrpoTask:
                 "checkpoints, or lower optimizer.lr.[/yellow]"
             )
         return {"loser_rises": self.watch.bad}
+
+
+def _seen(own: np.ndarray, score: PairScore) -> np.ndarray:
+    """(2, n) scores that pairs are conditioned on, of their own rewards (2, n); NaN for none."""
+    if score == "own":
+        return own
+    if score == "pair":
+        return np.repeat(own.mean(0, keepdims=True), 2, axis=0)
+    return np.full_like(own, np.nan if score is None else score)
 
 
 def _alike(config: CrpoConfig) -> AbstractContextManager[object]:

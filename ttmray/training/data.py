@@ -173,6 +173,10 @@ class Mixture:
                 total += sign * np.bincount(drawn, minlength=len(total))
         return [int(n) for n in total + (last - first) * np.array(self.per_epoch)]
 
+    def scores(self) -> np.ndarray:
+        """(n,) float32: scores of the first epoch, each as often as it is drawn; NaN without a score column."""
+        return np.concatenate([source.score for source in self.sources])[self._epoch(0)]
+
     def fingerprint(self) -> str:
         """Hex SHA-256 of what is drawn: corpora, chosen clips with their scores, repeats. Another one means other
         training data, and then sample numbers mean other clips."""

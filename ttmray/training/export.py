@@ -12,6 +12,7 @@ from torch import Tensor
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.backbone import BackboneConfig, FluxAudio
+from ttmray.models.score_support import ScoreSupport
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.storage import Folder, local_file, read_file, split_path
 from ttmray.training.checkpoint import KIND, STATE, committed, load, newest_valid, verify
@@ -29,7 +30,8 @@ def export(path: str, out: str, weights: str = "raw") -> int:
     """Write the inference weights of a checkpoint as one safetensors file that carries its config. Never overwrites.
 
     The state dict is complete (frozen tensors included) in the training precision. The file's metadata, key "ttmray",
-    is JSON: `kind`, `weights`, `step`, `samples`, `backbone` (its shape), `config`, `fingerprint`.
+    is JSON: `kind`, `weights`, `step`, `samples`, `backbone` (its shape), `config`, `fingerprint`, and `score_support`
+    (range of the scores it was trained on, models/score_support.py).
 
     Args:
         path: a checkpoint folder, or a run or checkpoints folder, whose newest valid one is taken; local or s3.
@@ -61,6 +63,7 @@ def export(path: str, out: str, weights: str = "raw") -> int:
         "backbone": state.identity.get("backbone"),
         "config": state.identity.get("config", state.config),  # no paths: equal weights of two folders are equal files
         "fingerprint": state.fingerprint(),
+        **state.facts,
     }
     data = pack(tensors, about)
     if not target.create(file, data):
@@ -125,7 +128,7 @@ def inspect(path: str) -> dict[str, Any]:
     if path.endswith(".safetensors"):
         data = read_file(path)
         tensors, about = unpack(data, path)
-        said = ("step", "weights", "samples", "sigma_rel", "config")
+        said = ("step", "weights", "samples", "sigma_rel", "score_support", "config")
         known: dict[str, Any] = {key: about[key] for key in said if key in about}
         kind = about.get("kind", "safetensors file without a description")
         return _report(path, kind, tensors, {path: hashlib.sha256(data).hexdigest()}, **known)
@@ -136,6 +139,7 @@ def inspect(path: str) -> dict[str, Any]:
     model, _ = unpack(where.read("model.safetensors"), where.path("model.safetensors"))
     hashes = {name: info["sha256"] for name, info in state["files"].items()}
     known = {key: state[key] for key in ("step", "samples", "versions", "fingerprint", "config")}
+    known |= state.get("facts", {})
     return _report(where.uri, KIND, model, hashes, **known)
 
 
@@ -233,6 +237,8 @@ def show(path: str, as_json: bool = False) -> int:
         console.print(json.dumps(report), markup=False)
         return EXIT_OK
     config = report.pop("config", None)
+    if report.get("score_support"):
+        report["score_support"] = ScoreSupport.from_dict(report["score_support"]).text()
     for key, value in report.items():
         if value not in (None, []):
             console.print(f"{key + ':':<12} {_readable(value)}", markup=False)

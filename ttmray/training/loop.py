@@ -52,6 +52,8 @@ class Task(Protocol):
     model: FluxAudio
     identity: dict[str, Any]
     """What besides the config must stay the same: data, initial weights, shapes."""
+    facts: dict[str, Any]
+    """What exported weights say besides, such as the range of the training's scores; decides nothing."""
     flops_per_sample: float
     clips_per_sample: int
     """Clips of a sample whose activations autograd keeps."""
@@ -174,6 +176,7 @@ def train(
                 identity=own,
                 position={"next_sample": step * config.batch, "tally": tallies},
                 rng=rng,
+                facts=task.facts,
             )
         )
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from ttmray.audio.io import encode_flac
@@ -21,9 +23,10 @@ from ttmray.errors import UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
-from ttmray.models.backbone_weights import Transfer, config_of, read_config, tidy, transfer
+from ttmray.models.backbone_weights import Transfer, config_of, read_config, read_support, tidy, transfer
 from ttmray.models.bundle import LoadOptions, base_name, open_bundle
 from ttmray.models.reward_head import encoders_of
+from ttmray.models.score_support import ScoreSupport
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
@@ -63,6 +66,7 @@ class SftTask:
             "init": self.init,
             "frozen": frozen_digest(self.model),
         }
+        self.facts = score_facts(config, self.mixture.scores())
         self.batch = 1  # of validation; set by the first call of `batches`
 
     def batches(self, start: int, batch: int, rank: int, world: int, pin: bool) -> Generator[Samples, None, None]:
@@ -190,6 +194,34 @@ def check_transfer(model: FluxAudio, report: Transfer, path: Path) -> None:
     for name in ("latent_mean", "latent_std"):
         if not torch.isfinite(getattr(model, name)).all():
             raise UserError(f"{path}: {name} is not finite: these weights were never trained.", "Take trained ones.")
+
+
+def score_facts(config: TrainConfig, scores: np.ndarray) -> dict[str, Any]:
+    """What exported weights will say about scores: `score_support`, widened by that of the weights it starts from.
+
+    Says so where the run's own samples are for a score beyond it.
+
+    Args:
+        scores: (n,) that the model is conditioned on, each as often as it is drawn; those that are NaN do not count.
+
+    Returns:
+        Empty where nothing is known: no head, or neither scores nor weights that name theirs.
+    """
+    if config.model.head == "none":
+        return {}
+    support = read_support(weights_file(config.model.init, "model.init")) if config.model.init else None
+    known = scores[np.isfinite(scores)]
+    if len(known):
+        runs = [json.loads(Folder.at(source.corpus).read(RUN)) for source in config.data.sources]
+        protocols = sorted({run["protocol_id"] for run in runs if run.get("protocol_id")})
+        columns = sorted({source.score_column for source in config.data.sources if source.score_column})
+        support = ScoreSupport.of(known, ", ".join(columns), protocols).after(support)
+    if support is None:
+        return {}
+    warning = support.warning(config.samples.score, "samples.score") if config.samples.every else None
+    if warning is not None:
+        console.print(f"[yellow]{escape(warning)}[/yellow]")
+    return {"score_support": support.to_dict()}
 
 
 def backbone_config(config: TrainConfig, mixture: Mixture) -> BackboneConfig:

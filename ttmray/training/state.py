@@ -35,6 +35,8 @@ class TrainingState:
     """Place in the data."""
     rng: list[dict[str, Any]] = field(default_factory=list)
     """`rng_state` of every rank, in order."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What exported weights say besides."""
     ema_step: int = 0
     optimizer_layout: dict[str, Any] = field(default_factory=dict)
     """Parameter names per group and hyper-parameters."""
@@ -58,6 +60,7 @@ def capture(
     identity: dict[str, Any],
     position: dict[str, Any],
     rng: Sequence[dict[str, Any]],
+    facts: dict[str, Any] | None = None,
 ) -> TrainingState:
     """State of live objects (no copies); `model` is the bare module."""
     tensors, layout = optimizer_tensors(optimizer, model)
@@ -68,6 +71,7 @@ def capture(
         identity=identity,
         position=position,
         rng=list(rng),
+        facts=facts or {},
         ema_step=ema.step,
         optimizer_layout=layout,
         model=model.state_dict(),
