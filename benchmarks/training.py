@@ -76,6 +76,7 @@ class Duel:
         self.model, self.config, self.updates, self.plain = model, config, updates, plain
         self.device = model.latent_mean.device
         self.identity: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
         self.flops_per_sample = step_flops(model.config)
         self.clips_per_sample, self.frozen_models = 1, 0
         self.ours: list[float] = []

@@ -64,6 +64,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"song-describer/audio/{i + 7}.2min.flac").symlink_to(songs / f"album/song{i}.flac")
     described = [f"{2 * i + k},{i + 7},A song of {i} and {k},0{i}/{i + 7}.mp3" for i in range(3) for k in range(2)]
     (folder / "song_describer.csv").write_text("\n".join(["caption_id,track_id,caption,path", *described]) + "\n")
+    (folder / "my-texts.csv").write_text("id,prompt\nc,slow strings\n")
     header = "track_id\tartist_id\talbum_id\tpath\tduration_s\ttunejury_track_reward\ttags\n"
     rows = [f"t{i}\ta{i // 9}\tb\t{i % 100:02d}/{i}.mp3\t{30 + i % 300}.5\t0.1\tg\n" for i in range(1000)]
     (folder / "tracks.tsv").write_text(header + "".join(rows))

@@ -78,10 +78,10 @@ def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
     assert (stage3.model.init, stage3.model.head, stage3.pairs) == (stage2, "v2", f"{root}/pairs/pairs.parquet")
     assert (stage3.data.sources[0].corpus, stage3.data.sources[0].split) == (f"{root}/pairs_pool", "all")
     choice = made["choose-stage1-best"].config
-    assert (choice.scores, choice.candidates, choice.checkpoint, choice.held_out) == ((1.0, 5.0), 1, stage1, held_out)
+    assert (choice.scores, choice.candidates, choice.checkpoint, choice.held_out) == ((), 1, stage1, held_out)
     assert choice.corpus == f"{root}/corpus"
     assert made["generate-stage1-best"].after == ("stage1", "choose-stage1-best")
-    assert made["generate-stage1"].config.sampler.score == 5.0
+    assert made["generate-stage1"].config.sampler.score == -0.4
     assert made["generate-stage1"].config.checkpoint == stage1
     assert made["generate-control"].config.checkpoint == f"{root}/stage2/control/round-1/polish.safetensors"
     assert made["evaluate"].config.folders[0] == f"stage1-best={root}/generated/stage1-best"
