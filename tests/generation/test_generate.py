@@ -255,7 +255,7 @@ def test_a_score_beyond_those_of_the_training_is_named_with_their_range(prompts,
             assert warning.startswith(start)
             assert warning in printed
             assert "p5 -0.45, p95 +1.46, max +" in warning
-            assert "choose-score" in warning
+            assert ("choose-score" in warning) == (" all scores" in warning)
 
 
 def test_checkpoints_heads_and_two_checkpoints_reach_the_sampler(prompts, tmp_path):

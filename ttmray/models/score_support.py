@@ -94,13 +94,17 @@ class ScoreSupport:
         """
         if score is None or self.p5 <= score <= self.p95:
             return None
-        beyond = "above all" if score > self.max else "below all" if score < self.min else "among the outermost 5 % of"
-        side = ", where the model may do as for any score inside" if "all" in beyond else ""
+        if self.min <= score <= self.max:
+            return (
+                f"{what} {score:g} is among the outermost 5 % of scores that the model was trained on ({self.text()})."
+            )
+        beyond = "above" if score > self.max else "below"
         return (
-            f"{what} {score:g} is {beyond} scores that the model was trained on ({self.text()}){side}. "
-            "ttmray choose-score finds the one at which it is best."
+            f"{what} {score:g} is {beyond} all scores that the model was trained on ({self.text()}), where it may do as "
+            "for any score inside. ttmray choose-score finds the one at which it is best."
         )
 
     def grid(self, points: int) -> tuple[float, ...]:
-        """Equally far scores from p5 to the largest, rounded to 0.01; fewer where they coincide."""
-        return tuple(dict.fromkeys(np.linspace(self.p5, self.max, points).round(2).tolist()))
+        """Equally far scores from p5 to the largest, rounded to 0.01 but never beyond; fewer where they coincide."""
+        scores = np.linspace(self.p5, self.max, points).round(2).clip(self.p5, self.max)
+        return tuple(dict.fromkeys(scores.tolist()))
