@@ -1,9 +1,9 @@
 """A data set of which one knows what the score does: the coefficient of a clip's latents is its score.
 
-latents = s * direction + noise, at every position: `direction` is one of the channels, of unit RMS. What a trained model
-makes of an input score is then one number, the mean coefficient of its samples, and a model that follows its score has
-the identity as its curve. Scores are drawn as the paper's rewards are spread (III-D: mean 0.62, sd 0.59). The model, the
-loss, the optimiser and the sampler are the real ones, and texts are those of the debug bundle's encoders; only the loop
+latents = s * direction + noise, at every position: `direction` is one of the channels, of unit RMS. What a trained
+model makes of an input score is then one number, the mean coefficient of its samples, and a model that follows its
+score has the identity as its curve. Scores are drawn as the paper's rewards are spread (III-D: mean 0.62, sd 0.59).
+Model, loss, optimiser and sampler are the real ones, and texts are those of the debug bundle's encoders; only the loop
 around the loss is short. For `score_heads.py` and other experiments about scores.
 """
 
