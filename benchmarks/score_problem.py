@@ -78,16 +78,11 @@ def score_problem(seed: int = 0, length: int = 16, channels: int = 8, noise: flo
     """The problem with its direction drawn by `seed`."""
     text, clap = debug_text_encoder(seed, max_length=9), debug_clap(seed + 1)
     direction = torch.randn(channels, generator=torch.Generator().manual_seed(seed))
-    tokens, pooled = text.encode([*PROMPTS, ""]), clap.embed_text([*PROMPTS, ""])
-    tokens, pooled = torch.from_numpy(tokens).float(), torch.from_numpy(pooled).float()
+    tokens = torch.from_numpy(text.encode([*PROMPTS, ""])).float()
+    pooled = torch.from_numpy(clap.embed_text([*PROMPTS, ""])).float()
+    direction = direction / direction.square().mean().sqrt()
     return ScoreProblem(
-        direction / direction.square().mean().sqrt(),
-        length,
-        noise,
-        tokens[:-1],
-        pooled[:-1],
-        (tokens[-1], pooled[-1]),
-        (text, clap),
+        direction, length, noise, tokens[:-1], pooled[:-1], (tokens[-1], pooled[-1]), encoders=(text, clap)
     )
 
 
