@@ -283,6 +283,15 @@ def test_a_cell_that_stands_in_several_tables_is_made_once(given, tmp_path):
     assert {plan.cells[own].config.head, plan.cells[crossed].config.head} == {None, "v2"}  # type: ignore[attr-defined]
 
 
+def test_the_factorial_alone_forces_v2_weights_under_v1(given, tmp_path):
+    plan = Plan(configure(given, tmp_path / "run", *SMALL))
+    forced = {name for name, step in plan.cells.items() if step.config.force_head}  # type: ignore[attr-defined]
+    assert plan.factorial["SFT-only", "v2", "v1"] in forced
+    assert plan.contrasts["conditioning"]["text"] not in forced
+    row = "chain=[{label: a, checkpoint: two, head: v1, generate: {force_head: true}}]"
+    assert Plan(configure(given, tmp_path / "run", row)).chain["a"] == plan.factorial["SFT-only", "v2", "v1"]
+
+
 def test_what_a_cell_is_made_of_decides_its_name_and_nothing_else(given, tmp_path):
     def names(*sets: str) -> set[str]:
         return set(Plan(configure(given, tmp_path / "run", *SMALL, *sets)).cells)
@@ -332,6 +341,14 @@ def test_a_silent_clip_stops_nothing_within_the_share_and_stands_in_the_notes(gi
         (("contrasts.x=[{label: a, checkpoint: one}, {label: a, checkpoint: two}]",), "two rows are called a"),
         (("contrasts.sweep=[{label: a, checkpoint: one}, {label: b, checkpoint: two}]",), "this name is taken"),
         (("chain=[{label: a, checkpoint: text, head: v2}]",), "text has the head none, which cannot run as v2"),
+        (
+            ("chain=[{label: a, checkpoint: two, head: v1}]",),
+            "chain: checkpoint two was trained as v2 and collapses as",
+        ),
+        (
+            ("checkpoints.three={train: {model: {head: v4}}, init: two}", "stage1={data: {sources: [{corpus: x}]}}"),
+            "checkpoints.three: two was trained as v2 and collapses as v4",
+        ),
         (("chain=[{label: a, checkpoint: one, generate: {sampler: {stepz: 1}}}]",), "did you mean sampler.steps"),
         (("chain=[{label: a, checkpoint: one, generate: {output: x}}]",), "every step has its own folder"),
         (("chain=[{label: a, checkpoint: one}]", "evaluate.resampels=3"), "did you mean resamples"),

@@ -250,7 +250,8 @@ def factorial_table(
         (
             f"{TIE}: not told apart from {first} by a two-sided paired t test, p >= {ALPHA:g} (as in the paper). That "
             "is no evidence of equality: the intervals of the differences are in the table of pairs.",
-            "The paper's text has one pair of figures for v2 weights in the v1 forward; both such rows show it.",
+            "The paper's text has one pair of figures for v2 weights in the v1 forward; both such rows show it. They "
+            "are made by force (force_head): everywhere else such weights are refused.",
             *_failures(named),
             *warnings,
         ),
