@@ -538,3 +538,10 @@ def test_wrong_configs_are_refused_and_defaults_are_the_papers(configure, folder
 def test_shipped_configs_are_valid(name, beta, updates):
     config = load_config(CrpoConfig, f"{REPO}/configs/{name}/stage3.yaml")
     assert (config.model.head, config.beta, config.steps, config.flow.text_dropout) == ("v2", beta, updates, 0)
+
+
+def test_the_config_that_stays_in_v1_differs_in_nothing_else():
+    hybrid, stays = (load_config(CrpoConfig, f"{REPO}/configs/paper/{name}.yaml") for name in ("stage3", "stage3-v1"))
+    assert stays.model.head == "v1"
+    same = {"output": hybrid.output, "model": hybrid.model}
+    assert stays.model_copy(update=same) == hybrid

@@ -30,12 +30,12 @@ from ttmray.evaluation.ablation_tables import (
     page,
     read_cell,
     render_table,
-    sweep_notes,
     sweep_table,
 )
 from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
 from ttmray.evaluation.reference import known_protocol, load_reference, reference_there, training_digest, training_there
 from ttmray.evaluation.results import read_clips, read_results
+from ttmray.evaluation.sweep import readings, sweep_notes
 from ttmray.evaluation.systems import audio_files
 from ttmray.generation.prompts import read_prompts
 from ttmray.models.cross_load import SHARED, cross_load
@@ -408,7 +408,8 @@ class Plan:
 
         require_matplotlib()
         curves = {name: {s: cells[one] for s, one in row.items()} for name, row in self.sweep.items()}
-        table = sweep_table(curves, published.SWEEP, sweep_notes(curves, config.trained))
+        notes = (*sweep_notes(curves, config.trained), *readings(curves, self._crossed(config), config.trained))
+        table = sweep_table(curves, published.SWEEP, notes)
         points = {
             name: [
                 (float(score), {metric: (one.value, one.low, one.high) for metric, one in values.items()})
@@ -423,6 +424,15 @@ class Plan:
         self.root.write("figures/sweep.svg", draw("light"))
         self.root.write("figures/sweep-dark.svg", draw("dark"))
         return table
+
+    def _crossed(self, config: SweepConfig) -> dict[str, str]:
+        """Curves in another forward -> curves of the same weights in their own."""
+        own: dict[str, str] = {}
+        for name, one in config.checkpoints.items():
+            if one.head in (None, self._own_head(one.checkpoint)):
+                own.setdefault(one.checkpoint, name)
+        others = {name: one for name, one in config.checkpoints.items() if name not in own.values()}
+        return {name: own[one.checkpoint] for name, one in others.items() if one.checkpoint in own}
 
     def _cells_of_tables(self) -> dict[str, Any]:
         """Where the clips and results of every row lie, below `cells/`."""
