@@ -215,9 +215,9 @@ def test_the_sweep_says_how_score_and_reward_go_together_in_and_beyond_the_train
     assert table.rows[1][1]["reward"].paper is None
 
 
-def steered(by: float, seed: int) -> dict[float, Cell]:
+def steered(by: float, seed: int, spread: float = 0.02) -> dict[float, Cell]:
     """A curve whose reward rises by that much over the range of the training."""
-    return {s: cell(by * min(s, 2.0) / 2, seed=seed + int(s)) for s in (0.0, 1.0, 2.0, 6.0)}
+    return {s: cell(by * min(s, 2.0) / 2, spread=spread, seed=seed + int(s)) for s in (0.0, 1.0, 2.0, 6.0)}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def steered(by: float, seed: int) -> dict[float, Cell]:
     [
         (1.0, 0.0, "the cross-load loses the score, which training has not saturated"),
         (1.0, -1.0, "the cross-load loses the score"),
-        (0.0, 0.0, "training has saturated it, or never taught it"),
+        (0.0, 0.0, "no steering is shown before the cross-load either"),
         (1.0, 0.5, "the cross-load keeps"),
     ],
 )
@@ -234,6 +234,8 @@ def test_curves_of_the_same_weights_tell_saturation_from_a_lost_score(own, cross
     (note,) = readings(curves, {"v1/v2": "v1/v1"}, (0.0, 2.0))
     assert reading in note
     assert "s = 2 minus that at 0" in note
+    wide = readings({**curves, "v1/v2": steered(0.0, 50, spread=9.0)}, {"v1/v2": "v1/v1"}, (0.0, 2.0))
+    assert ("too few prompts to tell" in wide[0]) == bool(own)  # wide intervals are no evidence of a loss
     assert readings(curves, {"v1/v2": "absent"}, (0.0, 2.0)) == readings(curves, {"v1/v2": "v1/v1"}, (0.0, 3.0)) == ()
 
 

@@ -44,7 +44,7 @@ def readings(
     """One sentence for every curve of a cross-load: whether the score was lost by it, or before it.
 
     A score steers where the mean reward at the upper end of `trained` is above that at the lower end, with its 95 %
-    interval over prompts (paired).
+    interval over prompts (paired); it is lost where the interval ends below half of what the own forward has.
 
     Args:
         crossed: curve in another forward -> curve of the same weights in their own.
@@ -58,17 +58,14 @@ def readings(
         if before is None or after is None:
             continue
         numbers = f"{own} {_shown(before)}, {other} {_shown(after)}"
-        if before.low is None or after.low is None:
-            verdict = "too few prompts to tell"
-        elif before.low <= 0:
-            verdict = (
-                "the score steers nothing before the cross-load either: training has saturated it, or never taught it"
-            )
+        if before.low <= 0:
+            verdict = "no steering is shown before the cross-load either: saturated, never learned, or too few prompts"
         elif after.low > 0:
-            share = after.difference / before.difference
-            verdict = f"the cross-load keeps {share:.0%} of the steering"
-        else:
+            verdict = f"the cross-load keeps {after.difference / before.difference:.0%} of the steering"
+        elif after.high < before.difference / 2:
             verdict = "the cross-load loses the score, which training has not saturated"
+        else:
+            verdict = "too few prompts to tell what the cross-load keeps"
         found.append(
             f"Reward at s = {trained[1]:g} minus that at {trained[0]:g}, same weights: {numbers}. Reading: {verdict}."
         )
@@ -82,5 +79,4 @@ def _steering(curve: Mapping[float, Cell], trained: tuple[float, float]) -> Pair
 
 
 def _shown(test: Paired) -> str:
-    interval = "" if test.low is None else f" [{test.low:+.3f}, {test.high:+.3f}]"
-    return f"{test.difference:+.3f}{interval}"
+    return f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]"

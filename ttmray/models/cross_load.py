@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from ttmray.errors import UserError
 from ttmray.models.score_heads import NAMES, Head
 
+CROSS_LOAD = "cross_load.json"
+"""In the folder of a run whose weights were trained with another head: what `generation/steering.py` measured."""
 SHARED: tuple[Head, ...] = ("v1", "v2", "v4")
 """Heads with the same tensors: weights of one can run in the forward of another."""
 

@@ -15,7 +15,7 @@ from ttmray.cluster import PoolConfig, alone, each
 from ttmray.console import console
 from ttmray.generation.steering import SteeringConfig, compare, lines, lost
 from ttmray.models.backbone_weights import read_config, tidy, with_head
-from ttmray.models.cross_load import CrossLoad
+from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
 from ttmray.models.score_heads import Head
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
@@ -26,9 +26,6 @@ from ttmray.training.sft import corpus_bundle, init_cross_load
 
 if TYPE_CHECKING:
     from ttmray.training.launch import MakeTask
-
-CROSS_LOAD = "cross_load.json"
-"""In a run folder whose weights were trained with another head."""
 
 
 def report_cross_load(config: TrainConfig, make_task: "MakeTask", device: torch.device) -> None:
