@@ -427,12 +427,13 @@ class Plan:
 
     def _crossed(self, config: SweepConfig) -> dict[str, str]:
         """Curves in another forward -> curves of the same weights in their own."""
+        weights = {name: (one.checkpoint or "", one.head) for name, one in config.checkpoints.items()}
         own: dict[str, str] = {}
-        for name, one in config.checkpoints.items():
-            if one.head in (None, self._own_head(one.checkpoint)):
-                own.setdefault(one.checkpoint, name)
-        others = {name: one for name, one in config.checkpoints.items() if name not in own.values()}
-        return {name: own[one.checkpoint] for name, one in others.items() if one.checkpoint in own}
+        for name, (checkpoint, head) in weights.items():
+            if head in (None, self._own_head(checkpoint)):
+                own.setdefault(checkpoint, name)
+        others = {name: own.get(checkpoint) for name, (checkpoint, _) in weights.items()}
+        return {name: same for name, same in others.items() if same not in (None, name)}
 
     def _cells_of_tables(self) -> dict[str, Any]:
         """Where the clips and results of every row lie, below `cells/`."""
