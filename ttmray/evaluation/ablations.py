@@ -427,13 +427,15 @@ class Plan:
 
     def _crossed(self, config: SweepConfig) -> dict[str, str]:
         """Curves in another forward -> curves of the same weights in their own."""
-        weights = {name: (one.checkpoint or "", one.head) for name, one in config.checkpoints.items()}
         own: dict[str, str] = {}
-        for name, (checkpoint, head) in weights.items():
-            if head in (None, self._own_head(checkpoint)):
+        others: dict[str, str] = {}
+        for name, one in config.checkpoints.items():
+            checkpoint = one.checkpoint or ""
+            if one.head in (None, self._own_head(checkpoint)):
                 own.setdefault(checkpoint, name)
-        others = {name: own.get(checkpoint) for name, (checkpoint, _) in weights.items()}
-        return {name: same for name, same in others.items() if same not in (None, name)}
+            else:
+                others[name] = checkpoint
+        return {name: own[checkpoint] for name, checkpoint in others.items() if checkpoint in own}
 
     def _cells_of_tables(self) -> dict[str, Any]:
         """Where the clips and results of every row lie, below `cells/`."""
