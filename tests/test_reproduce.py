@@ -186,6 +186,14 @@ def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
         (("pairs=null",), "section stage3 needs section pairs"),
         (("generate=null",), "section evaluate needs section generate"),
         (("control=false",), "systems.control: there is no control"),
+        (
+            ("stage1.model={size: debug, head: v2}", "stage2.model={size: debug, head: v1}"),
+            "stage2.model: stage1 was trained as v2 and collapses as v1",
+        ),
+        (
+            ("stage2.model={size: debug, head: v2}", "stage3.model={size: debug, head: v1}"),
+            "stage3.model: stage2 was trained as v2 and collapses as v1",
+        ),
         (("prompts=null",), "section generate"),
         (("stage4={}",), "unknown field"),
         (("systems.stage1.scores=[2.0]",), "scores are two or more"),

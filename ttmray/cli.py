@@ -154,6 +154,13 @@ def _training(commands: Any) -> None:
     out.add_argument("path", metavar="PATH", help="run, checkpoints or step folder; local or s3://")
     out.add_argument("--out", required=True, metavar="FILE", help="new .safetensors file")
     out.add_argument("--weights", default="raw", metavar="KIND", help="raw (default) or ema:SIGMA, such as ema:0.05")
+    steer = acts.add_parser("steer", help="how far a score moves what weights make, in their own and other forwards")
+    steer.add_argument("path", metavar="FILE", help="weights with a score head")
+    steer.add_argument("--heads", nargs="+", choices=("v1", "v2", "v4"), default=["v2"], help="forwards (default v2)")
+    steer.add_argument("--own", choices=("v1", "v2", "v4"), help="head of the training, if the file does not name it")
+    steer.add_argument("--texts", nargs="+", metavar="TEXT", default=["a calm piano piece", "a fast drum loop"])
+    steer.add_argument("--bundle", default="debug", help="set of models (default debug)")
+    steer.add_argument("--no-reward", action="store_true", help="latents alone: no decoders, no reward model")
     checkpoint.set_defaults(run=_checkpoint)
 
 
@@ -458,6 +465,11 @@ def _train_ranker(arguments: argparse.Namespace) -> int:
 def _checkpoint(arguments: argparse.Namespace) -> int:
     from ttmray.training.export import export, show
 
+    if arguments.act == "steer":
+        from ttmray.generation.steering import show_steering
+
+        how = {name: getattr(arguments, name) for name in ("own", "texts", "bundle")}
+        return show_steering(arguments.path, arguments.heads, **how, reward=not arguments.no_reward)
     if arguments.act == "inspect":
         return show(arguments.path, arguments.as_json)
     return export(arguments.path, arguments.out, arguments.weights)

@@ -22,6 +22,7 @@ from ttmray.config import Address, Config, ConfigT, execution, fingerprint, iden
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
 from ttmray.models.bundle import BundleName
+from ttmray.models.cross_load import cross_load
 from ttmray.needs import Need, needs_of, plots, problem, text_if_there
 from ttmray.storage import Folder, absolute
 from ttmray.training.config import ModelConfig, TrainConfig, with_absolute_paths
@@ -278,6 +279,12 @@ class _Chain:
         inherited = {"size": known.size, "head": known.head, "null": known.null}
         return inherited | {"init": self.path(self.weights[parent])}
 
+    def _check_head(self, name: str, model: ModelConfig, parent: str) -> None:
+        """Raises:
+        UserError: weights of the stage before would collapse in this one (`models/cross_load.py`).
+        """
+        cross_load(self.models[parent].head, model.head, f"{name}.model: {parent}", force=model.force_head)
+
     def add_stage2(self, name: str, given: Mapping[str, Any]) -> None:
         from ttmray.generation.pool_worker import CandidatesConfig
         from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
@@ -290,6 +297,7 @@ class _Chain:
             pool = self.candidates(CandidatesConfig, "pool", self.config.pool or {}, **made_by)
             links["pool"] = pool.model_dump(mode="json")
         stage2 = self.section(ExpertIterationConfig, "stage2", given, **links)
+        self._check_head("stage2", stage2.model, "stage1")
         place, end = f"stage2/{'control' if control else 'expert'}", "polish" if stage2.polish.steps else "finetune"
         self.weights[name], self.models[name] = f"{place}/round-{stage2.rounds}/{end}.safetensors", stage2.model
         page = "" if control else f"{place}/round-1/selection/selection.md"
@@ -316,6 +324,7 @@ class _Chain:
         links |= {"model": self.model(parent)}
         links |= {"data": {"sources": [{"corpus": self.path("pairs_pool"), "split": "all"}]}}
         stage3 = self.section(CrpoConfig, "stage3", given, **links)
+        self._check_head("stage3", stage3.model, parent)
         self.weights["stage3"], self.models["stage3"] = "stage3/weights.safetensors", stage3.model
         made = ("stage3/_SUCCESS.json", self.weights["stage3"])
 

@@ -33,12 +33,12 @@ from ttmray.evaluation.ablation_tables import (
     head_table,
     page,
     render_table,
-    sweep_notes,
     sweep_table,
 )
 from ttmray.evaluation.ablations import AblateConfig, Plan, ablate
 from ttmray.evaluation.published import CHAIN, FACTORIAL, SWEEP, Published
 from ttmray.evaluation.reference import build_reference
+from ttmray.evaluation.sweep import readings, sweep_notes
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.score_heads import Head
 from ttmray.reproduce import ReproduceConfig, build_steps
@@ -215,6 +215,30 @@ def test_the_sweep_says_how_score_and_reward_go_together_in_and_beyond_the_train
     assert table.rows[1][1]["reward"].paper is None
 
 
+def steered(by: float, seed: int, spread: float = 0.02) -> dict[float, Cell]:
+    """A curve whose reward rises by that much over the range of the training."""
+    return {s: cell(by * min(s, 2.0) / 2, spread=spread, seed=seed + int(s)) for s in (0.0, 1.0, 2.0, 6.0)}
+
+
+@pytest.mark.parametrize(
+    ("own", "crossed", "reading"),
+    [
+        (1.0, 0.0, "the cross-load loses the score, which training has not saturated"),
+        (1.0, -1.0, "the cross-load loses the score"),
+        (0.0, 0.0, "no steering is shown before the cross-load either"),
+        (1.0, 0.5, "the cross-load keeps"),
+    ],
+)
+def test_curves_of_the_same_weights_tell_saturation_from_a_lost_score(own, crossed, reading):
+    curves = {"v1/v1": steered(own, 1), "v1/v2": steered(crossed, 50), "Submitted": steered(0.0, 90)}
+    (note,) = readings(curves, {"v1/v2": "v1/v1"}, (0.0, 2.0))
+    assert reading in note
+    assert "s = 2 minus that at 0" in note
+    wide = readings({**curves, "v1/v2": steered(0.0, 50, spread=9.0)}, {"v1/v2": "v1/v1"}, (0.0, 2.0))
+    assert ("too few prompts to tell" in wide[0]) == bool(own)  # wide intervals are no evidence of a loss
+    assert readings(curves, {"v1/v2": "absent"}, (0.0, 2.0)) == readings(curves, {"v1/v2": "v1/v1"}, (0.0, 3.0)) == ()
+
+
 def backbone(path: Path, seed: int, head: Head = "v1", latent_dim: int = 40) -> Path:
     """A weights file with a seeded backbone whose score embedding says something."""
     import torch
@@ -276,11 +300,21 @@ def test_a_cell_that_stands_in_several_tables_is_made_once(given, tmp_path):
         "Submitted": {0.0: plan.sweep["Submitted"][0.0], 2.0: crossed},
     }
     assert plan.factorial["Hybrid", "", "Sub.1"] == crossed
+    assert plan._crossed(plan.config.sweep) == {"Submitted": "SFT-only"}
     assert plan.contrasts["conditioning"]["score"] == own
     assert len(plan.cells) == 4 + 2 + 1
     text = plan.cells[plan.contrasts["conditioning"]["text"]].config
     assert text.sampler.score is None  # type: ignore[attr-defined]
     assert {plan.cells[own].config.head, plan.cells[crossed].config.head} == {None, "v2"}  # type: ignore[attr-defined]
+
+
+def test_the_factorial_alone_forces_v2_weights_under_v1(given, tmp_path):
+    plan = Plan(configure(given, tmp_path / "run", *SMALL))
+    forced = {name for name, step in plan.cells.items() if step.config.force_head}  # type: ignore[attr-defined]
+    assert plan.factorial["SFT-only", "v2", "v1"] in forced
+    assert plan.contrasts["conditioning"]["text"] not in forced
+    row = "chain=[{label: a, checkpoint: two, head: v1, generate: {force_head: true}}]"
+    assert Plan(configure(given, tmp_path / "run", row)).chain["a"] == plan.factorial["SFT-only", "v2", "v1"]
 
 
 def test_what_a_cell_is_made_of_decides_its_name_and_nothing_else(given, tmp_path):
@@ -332,6 +366,14 @@ def test_a_silent_clip_stops_nothing_within_the_share_and_stands_in_the_notes(gi
         (("contrasts.x=[{label: a, checkpoint: one}, {label: a, checkpoint: two}]",), "two rows are called a"),
         (("contrasts.sweep=[{label: a, checkpoint: one}, {label: b, checkpoint: two}]",), "this name is taken"),
         (("chain=[{label: a, checkpoint: text, head: v2}]",), "text has the head none, which cannot run as v2"),
+        (
+            ("chain=[{label: a, checkpoint: two, head: v1}]",),
+            "chain: checkpoint two was trained as v2 and collapses as",
+        ),
+        (
+            ("checkpoints.three={train: {model: {head: v4}}, init: two}", "stage1={data: {sources: [{corpus: x}]}}"),
+            "checkpoints.three: two was trained as v2 and collapses as v4",
+        ),
         (("chain=[{label: a, checkpoint: one, generate: {sampler: {stepz: 1}}}]",), "did you mean sampler.steps"),
         (("chain=[{label: a, checkpoint: one, generate: {output: x}}]",), "every step has its own folder"),
         (("chain=[{label: a, checkpoint: one}]", "evaluate.resampels=3"), "did you mean resamples"),
@@ -541,7 +583,7 @@ def test_the_debug_ablations_make_all_tables_and_survive_kills(tmp_path):
         driver.wait()
     assert start(shot).wait(timeout=900) == 0
     tables = {path.name for path in (calm / "tables").iterdir()}
-    expected = ("heads", "chain", "factorial", "sweep", "conditioning", "post-processing", "rewards")
+    expected = ("heads", "chain", "factorial", "sweep", "cross-load", "conditioning", "post-processing", "rewards")
     assert tables == {f"{name}.{ending}" for name in expected for ending in ("md", "tex", "csv")} | {"index.html"}
     for name in tables | {"../figures/sweep.svg", "../cells.json"}:
         assert (shot / "tables" / name).read_bytes() == (calm / "tables" / name).read_bytes(), name

@@ -16,6 +16,7 @@ from ttmray.errors import UserError
 from ttmray.evaluation import cards
 from ttmray.evaluation.cards import dataset_card, model_card, write_card
 from ttmray.evaluation.results import RESULTS
+from ttmray.models.cross_load import CROSS_LOAD
 from ttmray.models.weights import licences
 from ttmray.training.config import TrainConfig
 from ttmray.training.ranker_job import RankerConfig, train_ranker
@@ -113,6 +114,16 @@ def test_a_model_card_says_what_was_trained_on_what_and_that_debug_models_mean_n
     config = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert config == described["identity"]["config"]
     assert str(run.parent) not in card
+
+
+def test_a_cross_load_and_what_it_left_of_the_score_stand_in_the_card(run: Path, tmp_path: Path) -> None:
+    assert "cross-load" not in model_card(str(run))
+    shutil.copytree(run, tmp_path / "run")
+    forwards = {"v1": {"moved": 0.5, "kept": 1.0}, "v2": {"moved": 0.3, "kept": 0.031}}
+    report = {"weights": "v1", "forward": "v2", "forced": False, "forwards": forwards}
+    (tmp_path / "run" / CROSS_LOAD).write_text(json.dumps(report))
+    said = cells(model_card(str(tmp_path / "run")), "cross-load")[1]
+    assert said == "v1 weights in the v2 forward: 3% of the steering by the score was left before the first update"
 
 
 def test_an_unfinished_run_is_called_unfinished(run: Path, tmp_path: Path) -> None:

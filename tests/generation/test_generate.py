@@ -281,6 +281,20 @@ def test_checkpoints_heads_and_two_checkpoints_reach_the_sampler(prompts, tmp_pa
         generate(make(one, tmp_path / "v1", "pad_to=null", *settings["v1"]))
 
 
+def test_v2_weights_are_refused_as_v1_and_a_cross_load_stands_in_every_row(prompts, tmp_path, capsys):
+    path = save(debug_backbone(1, "v2"), tmp_path / "v2.safetensors")
+    one = tmp_path / "one.txt"
+    one.write_text("a calm piano\n")
+    sets = (f"checkpoint={path}", "head=v1")
+    with pytest.raises(UserError, match="was trained as v2 and collapses as v1"):
+        generate(make(one, tmp_path / "run", *sets))
+    assert not (tmp_path / "run").exists()
+    assert generate(make(one, tmp_path / "run", *sets, "force_head=true")) == 0
+    assert "v2 weights in the v1 forward, by force" in capsys.readouterr().out
+    (row,) = rows(tmp_path / "run").values()
+    assert json.loads(row["weights"])["checkpoint_cross_load"] == "v2 weights in the v1 forward, by force"
+
+
 def test_weights_that_give_no_numbers_fail_every_clip(prompts, tmp_path):
     broken = debug_backbone(0)
     broken.final_layer.conv.bias.fill_(float("nan"))

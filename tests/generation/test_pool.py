@@ -270,6 +270,15 @@ def test_latents_beyond_float16_fail_with_a_reason(prompts, tmp_path):
     assert "latents as float16: not finite" in row["message"]
 
 
+def test_a_pool_of_v2_weights_as_v1_is_refused_before_anything_is_written(prompts, tmp_path, idle):
+    model = debug_backbone(0, "v2")
+    about = {METADATA: json.dumps({"backbone": model.config.to_dict()})}
+    save_file(model.state_dict(), tmp_path / "v2.safetensors", about)
+    with pytest.raises(UserError, match="was trained as v2 and collapses as v1"):
+        generate_pool(make(prompts, tmp_path / "pool", f"checkpoint={tmp_path}/v2.safetensors", "head=v1"))
+    assert not (tmp_path / "pool").exists()
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_no_run_behind(prompts, tmp_path):
     weights = backbone_file(tmp_path / "w.safetensors", 1.0, latent_dim=20, text_dim=64)
     with pytest.raises(UserError, match="20 latent channels"):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from ttmray.cluster import PoolConfig
 from ttmray.config import load_config
 from ttmray.errors import UserError
+from ttmray.generation.steering import LOST, SteeringConfig
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder
@@ -461,6 +462,42 @@ def test_a_reference_of_another_head_is_refused(configure, folder, tmp_path):
     CrpoTask(configure(model=model(str(folder / "v1.safetensors"), "v4")), CPU)
 
 
+def test_a_cross_load_is_measured_once_said_aloud_and_changes_no_bit(configure, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ttmray.training.cross_load._Measure", lambda *a: pytest.fail("measured though it is off"))
+        off = configure(output=str(tmp_path / "off"), steps=2, cross_load=SteeringConfig(prompts=0))
+        assert train_crpo(off) == 0
+    capsys.readouterr()
+    config = configure(output=str(tmp_path / "on"), steps=2)
+    assert train_crpo(config) == 0
+    said = capsys.readouterr().out
+    assert said.count("v1 weights in the v2 forward") == 1
+    report = json.loads((tmp_path / "on" / "cross_load.json").read_text())
+    assert (report["weights"], report["forward"], report["prompts"]) == ("v1", "v2", 4)
+    before, after = report["forwards"]["v1"], report["forwards"]["v2"]
+    assert before["kept"] == pytest.approx(1.0)
+    assert before["moved"] > 0.1  # these weights follow their score
+    assert report["lost"] == (after["kept"] < LOST)
+    assert ("the cross-load has lost the score" in said) == report["lost"]
+    assert f"v1 forward: latents move by {before['moved']:.3f} sd" in said
+    assert "delta_out is not measured" in said  # the pool names no bundle that is there
+    assert not (tmp_path / "off" / "cross_load.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("ttmray.training.cross_load._Measure", lambda *a: pytest.fail("measured again"))
+        for one in (config, off):
+            assert train_crpo(one.model_copy(update={"steps": 4})) == 0
+    assert "v1 forward: latents move by" in capsys.readouterr().out
+    on, without = (load_file(tmp_path / run / "checkpoints/step-00000004/model.safetensors") for run in ("on", "off"))
+    assert all(torch.equal(tensor, without[name]) for name, tensor in on.items())
+
+
+def test_stage_3_stays_in_v1_without_a_cross_load(configure, folder, tmp_path, capsys):
+    model = ModelConfig(size="debug", head="v1", init=str(folder / "v1.safetensors"))
+    assert train_crpo(configure(model=model, steps=2)) == 0
+    assert not (tmp_path / "run" / "cross_load.json").exists()
+    assert "weights in the" not in capsys.readouterr().out
+
+
 def test_a_reference_with_another_null_is_refused(configure, folder):
     model = ModelConfig(size="debug", head="v2", null="scalar_zero", init=str(folder / "v1.safetensors"))
     with pytest.raises(UserError, match=r"trained with null zero_embedding, model\.null is scalar_zero") as caught:
@@ -514,3 +551,10 @@ def test_wrong_configs_are_refused_and_defaults_are_the_papers(configure, folder
 def test_shipped_configs_are_valid(name, beta, updates):
     config = load_config(CrpoConfig, f"{REPO}/configs/{name}/stage3.yaml")
     assert (config.model.head, config.beta, config.steps, config.flow.text_dropout) == ("v2", beta, updates, 0)
+
+
+def test_the_config_that_stays_in_v1_differs_in_nothing_else():
+    hybrid, stays = (load_config(CrpoConfig, f"{REPO}/configs/paper/{name}.yaml") for name in ("stage3", "stage3-v1"))
+    assert stays.model.head == "v1"
+    same = {"output": hybrid.output, "model": hybrid.model}
+    assert stays.model_copy(update=same) == hybrid

@@ -22,7 +22,7 @@ from ttmray.corpus.job import score_corpus
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import seeded
 from ttmray.models.backbone import FluxAudio
-from ttmray.models.backbone_weights import load_backbone, read_support, with_head
+from ttmray.models.backbone_weights import METADATA, load_backbone, read_support, with_head
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.score_support import NUMBERS
 from ttmray.storage import Folder
@@ -152,6 +152,55 @@ def test_a_new_head_on_a_plain_backbone_starts_with_the_plain_backbones_loss(
     assert torch.equal(losses, first_losses(plain))
     assert losses.std() > 0
     assert task.identity["init"] == plain.identity["init"] != "scratch, seed 0"
+
+
+def scored_file(make_train_config, path: Path, head: str, named: bool) -> Path:
+    """Weights of a short-lived model with a score head that is not zero; `.pth` files do not name it."""
+    task = SftTask(make_train_config(path.parent, f"model.head={head}"), CPU)
+    with seeded(8), torch.no_grad():
+        task.model.score_embed.mlp[2].weight.normal_(std=0.5)
+    state = {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
+    if named:
+        save_file(state, path, {METADATA: json.dumps({"backbone": task.model.config.to_dict()})})
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("head", ["v1", "v4"])
+def test_v2_weights_are_refused_where_they_collapse_unless_forced_aloud(make_train_config, tmp_path, capsys, head):
+    file = scored_file(make_train_config, tmp_path / "v2.safetensors", "v2", named=True)
+    sets = (f"model.head={head}", f"model.init={file}")
+    with pytest.raises(UserError, match=rf"model\.init: .*v2\.safetensors was trained as v2 and collapses as {head}"):
+        SftTask(make_train_config(tmp_path, *sets), CPU)
+    capsys.readouterr()
+    SftTask(make_train_config(tmp_path, *sets, "model.force_head=true"), CPU)
+    assert f"v2 weights in the {head} forward, by force" in capsys.readouterr().out
+
+
+def test_a_file_that_does_not_name_its_head_is_not_guessed(make_train_config, tmp_path):
+    file = scored_file(make_train_config, tmp_path / "released.pth", "v2", named=False)
+    sets = ("model.head=v1", f"model.init={file}")
+    with pytest.raises(UserError, match="does not say for which head it was trained") as caught:
+        SftTask(make_train_config(tmp_path, *sets), CPU)
+    assert "model.init_head" in (caught.value.hint or "")
+    with pytest.raises(UserError, match="collapses as v1"):
+        SftTask(make_train_config(tmp_path, *sets, "model.init_head=v2"), CPU)
+    task = SftTask(make_train_config(tmp_path, *sets, "model.init_head=v1"), CPU)
+    assert task.model.score_embed.mlp[2].weight.any()
+    named = scored_file(make_train_config, tmp_path / "named.safetensors", "v2", named=True)
+    with pytest.raises(UserError, match=r"model\.init_head is v1, but .* was trained with head v2"):
+        SftTask(make_train_config(tmp_path, f"model.init={named}", "model.init_head=v1"), CPU)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("v3", "v1"), ("v5", "v4"), ("v1", "v3"), ("v3", "v5")])
+def test_a_head_of_other_tensors_is_left_out_and_the_new_one_starts_at_zero(
+    make_train_config, tmp_path, capsys, theirs, ours
+):
+    file = scored_file(make_train_config, tmp_path / "scored.safetensors", theirs, named=True)
+    task = SftTask(make_train_config(tmp_path, f"model.head={ours}", f"model.init={file}"), CPU)
+    assert not task.model.score_embed.mlp[2].weight.any()
+    assert f"a new head {ours} on {theirs} weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema:0.05"])

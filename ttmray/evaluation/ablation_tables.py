@@ -19,7 +19,7 @@ from ttmray.errors import UserError
 from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, prompt_means, render
 from ttmray.evaluation.published import Published
 from ttmray.evaluation.results import Results
-from ttmray.evaluation.statistics import Alternative, Paired, paired, pearson, pearson_interval, spearman
+from ttmray.evaluation.statistics import Alternative, Paired, paired, pearson, pearson_interval
 
 ALPHA = 0.05
 DAGGER, TIE = "†", "∗"
@@ -156,7 +156,7 @@ def head_table(
         outputs = np.concatenate([cell.clips["reward"] for cell in cells.values()])
         prompts = [prompt for cell in cells.values() for prompt in cell.prompts_of("reward")]
         r, (low, high) = pearson(inputs, outputs), pearson_interval(inputs, outputs, prompts) or (None, None)
-        effect = _against(cells[steer[1]], cells[steer[0]], "reward")
+        effect = against(cells[steer[1]], cells[steer[0]], "reward")
         moved = Value(effect.difference, effect.low, effect.high) if effect else Value(None)
         lines.append(((name,), values_of(cells[at]) | {"score_r": Value(r, low, high), "delta_out": moved}))
     return Table(
@@ -196,7 +196,7 @@ def chain_table(
         before = names[i - 1] if i and names[i - 1] not in baselines else None
         if before is not None:
             for metric in TESTED:
-                test = _against(cell, rows[before], metric, "greater")
+                test = against(cell, rows[before], metric, "greater")
                 if test and test.p < ALPHA:
                     values[metric] = replace(values[metric], mark=DAGGER)
             pairs.append((name, before))
@@ -234,7 +234,7 @@ def factorial_table(
     for key, cell in rows.items():
         values = values_of(cell, published.get(key))
         for metric in TESTED if key != submitted else ():
-            test = _against(cell, rows[submitted], metric)
+            test = against(cell, rows[submitted], metric)
             if test and test.p >= ALPHA:
                 values[metric] = replace(values[metric], mark=TIE)
         lines.append((key, values))
@@ -250,7 +250,8 @@ def factorial_table(
         (
             f"{TIE}: not told apart from {first} by a two-sided paired t test, p >= {ALPHA:g} (as in the paper). That "
             "is no evidence of equality: the intervals of the differences are in the table of pairs.",
-            "The paper's text has one pair of figures for v2 weights in the v1 forward; both such rows show it.",
+            "The paper's text has one pair of figures for v2 weights in the v1 forward; both such rows show it. They "
+            "are made by force (force_head): everywhere else such weights are refused.",
             *_failures(named),
             *warnings,
         ),
@@ -300,31 +301,6 @@ def sweep_table(
             *_failures({f"{name}, s = {s:g}": cell for name, cells in curves.items() for s, cell in cells.items()}),
         ),
     )
-
-
-def sweep_notes(curves: Mapping[str, Mapping[float, Cell]], trained: tuple[float, float]) -> tuple[str, ...]:
-    """How s and the mean reward go together, over all of s and over the range of the training rewards."""
-    notes = []
-    for name, cells in curves.items():
-        everywhere = [(score, cell.mean("reward")) for score, cell in cells.items()]
-        points = [(score, reward) for score, reward in everywhere if reward is not None]
-        inside = [(score, reward) for score, reward in points if trained[0] <= score <= trained[1]]
-        for what, some in ((f"s in [{trained[0]:g}, {trained[1]:g}]", inside), ("all s", points)):
-            if len(some) < 3:
-                continue
-            s, rewards = (np.array(column) for column in zip(*some, strict=True))
-            r = pearson(s, rewards)
-            rho = spearman(s, rewards).rho if np.ptp(rewards) > 0 else None
-            shown = [
-                f"{what_r} {value:+.2f}"
-                for what_r, value in (("Pearson r", r), ("Spearman ρ", rho))
-                if value is not None
-            ]
-            notes.append(
-                f"{name}, {what}: reward {rewards.min():+.3f} to {rewards.max():+.3f} "
-                f"({', '.join(shown) or 'constant'}; {len(some)} points)."
-            )
-    return tuple(notes)
 
 
 def render_table(table: Table, format: Literal["markdown", "latex", "csv", "html"]) -> str:
@@ -477,7 +453,7 @@ def _best(table: Table, values: Mapping[str, Value]) -> set[str]:
     return best
 
 
-def _against(a: Cell, b: Cell, metric: str, alternative: Alternative = "two-sided") -> Paired | None:
+def against(a: Cell, b: Cell, metric: str, alternative: Alternative = "two-sided") -> Paired | None:
     """Paired test over the prompts that both have; None where there are fewer than two."""
     x, y = a.scores.get(metric, {}), b.scores.get(metric, {})
     common = [one for one in x if one in y]

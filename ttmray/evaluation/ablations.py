@@ -30,14 +30,15 @@ from ttmray.evaluation.ablation_tables import (
     page,
     read_cell,
     render_table,
-    sweep_notes,
     sweep_table,
 )
 from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
 from ttmray.evaluation.reference import known_protocol, load_reference, reference_there, training_digest, training_there
 from ttmray.evaluation.results import read_clips, read_results
+from ttmray.evaluation.sweep import readings, sweep_notes
 from ttmray.evaluation.systems import audio_files
 from ttmray.generation.prompts import read_prompts
+from ttmray.models.cross_load import SHARED, cross_load
 from ttmray.models.score_heads import Head
 from ttmray.needs import (
     Need,
@@ -56,8 +57,6 @@ ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 PAGE = "tables/index.html"
 MECHANISMS: tuple[Head, ...] = ("v1", "v2")
 """Of Table III."""
-SHARED: tuple[Head, ...] = ("v1", "v2", "v4")
-"""Heads with the same tensors: weights of one run in the forward of another."""
 
 
 class ReferenceConfig(Config):
@@ -114,7 +113,9 @@ class Plan:
         self.factorial: dict[tuple[str, str, str], str] = {}
         self.sweep: dict[str, dict[float, str]] = {}
         self.contrasts: dict[str, dict[str, str]] = {}
-        self.trainings = [step for name in config.checkpoints for step in self._training(name)]
+        self.trainings: list[Step] = []
+        for name in config.checkpoints:
+            self.trainings += self._training(name)
         self._place_cells()
         if not self.evaluations:
             raise UserError("no table is configured.", "Add heads, chain, factorial, sweep or contrasts.")
@@ -138,7 +139,8 @@ class Plan:
             for stage, of in config.factorial.stages.items():
                 for weights, checkpoint in (("v1", of.v1), ("v2", of.v2)):
                     for head in MECHANISMS:
-                        self.factorial[stage, weights, head] = self._cell("factorial", checkpoint, head, {})
+                        collapses = {"force_head": True}  # v2 weights under v1 are two of its cells
+                        self.factorial[stage, weights, head] = self._cell("factorial", checkpoint, head, collapses)
             for row in config.factorial.submitted:
                 key = (config.factorial.hybrid, "", row.label)
                 self.factorial[key] = self._row("factorial", row)
@@ -177,6 +179,8 @@ class Plan:
             raise UserError(f"checkpoints.{name} is trained here.", "Add the section stage1.")
         given = merged(self.config.stage1, checkpoint.train or {})
         config = with_absolute_paths(fill(TrainConfig, f"checkpoints.{name}.train", given, links))
+        if checkpoint.init is not None and (own := self._own_head(checkpoint.init)) is not None:
+            cross_load(own, config.model.head, f"checkpoints.{name}: {checkpoint.init}", force=config.model.force_head)
         place = f"checkpoints/{name}"
         makes = (f"{place}/_SUCCESS.json", f"{place}/weights.safetensors")
         self.inputs[f"train-{name}"] = {"weights": self.config.weights}
@@ -214,6 +218,9 @@ class Plan:
                 f"{table}: checkpoint {checkpoint} has the head {own}, which cannot run as {head}.",
                 f"Only {', '.join(SHARED)} share their tensors.",
             )
+        if head is not None and own is not None:
+            force = bool(merged(self.config.generate, given).get("force_head"))
+            cross_load(own, head, f"{table}: checkpoint {checkpoint}", force=force)
         head = None if head == own else head
         links: dict[str, Any] = {"checkpoint": self._weights(checkpoint), "prompts": prompts, "head": head}
         links |= {"bundle": self.config.bundle}
@@ -401,7 +408,8 @@ class Plan:
 
         require_matplotlib()
         curves = {name: {s: cells[one] for s, one in row.items()} for name, row in self.sweep.items()}
-        table = sweep_table(curves, published.SWEEP, sweep_notes(curves, config.trained))
+        notes = (*sweep_notes(curves, config.trained), *readings(curves, self._crossed(config), config.trained))
+        table = sweep_table(curves, published.SWEEP, notes)
         points = {
             name: [
                 (float(score), {metric: (one.value, one.low, one.high) for metric, one in values.items()})
@@ -416,6 +424,18 @@ class Plan:
         self.root.write("figures/sweep.svg", draw("light"))
         self.root.write("figures/sweep-dark.svg", draw("dark"))
         return table
+
+    def _crossed(self, config: SweepConfig) -> dict[str, str]:
+        """Curves in another forward -> curves of the same weights in their own."""
+        own: dict[str, str] = {}
+        others: dict[str, str] = {}
+        for name, one in config.checkpoints.items():
+            checkpoint = one.checkpoint or ""
+            if one.head in (None, self._own_head(checkpoint)):
+                own.setdefault(checkpoint, name)
+            else:
+                others[name] = checkpoint
+        return {name: own[checkpoint] for name, checkpoint in others.items() if checkpoint in own}
 
     def _cells_of_tables(self) -> dict[str, Any]:
         """Where the clips and results of every row lie, below `cells/`."""

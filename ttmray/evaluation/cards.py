@@ -19,6 +19,7 @@ from ttmray.evaluation.results import Results, System, read_results
 from ttmray.models.backbone import BackboneConfig
 from ttmray.models.backbone_weights import count_parameters
 from ttmray.models.bundle import BUNDLES, ReleasedBundle, base_name
+from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
 from ttmray.models.weights import licences
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, split_path
@@ -114,6 +115,7 @@ def model_card(
         ("backbone", f"FluxAudio, {backbone.hidden} wide, {backbone.depth} blocks, score head {backbone.head}"),
         ("trainable weights", f"{parameters:,}"),
         ("started from", identity["init"]),
+        *_cross_load(run),
         ("updates", f"{steps:,} of {total:,}" + ("" if steps == total else ", NOT FINISHED")),
         ("samples", f"{steps * config['batch']:,} ({config['batch']} per update)"),
         ("data fingerprint", identity["data"]),
@@ -405,6 +407,17 @@ def _origin(described: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("created", described["created"]),
         ("versions", ", ".join(f"{key} {value}" for key, value in described["versions"].items())),
     ]
+
+
+def _cross_load(run: Folder) -> list[tuple[str, Any]]:
+    """What became of the score where a run started in another forward than that of its weights."""
+    if not run.exists(CROSS_LOAD):
+        return []
+    found = _json(run, CROSS_LOAD)
+    crossed = CrossLoad(found["weights"], found["forward"], found["forced"])
+    kept = found["forwards"][crossed.forward]["kept"]
+    left = "" if kept is None else f": {kept:.0%} of the steering by the score was left before the first update"
+    return [("cross-load", f"{crossed}{left}")]
 
 
 def _json(run: Folder, name: str) -> dict[str, Any]:

@@ -139,17 +139,20 @@ def score_sweep(
                     continue
                 s, value, low, high = (np.array(column, float) for column in zip(*known, strict=True))
                 axes.plot(s, value, marker="os^D"[i % 4], ms=4, lw=1.4, color=own, label=f" {name}")
-                axes.fill_between(s, low, high, color=own, alpha=0.15, lw=0)
+                axes.fill_between(s, low, high, color=own, alpha=0.15 if len(curves) < 4 else 0.07, lw=0)
             axes.axvline(deployed, color=INK[theme][1], lw=0.9, ls=":")
             axes.set_xlabel("input score s")
             axes.set_ylabel(label)
             if first and axes.has_data():
-                axes.legend(frameon=False, loc="best", labelcolor=INK[theme][0])
+                above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "columnspacing": 1.0}
+                where: Any = {"loc": "best"} if len(curves) < 3 else above  # many names hide the curves
+                axes.legend(frameon=False, labelcolor=INK[theme][0], **where)
 
         return draw
 
     draws = [panel(metric, label, i == 0) for i, (metric, label) in enumerate(panels.items())]
-    return _figure(draws, theme, (7.2, 2.9), "both", format)
+    rows = 0 if len(curves) < 3 else -(-len(curves) // 2)
+    return _figure(draws, theme, (7.2, 2.9 + 0.2 * rows), "both", format)
 
 
 def spectrogram(audio: np.ndarray, rate: int) -> bytes:

@@ -65,6 +65,8 @@ class GenerateConfig(Config):
     """For `sampler.mode` crossover, crossover_reverse and average."""
     head: Head | None = None
     """Forward that uses the checkpoint's score embedding; default: the one that the file names."""
+    force_head: bool = execution(False)
+    """Also run v2 weights as v1 or v4, where they collapse (models/cross_load.py)."""
     null: Null | None = None
     """What a dropped score is; default: what the file names."""
     seed: int = Field(42, ge=0, lt=2**63)

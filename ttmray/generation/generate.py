@@ -126,8 +126,10 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
         path = getattr(config, field)
         if path is not None:
             weights[field] = digest_file(weights_file(path, field)).sha256
-            found = file_config(path, head=config.head, null=config.null)
+            found, crossed = file_config(path, head=config.head, null=config.null, force=config.force_head)
             weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
+            if crossed is not None:
+                weights[f"{field}_cross_load"] = str(crossed)
     what: dict[str, Any] = {"config": identity(config), "bundle": models, "weights": weights}
     what |= {"separation": SEPARATION} if "separator" in roles else {}
     more = {"note": bundle.note, "warnings": _score_warnings(config)}

@@ -36,7 +36,7 @@ from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, Worker
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
-from ttmray.models.backbone_weights import score_warning
+from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN, SUCCESS
@@ -217,6 +217,10 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: in
     weights, warning = {}, None
     if config.checkpoint is not None:
         weights["checkpoint"] = digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
+        how: dict[str, Any] = {"head": config.head, "null": config.null, "force": config.force_head}
+        _, crossed = file_config(config.checkpoint, **how)
+        if crossed is not None:
+            weights["cross_load"] = str(crossed)
         warning = score_warning(config.checkpoint, config.sampler.score, "sampler.score")
     what = {
         "config": identity(config),

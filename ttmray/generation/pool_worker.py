@@ -63,6 +63,8 @@ class CandidatesConfig(Config):
     On a cluster every node must see the file under this path; an s3:// address is copied to each."""
     head: Head | None = None
     """Forward that uses the checkpoint's score embedding; default: the one that the file names."""
+    force_head: bool = execution(False)
+    """Also run v2 weights as v1 or v4, where they collapse (models/cross_load.py)."""
     null: Null | None = None
     """What a dropped score is; default: what the file names."""
     seed: int = Field(42, ge=0, lt=2**63)
@@ -114,8 +116,8 @@ class Worker:
         models = bundle.load(roles, LoadOptions(device=device, batch=runtime.batch, threads=threads))
         backbone = models.backbone
         if self.config.checkpoint is not None:
-            head, null = self.config.head, self.config.null
-            backbone = load_backbone(self.config.checkpoint, head=head, null=null, device=device)
+            how: dict[str, Any] = {"head": self.config.head, "null": self.config.null}
+            backbone = load_backbone(self.config.checkpoint, **how, force=self.config.force_head, device=device)
         if backbone.config.latent_dim != models.latents.channels:
             raise UserError(
                 f"checkpoint: the backbone makes {backbone.config.latent_dim} latent channels, the VAE of the bundle "

@@ -75,7 +75,8 @@ class Worker:
         backbones = [models.backbone]
         if config.checkpoint is not None:
             paths = [path for path in (config.checkpoint, config.second_checkpoint) if path is not None]
-            backbones = [load_backbone(path, head=config.head, null=config.null, device=device) for path in paths]
+            how: dict[str, Any] = {"head": config.head, "null": config.null, "force": config.force_head}
+            backbones = [load_backbone(path, **how, device=device) for path in paths]
         if backbones[0].config.latent_dim != models.latents.channels:
             raise UserError(
                 f"checkpoint: the backbone makes {backbones[0].config.latent_dim} latent channels, the VAE of the "

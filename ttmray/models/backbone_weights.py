@@ -20,6 +20,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio, Size, gated_width
+from ttmray.models.cross_load import CrossLoad, cross_load
 from ttmray.models.score_heads import HEADS, NAMES, Head, Null
 from ttmray.models.score_support import ScoreSupport
 from ttmray.models.state_dicts import load_exactly, read_state_dict
@@ -31,6 +32,8 @@ NULL_EMBEDDING = "score_embed.null_embedding"
 """Tensor that files with a learned null score have beside the others."""
 TABLES = ("latent_rot", "text_rot", "t_embed.freqs")
 LATENT_LENGTHS = {20: 312, 40: 430}
+SCORE = "score_embed."
+"""Prefix of the tensors of a score head."""
 CHALLENGE_LIMIT = 500_000_000
 """Parameters that the efficiency track allows (paper, introduction)."""
 
@@ -62,9 +65,10 @@ def load_backbone(
     *,
     head: Head | None = None,
     null: Null | None = None,
+    force: bool = False,
     device: str | torch.device = "cpu",
 ) -> FluxAudio:
-    """A backbone with the weights of a file, in eval mode and without gradients.
+    """A backbone with the weights of a file, in eval mode and without gradients. A cross-load is said aloud.
 
     Args:
         path: `.safetensors` or `.pth` / `.pt` with a plain state dict; local, or s3://.
@@ -72,13 +76,16 @@ def load_backbone(
             and v2 weights under v1 collapse (paper IV-B), so nothing is guessed where a file with a score embedding
             names none.
         null: what a dropped score is; default: what the file names.
+        force: also v2 weights under v1 or v4 (`models/cross_load.py`).
         device: torch device.
 
     Raises:
-        UserError: unreadable files, tensors that are no backbone, or no fit for the head.
+        UserError: unreadable files, tensors that are no backbone, no fit for the head, or a cross-load that collapses.
     """
     path = str(path)
-    state, config = _read(path, head, null)
+    state, config, crossed = _read(path, head, null, force)
+    if crossed is not None:
+        console.print(crossed.line(path), style="yellow", markup=False)
     with torch.device("meta"):
         model = FluxAudio(config)
     # copies: tensors of a mapped file lie where its header ends, and their alignment decides the last bits of products
@@ -92,12 +99,17 @@ def load_backbone(
     return model.eval().requires_grad_(False).to(device)
 
 
-def file_config(path: str | Path, *, head: Head | None = None, null: Null | None = None) -> BackboneConfig:
-    """What `load_backbone` would make of a file; the same arguments and errors."""
-    return _read(str(path), head, null)[1]
+def file_config(
+    path: str | Path, *, head: Head | None = None, null: Null | None = None, force: bool = False
+) -> tuple[BackboneConfig, CrossLoad | None]:
+    """What `load_backbone` would make of a file, and its cross-load, if it is one; the same arguments and errors."""
+    _, config, crossed = _read(str(path), head, null, force)
+    return config, crossed
 
 
-def _read(path: str, head: Head | None, null: Null | None) -> tuple[dict[str, Tensor], BackboneConfig]:
+def _read(
+    path: str, head: Head | None, null: Null | None, force: bool
+) -> tuple[dict[str, Tensor], BackboneConfig, CrossLoad | None]:
     file = weights_file(path, "checkpoint")
     state = tidy(read_state_dict(file), path)
     known = read_config(file)
@@ -108,7 +120,8 @@ def _read(path: str, head: Head | None, null: Null | None) -> tuple[dict[str, Te
             f"{path} has {has}, which does not fit head {head}.",
             "Choose a head that fits, or train one from this file (train_sft.py with init).",
         )
-    if head is None and config.head != "none" and known.get("head") is None:
+    named = file_head(state, known)
+    if head is None and named is None:
         raise UserError(
             f"{path} has a score embedding and does not say for which head it was trained.",
             "Set head=v1, v2 or v4, which share their tensors; the paper's submission is v2.",
@@ -116,7 +129,25 @@ def _read(path: str, head: Head | None, null: Null | None) -> tuple[dict[str, Te
     if config.head != "none" and null is not None and (null == "learned") != (config.null == "learned"):
         has = "a learned null score" if config.null == "learned" else "no learned null score"
         raise UserError(f"{path} has {has}, which does not fit null {null}.", f"Leave null out, or set {config.null}.")
-    return state, config.with_head(head or config.head, null)
+    crossed = cross_load(named, head, path, force=force) if named is not None and head is not None else None
+    if crossed is not None and crossed.new_head:
+        raise UserError(
+            f"{path} has the score head {named}, whose tensors are not those of {head}.",
+            f"Set head: {named}, or train a new head from this file (train_sft.py with init).",
+        )
+    return state, config.with_head(head or config.head, null), crossed
+
+
+def file_head(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> Head | None:
+    """The head that a file's weights were trained with; None where they have one that the file does not name.
+
+    Args:
+        state: its tensors, tidied.
+        known: its config, see `read_config`.
+    """
+    if not any(key.startswith(SCORE) for key in state):
+        return "none"
+    return known.get("head")
 
 
 def tidy(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
@@ -225,7 +256,7 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     wrong = {key: value for key, value in found.items() if key in known and known[key] != value}
     if wrong:
         raise UserError(f"{what}: its config and its tensors disagree: config {known}, tensors {wrong}.")
-    scored = any(key.startswith("score_embed.") for key in state)
+    scored = any(key.startswith(SCORE) for key in state)
     if known.get("head") not in (None, *HEADS) or known.get("null") not in (None, *get_args(Null)):
         raise UserError(f"{what}: unknown head {known.get('head')!r} or null {known.get('null')!r} in its config.")
     learned = NULL_EMBEDDING in state
@@ -267,12 +298,27 @@ def transfer(model: FluxAudio, state: Mapping[str, Tensor]) -> Transfer:
     )
 
 
-def with_head(model: FluxAudio, head: Head, null: Null | None = None) -> tuple[FluxAudio, Transfer]:
-    """The same weights under another head, and what was transferred; a new head starts at zero."""
-    other = FluxAudio(model.config.with_head(head, null))
-    report = transfer(other, model.state_dict())
+def with_head(
+    model: FluxAudio, head: Head, null: Null | None = None, *, force: bool = False
+) -> tuple[FluxAudio, Transfer]:
+    """The same weights under another head, and what was transferred; a new head starts at zero.
+
+    Raises:
+        UserError: a cross-load that collapses, and not `force` (`models/cross_load.py`).
+    """
+    crossed = cross_load(model.config.head, head, "the model", force=force)
+    with seeded(0):  # of a new head; the global generator stays as it was
+        other = FluxAudio(model.config.with_head(head, null))
+    report = transfer(other, usable(model.state_dict(), crossed))
     device = model.latent_mean.device
     return other.to(device).train(model.training), report
+
+
+def usable(state: Mapping[str, Tensor], crossed: CrossLoad | None) -> Mapping[str, Tensor]:
+    """A state dict without a score head that the model has no use for."""
+    if crossed is None or not crossed.new_head:
+        return state
+    return {key: value for key, value in state.items() if not key.startswith(SCORE)}
 
 
 def debug_backbone(

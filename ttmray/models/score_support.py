@@ -100,8 +100,8 @@ class ScoreSupport:
             )
         beyond = "above" if score > self.max else "below"
         return (
-            f"{what} {score:g} is {beyond} all scores that the model was trained on ({self.text()}), where it may do as "
-            "for any score inside. ttmray choose-score finds the one at which it is best."
+            f"{what} {score:g} is {beyond} all scores that the model was trained on ({self.text()}), where it may act "
+            "like any score inside. ttmray choose-score finds the one at which it is best."
         )
 
     def grid(self, points: int) -> tuple[float, ...]:

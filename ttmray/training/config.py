@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ttmray.config import Address, Config, added, execution
+from ttmray.generation.steering import SteeringConfig
 from ttmray.models.score_heads import Head, Null
 from ttmray.storage import absolute
 from ttmray.training.data import DataConfig
@@ -28,6 +29,10 @@ class ModelConfig(Config):
     init: str | None = execution(None)
     """Weights to start from: an exported or a released file, local or s3:// (copied to each machine). Default: from
     scratch. Their hash is part of the identity."""
+    init_head: Head | None = execution(None)
+    """Head that `init` was trained with, for files that do not name it (`.pth`)."""
+    force_head: bool = execution(False)
+    """Also start v1 or v4 from v2 weights, which collapse there (models/cross_load.py)."""
     seed: int = 0
     """Of the initial weights."""
 
@@ -155,6 +160,8 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = execution(CheckpointConfig())
     validation: ValidationConfig = execution(ValidationConfig())
     samples: SampleConfig = execution(SampleConfig())
+    cross_load: SteeringConfig = execution(SteeringConfig())
+    """What is measured at the start where `model.init` was trained with another head (training/cross_load.py)."""
     runtime: RuntimeConfig = execution(RuntimeConfig())
 
     @model_validator(mode="after")

@@ -420,7 +420,7 @@ def check_head(model: FluxAudio, path: Path) -> None:
     """The score head of the weights must be the model's: the reference cannot have a new one.
 
     Raises:
-        UserError: another one, or v2 weights under v1, which collapse (paper IV-B).
+        UserError: it has other tensors. What heads with the same tensors may do is the rule of `initial_model`.
     """
 
     def score_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
@@ -434,8 +434,6 @@ def check_head(model: FluxAudio, path: Path) -> None:
             f"model.init: {path} has {what}, model.head is {head}.",
             "v1, v2 and v4 share their tensors; else choose the head of the weights.",
         )
-    if named == "v2" and head in ("v1", "v4"):
-        raise UserError(f"model.init: {path} was trained as v2 and collapses as {head}.", "Set model.head: v2.")
 
 
 def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = False) -> int:

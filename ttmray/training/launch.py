@@ -23,6 +23,7 @@ from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.training.checkpoint import committed
 from ttmray.training.config import TrainConfig
+from ttmray.training.cross_load import report_cross_load
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import CHECKPOINTS, Ranks, Task, train, trajectory
 from ttmray.training.memory import Split, split_batch
@@ -65,6 +66,7 @@ def launch(
     described = describe(kind, config, task)
     claim(out, described, force)
     out.sweep_temporary(older_than_s=0)  # of a killed launch: one at a time writes to a run folder
+    report_cross_load(config, make_task, device)
     if keep is not None:
         keep(config, task, split.device_batch, device)
     if local:

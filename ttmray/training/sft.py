@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,25 @@ from ttmray.errors import UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
-from ttmray.models.backbone_weights import Transfer, config_of, read_config, read_support, tidy, transfer
+from ttmray.models.backbone_weights import (
+    Transfer,
+    config_of,
+    file_head,
+    read_config,
+    read_support,
+    tidy,
+    transfer,
+    usable,
+)
 from ttmray.models.bundle import LoadOptions, base_name, open_bundle
+from ttmray.models.cross_load import CrossLoad, cross_load
 from ttmray.models.reward_head import encoders_of
 from ttmray.models.score_support import ScoreSupport
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder
-from ttmray.training.config import TrainConfig
+from ttmray.training.config import ModelConfig, TrainConfig
 from ttmray.training.data import DataConfig, Mixture, Samples, evaluation_batches, loader, open_mixture
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
 from ttmray.training.loop import Losses, Task
@@ -130,10 +140,12 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
     """The model before the first update, on the CPU, and what its weights are.
 
     From scratch: seeded weights, latent statistics of the first corpus, features of the empty text by its bundle. From
-    a file: its weights and its frozen tensors; a missing score head is new and starts at zero.
+    a file: its weights and its frozen tensors; a missing score head, or one of other tensors, is new and starts at
+    zero.
 
     Raises:
-        UserError: model and corpus, or model and file, do not fit.
+        UserError: model and corpus, or model and file, do not fit, or the weights would collapse in the model's
+            forward (`models/cross_load.py`).
     """
     wanted = backbone_config(config, mixture)
     with seeded(config.model.seed):
@@ -156,12 +168,42 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
     if theirs:
         lines = "; ".join(f"{name}: file {value}, run {ours[name]}" for name, value in theirs.items())
         raise UserError(f"{path} does not fit model.size {config.model.size}: {lines}.", "Choose its model.size.")
+    crossed = init_cross_load(config.model, state, path)
     refuse_another_null(model, path, found)
-    report = transfer(model, state)
+    report = transfer(model, usable(state, crossed))
     check_transfer(model, report, path)
+    if crossed is not None:
+        console.print(crossed.line(f"init: {path}"), style="yellow", markup=False)
     for line in report.lines():
         console.print(f"init: {line}", markup=False)
     return model, digest_file(path).sha256
+
+
+def init_cross_load(model: ModelConfig, state: Mapping[str, Tensor], path: Path) -> CrossLoad | None:
+    """The cross-load of a start from the weights of a file, if it is one.
+
+    Args:
+        model: of the run.
+        state: tensors of the file, tidied.
+        path: of the file, with its config.
+
+    Raises:
+        UserError: the weights would collapse, the file does not say what they were trained as, or says something else
+            than `model.init_head`.
+    """
+    named = file_head(state, read_config(path))
+    if named is None and model.init_head is None and model.head != "none":
+        raise UserError(
+            f"model.init: {path} has a score embedding and does not say for which head it was trained.",
+            "Set model.init_head: v1, v2 or v4, which share their tensors; the paper's submission is v2.",
+        )
+    if named is not None and model.init_head not in (None, named):
+        raise UserError(
+            f"model.init_head is {model.init_head}, but {path} was trained with head {named}.",
+            "Leave model.init_head out.",
+        )
+    theirs = named or model.init_head or model.head
+    return cross_load(theirs, model.head, f"model.init: {path}", force=model.force_head)
 
 
 def refuse_another_null(model: FluxAudio, path: Path, found: BackboneConfig) -> None:

@@ -1,0 +1,98 @@
+"""What a cross-load costs: steering before and after it, measured at the start of a run and said aloud.
+
+Stage 3 of the paper puts v1 weights into the v2 forward, and finds the score inert at the end of the chain (IV-C).
+Whether training has saturated the score or the cross-load has lost it shows here, before the first update.
+"""
+
+import json
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ttmray.cluster import PoolConfig, alone, each
+from ttmray.console import console
+from ttmray.generation.steering import SteeringConfig, compare, lines, lost
+from ttmray.models.backbone_weights import read_config, tidy, with_head
+from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
+from ttmray.models.score_heads import Head
+from ttmray.models.state_dicts import read_state_dict
+from ttmray.models.weights import weights_file
+from ttmray.storage import Folder
+from ttmray.training.config import TrainConfig
+from ttmray.training.loop import preserved_mode
+from ttmray.training.sft import corpus_bundle, init_cross_load
+
+if TYPE_CHECKING:
+    from ttmray.training.launch import MakeTask
+
+
+def report_cross_load(config: TrainConfig, make_task: "MakeTask", device: torch.device) -> None:
+    """Measure and say what a cross-load costs; nothing where the run is none. A later launch says it again unmeasured.
+
+    Nothing that the training draws or computes depends on it: models and batches are its own, and the noise is drawn
+    by name.
+
+    Args:
+        device: of this process, or of the workers.
+    """
+    crossed = _crossed(config)
+    if crossed is None or crossed.new_head:
+        return
+    out = Folder.at(config.output)
+    report = json.loads(out.read(CROSS_LOAD)) if out.exists(CROSS_LOAD) else None
+    if report is None and config.cross_load.prompts:
+        runtime = config.runtime
+        gpus = float(device.type == "cuda")
+        pool = PoolConfig(runner=runtime.runner, workers=1, cpus=runtime.cpus, gpus=gpus)
+        make = partial(_Measure, type(config), config.model_dump_json(), make_task, str(device), crossed.weights)
+        with alone():
+            (measured,) = each(make, [config.cross_load], pool)
+        about = {"weights": crossed.weights, "forward": crossed.forward, "forced": crossed.forced}
+        report = {**about, **measured, "lost": lost(measured, crossed.forward)}
+        out.write(CROSS_LOAD, json.dumps(report, indent=1).encode())
+    if report is None:
+        return
+    for line in lines(report):
+        console.print(line, markup=False)
+    if report["lost"]:
+        console.print(
+            f"the cross-load has lost the score: {report['forwards'][crossed.forward]['kept']:.0%} of its steering is "
+            "left. That the score changes nothing at the end of this run is then no saturation by training. To keep "
+            f"it, stay in {crossed.weights}: model.head: {crossed.weights}.",
+            style="yellow",
+            markup=False,
+        )
+
+
+def _crossed(config: TrainConfig) -> CrossLoad | None:
+    if config.model.init is None:
+        return None
+    path = weights_file(config.model.init, "model.init")
+    named = read_config(path).get("head")
+    if named == config.model.head:  # without reading gigabytes
+        return None
+    return init_cross_load(config.model, tidy(read_state_dict(path), str(path)), path)
+
+
+class _Measure:
+    """The weights of a run in both forwards, in one process; a call measures them on the run's first texts."""
+
+    def __init__(self, kind: type[TrainConfig], config: str, make_task: "MakeTask", device: str, own: Head) -> None:
+        self.config = kind.model_validate_json(config)
+        before, console.quiet = console.quiet, True  # the launch has said what there is to say
+        try:
+            self.task = make_task(self.config, torch.device(device))
+        finally:
+            console.quiet = before
+        self.own = own
+
+    def __call__(self, settings: SteeringConfig) -> dict[str, Any]:
+        with closing(self.task.batches(0, settings.prompts, 0, 1, False)) as batches:
+            batch = next(batches).batch
+        model = self.task.model
+        with preserved_mode(model):
+            models = {self.own: with_head(model, self.own, force=True)[0], model.config.head: model}
+            count = settings.prompts  # of pairs, the winners' texts
+            return compare(models, batch.text[:count], batch.text_c[:count], settings, corpus_bundle(self.config.data))
