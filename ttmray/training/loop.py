@@ -218,8 +218,8 @@ def train(
             ema.update(model)
             step += 1
             alive()
-            stop, done = interrupted(), step == config.steps
-            if stop or done or look_now(step, config, device):
+            done = step == config.steps
+            if done or look_now(step, config, device):
                 log.require_finite(places)  # before anything is written
             if step % config.runtime.log_every == 0 or done:
                 values = log.line(step, rate)
@@ -235,6 +235,9 @@ def train(
                     )
             if (step % config.ema.snapshot_every == 0 or done) and ranks.first:
                 ema.write_snapshots(out.sub(SNAPSHOTS), model)
+            stop = interrupted()
+            if stop:
+                log.require_finite(places)
             sample()  # before the checkpoint: a relaunch makes again what comes after it
             if step % config.checkpoint.every == 0 or done or stop:
                 if book is not None:

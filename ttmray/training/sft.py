@@ -116,7 +116,8 @@ def corpus_bundle(data: DataConfig) -> str:
     """
     runs = [Folder.at(source.corpus) for source in data.sources]
     described = [json.loads(run.read(RUN)) for run in runs]
-    bundles = [encoders_of(found["identity"].get("bundle") or {}) for found in described]
+    named = [found["identity"].get("bundle") for found in described]
+    bundles = [bundle and encoders_of(bundle) for bundle in named]
     for run, bundle in zip(runs, bundles, strict=True):
         if bundle != bundles[0]:
             lines = "; ".join(differences(bundles[0], bundle, "bundle"))
