@@ -17,7 +17,7 @@ scores = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=50).map(l
 
 @given(scores)
 def test_it_comes_back_from_json_and_has_the_percentiles_of_numpy(values):
-    support = ScoreSupport.of(values, "reward_score", ["p"])
+    support = ScoreSupport.of(values, "reward_score", "p")
     assert ScoreSupport.from_dict(json.loads(json.dumps(support.to_dict()))) == support
     assert (support.p5, support.p95) == pytest.approx(tuple(np.percentile(values.astype(float), (5, 95))))
     assert support.max == values.max()
@@ -35,6 +35,11 @@ def test_a_later_training_widens_and_never_narrows(first, second):
     assert both.min == min(first.min(), second.min())
     assert [one["column"] for one in both.trainings] == ["a", "b"]
     assert ScoreSupport.from_dict(both.to_dict()) == both
+    other = ScoreSupport.of(second, "b", "another reward head").after(parent)
+    assert (other.min, other.max) == (second.min(), second.max())
+    again = own.after(other)
+    assert (again.min, again.max) == (both.min, both.max)
+    assert len(again.trainings) == 3
 
 
 @given(scores, st.floats(-200, 200))
@@ -61,7 +66,12 @@ def test_the_grid_lies_within_the_support(values, points):
 NAN, DISORDER = dict.fromkeys(NUMBERS, float("nan")), dict(zip(NUMBERS, (0, 3, 1, 4), strict=True))
 
 
-@pytest.mark.parametrize("found", [5, "x", [1], {"p5": 0}, NAN, DISORDER])
+SOUND = ScoreSupport(min=0, p5=1, p95=2, max=3).to_dict()
+
+
+@pytest.mark.parametrize(
+    "found", [5, "x", [1], {"p5": 0}, NAN, DISORDER, SOUND | {"trainings": [{}]}, SOUND | {"trainings": [NAN]}]
+)
 def test_other_metadata_are_one_message(tmp_path, found):
     path = tmp_path / "a.safetensors"
     save_file(debug_backbone(0).state_dict(), path, {METADATA: json.dumps({"score_support": found})})

@@ -300,10 +300,10 @@ def test_the_target_is_what_the_pool_says(configure, folder, tmp_path):
         CrpoTask(wrote(None), CPU)
 
 
-OWN, TWO, NONE = (-0.5, 0.5, 2), (-0.5, 2.0, 2), (-0.5, 0.5, 1)
+OWN, PAIR, TWO, NONE = (-0.5, 0.5, 2), (-0.5, 0.5, 2), (-0.5, 2.0, 2), (-0.5, 0.5, 1)
 
 
-@pytest.mark.parametrize(("score", "expected"), [("own", OWN), (2.0, TWO), (None, NONE)])
+@pytest.mark.parametrize(("score", "expected"), [("own", OWN), ("pair", PAIR), (2.0, TWO), (None, NONE)])
 def test_the_scores_of_pairs_widen_the_range_of_the_weights_they_start_from(configure, score, expected):
     task = CrpoTask(configure(score=score), CPU)
     support = task.facts["score_support"]
@@ -311,6 +311,8 @@ def test_the_scores_of_pairs_widen_the_range_of_the_weights_they_start_from(conf
     if score == "own":
         assert support["trainings"][1]["clips"] == 2 * len(task.pairs)
         assert support["trainings"][1]["mean"] == pytest.approx(0)
+    if score == "pair":
+        assert support["trainings"][1]["max"] == 0.0
 
 
 def test_a_toy_learns_its_preferences_without_unlearning_the_winners(configure, capsys):

@@ -5,7 +5,6 @@ data: there the embedding may resemble that of any score inside. Sampling at s =
 reward of the paper's data (+2.76), is such a case. Exported weights therefore carry this, and jobs that sample compare.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -19,10 +18,11 @@ class ScoreSupport:
     """Range of the scores that an embedding has seen, in the unit of the rewards.
 
     Attributes:
-        min, p5, p95, max: the widest of all trainings of the chain: a later one on a few clips makes the embedding not
-            forget the scores of the first.
-        trainings: of each that had scores, the oldest first: `column`, `protocols` (of the rewards), `clips`, and
-            `mean`, `std`, `min`, `p5`, `p95`, `max` of its scores as drawn.
+        min, p5, p95, max: the widest of the trainings whose scores were made as those of the last one: a later training
+            on a few clips makes the embedding not forget the scores of the first, but those of another reward head are
+            on another scale.
+        trainings: all of the chain that had scores, the oldest first: `column`, `protocol` (of the rewards), `clips`,
+            and `mean`, `std`, `min`, `p5`, `p95`, `max` of its scores as drawn.
     """
 
     min: float
@@ -32,32 +32,33 @@ class ScoreSupport:
     trainings: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, scores: np.ndarray, column: str, protocols: Sequence[str] = ()) -> Self:
+    def of(cls, scores: np.ndarray, column: str, protocol: str = "") -> Self:
         """The support of one training.
 
         Args:
             scores: (n,) with n >= 1, finite, each as often as it is drawn.
             column: name of the reward.
-            protocols: how it was made.
+            protocol: how it was made.
         """
         values = scores.astype(np.float64)
         p5, p95 = np.percentile(values, (5, 95))
         numbers = {"min": values.min(), "p5": p5, "p95": p95, "max": values.max()}
         numbers = {name: float(value) for name, value in numbers.items()}
         moments = {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
-        facts = {"column": column, "protocols": list(protocols), "clips": len(values)}
+        facts = {"column": column, "protocol": protocol, "clips": len(values)}
         return cls(**numbers, trainings=(facts | moments | numbers,))
 
     def after(self, parent: "ScoreSupport | None") -> "ScoreSupport":
         """The support of a training that started from weights with `parent`'s."""
-        if parent is None:
-            return self
+        trainings = (*(parent.trainings if parent else ()), *self.trainings)
+        protocol = self.trainings[-1]["protocol"]
+        alike = [one for one in trainings if one.get("protocol") == protocol]
         return ScoreSupport(
-            min=min(self.min, parent.min),
-            p5=min(self.p5, parent.p5),
-            p95=max(self.p95, parent.p95),
-            max=max(self.max, parent.max),
-            trainings=(*parent.trainings, *self.trainings),
+            min=min(one["min"] for one in alike),
+            p5=min(one["p5"] for one in alike),
+            p95=max(one["p95"] for one in alike),
+            max=max(one["max"] for one in alike),
+            trainings=trainings,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,10 +75,11 @@ class ScoreSupport:
         try:
             numbers = {name: float(found[name]) for name in NUMBERS}
             trainings = tuple(dict(one) for one in found.get("trainings", ()))
+            numbered = [float(one[name]) for one in trainings for name in NUMBERS]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no score support: {error!r}") from error
         values = list(numbers.values())
-        if not np.isfinite(values).all() or sorted(values) != values:
+        if not np.isfinite([*values, *numbered]).all() or sorted(values) != values:
             raise ValueError(f"no score support: {numbers}")
         return cls(**numbers, trainings=trainings)
 
@@ -100,8 +102,8 @@ class ScoreSupport:
             )
         beyond = "above" if score > self.max else "below"
         return (
-            f"{what} {score:g} is {beyond} all scores that the model was trained on ({self.text()}), where it may act "
-            "like any score inside. ttmray choose-score finds the one at which it is best."
+            f"{what} {score:g} is {beyond} all scores that the model was trained on ({self.text()}), where it may do "
+            "as for any score inside. ttmray choose-score finds the one at which it is best."
         )
 
     def grid(self, points: int) -> tuple[float, ...]:

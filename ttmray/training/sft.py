@@ -18,6 +18,7 @@ from ttmray.config import differences
 from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.finalise import latent_statistics
+from ttmray.corpus.scores import protocol_of
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
@@ -255,10 +256,10 @@ def score_facts(config: TrainConfig, scores: np.ndarray) -> dict[str, Any]:
     support = read_support(weights_file(config.model.init, "model.init")) if config.model.init else None
     known = scores[np.isfinite(scores)]
     if len(known):
-        runs = [json.loads(Folder.at(source.corpus).read(RUN)) for source in config.data.sources]
-        protocols = sorted({run["protocol_id"] for run in runs if run.get("protocol_id")})
-        columns = sorted({source.score_column for source in config.data.sources if source.score_column})
-        support = ScoreSupport.of(known, ", ".join(columns), protocols).after(support)
+        first = config.data.sources[0]  # all have one protocol (`open_mixture`)
+        assert first.score_column is not None
+        protocol = protocol_of(Folder.at(first.corpus), first.score_column)
+        support = ScoreSupport.of(known, first.score_column, protocol).after(support)
     if support is None:
         return {}
     warning = support.warning(config.samples.score, "samples.score") if config.samples.every else None
