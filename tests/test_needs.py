@@ -91,7 +91,7 @@ def put_reference(machine: Path, name: str) -> None:
     save_file({"clap": clap}, folder / "clap.safetensors")
     pq.write_table(pa.table({"track_id": [str(i) for i in range(8)]}), folder / "tracks.parquet")
     Gaussian.of(clap, protocol).save(str(folder / "gaussian.safetensors"))
-    about = {"kind": "reference", "protocol": protocol, "source": "x", "name": name}
+    about = {"kind": "reference", "protocol": protocol, "source": "x", "name": name, "stem": "instrumental"}
     (folder / "reference.json").write_text(json.dumps(about))
 
 
@@ -106,7 +106,7 @@ def put_everything(machine: Path) -> None:
     data = machine / "data"
     put_weights(machine)
     put(machine / "prompts.csv", "id,prompt\na,calm piano\n")
-    put(machine / "jamendo-100.csv", "id,prompt\nb,loud drums\n")
+    put(data / "jamendo-100/prompts.csv", "id,prompt\nb,loud drums\n")
     put(data / "mtg-jamendo/00/7400.mp3")
     put(data / "jamendo_qwen.json", json.dumps([{"path": "00/7400.mp3", "caption": "a song"}]))
     put_votes(data)
@@ -134,7 +134,8 @@ def put_everything(machine: Path) -> None:
         (
             "ablate",
             [
-                "/prompts.csv: not found", "/jamendo-100.csv: not found", "reference sdd-706", "reference jamendo-100",
+                "/prompts.csv: not found", "data/jamendo-100/prompts.csv: not found",
+                "reference sdd-706", "reference jamendo-100",
                 "fluxaudio_s_full.pth", "set checkpoints.baseline.path", "data/chain/corpus is no finished corpus",
                 "chain/stage1/weights", "chain-v2/stage1/weights", "chain/stage2/expert/round-1/polish",
                 "chain-v2/stage2/expert/round-1/polish", "chain/stage2/control/round-1/polish", "chain/stage3/weights",
@@ -220,7 +221,10 @@ def test_only_steps_that_are_to_run_need_something(machine, capsys):
     text = capsys.readouterr().err
     assert "prompts.csv" in text
     assert "sdd-706" not in text
-    assert plan(machine, "reproduce", "--set", "evaluate=null", "--set", "prompts=jamendo-100.csv") == 0
+    assert (
+        plan(machine, "reproduce", "--set", "evaluate=null", "--set", f"prompts={machine}/data/jamendo-100/prompts.csv")
+        == 0
+    )
 
 
 def test_a_run_lists_what_is_missing_before_its_first_step(tmp_path):
