@@ -229,16 +229,18 @@ def test_a_learned_null_goes_from_run_to_run_and_never_meets_another_null(make_t
     assert weights.config.null == "learned"
     assert weights.score_embed.null_embedding.abs().max() > 0
     torch.save(weights.state_dict(), tmp_path / "weights.pth")
-    for name in ("weights.safetensors", "weights.pth"):
-        following = SftTask(make_train_config(tmp_path, f"model.init={tmp_path / name}", "model.null=learned"), CPU)
+    for name, head in (("weights.safetensors", "model.seed=0"), ("weights.pth", "model.init_head=v1")):
+        init = (f"model.init={tmp_path / name}", head)
+        following = SftTask(make_train_config(tmp_path, *init, "model.null=learned"), CPU)
         assert torch.equal(following.model.score_embed.null_embedding, weights.score_embed.null_embedding)
         with pytest.raises(UserError, match=r"trained with null learned, model\.null is scalar_zero"):
-            SftTask(make_train_config(tmp_path, f"model.init={tmp_path / name}", "model.null=scalar_zero"), CPU)
+            SftTask(make_train_config(tmp_path, *init, "model.null=scalar_zero"), CPU)
     plain, _ = with_head(weights, "v1", "scalar_zero")
     torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    unnamed = (f"model.init={tmp_path / 'plain.pth'}", "model.init_head=v1")
     with pytest.raises(UserError, match=r"trained with null zero_embedding, model\.null is learned"):
-        SftTask(make_train_config(tmp_path, f"model.init={tmp_path / 'plain.pth'}", "model.null=learned"), CPU)
-    SftTask(make_train_config(tmp_path, f"model.init={tmp_path / 'plain.pth'}", "model.null=scalar_zero"), CPU)
+        SftTask(make_train_config(tmp_path, *unnamed, "model.null=learned"), CPU)
+    SftTask(make_train_config(tmp_path, *unnamed, "model.null=scalar_zero"), CPU)
 
 
 def support_in(path: Path) -> dict:
