@@ -78,8 +78,8 @@ def test_the_commands_are_these(capsys):
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card"}
     assert shown_commands(capsys) == corpus | models | chain | evaluation
-    assert shown_commands(capsys, "checkpoint") == {"inspect", "export"}
-    assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample"}
+    assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
+    assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore"}
 
 
 @pytest.mark.parametrize("command", [[], ["sing"], ["corpus"], ["corpus", "ls"], ["plan", "--limit", "3"]])
