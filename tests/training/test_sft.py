@@ -178,6 +178,21 @@ def test_v2_weights_are_refused_where_they_collapse_unless_forced_aloud(make_tra
     assert f"v2 weights in the {head} forward, by force" in capsys.readouterr().out
 
 
+def test_the_start_of_a_cross_load_measures_the_reward_with_the_bundle_of_the_corpus(
+    make_train_config, tmp_path, capsys
+):
+    file = scored_file(make_train_config, tmp_path / "v1.safetensors", "v1", named=True)
+    run = tmp_path / "run"
+    sets = ("model.head=v2", f"model.init={file}", "steps=1", "cross_load.prompts=2", "cross_load.steps=2")
+    assert train_sft(make_train_config(run, *sets)) == EXIT_OK
+    report = json.loads((run / "cross_load.json").read_text())
+    assert (report["bundle"], report["no_reward"]) == ("debug", None)
+    for found in report["forwards"].values():
+        reward = found["reward"]
+        assert reward["delta_out"] == pytest.approx(reward["high"] - reward["low"], abs=1e-6)
+    assert capsys.readouterr().out.count("delta_out ") == 2
+
+
 def test_a_file_that_does_not_name_its_head_is_not_guessed(make_train_config, tmp_path):
     file = scored_file(make_train_config, tmp_path / "released.pth", "v2", named=False)
     sets = ("model.head=v1", f"model.init={file}")
