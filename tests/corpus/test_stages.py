@@ -180,6 +180,22 @@ def test_measures_are_right_and_silence_is_rejected(context):
     assert half_silent["silence"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_clip_whose_channels_cancel_is_silent_as_the_models_hear_their_mean(context):
+    sine = waves(0.5)[0]
+    mix = np.stack([np.stack([sine, -sine]), np.stack([sine, 0 * sine]), np.stack([sine, -0.5 * sine])])
+    unit = run_stages(stages(context, "measure"), unit_of(mix=mix))
+    assert [row["reason"] for row in unit.rows] == ["silent", "", ""]
+    assert "the channels cancel" in unit.rows[0]["message"]
+
+
+def test_the_loudest_sample_that_is_music_is_a_setting(context):
+    soundfile.write(f"{context.root}/loud.wav", 40 * tone(6, 44100), 44100, subtype="FLOAT")
+    for peak, reason in ((10, "too_loud"), (20, "")):
+        (decode,) = stages(with_config(context, f"limits.max_peak={peak}"), "decode")
+        rows = decode(Unit("u000000", [track("loud.wav")])).rows
+        assert {row["reason"] for row in rows} == {reason}
+
+
 def test_a_clip_too_quiet_for_the_loudness_gate_has_no_loudness_but_is_ok(context):
     quiet = waves(3e-4)[:, None].repeat(2, axis=1)  # -70.5 dBFS: over silence_dbfs, under the gate of -70 LUFS
     unit = run_stages(stages(context, "measure"), unit_of(mix=quiet))

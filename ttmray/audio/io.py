@@ -32,6 +32,9 @@ from ttmray.errors import ClipError
 AUDIO_EXTENSIONS: frozenset[str] = frozenset({".wav", ".flac", ".mp3", ".ogg"})
 """File name extensions of audio, in lower case; match names case-insensitively."""
 
+READING = 2
+"""Version of the rules by which files are read; what was measured under another is measured again."""
+
 Source = str | os.PathLike[str] | BinaryIO
 
 _BLOCK_FRAMES = 1 << 15  # decoded at a time; checked and transposed while it is in the cache

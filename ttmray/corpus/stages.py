@@ -19,6 +19,7 @@ import numpy as np
 
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
+from ttmray.audio.level import require_audible
 from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.unit import FAILED, OK, Unit
@@ -79,6 +80,7 @@ class Decode(Stage):
             min_sample_rate=limits.min_sample_rate,
             max_sample_rate=limits.max_sample_rate,
             max_decoded_bytes=limits.max_decoded_bytes,
+            max_peak=limits.max_peak,
         )
         self.max_file_bytes = limits.max_file_bytes
         self.whole_tracks = config.separation.scope == "track"
@@ -172,12 +174,9 @@ class Measure(Stage):
         mix, rows = unit.clips["mix"], unit.ok_rows()
 
         def measure(i: int) -> None:
-            peak = float(np.abs(mix[i]).max(initial=0.0))
-            peak_dbfs = 20 * np.log10(peak) if peak > 0 else -np.inf
-            if peak_dbfs < self.silence_dbfs:
-                raise ClipError("rejected", "silent", f"sample peak {peak_dbfs:.1f} dBFS, under {self.silence_dbfs:g}")
             # a mono source is one channel to BS.1770; its copy would count twice (+3 LU)
             heard = mix[i][: rows[i]["channels"]]
+            require_audible(heard, self.silence_dbfs)
             lufs = loudness.integrated_loudness(heard, SAMPLE_RATE)
             rows[i].update(
                 stage=self.name,
