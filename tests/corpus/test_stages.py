@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def with_config(context: Context, *sets: str) -> Context:
     return replace(context, config=config)
 
 
-def track(path: str, size: int = 1, caption: str = "", **more: Any) -> dict[str, Any]:
+def track(path: str, size: int = -1, caption: str = "", **more: Any) -> dict[str, Any]:
     plan = {"track_id": Path(path).stem, "path": path, "size": size, "split": "train", "caption": caption}
     outcome = {"caption_id": f"id of {caption}", "caption_owner": True, "status": OK, "reason": "", "message": ""}
     return plan | outcome | more
@@ -111,17 +112,32 @@ def test_separating_whole_tracks_gives_the_same_keys_and_at_44100_the_same_mix(c
     )
 
 
+def test_a_file_that_was_replaced_after_planning_fails_and_is_not_taken_for_the_planned_one(context, tmp_path):
+    path = tmp_path / "songs/a.wav"
+    soundfile.write(path, tone(6, 44100), 44100)
+    planned = track("a.wav", path.stat().st_size, version=str(path.stat().st_mtime_ns))
+    assert decoded(context, planned).rows[0]["status"] == OK
+    soundfile.write(path, tone(6, 44100, gain=0.1), 44100)
+    os.utime(path, ns=(1, 1))  # of equal size
+    (row,) = decoded(context, planned).rows
+    assert (row["status"], row["reason"]) == (FAILED, "changed")
+    soundfile.write(path, tone(7, 44100), 44100)
+    (row,) = decoded(context, planned | {"version": ""}).rows
+    assert (row["status"], row["reason"]) == (FAILED, "changed")
+    assert str(path.stat().st_size) in row["message"]
+
+
 @pytest.mark.parametrize(
     ("content", "size", "sets", "status", "reason"),
     [
         (b"", 0, (), FAILED, "empty_file"),
-        (b"hello " * 99, 600, (), FAILED, "not_audio"),
-        (None, 1, (), FAILED, "unreadable"),
-        (tone(3, 44100), 1, (), REJECTED, "too_short"),
-        (tone(6, 8000), 1, (), REJECTED, "sample_rate"),
-        (tone(6, 44100, channels=6), 1, (), REJECTED, "channels"),
-        (tone(6, 44100), 1, ("limits.max_duration_s=5.5",), REJECTED, "too_long"),
-        (tone(6, 44100), 1, ("limits.max_decoded_bytes=100000",), REJECTED, "decoded_size"),
+        (b"hello " * 99, 594, (), FAILED, "not_audio"),
+        (None, -1, (), FAILED, "unreadable"),
+        (tone(3, 44100), -1, (), REJECTED, "too_short"),
+        (tone(6, 8000), -1, (), REJECTED, "sample_rate"),
+        (tone(6, 44100, channels=6), -1, (), REJECTED, "channels"),
+        (tone(6, 44100), -1, ("limits.max_duration_s=5.5",), REJECTED, "too_long"),
+        (tone(6, 44100), -1, ("limits.max_decoded_bytes=100000",), REJECTED, "decoded_size"),
         (tone(6, 44100), 9999, ("limits.max_file_bytes=9998",), REJECTED, "file_size"),
     ],
 )

@@ -70,7 +70,7 @@ class LimitConfig(Config):
     """Largest file that is read."""
     max_decoded_bytes: int = Field(2 * 2**30, gt=0)
     """Largest decoded size (float32) of one track; bounds the memory of a decoder."""
-    max_peak: float = Field(10.0, ge=1.0)
+    max_peak: float = added(10.0, ge=1.0)
     """Largest sample, full scale 1.0 (10 is +20 dBFS). Float files in the range of integers are far beyond."""
 
 

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict, fields
 from typing import Any
 
+from rich.markup import escape
+
 from ttmray import runs
 from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
@@ -13,7 +15,7 @@ from ttmray.corpus import index
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import finalise, summary_lines
-from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference
+from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference, replaced
 from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
@@ -88,13 +90,16 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
     catalogue = build_catalogue(config.input, config.catalogue)
     for name, value in catalogue.report.items():
         console.print(f"catalogue: {name.replace('_', ' ')}: {value}")
-    # messages name folders, and songs may move
-    columns = [field.name for field in fields(Track) if field.name != "message"]
+    # messages name folders, and songs may move, which changes the times of files
+    columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
     digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
     if existing is not None and run.exists("plan.parquet"):
         saved = existing["identity"]
         if saved["catalogue"] == digest and saved["config"] == identity(config):
-            return Plan.load(run).at(catalogue.root.uri), digest
+            plan = Plan.load(run).at(catalogue.root.uri)
+            for line in replaced(plan, catalogue):
+                console.print(f"[yellow]{escape(line)}[/yellow]")
+            return plan.with_versions([track.version for track in catalogue.tracks]), digest
     return build_plan(catalogue, config), digest
 
 
