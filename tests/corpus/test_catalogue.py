@@ -150,7 +150,7 @@ def test_a_broken_link_is_a_track_that_decoding_finds_missing(tmp_path):
 
 def test_bad_paths_of_a_table_are_rows_of_the_quarantine_with_their_line(tmp_path):
     put(tmp_path, a_dot_mp3=b"1")
-    source = table(tmp_path, "path\na.mp3\n../b.mp3\n/etc/c.mp3\nd\\e.mp3\n")
+    source = table(tmp_path, "path\na.mp3\n../b.mp3\n/etc/c.mp3\nd//e.mp3\n")
     tracks = {track.path: track for track in build_catalogue(source, CatalogueConfig()).tracks}
     assert tracks.pop("a.mp3").status == "ok"
     assert [track.reason for track in tracks.values()] == ["bad_name"] * 3
@@ -179,6 +179,20 @@ def test_a_table_whose_audio_is_elsewhere_is_planned_alone_and_says_so(tmp_path)
         assert f"audio not found under {root or tmp_path}" in catalogue.report["audio"]
 
 
+def test_captions_of_which_none_joins_are_an_error_and_few_a_warning_with_the_numbers(tmp_path):
+    folder = put(tmp_path / "in", a_dot_mp3=b"1", b_dot_mp3=b"22", c_dot_mp3=b"333")
+    captions = table(tmp_path, "path,caption\nx.mp3,one\ny.mp3,two\n", "other.csv")
+    with pytest.raises(UserError, match="none of 2 captions belongs to one of 3 tracks") as caught:
+        build_catalogue(folder, CatalogueConfig(captions=captions))
+    assert "'x'" in caught.value.message
+    captions = table(tmp_path, "path,caption\nx.mp3,one\na.mp3,two\n", "other.csv")
+    report = build_catalogue(folder, CatalogueConfig(captions=captions)).report
+    assert "2 of 3 tracks have none" in report["warning, captions"]
+    assert "1 of 2 captions fit no track" in report["warning, captions"]
+    captions = table(tmp_path, "path,caption\na.mp3,one\nb.mp3,two\nc.mp3,three\n", "other.csv")
+    assert "warning, captions" not in build_catalogue(folder, CatalogueConfig(captions=captions)).report
+
+
 def test_captions_can_be_replaced_or_left_out(tmp_path):
     source = table(tmp_path, "path,caption\na.mp3,from the table\n")
     other = table(tmp_path, "path,caption\nx/a.mp3,from the file\n", "other.csv")
@@ -194,7 +208,7 @@ def test_captions_can_be_replaced_or_left_out(tmp_path):
     [
         ("file,duration\na.mp3,1\n", "no column `path`; it has file, duration"),
         ("path\n", "holds no tracks"),
-        ("path\n../b.mp3\nc\\d.mp3\n", "line 2: '../b.mp3'"),
+        ("path\n../b.mp3\nc//d.mp3\n", "line 2: '../b.mp3'"),
         ("path\n/etc/b.mp3\n", "line 2: '/etc/b.mp3'"),
         ("path,caption\n,x\n", "line 2: ''"),
         ("path\na.mp3\n./a.mp3\n", "line 3: a.mp3 is also in line 2"),

@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from ttmray.corpus.captions import (
     Table,
     captions_of,
     find_captions,
+    forward,
     is_table,
     join,
     load_captions,
@@ -31,6 +32,8 @@ HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 22
 THREADS = 8
 BAD_NAME = "bad_name"
+_FEW = 0.1
+"""Share of captions, or of tracks, that may go without the other and nobody is warned."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ def build_catalogue(input: str, config: CatalogueConfig) -> Catalogue:
     else:
         tracks, counts = join(tracks, captions)
         report.update(counts)
+        _check_join(tracks, captions, counts, report)
     if config.exclude is not None:
         tracks = _exclude(tracks, config.exclude, report)
     if config.duplicates == "reject":
@@ -95,6 +99,33 @@ def check_songs(input: str, config: CatalogueConfig) -> None:
         raise UserError(
             f"{input}: none of its {len(tracks)} tracks, such as {tracks[0].path}, is there under {root}.",
             "Set catalogue.audio_root.",
+        )
+
+
+def _check_join(
+    tracks: Sequence[Track], captions: Mapping[str, str], counts: Mapping[str, int], report: dict[str, int | str]
+) -> None:
+    """Refuse captions of which none joins, and warn where many do not.
+
+    Raises:
+        UserError: with examples of both sides.
+    """
+    source = report.get("captions_from", "the caption table")
+    if not captions:
+        report["warning, captions"] = f"{source} holds no caption"
+        return
+    without = [track.path for track in tracks if not track.caption]
+    examples = f"for example {next(iter(captions))!r} in the table and {(without or ['-'])[0]!r} in the catalogue"
+    if not counts["captions_matched"] and "limit" not in report:
+        raise UserError(
+            f"{source}: none of {len(captions)} captions belongs to one of {len(tracks)} tracks; {examples}.",
+            "Paths or ids must agree up to folders in front and extension; catalogue.captions=null goes without any.",
+        )
+    unmatched, ambiguous = counts["captions_unmatched"], counts["captions_ambiguous"]
+    if unmatched > _FEW * len(captions) or len(without) > _FEW * len(tracks) or ambiguous:
+        report["warning, captions"] = (
+            f"{len(without)} of {len(tracks)} tracks have none ({ambiguous} of them fit several), and {unmatched} of "
+            f"{len(captions)} captions fit no track; {examples}"
         )
 
 
@@ -169,7 +200,9 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
     report: dict[str, int | str] = {"other_files": others.total(), "other_extensions": listed}
     captions = None
     if config.captions == "auto":
-        table = find_captions(folder, [entry.name for entry in entries])
+        table, passed = find_captions(folder, [entry.name for entry in entries])
+        if passed:
+            report["warning, captions"] = "; ".join(passed)
         if table is not None:
             captions = captions_of(table)
             report["captions_from"] = table.source
@@ -227,13 +260,12 @@ def _paths(table: Table) -> tuple[list[str], dict[str, str]]:
     Raises:
         UserError: none can be used, or one is there twice.
     """
-    paths = [path.removeprefix("./") for path in table.texts("path")]
+    paths = [forward(path) for path in table.texts("path")]
     problems = {path: problem for path in paths if (problem := _name_problem(path))}
     if all(path in problems for path in paths):
-        hint = "Use names below catalogue.audio_root without '..', '//' or a leading '/'"
         raise UserError(
             f"{table.place(0)}: {problems[paths[0]]} No path of the {len(paths)} rows can be used.",
-            hint + (", with / instead of \\." if "\\" in paths[0] else "."),
+            "Use names below catalogue.audio_root without '..', '//' or a leading '/'.",
         )
     if len(set(paths)) < len(paths):
         first: dict[str, int] = {}

@@ -65,6 +65,11 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
     timing: dict[str, list[float]] = {}
     counts: Counter[str] = Counter()
     if todo:
+        if max(plan.table["size"].to_pylist(), default=-1) < 0:
+            raise UserError(
+                f"{plan.root}: no file of the {plan.table.num_rows} tracks of {config.input} is there.",
+                "Name the folder that its paths are relative to: --set catalogue.audio_root=...",
+            )
         # also when the songs have moved: the saved plan says where they are
         _show_plan(plan, config, run, save=True)
         if committed:
@@ -89,7 +94,8 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
     """The plan: the saved one where the catalogue is unchanged (headers are then not read again)."""
     catalogue = build_catalogue(config.input, config.catalogue)
     for name, value in catalogue.report.items():
-        console.print(f"catalogue: {name.replace('_', ' ')}: {value}")
+        line = f"catalogue: {name.replace('_', ' ')}: {escape(str(value))}"
+        console.print(f"[yellow]{line}[/yellow]" if name.startswith("warning") or name == "audio" else line)
     # messages name folders, and songs may move, which changes the times of files
     columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
     digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
