@@ -94,7 +94,7 @@ def test_a_low_rate_mp3_has_no_seams_where_blocks_meet() -> None:
 def test_real_tracks_decode_as_by_a_bare_read(data_dir: Path) -> None:
     paths = sorted((data_dir / "tracks").rglob("*.mp3"))
     assert paths
-    for path in paths[1:5]:
+    for path in paths:
         expected, rate = soundfile.read(path, dtype="float32", always_2d=True)
         audio, decoded_rate = decode(path, LIMITS)
         assert decoded_rate == rate

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -203,8 +203,9 @@ def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
                 _check_upper_limits(_told(parts), limits)
             if parts is None or _as_it_is(parts, info):
                 stream.seek(begin)
+                held = parts[0].samples if parts else 0
                 try:
-                    audio = _read(sound, info, limits)
+                    audio = _read(sound, replace(info, frames=min(info.frames, held or info.frames)), limits)
                     check_chunks(stream, audio.shape[1] / info.sample_rate)
                     return audio, info.sample_rate
                 except ClipError as error:
@@ -226,8 +227,9 @@ def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
 def _as_it_is(parts: Sequence[Part], info: AudioInfo) -> bool:
     """Whether the decoder sees the file as its bytes are, so that it need not be cut into parts."""
     (part, *others) = parts
-    differ = abs(part.samples - info.frames) if part.samples else 0
-    return part.whole_file and not others and differ <= TOLERANCE_S * info.sample_rate
+    # an estimate that is too large does no harm: no more is read than the bytes hold
+    reaches_end = info.frames >= part.samples - TOLERANCE_S * info.sample_rate
+    return part.whole_file and not others and reaches_end
 
 
 def _read_parts(parts: Sequence[Part], limits: AudioLimits) -> tuple[np.ndarray, int]:
