@@ -179,7 +179,7 @@ def test_a_folder_that_does_not_exist_is_empty(folder):
     assert folder.sweep_temporary() == 0
 
 
-def test_listing_follows_links_to_folders_and_skips_what_is_no_file(folder, tmp_path):
+def test_listing_follows_links_to_folders_names_broken_ones_and_skips_what_is_no_file(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/song").write_bytes(b"12")
     folder.write("a", b"1")
@@ -188,7 +188,11 @@ def test_listing_follows_links_to_folders_and_skips_what_is_no_file(folder, tmp_
     os.mkfifo(f"{folder.uri}/fifo")
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"{folder.uri}/socket")
-        assert [entry.name for entry in folder.files()] == ["a", "linked/song"]
+        assert [(entry.name, entry.size) for entry in folder.files()] == [
+            ("a", 1),
+            ("dangling", -1),
+            ("linked/song", 2),
+        ]
 
 
 def test_a_link_that_leads_back_is_not_walked_again(folder):

@@ -101,10 +101,15 @@ def explained(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One listed file: its name relative to the listed folder, and its size in bytes."""
+    """One listed file: its name relative to the listed folder, and its size in bytes (-1 for a broken link).
+
+    `version` changes with the content: the ETag of an object, the time of the last change of a local file. It is empty
+    where sizes were not asked for, or the store has none.
+    """
 
     name: str
     size: int
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class Folder:
     def files(self, under: str = "", sizes: bool = True) -> list[Entry]:
         """All files below `under`, in sorted order; empty where the folder does not exist.
 
-        Temporary files of writers are left out.
+        Temporary files of writers are left out. Names are as they are there, also those that `safe_relative` refuses.
         """
         where = self.path(under) if under else self.uri
         with explained(where):
@@ -164,7 +169,11 @@ class Folder:
                 fs, root = self._filesystem()
                 base = f"{root}/{under}" if under else root
                 found = [
-                    Entry(full[len(base) :].lstrip("/"), int(info.get("size") or 0))
+                    Entry(
+                        full[len(base) :].removeprefix("/"),
+                        int(info.get("size") or 0),
+                        str(info.get("ETag") or "").strip('"'),
+                    )
                     for full, info in fs.find(base, detail=True).items()
                     if info.get("type") == "file"
                 ]
@@ -315,10 +324,19 @@ def _walk(base: str, sizes: bool) -> Iterator[Entry]:
         prefix = os.path.relpath(folder, base).replace(os.sep, "/")
         for name in names:
             full = os.path.join(folder, name)
-            if not os.path.isfile(full):
-                continue  # sockets, dangling links
             relative = name if prefix == "." else f"{prefix}/{name}"
-            yield Entry(relative, os.path.getsize(full) if sizes else -1)
+            if os.path.isfile(full):
+                yield _entry(relative, full) if sizes else Entry(relative, -1)
+            elif os.path.islink(full) and not os.path.exists(full):
+                yield Entry(relative, -1)
+
+
+def _entry(name: str, full: str) -> Entry:
+    try:
+        status = os.stat(full)
+    except FileNotFoundError:  # gone since it was listed
+        return Entry(name, -1)
+    return Entry(name, status.st_size, str(status.st_mtime_ns))
 
 
 def _leads_back(folder: str, name: str) -> bool:

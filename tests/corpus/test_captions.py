@@ -130,7 +130,10 @@ def test_captions_come_before_tracks_and_only_the_root_counts(tmp_path):
     folder = Folder.at(str(tmp_path))
 
     def found() -> dict[str, str]:
-        return captions_of(find_captions(folder, [entry.name for entry in folder.files()]))
+        table, passed = find_captions(folder, [entry.name for entry in folder.files()])
+        assert table is not None
+        assert passed == []
+        return captions_of(table)
 
     assert found() == {"a": "from tracks"}
     write(tmp_path / "Captions.json", '[{"path": "a.mp3", "caption": "from captions"}]')
@@ -139,7 +142,32 @@ def test_captions_come_before_tracks_and_only_the_root_counts(tmp_path):
 
 def test_a_table_without_captions_is_passed_over(tmp_path):
     write(tmp_path / "tracks.tsv", "path\tduration\na.mp3\t3\n")
-    assert find_captions(Folder.at(str(tmp_path)), ["tracks.tsv", "a.mp3"]) is None
+    assert find_captions(Folder.at(str(tmp_path)), ["tracks.tsv", "a.mp3"]) == (None, [])
+    write(tmp_path / "captions.csv", "a.mp3,A song without a header\n")
+    table, (passed,) = find_captions(Folder.at(str(tmp_path)), ["tracks.tsv", "captions.csv"])
+    assert table is None
+    assert "captions.csv is not used: it has a.mp3, A song without a header" in passed
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_other_separators_of_a_csv_are_seen_by_its_header(tmp_path, delimiter):
+    write(tmp_path / "c.csv", delimiter.join(["path", "caption"]) + "\n" + delimiter.join(["a.mp3", "a song"]) + "\n")
+    assert load_captions(str(tmp_path / "c.csv")) == {"a": "a song"}
+
+
+@pytest.mark.parametrize(
+    ("path", "song"),
+    [
+        ("C:\\music\\Op. 9 No. 2.mp3", "music/Op. 9 No. 2.mp3"),
+        ("Op. 9 No. 2", "music/Op. 9 No. 2.wav"),
+        ("v1.2", "v1.2.mp3"),
+    ],
+)
+def test_dots_and_windows_separators_do_not_move_a_caption_to_another_song(tmp_path, path, song):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"path": path, "caption": "mine"}) + "\n")
+    others = tracks_at("v1.mp3", "music/Op. 9 No.mp3", "Op.flac")
+    joined, _ = join([*tracks_at(song), *others], load_captions(str(tmp_path / "c.jsonl")))
+    assert [track.caption for track in joined] == ["mine", "", "", ""]
 
 
 def test_leading_folders_and_extensions_need_not_agree():

@@ -121,19 +121,40 @@ def test_a_missing_folder_and_a_file_that_is_no_table_are_named(tmp_path):
         build_catalogue(put(tmp_path, a_dot_mp3=b"") + "/a.mp3", CatalogueConfig())
 
 
-def test_a_file_name_that_cannot_be_read_safely_is_named(tmp_path):
-    put(tmp_path, **{"a\nb.mp3": b"1"})
-    with pytest.raises(UserError, match=r"a\\nb\.mp3"):
-        build_catalogue(str(tmp_path), CatalogueConfig())
+ODD_NAMES = [b"caf\xe9.mp3", b"line\nbreak.mp3", b"tab\tstop.mp3", b"back\\slash.mp3", b"a\x1b[31m.wav"]
 
 
-def test_a_file_name_that_is_no_unicode_is_named(tmp_path):
-    try:
-        Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp3")).write_bytes(b"1")
-    except OSError:
-        pytest.skip("this file system takes only Unicode names")
-    with pytest.raises(UserError, match="not valid Unicode"):
-        build_catalogue(str(tmp_path), CatalogueConfig())
+def test_names_that_no_table_can_hold_are_rows_of_the_quarantine_and_all_of_them(tmp_path):
+    put(tmp_path, a_dot_mp3=b"1", b_dot_mp3=b"22")
+    plain = build_catalogue(str(tmp_path), CatalogueConfig()).tracks
+    for i, name in enumerate(ODD_NAMES):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(b"1" * (i + 3))
+    catalogue = build_catalogue(str(tmp_path), CatalogueConfig())
+    bad = [track for track in catalogue.tracks if track.reason == "bad_name"]
+    assert [track for track in catalogue.tracks if track.status == "ok"] == plain  # ids and order are as before
+    assert len(bad) == catalogue.report["bad_name"] == len(ODD_NAMES)
+    assert len({track.track_id.lower() for track in catalogue.tracks}) == len(ODD_NAMES) + 2
+    for track in bad:
+        assert track.path.isprintable()
+        assert track.path.encode()
+        assert SAFE_ID.fullmatch(track.track_id)
+        assert "not valid Unicode" in track.message or "safe relative path" in track.message
+
+
+def test_a_broken_link_is_a_track_that_decoding_finds_missing(tmp_path):
+    put(tmp_path, a_dot_mp3=b"1")
+    (tmp_path / "gone.mp3").symlink_to(tmp_path / "nowhere.mp3")
+    tracks = build_catalogue(str(tmp_path), CatalogueConfig()).tracks
+    assert [(track.path, track.size) for track in tracks] == [("a.mp3", 1), ("gone.mp3", -1)]
+
+
+def test_bad_paths_of_a_table_are_rows_of_the_quarantine_with_their_line(tmp_path):
+    put(tmp_path, a_dot_mp3=b"1")
+    source = table(tmp_path, "path\na.mp3\n../b.mp3\n/etc/c.mp3\nd//e.mp3\n")
+    tracks = {track.path: track for track in build_catalogue(source, CatalogueConfig()).tracks}
+    assert tracks.pop("a.mp3").status == "ok"
+    assert [track.reason for track in tracks.values()] == ["bad_name"] * 3
+    assert "t.csv, line 3: '../b.mp3'" in tracks["../b.mp3"].message
 
 
 def test_a_table_is_joined_with_one_listing_of_its_folder(tmp_path):
@@ -158,6 +179,20 @@ def test_a_table_whose_audio_is_elsewhere_is_planned_alone_and_says_so(tmp_path)
         assert f"audio not found under {root or tmp_path}" in catalogue.report["audio"]
 
 
+def test_captions_of_which_none_joins_are_an_error_and_few_a_warning_with_the_numbers(tmp_path):
+    folder = put(tmp_path / "in", a_dot_mp3=b"1", b_dot_mp3=b"22", c_dot_mp3=b"333")
+    captions = table(tmp_path, "path,caption\nx.mp3,one\ny.mp3,two\n", "other.csv")
+    with pytest.raises(UserError, match="none of 2 captions belongs to one of 3 tracks") as caught:
+        build_catalogue(folder, CatalogueConfig(captions=captions))
+    assert "'x'" in caught.value.message
+    captions = table(tmp_path, "path,caption\nx.mp3,one\na.mp3,two\n", "other.csv")
+    report = build_catalogue(folder, CatalogueConfig(captions=captions)).report
+    assert "2 of 3 tracks have none" in report["warning, captions"]
+    assert "1 of 2 captions fit no track" in report["warning, captions"]
+    captions = table(tmp_path, "path,caption\na.mp3,one\nb.mp3,two\nc.mp3,three\n", "other.csv")
+    assert "warning, captions" not in build_catalogue(folder, CatalogueConfig(captions=captions)).report
+
+
 def test_captions_can_be_replaced_or_left_out(tmp_path):
     source = table(tmp_path, "path,caption\na.mp3,from the table\n")
     other = table(tmp_path, "path,caption\nx/a.mp3,from the file\n", "other.csv")
@@ -173,7 +208,7 @@ def test_captions_can_be_replaced_or_left_out(tmp_path):
     [
         ("file,duration\na.mp3,1\n", "no column `path`; it has file, duration"),
         ("path\n", "holds no tracks"),
-        ("path\na.mp3\n../b.mp3\n", "line 3: '../b.mp3'"),
+        ("path\n../b.mp3\nc//d.mp3\n", "line 2: '../b.mp3'"),
         ("path\n/etc/b.mp3\n", "line 2: '/etc/b.mp3'"),
         ("path,caption\n,x\n", "line 2: ''"),
         ("path\na.mp3\n./a.mp3\n", "line 3: a.mp3 is also in line 2"),

@@ -124,6 +124,43 @@ def test_a_changed_song_is_refused_and_named(own_songs, run, make_config):
     assert snapshot(run) == before
 
 
+def test_a_song_replaced_by_one_of_equal_size_is_said_at_the_next_launch(own_songs, make_config, tmp_path, capsys):
+    config = make_config(own_songs, tmp_path / "run")
+    assert score_corpus(config) == EXIT_OK
+    capsys.readouterr()
+    assert score_corpus(config) == EXIT_OK
+    assert "changed since" not in capsys.readouterr().out
+    song = own_songs / "kite.wav"
+    song.write_bytes(song.read_bytes()[:-100] + bytes(100))
+    assert score_corpus(config) == EXIT_OK
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 track changed since the run was planned" in shown
+    assert "kite" in shown
+
+
+def test_songs_that_cannot_be_used_by_their_name_are_rows_and_the_job_goes_on(own_songs, make_config, tmp_path):
+    names = [b"caf\xe9.wav", b"line\nbreak.wav", b"back\\slash.wav"]
+    for name in names:
+        shutil.copy(own_songs / "kite.wav", bytes(own_songs) + b"/" + name)
+    (own_songs / "lost.wav").symlink_to(own_songs / "nowhere.wav")
+    assert score_corpus(make_config(own_songs, tmp_path / "run", "max_failures=2")) == EXIT_OK
+    found = rows(tmp_path / "run")
+    bad = [row for row in found if row["reason"] == "bad_name"]
+    assert len(bad) == len(names)
+    assert {(row["status"], row["segment"]) for row in bad} == {("rejected", -1)}
+    assert [row["source"] for row in found if row["reason"] == "unreadable"] == ["lost.wav"]
+    assert "ok" in {row["status"] for row in found if row["source"] == "kite.wav"}
+
+
+def test_a_table_without_any_of_its_songs_is_planned_and_not_run(make_config, tmp_path):
+    (tmp_path / "t.csv").write_text("path,duration\na.mp3,30\nb.mp3,30\nc.mp3,30\nd.mp3,30\n")
+    config = make_config(tmp_path / "t.csv", tmp_path / "run")
+    assert score_corpus(config, plan_only=True) == EXIT_OK
+    with pytest.raises(UserError, match="no file of the 4 tracks") as caught:
+        score_corpus(config)
+    assert "audio_root" in caught.value.hint
+
+
 def test_an_added_song_and_a_changed_caption_are_refused_and_named(own_songs, run, make_config):
     shutil.copy(own_songs / "wave.ogg", own_songs / "zebra.ogg")
     text = (own_songs / "captions.json").read_text()

@@ -222,6 +222,18 @@ def test_headers_give_the_durations_that_a_listing_lacks(tmp_path):
     assert [row["clips"] for row in rows_of(build_plan(build_catalogue(source, blind.catalogue), blind))] == [10] * 5
 
 
+def test_a_file_that_cannot_be_read_does_not_end_planning_while_others_can(tmp_path):
+    for name in "abc":
+        write_audio(tmp_path / f"{name}.wav", np.full((1, 44100 * 6), ord(name) / 1000, np.float32), 44100, "wav")
+    catalogue = build_catalogue(str(tmp_path), config().catalogue)
+    (tmp_path / "b.wav").unlink()
+    plan = build_plan(catalogue, config())
+    rows = rows_of(plan)
+    assert [(row["status"], row["clips"]) for row in rows][1] == ("ok", 1)  # decoding says why
+    assert rows[0]["duration_s"] > 0
+    assert numbers_of(plan, config())["headers not readable"] == 1
+
+
 def test_a_file_that_vanished_before_its_header_was_read_ends_planning_with_its_name(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     catalogue = build_catalogue(str(tmp_path), config().catalogue)

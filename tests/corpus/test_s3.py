@@ -51,6 +51,20 @@ def test_a_bucket_keeps_the_rules_of_a_folder(bucket):
             folder.read(name)
 
 
+def test_keys_with_empty_parts_are_rows_of_the_quarantine_and_collide_with_nothing(bucket):
+    folder = Folder.at(f"{bucket}/odd")
+    fs, root = folder._filesystem()
+    odd = ["d//x.wav", "/x.wav", "d/../x.wav", "d/./x.wav"]
+    for i, name in enumerate(["d/x.wav", "x.wav", *odd]):
+        fs.call_s3("put_object", Bucket=root.split("/")[0], Key=f"odd/{name}", Body=b"1" * (i + 1))
+    tracks = build_catalogue(folder.uri, CatalogueConfig()).tracks
+    assert sorted(track.path for track in tracks if track.status == "ok") == ["d/x.wav", "x.wav"]
+    assert sorted(track.path for track in tracks if track.reason == "bad_name") == sorted(odd)
+    assert len({track.track_id for track in tracks}) == 6
+    assert {track.size for track in tracks if track.status == "ok"} == {1, 2}
+    assert all(track.version for track in tracks)
+
+
 def test_of_eight_threads_that_create_one_object_exactly_one_wins(bucket):
     folder = Folder.at(f"{bucket}/run")
     for attempt in range(5):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def with_config(context: Context, *sets: str) -> Context:
     return replace(context, config=config)
 
 
-def track(path: str, size: int = 1, caption: str = "", **more: Any) -> dict[str, Any]:
+def track(path: str, size: int = -1, caption: str = "", **more: Any) -> dict[str, Any]:
     plan = {"track_id": Path(path).stem, "path": path, "size": size, "split": "train", "caption": caption}
     outcome = {"caption_id": f"id of {caption}", "caption_owner": True, "status": OK, "reason": "", "message": ""}
     return plan | outcome | more
@@ -111,17 +112,32 @@ def test_separating_whole_tracks_gives_the_same_keys_and_at_44100_the_same_mix(c
     )
 
 
+def test_a_file_that_was_replaced_after_planning_fails_and_is_not_taken_for_the_planned_one(context, tmp_path):
+    path = tmp_path / "songs/a.wav"
+    soundfile.write(path, tone(6, 44100), 44100)
+    planned = track("a.wav", path.stat().st_size, version=str(path.stat().st_mtime_ns))
+    assert decoded(context, planned).rows[0]["status"] == OK
+    soundfile.write(path, tone(6, 44100, gain=0.1), 44100)
+    os.utime(path, ns=(1, 1))  # of equal size
+    (row,) = decoded(context, planned).rows
+    assert (row["status"], row["reason"]) == (FAILED, "changed")
+    soundfile.write(path, tone(7, 44100), 44100)
+    (row,) = decoded(context, planned | {"version": ""}).rows
+    assert (row["status"], row["reason"]) == (FAILED, "changed")
+    assert str(path.stat().st_size) in row["message"]
+
+
 @pytest.mark.parametrize(
     ("content", "size", "sets", "status", "reason"),
     [
         (b"", 0, (), FAILED, "empty_file"),
-        (b"hello " * 99, 600, (), FAILED, "not_audio"),
-        (None, 1, (), FAILED, "unreadable"),
-        (tone(3, 44100), 1, (), REJECTED, "too_short"),
-        (tone(6, 8000), 1, (), REJECTED, "sample_rate"),
-        (tone(6, 44100, channels=6), 1, (), REJECTED, "channels"),
-        (tone(6, 44100), 1, ("limits.max_duration_s=5.5",), REJECTED, "too_long"),
-        (tone(6, 44100), 1, ("limits.max_decoded_bytes=100000",), REJECTED, "decoded_size"),
+        (b"hello " * 99, 594, (), FAILED, "not_audio"),
+        (None, -1, (), FAILED, "unreadable"),
+        (tone(3, 44100), -1, (), REJECTED, "too_short"),
+        (tone(6, 8000), -1, (), REJECTED, "sample_rate"),
+        (tone(6, 44100, channels=6), -1, (), REJECTED, "channels"),
+        (tone(6, 44100), -1, ("limits.max_duration_s=5.5",), REJECTED, "too_long"),
+        (tone(6, 44100), -1, ("limits.max_decoded_bytes=100000",), REJECTED, "decoded_size"),
         (tone(6, 44100), 9999, ("limits.max_file_bytes=9998",), REJECTED, "file_size"),
     ],
 )
@@ -178,6 +194,22 @@ def test_measures_are_right_and_silence_is_rejected(context):
     assert full["true_peak_db"] == pytest.approx(-6.02, abs=0.05)
     assert full["silence"] == 0.0
     assert half_silent["silence"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_clip_whose_channels_cancel_is_silent_as_the_models_hear_their_mean(context):
+    sine = waves(0.5)[0]
+    mix = np.stack([np.stack([sine, -sine]), np.stack([sine, 0 * sine]), np.stack([sine, -0.5 * sine])])
+    unit = run_stages(stages(context, "measure"), unit_of(mix=mix))
+    assert [row["reason"] for row in unit.rows] == ["silent", "", ""]
+    assert "the channels cancel" in unit.rows[0]["message"]
+
+
+def test_the_loudest_sample_that_is_music_is_a_setting(context):
+    soundfile.write(f"{context.root}/loud.wav", 40 * tone(6, 44100), 44100, subtype="FLOAT")
+    for peak, reason in ((10, "too_loud"), (20, "")):
+        (decode,) = stages(with_config(context, f"limits.max_peak={peak}"), "decode")
+        rows = decode(Unit("u000000", [track("loud.wav")])).rows
+        assert {row["reason"] for row in rows} == {reason}
 
 
 def test_a_clip_too_quiet_for_the_loudness_gate_has_no_loudness_but_is_ok(context):

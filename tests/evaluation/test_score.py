@@ -106,6 +106,9 @@ def test_a_files_numbers_do_not_depend_on_the_others_nor_on_the_cache(scored, tm
     [
         ("silence.flac", np.zeros((5 * RATE, 2), np.float32), RATE, ("rejected", "silent")),
         ("hum.wav", np.full((RATE, 1), 5e-5, np.float32), RATE, ("rejected", "silent")),
+        ("opposed.flac", music(1, channels=1) * [1, -1], RATE, ("rejected", "silent")),
+        ("int16.wav", music(1) * 32768, RATE, ("rejected", "too_loud")),
+        ("huge.wav", music(1) * 1e37, RATE, ("rejected", "too_loud")),
         ("nan.wav", np.where(np.arange(RATE)[:, None] == 99, np.nan, music(1)), RATE, ("failed", "non_finite")),
         ("infinite.wav", np.full((RATE, 2), np.inf, np.float32), RATE, ("failed", "non_finite")),
         ("sample.wav", np.ones((1, 1), np.float32), RATE, ("rejected", "too_short")),

@@ -23,6 +23,9 @@ RATE = 44100
 CPU = EncodingConfig(device="cpu")
 
 
+NAMES = ("0.wav", "1.wav", "copy.wav", "2.wav", "text.wav", "absent.wav", "opposed.wav", "int16.wav", "0.wav")
+
+
 def tone(hertz: float, seconds: float = 2.0) -> np.ndarray:
     t = np.arange(round(seconds * RATE)) / RATE
     noise = np.random.default_rng(round(hertz)).normal(scale=0.05, size=len(t))
@@ -31,12 +34,14 @@ def tone(hertz: float, seconds: float = 2.0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory):
-    """Three clips, a copy of the first one, and a file that is none."""
+    """Three clips, a copy of the first one, a file that is none, and two that nobody can hear as music."""
     folder = tmp_path_factory.mktemp("audio")
     for i in range(3):
         soundfile.write(folder / f"{i}.wav", tone(200 + 100 * i), RATE)
     shutil.copy(folder / "0.wav", folder / "copy.wav")
     (folder / "text.wav").write_text("no music")
+    soundfile.write(folder / "opposed.wav", np.stack([tone(200), -tone(200)], axis=1), RATE)
+    soundfile.write(folder / "int16.wav", 32768 * tone(200), RATE, subtype="FLOAT")
     return folder
 
 
@@ -44,7 +49,7 @@ def audio(tmp_path_factory):
 def made(audio, tmp_path_factory):
     """Features of all of them and of two prompts, and the run folder."""
     run = Folder.at(str(tmp_path_factory.mktemp("run")))
-    clips = [str(audio / name) for name in ("0.wav", "1.wav", "copy.wav", "2.wav", "text.wav", "absent.wav", "0.wav")]
+    clips = [str(audio / name) for name in NAMES]
     return extract(clips, ["", "slow", "fast", "slow"], "debug", run, CPU), run
 
 
@@ -64,11 +69,13 @@ def test_features_are_those_of_the_scorer_and_equal_clips_share_them(made, audio
 
 def test_each_distinct_clip_is_stored_once_and_bad_ones_have_their_reason(made, audio):
     found, run = made
-    assert set(found.failed) == {str(audio / "text.wav"), str(audio / "absent.wav")}
+    assert set(found.failed) == {str(audio / name) for name in ("text.wav", "absent.wav", "opposed.wav", "int16.wav")}
+    assert "silent" in found.failed[str(audio / "opposed.wav")]
+    assert "too_loud" in found.failed[str(audio / "int16.wav")]
     assert "not_audio" in found.failed[str(audio / "text.wav")]
     assert "not found" in found.failed[str(audio / "absent.wav")]
     (part,) = [entry.name for entry in run.files("features") if entry.name.startswith("clip")]
-    assert pq.read_table(run.path(f"features/{part}")).num_rows == 4  # three clips and the text
+    assert pq.read_table(run.path(f"features/{part}")).num_rows == 6  # three clips and what is no music
 
 
 def test_relaunching_encodes_only_what_is_new(made, audio, tmp_path, monkeypatch):

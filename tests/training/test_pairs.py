@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -277,6 +278,36 @@ def test_systems_are_held_out_and_must_be_named():
     assert {row.reason for row in dropped} == {"across_splits"}
     with pytest.raises(UserError, match="row 5"):
         split_pairs([pair(5, system_a="s")], PairSplit(by="system"))
+
+
+def test_votes_on_the_same_two_clips_stay_in_one_split_whichever_clip_came_first():
+    votes = [replace(pair(i % 100), id=f"v{i}") for i in range(400)]
+    votes = [replace(vote, a=vote.b, b=vote.a, target=0.0) if i % 3 else vote for i, vote in enumerate(votes)]
+    splits, dropped = split_pairs(votes, PairSplit(by="pair", validation=0.2, test=0.2))
+    assert dropped == []
+    clips = {split: {frozenset((vote.a, vote.b)) for vote in members} for split, members in splits.items()}
+    assert not clips["train"] & clips["test"]
+    assert not clips["train"] & clips["validation"]
+    assert not clips["validation"] & clips["test"]
+    assert {split: len(members) for split, members in splits.items()} == {k: 4 * len(v) for k, v in clips.items()}
+
+
+def test_ties_alone_and_no_votes_are_named_as_what_they_are():
+    with pytest.raises(UserError, match="all 50 votes are ties"):
+        split_pairs([replace(pair(i), target=0.5) for i in range(50)], PairSplit(by="pair"))
+    with pytest.raises(UserError, match="no vote can be used"):
+        split_pairs([], PairSplit(by="pair"))
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_tables_of_votes_may_have_another_separator(tmp_path, separator):
+    rows = [["a", "b", "label"], ["1.wav", "2.wav", "a"], ["2.wav", "3.wav", "b"]]
+    (tmp_path / "votes.csv").write_text("".join(separator.join(row) + "\n" for row in rows))
+    pairs, _ = read_pairs([source(tmp_path / "votes.csv")])
+    assert [(Path(vote.a).name, Path(vote.b).name, vote.target) for vote in pairs] == [
+        ("1.wav", "2.wav", 1.0),
+        ("2.wav", "3.wav", 0.0),
+    ]
 
 
 def test_an_empty_split_is_refused():

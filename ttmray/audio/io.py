@@ -7,9 +7,9 @@ MP3 decoders keep the encoder's delay, and stems and mixes decoded by different 
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -17,18 +17,30 @@ import soundfile
 import soxr
 from scipy.io import wavfile
 
+from ttmray.audio.survey import (
+    FORMATS,
+    TOLERANCE_S,
+    Part,
+    check_chunks,
+    mismatch,
+    survey,
+    tells_length,
+    truncated,
+)
 from ttmray.errors import ClipError
 
 AUDIO_EXTENSIONS: frozenset[str] = frozenset({".wav", ".flac", ".mp3", ".ogg"})
 """File name extensions of audio, in lower case; match names case-insensitively."""
 
+READING = 2
+"""Version of the rules by which files are read; what was measured under another is measured again."""
+
 Source = str | os.PathLike[str] | BinaryIO
 
 _BLOCK_FRAMES = 1 << 15  # decoded at a time; checked and transposed while it is in the cache
-_TRUNCATION_TOLERANCE_S = 0.1  # encoder delay and padding in MP3 are below this
-_UNREAD_SHARE = 0.05  # of an MP3 after its last decoded frame: more than tags take at the end of a song
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 where a header does not give the length
-_STREAMED_WAV_BYTES = 0x7FFF0000  # who writes WAV into a pipe puts 0x7FFFxxxx or 0xFFFFFFFF as data size
+_NO_LENGTH = "neither its header nor its bytes give the length; re-encode the file"
+_PROBE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,13 @@ class AudioLimits:
     min_sample_rate: int = 16000
     max_sample_rate: int = 192000
     max_decoded_bytes: int = 2 * 1024**3
+    max_peak: float = 10.0
+    """Largest sample, full scale 1.0: 10 is +20 dBFS, which no music is and samples in integer range always are."""
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of a file says; `frames` of an MP3 without Xing header is an estimate."""
+    """What header and bytes of a file say."""
 
     sample_rate: int
     channels: int
@@ -68,55 +82,82 @@ class _ForwardFile(soundfile.SoundFile):
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[tuple[BinaryIO, int, _ForwardFile]]:
-    """Stream at the decoder's position, its size in bytes, and the decoder; closes only what it opened."""
+def _stream(source: Source) -> Iterator[BinaryIO]:
+    """Unbuffered stream, so that its position is the decoder's, too; closes only what it opened."""
     if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb", buffering=0) as file, _opened(file) as opened:
-            yield opened
+        with open(source, "rb", buffering=0) as file, _stream(file) as stream:
+            yield stream
         return
-    size = source.seek(0, os.SEEK_END)
-    source.seek(0)
-    if size == 0:
+    if source.seek(0, os.SEEK_END) == 0:
         raise ClipError("failed", "empty_file", "0 bytes")
+    yield source
+
+
+@contextmanager
+def _sound(stream: BinaryIO) -> Iterator[_ForwardFile]:
+    stream.seek(0)
     # By descriptor or file object, never by name: libsndfile then goes by content, not by the extension.
-    handle = source.fileno() if isinstance(source, io.FileIO) else source
+    handle = stream.fileno() if isinstance(stream, io.FileIO) else stream
     try:
         sound = _ForwardFile(handle, closefd=False)
     except soundfile.LibsndfileError as error:
         raise ClipError("failed", "not_audio", f"cannot be decoded: {error.error_string}") from error
     with sound:
-        yield source, size, sound
-
-
-def _header(sound: soundfile.SoundFile) -> AudioInfo:
-    if sound.frames >= _UNKNOWN_FRAMES:
-        raise ClipError("failed", "unknown_length", "the header does not give the length; re-encode the file")
-    return AudioInfo(sound.samplerate, sound.channels, sound.frames)
+        if sound.format not in FORMATS:
+            message = f"{sound.format_info} has no length that can be checked; convert it to WAV or FLAC"
+            raise ClipError("failed", "unsupported_format", message)
+        yield sound
 
 
 def probe(source: Source) -> AudioInfo:
-    """Read the header of a local file or seekable file object.
+    """Length of a local file or seekable file object without decoding it.
+
+    Where libsndfile finds no length, or only an estimate (an MP3 without a frame count), all bytes are read, of files
+    up to 256 MiB.
 
     Raises:
-        ClipError: failed/`empty_file`, failed/`not_audio` or failed/`unknown_length`.
+        ClipError: failed/`empty_file`, `not_audio`, `unsupported_format`, `unknown_length`, `truncated` or
+            `length_mismatch`.
         OSError: if the file cannot be opened.
     """
-    with _opened(source) as (_, _, sound):
-        return _header(sound)
+    with _stream(source) as stream:
+        told, format = None, None
+        try:
+            with _sound(stream) as sound:
+                told, format = AudioInfo(sound.samplerate, sound.channels, sound.frames), sound.format
+        except ClipError as error:
+            if error.reason != "not_audio":
+                raise
+            problem = error
+        if told is not None:
+            if told.frames < _UNKNOWN_FRAMES and (format != "MP3" or tells_length(stream)):
+                return told
+            problem = ClipError("failed", "unknown_length", _NO_LENGTH)
+        parts = survey(stream, format) if stream.seek(0, os.SEEK_END) <= _PROBE_BYTES else None
+        if parts is None or not parts[0].samples:
+            raise problem
+        return _told(parts)
+
+
+def _told(parts: Sequence[Part]) -> AudioInfo:
+    """Rate of the first part, channels of the widest, frames of all together."""
+    rate = parts[0].rate
+    return AudioInfo(
+        rate, max(part.channels for part in parts), sum(round(part.samples * rate / part.rate) for part in parts)
+    )
 
 
 def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndarray, int]:
-    """Decode a whole file at its own sample rate.
+    """Decode a whole file at its own sample rate, or say why it cannot be had as a whole.
 
-    Upper limits are checked on the header before anything is decoded, and no more frames than the header
-    gives are ever decoded, so a header that lies costs address space at most.
+    Upper limits are checked on what header and bytes say before anything is decoded, and no more frames than that are
+    ever decoded, so a header that lies costs address space at most.
 
-    What `truncated` catches (found by experiment with libsndfile 1.2.2): FLAC, by its decoder's error; WAV,
-    by comparing the size of the data chunk with that of the file, as libsndfile itself quietly adapts; MP3
-    with a Xing or Info header. What cannot be seen: a cut MP3 without such a header and a cut Ogg, whose
-    length follows from the bytes that are there, and a loss of less than 0.1 s (FLAC: any loss is seen). Of
-    an MP3 without a length header, libsndfile decodes only as much as it estimated; with a variable bit rate
-    that can be far too little, and is `unknown_length` if more than 5 % of the file is left over.
+    What the header promises, what the bytes hold (`survey`) and what the decoder gives must agree within 0.1 s. Where a
+    header promises nothing or less than there is (MP3, FLAC, a WAV that was never closed), all that the bytes hold is
+    decoded; joined files are decoded one after the other, at the rate of the first. Where sound is missing or the bytes
+    inside are damaged by more than that, the file fails. Not seen are a loss of less, damage that leaves the frames of
+    an MP3 in place, and an MP3 without frame count that was cut: nothing says how long it was.
 
     Args:
         source: local path, or seekable binary file object in memory or on a local disk, which is read from
@@ -130,18 +171,16 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
         it), and the sample rate in Hz.
 
     Raises:
-        ClipError: failed/`empty_file`, `not_audio`, `truncated`, `unknown_length`, `non_finite`;
-            rejected/`sample_rate`, `channels`, `too_short`, `too_long`, `decoded_size`.
+        ClipError: failed/`empty_file`, `not_audio`, `unsupported_format`, `truncated`, `length_mismatch`,
+            `unknown_length`, `non_finite`; rejected/`sample_rate`, `channels`, `too_short`, `too_long`, `too_loud`,
+            `decoded_size`.
         OSError: if the file cannot be opened.
     """
     try:
-        with _opened(source) as (stream, size, sound):
-            info = _header(sound)
-            _check_upper_limits(info, limits)
-            audio = _read(sound, info)
-            _check_complete(stream, size, sound.format, info, audio.shape[1])
-        # After decoding, as an MP3's header may promise a little too much, or far too little.
-        duration_s = audio.shape[1] / info.sample_rate
+        with _stream(source) as stream:
+            audio, rate = _decode(stream, limits)
+        # After decoding, as an MP3's header may promise a little too much.
+        duration_s = audio.shape[1] / rate
         if duration_s < limits.min_duration_s:
             message = f"{duration_s:.2f} s, shorter than {limits.min_duration_s:g} s"
             raise ClipError("rejected", "too_short", message)
@@ -149,11 +188,79 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
         if name:
             raise ClipError(error.status, error.reason, f"{name}: {error.message}") from error
         raise
-    return audio, info.sample_rate
+    return audio, rate
+
+
+def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
+    try:
+        with _sound(stream) as sound:
+            info, format = AudioInfo(sound.samplerate, sound.channels, sound.frames), sound.format
+            if format != "MP3" and info.frames < _UNKNOWN_FRAMES:
+                _check_upper_limits(info, limits)  # before the bytes are read
+            begin = stream.tell()
+            parts = survey(stream, format)
+            if parts is not None and all(part.samples for part in parts):
+                _check_upper_limits(_told(parts), limits)
+            if parts is None or _as_it_is(parts, info):
+                stream.seek(begin)
+                held = parts[0].samples if parts else 0
+                try:
+                    audio = _read(sound, replace(info, frames=min(info.frames, held or info.frames)), limits)
+                    check_chunks(stream, audio.shape[1] / info.sample_rate)
+                    return audio, info.sample_rate
+                except ClipError as error:
+                    if error.reason != "truncated" or parts is None or format != "MP3":
+                        raise
+                    # mpg123 stumbles over what stands behind the frames; the parts have nothing there
+    except ClipError as error:
+        if error.reason != "not_audio":
+            raise
+        parts = survey(stream, None)
+        if parts is None:
+            check_chunks(stream, 0.0)  # libsndfile refuses a CAF that was cut
+            raise
+        if all(part.samples for part in parts):
+            _check_upper_limits(_told(parts), limits)
+    return _read_parts(parts, limits)
+
+
+def _as_it_is(parts: Sequence[Part], info: AudioInfo) -> bool:
+    """Whether the decoder sees the file as its bytes are, so that it need not be cut into parts."""
+    (part, *others) = parts
+    # an estimate that is too large does no harm: no more is read than the bytes hold
+    reaches_end = info.frames >= part.samples - TOLERANCE_S * info.sample_rate
+    return part.whole_file and not others and reaches_end
+
+
+def _read_parts(parts: Sequence[Part], limits: AudioLimits) -> tuple[np.ndarray, int]:
+    waves: list[np.ndarray] = []
+    rate = frames = 0
+    for part in parts:
+        stream = io.BytesIO(part.file())
+        with _sound(stream) as sound:
+            info = AudioInfo(sound.samplerate, sound.channels, sound.frames)
+            rate = rate or info.sample_rate
+            frames += round(info.frames * rate / info.sample_rate)
+            _check_upper_limits(AudioInfo(rate, info.channels, frames), limits)
+            wave = _read(sound, info, limits)
+            if not part.samples:
+                check_chunks(stream, wave.shape[1] / info.sample_rate)
+        if abs(part.samples - wave.shape[1]) > TOLERANCE_S * info.sample_rate and part.samples:
+            held_s, promised_s = wave.shape[1] / info.sample_rate, part.samples / info.sample_rate
+            raise mismatch(held_s, f"its bytes are {promised_s:.2f} s")
+        waves.append(resample(wave, info.sample_rate, rate))
+    if len(waves) == 1:
+        return waves[0], rate
+    channels = max(len(wave) for wave in waves)
+    if any(len(wave) not in (1, channels) for wave in waves):
+        raise ClipError("rejected", "channels", f"parts of {sorted({len(wave) for wave in waves})} channels, joined")
+    return np.concatenate([np.broadcast_to(wave, (channels, wave.shape[1])) for wave in waves], axis=1), rate
 
 
 def _check_upper_limits(info: AudioInfo, limits: AudioLimits) -> None:
     low, high = limits.min_sample_rate, limits.max_sample_rate
+    if info.frames >= _UNKNOWN_FRAMES:
+        raise ClipError("failed", "unknown_length", _NO_LENGTH)
     if not low <= info.sample_rate <= high:
         raise ClipError("rejected", "sample_rate", f"{info.sample_rate} Hz, outside {low} to {high} Hz")
     if info.channels > limits.max_channels:
@@ -167,75 +274,40 @@ def _check_upper_limits(info: AudioInfo, limits: AudioLimits) -> None:
         raise ClipError("rejected", "decoded_size", message)
 
 
-def _read(sound: _ForwardFile, info: AudioInfo) -> np.ndarray:
+def _read(sound: _ForwardFile, info: AudioInfo, limits: AudioLimits) -> np.ndarray:
+    """All samples (channels, frames) that the decoder gives, which are as many as it promised."""
+    if info.frames >= _UNKNOWN_FRAMES:
+        raise ClipError("failed", "unknown_length", _NO_LENGTH)
     # Pages of np.empty that are never written take no memory, so a header may promise too much.
     audio = np.empty((info.channels, info.frames), dtype=np.float32)
     buffer = np.empty((_BLOCK_FRAMES, info.channels), dtype=np.float32)
-    done = 0
+    done, peak = 0, 0.0
     while done < info.frames:
         try:
             block = sound.read(out=buffer[: info.frames - done])
         except soundfile.LibsndfileError as error:
-            raise _truncated(done, info, error.error_string) from error
+            raise truncated(done / info.sample_rate, info.duration_s, error.error_string) from error
         if len(block) == 0:
             break
-        if not np.isfinite(block).all():
+        low, high = float(block.min()), float(block.max())
+        if not math.isfinite(low + high):
             message = f"NaN or infinite samples after {done / info.sample_rate:.2f} s"
             raise ClipError("failed", "non_finite", message)
+        peak = max(peak, -low, high)
         audio[:, done : done + len(block)] = block.T
         done += len(block)
-    # MP3 estimates are off by a fraction of a per cent: then a view does. It must not keep much more alive.
-    return audio[:, :done] if done > 0.99 * info.frames else audio[:, :done].copy()
+    if peak > limits.max_peak:
+        raise ClipError("rejected", "too_loud", _too_loud(peak, limits.max_peak))
+    if info.frames - done > TOLERANCE_S * info.sample_rate:
+        raise truncated(done / info.sample_rate, info.duration_s)
+    return audio[:, :done]
 
 
-def _truncated(done: int, info: AudioInfo, why: str) -> ClipError:
-    seconds = f"{done / info.sample_rate:.2f} of {info.duration_s:.2f} s"
-    return ClipError("failed", "truncated", f"{seconds} can be decoded: {why}")
-
-
-def _check_complete(stream: BinaryIO, size: int, format: str, info: AudioInfo, done: int) -> None:
-    """Raise if less was decoded than the file should hold. `stream` stands where the decoder stopped."""
-    position = stream.tell()
-    if format == "MP3" and not _mp3_gives_length(stream):
-        if done >= info.frames and size - position > _UNREAD_SHARE * size:
-            message = f"no Xing header, and {size - position} of {size} bytes lie after the estimated end"
-            raise ClipError("failed", "unknown_length", message)
-        return
-    if info.frames - done > _TRUNCATION_TOLERANCE_S * info.sample_rate:
-        raise _truncated(done, info, "the file ends early")
-    if format in ("WAV", "WAVEX"):
-        missing_s = _wav_missing_s(stream, size)
-        if missing_s > _TRUNCATION_TOLERANCE_S:
-            raise ClipError("failed", "truncated", f"the data chunk lacks its last {missing_s:.2f} s")
-
-
-def _mp3_gives_length(stream: BinaryIO) -> bool:
-    """Whether the first MPEG frame, after an ID3v2 tag if there is one, is a Xing or Info header."""
-    stream.seek(0)
-    tag = stream.read(10)
-    start = 0
-    if tag[:3] == b"ID3" and len(tag) == 10:
-        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-    stream.seek(start)
-    frame = stream.read(64)  # the marker follows 4 bytes of header and at most 32 of side information
-    return b"Xing" in frame or b"Info" in frame
-
-
-def _wav_missing_s(stream: BinaryIO, size: int) -> float:
-    """Seconds by which the data chunk of a WAV file reaches past the end; 0 if its size is not given."""
-    position, bytes_per_second = 12, 0
-    while position + 8 <= size:
-        stream.seek(position)
-        chunk = stream.read(24)
-        length = int.from_bytes(chunk[4:8], "little")
-        if chunk[:4] == b"fmt ":
-            bytes_per_second = int.from_bytes(chunk[16:20], "little")
-        elif chunk[:4] == b"data":
-            if length >= _STREAMED_WAV_BYTES or bytes_per_second == 0:
-                return 0.0
-            return max(0, position + 8 + length - size) / bytes_per_second
-        position += 8 + length + length % 2
-    return 0.0
+def _too_loud(peak: float, most: float) -> str:
+    level = f"sample peak {peak:.6g} ({20 * math.log10(peak):+.1f} dBFS), more than {most:g}"
+    scales = {bits: 2.0 ** (bits - 1) for bits in (16, 24, 32)}
+    likely = [bits for bits, scale in scales.items() if scale / 1000 < peak <= scale]
+    return level + (f"; float samples in the range of {likely[0]}-bit integers? divide them first" if likely else "")
 
 
 def resample(x: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import json
 import posixpath
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,12 @@ COLUMNS = {
     "duration_s": ("duration_s", "duration"),
 }
 """Columns that are read, each with the header names that it goes by."""
+_EXTENSION = re.compile(
+    r"(?<=[^/])\.(wave?|flac|mp[1-4]|og[ga]|opus|m4a|aac|wma|aif[fc]?|au|snd|caf|w64|rf64|wv|ape|midi?|webm|np[yz]|pt|json"
+    r"|txt|csv|lab)$",
+    re.IGNORECASE,
+)
+_SEPARATORS = ",;\t|"
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,8 @@ def read_table(source: str) -> Table:
         raise UserError(f"{source}, line {line}: not UTF-8 ({error.reason}).", "Save it as UTF-8.") from error
     if name.endswith((".json", ".jsonl")):
         return _read_json(source, text, lines=name.endswith(".jsonl"))
-    return _read_delimited(source, text, "\t" if name.endswith(".tsv") else ",")
+    known = {alias for aliases in COLUMNS.values() for alias in aliases}
+    return _read_delimited(source, text, delimiter(text, "\t" if name.endswith(".tsv") else ",", known))
 
 
 def load_captions(source: str) -> dict[str, str]:
@@ -150,7 +157,7 @@ def captions_of(table: Table) -> dict[str, str]:
         caption = " ".join(raw.split())
         if not caption:
             continue
-        key = without_extension(path.removeprefix("./")) if path else track_id
+        key = without_extension(forward(path)) if path else track_id
         if not key:
             raise UserError(f"{table.place(row)}: a caption without path or id.", "Fill it or remove the row.")
         if captions.setdefault(key, caption) != caption:
@@ -162,22 +169,31 @@ def captions_of(table: Table) -> dict[str, str]:
     return captions
 
 
-def find_captions(folder: Folder, names: Iterable[str]) -> Table | None:
+def find_captions(folder: Folder, names: Iterable[str]) -> tuple[Table | None, list[str]]:
     """The caption table that lies at the root of a folder of songs, for `catalogue.captions: auto`.
 
     `captions.*` comes before `tracks.*`; a table without the needed columns is passed over.
 
     Args:
         names: the files of the folder, as listed; only those at its root are looked at.
+
+    Returns:
+        The table, and what to tell of tables called `captions.*` that have none.
     """
+    passed: list[str] = []
     tables = {name.lower(): name for name in names if "/" not in name and is_table(name)}
     suffixes = [suffix + gz for suffix in TABLE_SUFFIXES for gz in ("", ".gz")]
-    for name in [stem + suffix for stem in ("captions", "tracks") for suffix in suffixes]:
+    for stem, name in [(stem, stem + suffix) for stem in ("captions", "tracks") for suffix in suffixes]:
         if name in tables:
             table = read_table(folder.path(tables[name]))
             if "caption" in table.columns and {"path", "track_id"} & table.columns.keys():
-                return table
-    return None
+                return table, passed
+            if stem == "captions":
+                header = ", ".join(table.header) or "no columns"
+                passed.append(
+                    f"{table.source} is not used: it has {header}, but not `caption` and `path` or `track_id`"
+                )
+    return None, passed
 
 
 def join(tracks: Sequence[Track], captions: dict[str, str]) -> tuple[list[Track], dict[str, int]]:
@@ -220,8 +236,13 @@ def join(tracks: Sequence[Track], captions: dict[str, str]) -> tuple[list[Track]
 
 
 def without_extension(path: str) -> str:
-    """`path` without a file extension of one to five letters or digits."""
-    return re.sub(r"(?<=[^/])\.[A-Za-z0-9]{1,5}$", "", path)
+    """`path` without the file extension of sound or of what is kept beside it: `Op. 9 No. 2` keeps its dots."""
+    return _EXTENSION.sub("", path)
+
+
+def forward(path: str) -> str:
+    """A path of a table as names below a folder: Windows' separators turned, and without a leading `./`."""
+    return path.replace("\\", "/").removeprefix("./")
 
 
 def _by_end(paths: Sequence[str]) -> dict[str, list[int]]:
@@ -248,6 +269,22 @@ def _best(paths: Sequence[str], index: dict[str, list[int]], path: str) -> list[
         _, slash, path = path.partition("/")
         if not slash:
             return []
+
+
+def delimiter(text: str, usual: str, known: Collection[str]) -> str:
+    """The separator under which the header has most columns that are known; spreadsheets of some countries write `;`.
+
+    Args:
+        text: of the table.
+        usual: what its name lets expect, and what holds where others are no better.
+        known: names of columns in lower case.
+    """
+    header = text.partition("\n")[0]
+
+    def columns(separator: str) -> int:
+        return sum(cell.strip().strip('"').lower() in known for cell in header.split(separator))
+
+    return max(usual + _SEPARATORS, key=columns)  # the first of equals
 
 
 def _read_delimited(source: str, text: str, delimiter: str) -> Table:

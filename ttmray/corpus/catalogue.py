@@ -6,10 +6,9 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from ttmray.audio.io import AUDIO_EXTENSIONS
@@ -17,6 +16,7 @@ from ttmray.corpus.captions import (
     Table,
     captions_of,
     find_captions,
+    forward,
     is_table,
     join,
     load_captions,
@@ -25,12 +25,15 @@ from ttmray.corpus.captions import (
 from ttmray.corpus.config import CatalogueConfig
 from ttmray.corpus.track import Track
 from ttmray.errors import UserError
-from ttmray.storage import Folder, absolute, read_file, safe_relative, split_path
+from ttmray.storage import Entry, Folder, absolute, read_file, safe_relative, split_path
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 22
 THREADS = 8
+BAD_NAME = "bad_name"
+_FEW = 0.1
+"""Share of captions, or of tracks, that may go without the other and nobody is warned."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ def build_catalogue(input: str, config: CatalogueConfig) -> Catalogue:
     else:
         tracks, counts = join(tracks, captions)
         report.update(counts)
+        _check_join(tracks, captions, counts, report)
     if config.exclude is not None:
         tracks = _exclude(tracks, config.exclude, report)
     if config.duplicates == "reject":
@@ -95,6 +99,33 @@ def check_songs(input: str, config: CatalogueConfig) -> None:
         raise UserError(
             f"{input}: none of its {len(tracks)} tracks, such as {tracks[0].path}, is there under {root}.",
             "Set catalogue.audio_root.",
+        )
+
+
+def _check_join(
+    tracks: Sequence[Track], captions: Mapping[str, str], counts: Mapping[str, int], report: dict[str, int | str]
+) -> None:
+    """Refuse captions of which none joins, and warn where many do not.
+
+    Raises:
+        UserError: with examples of both sides.
+    """
+    source = report.get("captions_from", "the caption table")
+    if not captions:
+        report["warning, captions"] = f"{source} holds no caption"
+        return
+    without = [track.path for track in tracks if not track.caption]
+    examples = f"for example {next(iter(captions))!r} in the table and {(without or ['-'])[0]!r} in the catalogue"
+    if not counts["captions_matched"] and "limit" not in report:
+        raise UserError(
+            f"{source}: none of {len(captions)} captions belongs to one of {len(tracks)} tracks; {examples}.",
+            "Paths or ids must agree up to folders in front and extension; catalogue.captions=null goes without any.",
+        )
+    unmatched, ambiguous = counts["captions_unmatched"], counts["captions_ambiguous"]
+    if unmatched > _FEW * len(captions) or len(without) > _FEW * len(tracks) or ambiguous:
+        report["warning, captions"] = (
+            f"{len(without)} of {len(tracks)} tracks have none ({ambiguous} of them fit several), and {unmatched} of "
+            f"{len(captions)} captions fit no track; {examples}"
         )
 
 
@@ -131,7 +162,7 @@ def _slug(stem: str) -> str:
 
 
 def _digest(path: str) -> str:
-    return hashlib.sha256(path.encode()).hexdigest()
+    return hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest()
 
 
 _Found = tuple[Folder, list[Track], dict[str, int | str], dict[str, str] | None]
@@ -146,27 +177,32 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
                 f"{folder} is neither a folder nor a table of tracks.",
                 "Give a folder of songs, or a .csv, .tsv, .json, .jsonl or .parquet file.",
             )
-    entries = [e for e in folder.files() if not any(part.startswith(".") for part in e.name.split("/"))]
+    entries = [e for e in folder.files() if not any(_is_hidden(part) for part in e.name.split("/"))]
     extension = [os.path.splitext(entry.name)[1].lower() for entry in entries]
     audio = [entry for entry, kind in zip(entries, extension, strict=True) if kind in AUDIO_EXTENSIONS]
     others = Counter(kind or "(none)" for kind in extension if kind not in AUDIO_EXTENSIONS)
-    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(others.items()))
+    listed = ", ".join(f"{_shown(kind)} {count}" for kind, count in sorted(others.items()))
     if not audio:
         raise UserError(
             f"{folder} holds no audio: " + (f"only other files ({listed})." if others else "it is empty."),
             f"Searched, at any depth, for {', '.join(sorted(AUDIO_EXTENSIONS))}; hidden files do not count.",
         )
-    for entry in audio:
-        _check_path(entry.name, folder.__str__)
-    audio.sort(key=lambda entry: entry.name)
-    ids = track_ids([entry.name for entry in audio])
+    problems = {entry.name: problem for entry in audio if (problem := _name_problem(entry.name))}
     tracks = [
-        Track(track_id=track_id, path=entry.name, size=entry.size) for track_id, entry in zip(ids, audio, strict=True)
+        Track(track_id=track_id, path=_path(entry.name, problems), size=entry.size, version=entry.version)
+        for track_id, entry in zip(_ids([entry.name for entry in audio], problems), audio, strict=True)
     ]
+    tracks = [
+        _rejected(track, BAD_NAME, problems[entry.name]) if entry.name in problems else track
+        for track, entry in zip(tracks, audio, strict=True)
+    ]
+    tracks.sort(key=lambda track: track.path)
     report: dict[str, int | str] = {"other_files": others.total(), "other_extensions": listed}
     captions = None
     if config.captions == "auto":
-        table = find_captions(folder, [entry.name for entry in entries])
+        table, passed = find_captions(folder, [entry.name for entry in entries])
+        if passed:
+            report["warning, captions"] = "; ".join(passed)
         if table is not None:
             captions = captions_of(table)
             report["captions_from"] = table.source
@@ -182,46 +218,55 @@ def _from_table(source: str, config: CatalogueConfig) -> _Found:
         )
     if len(table) == 0:
         raise UserError(f"{source} holds no tracks.", "Check that it is the right file.")
-    paths = _paths(table)
+    paths, problems = _paths(table)
     durations = _durations(table)
     artists, albums = table.texts("artist_id"), table.texts("album_id")
     captions = table.texts("caption") if config.captions == "auto" else [""] * len(table)
     root = Folder.at(config.audio_root) if config.audio_root is not None else split_path(source)[0]
-    sizes = {entry.name: entry.size for entry in root.files()}
+    there = {entry.name: entry for entry in root.files()}
     report: dict[str, int | str] = {}
-    found = any(path in sizes for path in paths)
+    found = any(path in there for path in paths)
     if not found:
         report["audio"] = f"audio not found under {root}: planning from the table alone (see catalogue.audio_root)"
     if config.captions == "auto" and "caption" in table.columns:
         report["captions_from"] = source
     tracks = []
     order = sorted(range(len(paths)), key=paths.__getitem__)
-    ids = track_ids([paths[row] for row in order])
+    ids = _ids([paths[row] for row in order], problems)
     for track_id, row in zip(ids, order, strict=True):
         path = paths[row]
-        size = sizes.get(path, -1)
-        missing = found and size < 0
-        tracks.append(
-            Track(
-                track_id=track_id,
-                path=path,
-                size=size,
-                duration_s=durations[row],
-                caption=" ".join(captions[row].split()),
-                artist_id=artists[row],
-                album_id=albums[row],
-                status="rejected" if missing else "ok",
-                reason="missing" if missing else "",
-                message=f"not found under {root}" if missing else "",
-            )
+        entry = there.get(path, Entry(path, -1))
+        track = Track(
+            track_id=track_id,
+            path=_path(path, problems),
+            size=entry.size,
+            version=entry.version,
+            duration_s=durations[row],
+            caption=" ".join(captions[row].split()),
+            artist_id=artists[row],
+            album_id=albums[row],
         )
+        if path in problems:
+            track = _rejected(track, BAD_NAME, f"{table.place(row)}: {problems[path]}")
+        elif found and entry.size < 0:
+            track = _rejected(track, "missing", f"not found under {root}")
+        tracks.append(track)
     return root, tracks, report, None
 
 
-def _paths(table: Table) -> list[str]:
-    paths = [path.removeprefix("./") for path in table.texts("path")]
-    for row, path in enumerate(paths):
-        _check_path(path, partial(table.place, row))
+def _paths(table: Table) -> tuple[list[str], dict[str, str]]:
+    """Paths by row, and what is wrong with those that cannot be used.
+
+    Raises:
+        UserError: none can be used, or one is there twice.
+    """
+    paths = [forward(path) for path in table.texts("path")]
+    problems = {path: problem for path in paths if (problem := _name_problem(path))}
+    if all(path in problems for path in paths):
+        raise UserError(
+            f"{table.place(0)}: {problems[paths[0]]} No path of the {len(paths)} rows can be used.",
+            "Use names below catalogue.audio_root without '..', '//' or a leading '/'.",
+        )
     if len(set(paths)) < len(paths):
         first: dict[str, int] = {}
         for row, path in enumerate(paths):
@@ -230,7 +275,7 @@ def _paths(table: Table) -> list[str]:
                     f"{table.place(row)}: {path} is also in {table.row_name(first[path])}.",
                     "Keep one row per file.",
                 )
-    return paths
+    return paths, problems
 
 
 def _durations(table: Table) -> list[float]:
@@ -247,14 +292,45 @@ def _durations(table: Table) -> list[float]:
     return durations
 
 
-def _check_path(path: str, where: Callable[[], str]) -> None:
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") and part not in (".", "..")  # which object stores take for names
+
+
+def _name_problem(path: str) -> str:
+    """What is wrong with a file name; "" where nothing is."""
     try:
         safe_relative(path)
         path.encode()
     except UserError as error:
-        raise UserError(f"{where()}: {error.message}", error.hint) from error
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where()}: the file name {path!r} is not valid Unicode.", "Rename the file.") from error
+        return error.message
+    except UnicodeEncodeError:
+        return f"the file name {path!r} is not valid Unicode."
+    return ""
+
+
+def _shown(path: str) -> str:
+    """`path` with escapes for all that text cannot hold; itself where it is ordinary."""
+    if path.isprintable():
+        return path
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
+
+
+def _path(path: str, problems: Collection[str]) -> str:
+    return _shown(path) if path in problems else path
+
+
+def _ids(paths: Sequence[str], problems: Collection[str]) -> list[str]:
+    """`track_ids` of the good names, which bad ones do not change, and ids by content for these."""
+    good = [path for path in paths if path not in problems]
+    ids = dict(zip(good, track_ids(good), strict=True))
+    taken = {track_id.lower() for track_id in ids.values()}
+    for path in paths:
+        if path in problems:
+            stem, digest = _slug(os.path.splitext(path.rpartition("/")[2])[0])[:20], _digest(path)
+            length = next(n for n in range(8, 41) if f"{stem}-{digest[:n]}".lower() not in taken)
+            ids[path] = f"{stem}-{digest[:length]}"
+            taken.add(ids[path].lower())
+    return [ids[path] for path in paths]
 
 
 def _rejected(track: Track, reason: str, message: str) -> Track:
@@ -294,7 +370,7 @@ def _reject_copies(root: Folder, tracks: list[Track], report: dict[str, int | st
 
     by_size = defaultdict(list)
     for i, track in enumerate(tracks):
-        if track.size > 0:
+        if track.size > 0 and track.reason != BAD_NAME:
             by_size[track.size].append(i)
     alike = same([group for group in by_size.values() if len(group) > 1], HEAD_BYTES)
     large = [group for group in alike if tracks[group[0]].size > HEAD_BYTES]

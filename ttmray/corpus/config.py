@@ -70,6 +70,8 @@ class LimitConfig(Config):
     """Largest file that is read."""
     max_decoded_bytes: int = Field(2 * 2**30, gt=0)
     """Largest decoded size (float32) of one track; bounds the memory of a decoder."""
+    max_peak: float = added(10.0, ge=1.0)
+    """Largest sample, full scale 1.0 (10 is +20 dBFS). Float files in the range of integers are far beyond."""
 
 
 class SeparationConfig(Config):
@@ -173,8 +175,9 @@ class CorpusConfig(Config):
     reward_text: Literal["empty", "caption"] = "empty"
     """Text input of the reward. The released TuneJury scores use none; the paper does not say."""
     silence_dbfs: float = Field(-80.0, le=0)
-    """A clip whose sample peak is below this is rejected as silent (the reference rejects whole files with a
-    peak below 1e-6, that is -120 dBFS)."""
+    """A clip whose sample peak is below this is rejected as silent, and so is one whose channels cancel: what counts is
+    the mono mix, which is all that the models hear (the reference rejects whole files with a peak below 1e-6, that is
+    -120 dBFS)."""
     latent_peak: float | None = added(None, gt=0, le=1)
     """Sample peak that instrumentals are scaled to before the VAE, by one factor per track; null: not at all. The
     public loader scales each file, there a track without vocals, to 0.95 as mono and before it is cut. Here the peak is

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict, fields
 from typing import Any
 
+from rich.markup import escape
+
 from ttmray import runs
 from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
@@ -13,7 +15,7 @@ from ttmray.corpus import index
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import finalise, summary_lines
-from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference
+from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference, replaced
 from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
@@ -63,6 +65,11 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
     timing: dict[str, list[float]] = {}
     counts: Counter[str] = Counter()
     if todo:
+        if max(plan.table["size"].to_pylist(), default=-1) < 0:
+            raise UserError(
+                f"{plan.root}: no file of the {plan.table.num_rows} tracks of {config.input} is there.",
+                "Name the folder that its paths are relative to: --set catalogue.audio_root=...",
+            )
         # also when the songs have moved: the saved plan says where they are
         _show_plan(plan, config, run, save=True)
         if committed:
@@ -87,14 +94,18 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
     """The plan: the saved one where the catalogue is unchanged (headers are then not read again)."""
     catalogue = build_catalogue(config.input, config.catalogue)
     for name, value in catalogue.report.items():
-        console.print(f"catalogue: {name.replace('_', ' ')}: {value}")
-    # messages name folders, and songs may move
-    columns = [field.name for field in fields(Track) if field.name != "message"]
+        line = f"catalogue: {name.replace('_', ' ')}: {escape(str(value))}"
+        console.print(f"[yellow]{line}[/yellow]" if name.startswith("warning") or name == "audio" else line)
+    # messages name folders, and songs may move, which changes the times of files
+    columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
     digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
     if existing is not None and run.exists("plan.parquet"):
         saved = existing["identity"]
         if saved["catalogue"] == digest and saved["config"] == identity(config):
-            return Plan.load(run).at(catalogue.root.uri), digest
+            plan = Plan.load(run).at(catalogue.root.uri)
+            for line in replaced(plan, catalogue):
+                console.print(f"[yellow]{escape(line)}[/yellow]")
+            return plan.with_versions([track.version for track in catalogue.tracks]), digest
     return build_plan(catalogue, config), digest
 
 

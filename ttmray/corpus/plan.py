@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ttmray.audio.io import AudioInfo, probe
 from ttmray.audio.segment import SegmentRule, count_clips
 from ttmray.corpus.catalogue import Catalogue
 from ttmray.corpus.config import CorpusConfig, SplitConfig
+from ttmray.corpus.headers import read_header
 from ttmray.corpus.track import Track
-from ttmray.errors import ClipError, UserError
-from ttmray.storage import Folder, explained, parquet_table
+from ttmray.errors import UserError
+from ttmray.storage import Folder, parquet_table
 
 PLAN_FILE = "plan.parquet"
 FORMAT = "1"
@@ -53,6 +53,7 @@ SCHEMA = pa.schema(
         ("status", pa.string()),
         ("reason", pa.string()),
         ("message", pa.string()),
+        ("version", pa.string()),
     ]
 )
 IDENTITY = ("unit", "track_id", "path", "size", "split", "caption", "status")
@@ -102,6 +103,11 @@ class Plan:
         """The same plan for songs that moved to another folder."""
         return Plan(self.table, root)
 
+    def with_versions(self, versions: Sequence[str]) -> "Plan":
+        """The same plan for files as they are now."""
+        column = self.table.schema.get_field_index("version")
+        return Plan(self.table.set_column(column, "version", pa.array(versions, pa.string())), self.root)
+
     def save(self, folder: Folder) -> None:
         """Write `plan.parquet`; the same plan gives the same bytes with the same pyarrow."""
         metadata = {"ttmray.format": FORMAT, "ttmray.root": self.root, "ttmray.identity": self.identity()}
@@ -123,6 +129,8 @@ class Plan:
         except (pa.ArrowException, OSError) as error:  # pyarrow reports some damage as OSError
             raise UserError(f"{where} is not readable: {error}", way_out) from error
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        if "version" not in table.column_names:  # of a run that was planned before there were any
+            table = table.append_column("version", pa.array([""] * table.num_rows, pa.string()))
         known = metadata.get("ttmray.format") == FORMAT and "ttmray.root" in metadata
         if not known or not table.schema.equals(SCHEMA):
             raise UserError(f"{where} is no plan of format {FORMAT}.", way_out)
@@ -174,6 +182,7 @@ def build_plan(catalogue: Catalogue, config: CorpusConfig) -> Plan:
                     "status",
                     "reason",
                     "message",
+                    "version",
                 )
             },
         }
@@ -260,6 +269,18 @@ def plan_difference(old: Plan, new: Plan) -> list[str]:
     return [line for line in lines if line]
 
 
+def replaced(plan: Plan, catalogue: Catalogue) -> list[str]:
+    """A line for people where files have the size of the plan, and were changed since all the same."""
+    before = dict(zip(*(plan.table.column(name).to_pylist() for name in ("track_id", "version")), strict=True))
+    changed = [
+        track.track_id
+        for track in catalogue.tracks
+        if track.version and before.get(track.track_id, "") not in ("", track.version)
+    ]
+    line = _listing("changed since the run was planned (time or ETag), though not in size", changed)
+    return [f"{line}. What is committed was made of the files as they were (`sha256` in the index)."] if line else []
+
+
 def _identity_rows(plan: Plan) -> list[tuple[Any, ...]]:
     return list(zip(*(plan.table.column(name).to_pylist() for name in IDENTITY), strict=True))
 
@@ -296,60 +317,21 @@ def _expected_clips(catalogue: Catalogue, config: CorpusConfig) -> tuple[np.ndar
     if config.catalogue.probe and (unknown & there).any():
         positions = np.flatnonzero(unknown & there)
         with ThreadPoolExecutor(PROBE_THREADS) as pool:
-            headers = pool.map(lambda i: read_header(catalogue.root, catalogue.tracks[i].path), positions)
-            for i, header in zip(positions, headers, strict=True):
-                if header is None:
-                    clips[i] = 1  # decoding will record why; until then it is one row of the index
-                else:
-                    durations[i], rates[i] = header.duration_s, header.sample_rate
+            headers = list(pool.map(lambda i: read_header(catalogue.root, catalogue.tracks[i].path), positions))
+        problems = [header for header in headers if isinstance(header, Exception)]
+        if len(problems) == len(headers):  # not one file, but the storage
+            raise problems[0]
+        for i, header in zip(positions, headers, strict=True):
+            if header is None or isinstance(header, Exception):
+                clips[i] = 1  # decoding will record why; until then it is one row of the index
+            else:
+                durations[i], rates[i] = header.duration_s, header.sample_rate
     known = usable & ~np.isnan(durations)
     for rate in np.unique(rates[known]):
         at_rate = known & (rates == rate)
         clips[at_rate] = count_clips(np.minimum(durations[at_rate], LONGEST_S), int(rate), rule)
     clips[~usable] = 0
     return clips, durations
-
-
-def read_header(root: Folder, path: str) -> AudioInfo | None:
-    """Header of one audio file; None where it is no audio or damaged.
-
-    Raises:
-        UserError, OSError: when the storage, not the file, is at fault.
-    """
-    with explained(root.path(path)):
-        try:
-            if not root.remote:
-                return probe(root.path(path))
-            with root.open(path) as file:
-                watched = _Watched(file)
-                try:
-                    return probe(watched)  # type: ignore[arg-type]
-                finally:
-                    if watched.error is not None:
-                        raise watched.error
-        except ClipError:
-            return None
-
-
-class _Watched:
-    """A remote file for libsndfile, which takes an exception from `read` for the end of the file."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.error: Exception | None = None
-
-    def read(self, count: int = -1) -> bytes:
-        try:
-            return self.file.read(count)
-        except Exception as error:
-            self.error = error
-            return b""
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
 
 
 # What a run will cost. FLOPs count multiply and add as two, per forward of one 10 s clip.
@@ -382,6 +364,7 @@ def derived_numbers(
     unit_clips = per_unit["clips_sum"].to_numpy()
     audio_h, clip_h = float(np.nansum(duration)) / 3600, clips * segments.clip_s / 3600
     unknown, unsized = int(np.isnan(duration).sum()), int((size < 0).sum())
+    unheaded = int((np.isnan(duration) & (size >= 0) & (usable["clips"].to_numpy() == 1)).sum())
     captions = int(pc.sum(table["caption_owner"]).as_py() or 0)
     written = [_clip_bytes(config) * int(count) + 10240 for count in unit_clips]
     longest = float(np.nanmax(duration)) if unknown < len(duration) else config.limits.max_duration_s
@@ -407,6 +390,7 @@ def derived_numbers(
         ),
         ("clips per unit, mean", round(clips / max(len(unit_clips), 1), 2), "expected clips / units"),
         ("clips per unit, most", int(unit_clips.max(initial=0)), f"bound: unit_clips={config.unit_clips}"),
+        ("headers not readable", unheaded, "one row each until decoding, which records why"),
         ("distinct captions", captions, "text features are made once per caption of a usable track"),
         ("audio, h", round(audio_h, 2), "usable tracks, decoded whole" + _lacking(unknown, "duration")),
         ("clips, h", round(clip_h, 2), f"expected clips x {segments.clip_s:g} s"),

@@ -9,16 +9,17 @@ clip would survive either (missing weights, a full disk, no memory).
 import hashlib
 import io
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
+from ttmray.audio.level import require_audible
 from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.unit import FAILED, OK, Unit
@@ -26,7 +27,7 @@ from ttmray.errors import ClipError, UserError
 from ttmray.models.bundle import Models, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
-from ttmray.storage import Folder
+from ttmray.storage import Folder, explained
 
 MIN_PEAK = 1e-6
 """What is below is never scaled up: the public loader rejects files of such a peak."""
@@ -79,6 +80,7 @@ class Decode(Stage):
             min_sample_rate=limits.min_sample_rate,
             max_sample_rate=limits.max_sample_rate,
             max_decoded_bytes=limits.max_decoded_bytes,
+            max_peak=limits.max_peak,
         )
         self.max_file_bytes = limits.max_file_bytes
         self.whole_tracks = config.separation.scope == "track"
@@ -125,13 +127,19 @@ class Decode(Stage):
             if self.folder.remote:
                 data = self.folder.read(path)
                 row["sha256"] = hashlib.sha256(data).hexdigest()
+                _check_unchanged(track, len(data), "")
                 audio, rate = audio_io.decode(io.BytesIO(data), self.limits)
             else:
-                with self.folder.open(path) as file:
-                    row["sha256"] = hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
-                audio, rate = audio_io.decode(self.folder.path(path), self.limits)
+                # one descriptor for all: what was hashed is what is decoded
+                with explained(self.folder.path(path)), open(self.folder.path(path), "rb", buffering=0) as file:
+                    row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                    status = os.fstat(file.fileno())
+                    _check_unchanged(track, status.st_size, str(status.st_mtime_ns))
+                    audio, rate = audio_io.decode(file, self.limits)
         except UserError as error:  # the file went away or became unreadable after planning
             raise ClipError(FAILED, "unreadable", error.message) from error
+        except OSError as error:  # a bad sector, a lost mount
+            raise ClipError(FAILED, "unreadable", f"{self.folder.path(path)}: {error}") from error
         channels, frames = audio.shape
         row.update(sample_rate=rate, channels=channels)
         segments = segment.partition(frames, rate, self.rule)
@@ -172,12 +180,9 @@ class Measure(Stage):
         mix, rows = unit.clips["mix"], unit.ok_rows()
 
         def measure(i: int) -> None:
-            peak = float(np.abs(mix[i]).max(initial=0.0))
-            peak_dbfs = 20 * np.log10(peak) if peak > 0 else -np.inf
-            if peak_dbfs < self.silence_dbfs:
-                raise ClipError("rejected", "silent", f"sample peak {peak_dbfs:.1f} dBFS, under {self.silence_dbfs:g}")
             # a mono source is one channel to BS.1770; its copy would count twice (+3 LU)
             heard = mix[i][: rows[i]["channels"]]
+            require_audible(heard, self.silence_dbfs)
             lufs = loudness.integrated_loudness(heard, SAMPLE_RATE)
             rows[i].update(
                 stage=self.name,
@@ -394,6 +399,19 @@ def note_gains(unit: Unit, config: CorpusConfig) -> None:
         if own >= max(10 ** (config.silence_dbfs / 20), MIN_PEAK):
             gain[tracks == track] = config.latent_peak / own
     unit.clips["gain"] = gain
+
+
+def _check_unchanged(track: dict[str, Any], size: int, version: str) -> None:
+    """Refuse a file that another one replaced after planning.
+
+    Raises:
+        ClipError: failed/`changed`.
+    """
+    planned = track["size"]
+    if planned >= 0 and size != planned:
+        raise ClipError(FAILED, "changed", f"{size} bytes, {planned} when the run was planned: it was replaced")
+    if version and track.get("version") and version != track["version"]:
+        raise ClipError(FAILED, "changed", "written to after the run was planned; start again with --retry-failed")
 
 
 def _stereo(audio: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ class Track:
         path: relative to the audio root, with forward slashes.
         size: bytes, -1 where unknown.
         duration_s: seconds as a table says, NaN where unknown.
-        status: `ok`, or `rejected` with the reason `excluded`, `duplicate` or `missing`.
+        version: changes with the content of the file (see `storage.Entry`); "" where unknown.
+        status: `ok`, or `rejected` with the reason `excluded`, `duplicate`, `missing` or `bad_name`.
         message: the details of a rejection.
     """
 
@@ -27,3 +28,4 @@ class Track:
     status: str = "ok"
     reason: str = ""
     message: str = ""
+    version: str = ""

@@ -25,12 +25,13 @@ from pydantic import Field
 
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
+from ttmray.audio.level import require_audible
 from ttmray.cluster import each
 from ttmray.config import fingerprint, identity
 from ttmray.console import meter
 from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import ClipError, UserError
-from ttmray.evaluation.score import CLIP, LIMITS, SILENT_DBFS
+from ttmray.evaluation.score import CLIP, LIMITS
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
@@ -271,8 +272,7 @@ def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None
             audio = audio[:, max(0, first) : max(0, first) + round(CLIP.clip_s * rate)]
         audio = audio_io.resample(audio, rate, SAMPLE_RATE)
         row["silence"] = loudness.silence_ratio(audio, SAMPLE_RATE)
-        if np.abs(audio).max() < 10 ** (SILENT_DBFS / 20):
-            raise ClipError("rejected", "silent", f"sample peak under {SILENT_DBFS:g} dBFS")
+        require_audible(audio)
         lufs = loudness.integrated_loudness(audio, SAMPLE_RATE)
         row["lufs"] = lufs if math.isfinite(lufs) else None
         row["true_peak_db"] = loudness.true_peak(audio, SAMPLE_RATE)
@@ -292,7 +292,7 @@ def _made_by(
 ) -> str:
     chosen = open_bundle(bundle)
     how = asdict(chosen.protocol(reward_text))
-    how |= {"bundle": chosen.name, "gpu": config.on_gpu, "middle": middle}
+    how |= {"bundle": chosen.name, "gpu": config.on_gpu, "middle": middle, "reading": audio_io.READING}
     how |= {"separation": separation_identity(bundle, separation)} if separation else {}
     return fingerprint(json.loads(json.dumps(how)))
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
+from ttmray.audio.level import require_audible
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
@@ -25,7 +26,6 @@ from ttmray.storage import split_path
 
 LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
 """Half a second is the shortest that the loudness standard (0.4 s) and MERT can say anything about."""
-SILENT_DBFS = -80.0
 CLIP = segment.SegmentRule()
 CACHE_BYTES = 8 * 2**30
 
@@ -47,9 +47,7 @@ def read_mono(path: str) -> tuple[np.ndarray, dict[str, Any]]:
     if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded
         audio = segment.cut(audio, rate, *segments[0])
     clip = audio_io.resample(audio, rate, SAMPLE_RATE)
-    peak = float(np.abs(clip).max())
-    if peak < 10 ** (SILENT_DBFS / 20):
-        raise ClipError("rejected", "silent", f"sample peak under {SILENT_DBFS:g} dBFS; its reward would mean nothing")
+    require_audible(clip)
     lufs = loudness.integrated_loudness(clip, SAMPLE_RATE)
     facts["lufs"] = lufs if np.isfinite(lufs) else None
     facts["true_peak_db"] = loudness.true_peak(clip, SAMPLE_RATE)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ttmray.audio.level import silence
 from ttmray.audio.loudness import integrated_loudness, true_peak
 from ttmray.errors import ClipError, UserError
 from ttmray.generation import manifest
@@ -21,9 +22,6 @@ from ttmray.models.backbone_weights import load_backbone
 from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder
-
-SILENT_DBFS = -80.0
-"""Clips with a lower sample peak get no scores, as in the corpus."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,7 @@ class Worker:
     def _score_audio(self, works: list[_Work], sounds: Sequence[np.ndarray | None]) -> None:
         """Rewards and CLAP scores of (channels, samples) waves; silent ones get none."""
         assert self.scorer is not None
-        loud = 10 ** (SILENT_DBFS / 20)
-        audible = [(w, s) for w, s in zip(works, sounds, strict=True) if s is not None and np.abs(s).max() >= loud]
+        audible = [(w, s) for w, s in zip(works, sounds, strict=True) if s is not None and not silence(s)]
         embeddings = self.scorer.embed([sound.mean(axis=0) for _, sound in audible])
         texts = self.scorer.texts([work.clip.draw.prompt for work, _ in audible])
         rewards = self.scorer.rewards(embeddings, texts)

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from ttmray.audio import io as audio_io
 from ttmray.audio import segment
+from ttmray.audio.level import require_audible
 from ttmray.cluster import PoolConfig, each
 from ttmray.config import fingerprint
 from ttmray.console import meter
@@ -152,7 +153,9 @@ def read_clip(address: str) -> np.ndarray:
     segments = segment.partition(audio.shape[1], rate)
     if len(segments) == 1 and segments[0][1] > audio.shape[1]:
         audio = segment.cut(audio, rate, *segments[0])
-    return audio_io.resample(audio, rate, SAMPLE_RATE).mean(axis=0)
+    clip = audio_io.resample(audio, rate, SAMPLE_RATE)
+    require_audible(clip)
+    return clip.mean(axis=0)
 
 
 class _Encoder:
@@ -201,7 +204,7 @@ def _made_by(bundle: str, config: EncodingConfig) -> str:
     """Everything that decides a feature: the head and the text input do not, the kind of device does."""
     chosen = open_bundle(bundle)
     device = "cuda" if on_gpu(config.device, config.runner, config.gpus) else "cpu"
-    how = asdict(chosen.protocol("empty")) | {"text": "", "device": device}
+    how = asdict(chosen.protocol("empty")) | {"text": "", "device": device, "reading": audio_io.READING}
     how["hashes"] = [list(item) for item in how["hashes"] if not item[0].startswith("tunejury")]
     return fingerprint(how)
 

@@ -22,6 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ttmray.config import Config, execution
+from ttmray.corpus.captions import delimiter
 from ttmray.errors import UserError
 from ttmray.storage import Folder, parquet_table, read_file, split_path
 
@@ -43,6 +44,7 @@ COLUMNS = {
     "split": ("split",),
 }
 """Columns of a pair table, each with the names that it goes by; the first that is there counts."""
+_KNOWN = {name for names in COLUMNS.values() for name in names} | {"file_name", "path", "audio"}
 AXES = ("coherence", "musicality", "memorability", "clarity", "naturalness")
 """The five axes of SongEval."""
 
@@ -84,7 +86,8 @@ class PairSplit(Config):
     """Who must not be on both sides of train and test."""
 
     by: Literal["released", "pair", "item", "prompt", "system"] = "item"
-    """`released` takes the sources' split files or the table's split column. The others hold out whole pairs, clips,
+    """`released` takes the sources' split files or the table's split column. The others hold out whole pairs (all
+    votes on the same two clips), clips,
     prompts or systems by a seeded hash, so that more pairs move no other."""
     validation: float = Field(0.1, gt=0, lt=1)
     """Share that selects the best epoch."""
@@ -162,11 +165,9 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
         if name.endswith(".parquet"):
             word, items = "row", parquet_table(data).to_pylist()
         elif name.endswith((".csv", ".tsv")):
-            text = io.StringIO(data.decode("utf-8-sig"), newline="")
-            word, items = (
-                "row",
-                list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",", strict=True)),
-            )
+            text = data.decode("utf-8-sig")
+            separator = delimiter(text, "\t" if name.endswith(".tsv") else ",", _KNOWN)
+            word, items = "row", list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
         elif name.endswith(".jsonl"):
             word, items = "line", [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
         elif name.endswith(".json"):
@@ -225,8 +226,15 @@ def split_pairs(pairs: Sequence[Pair], config: PairSplit) -> tuple[dict[str, lis
     """Pairs by split, and those that belong to none or would join two.
 
     Raises:
-        UserError: a split stays empty, or a row lacks what is to be held out.
+        UserError: there are no pairs, a split stays empty, all votes are ties, or a row lacks what is to be held out.
     """
+    if not pairs:
+        raise UserError("no vote can be used: there is none between two different clips.", "Check the tables of votes.")
+    if all(pair.target == 0.5 for pair in pairs):
+        raise UserError(
+            f"all {len(pairs)} votes are ties: no clip was preferred to another.",
+            f"Check the column of labels; {', '.join(LABELS)} are known.",
+        )
     if config.by == "released":
         names, why = [pair.split for pair in pairs], "no_split"
     else:
@@ -278,8 +286,8 @@ def _draw(name: str, config: PairSplit) -> str:
 
 
 def _held_out(pair: Pair, by: str) -> tuple[str, ...]:
-    if by == "pair":
-        return (pair.id,)
+    if by == "pair":  # all votes on the same two clips, whichever came first
+        return ("\n".join(sorted((pair.a, pair.b))),)
     if by == "system":
         if not (pair.system_a and pair.system_b):
             raise UserError(f"{pair.place}: no system_a and system_b.", "split.by=system needs both in every row.")

@@ -104,6 +104,9 @@ def train_ranker(config: RankerConfig) -> int:
     if bundle.note:
         console.print(f"[yellow]{bundle.note}[/yellow]")
     pairs, dropped = read_pairs(config.sources)
+    if not pairs and dropped:
+        why = ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in dropped).most_common())
+        raise UserError(f"none of {len(dropped)} votes can be used: {why}.", f"The first is {dropped[0].message}.")
     splits, across = split_pairs(pairs, config.split)
     used = [pair for split in SPLITS for pair in splits[split]]
     unknown = set(config.leave_out) - {pair.source for pair in used}
