@@ -258,13 +258,13 @@ def _sustained_note(
         loud[end:] *= np.exp(-time[: samples - end] / (spec.release * 0.7))
     shine = np.exp(-time / spec.bite) if spec.bite else loud
     wave = np.zeros(samples, np.float32)
-    drifts = (-spec.unison, 0.0, spec.unison) if spec.unison else (0.0,)
-    for cents in drifts:
+    voices = ((-spec.unison, 0.55), (0.0, 1.0), (spec.unison, 0.55)) if spec.unison else ((0.0, 1.0),)
+    for cents, share in voices:
         phase = turns * 2 ** (cents / 1200) + rng.random()
         index = (phase * TABLE).astype(np.int64) & (TABLE - 1)
         low = dull[index]
-        wave += low if not spec.dull else low + shine * (bright[index] - low)
-    wave *= 1 / np.sqrt(len(drifts))
+        wave += np.float32(share) * (low if not spec.dull else low + shine * (bright[index] - low))
+    wave *= np.float32(1 / np.sqrt(sum(share**2 for _, share in voices)))
     if spec.breath:
         wave += spec.breath * noise("breath", samples, rng)
     return _faded(wave * loud)
