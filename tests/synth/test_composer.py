@@ -114,7 +114,10 @@ def test_every_instrument_is_in_tune(name):
 
 def test_the_voice_sings_the_notes_it_is_given():
     pitches = [57, 60, 64, 62, 57]
-    notes = [Note("voice", float(p), 0.8 * i, 0.76, 0.8, say) for i, (p, say) in enumerate(zip(pitches, ["ma", "lo", "a", "ne", "u"], strict=True))]
+    notes = [
+        Note("voice", float(p), 0.8 * i, 0.76, 0.8, say)
+        for i, (p, say) in enumerate(zip(pitches, ["ma", "lo", "a", "ne", "u"], strict=True))
+    ]
     wave = sing(notes, "low", 0.0, 0.0, 4 * RATE + 4000, np.random.default_rng(1))
     found, clear = pitch(wave)
     times = (np.arange(len(found)) * 2048 + 4096) / RATE
@@ -158,7 +161,14 @@ def test_strokes_sound_when_they_are_written():
 
 
 def test_tempo_words_have_the_stated_bounds():
-    assert [tempo_word(bpm) for bpm in (60, 83.9, 84, 132, 132.1, 190)] == ["slow", "slow", "medium", "medium", "fast", "fast"]
+    assert [tempo_word(bpm) for bpm in (60, 83.9, 84, 132, 132.1, 190)] == [
+        "slow",
+        "slow",
+        "medium",
+        "medium",
+        "fast",
+        "fast",
+    ]
 
 
 def test_swing_moves_off_beats_alone():

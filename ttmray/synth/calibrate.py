@@ -1,6 +1,6 @@
 """Fits the linear models of `ttmray.synth.measures` on pieces with known faults, and tests them on other pieces.
 
-    python -m ttmray.synth.calibrate [--pieces 1200] [--seed 777] [--write]
+python -m ttmray.synth.calibrate [--pieces 1200] [--seed 777] [--write]
 """
 
 import argparse
@@ -13,25 +13,56 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from ttmray.synth.faults import KINDS
-from ttmray.synth.measures import estimate, features_of, measure
+from ttmray.synth.measures import estimate, features_of, fitted, measure, onsets, tempo_candidates
 from ttmray.synth.world import clip
 
 RIDGE = 3.0
 
 
-def examples(seed: int, count: int, seconds: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (count, features), strengths (count, kinds) and true qualities (count,) of clips of distinct pieces."""
-    features, strengths, qualities = [], [], []
+Examples = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def examples(seed: int, count: int, seconds: float) -> tuple[Examples, list[tuple[np.ndarray, int]]]:
+    """Clips of distinct pieces.
+
+    Returns:
+        Features (count, features), strengths (count, kinds) and true qualities (count,); and for each clip that is
+        played
+        in time and has the true tempo among its candidates, the candidates' features and the number of the right one.
+    """
+    measured, strengths, qualities, tempos = [], [], [], []
     for index in range(count):
         item = clip(seed, index, seconds)
-        features.append(features_of(measure(item.mix)))
+        measured.append(measure(item.mix))
         strengths.append([item.faults.get(kind, 0.0) for kind in KINDS])
         qualities.append(item.quality)
-    return np.array(features), np.array(strengths), np.array(qualities)
+        if item.faults.get("timing", 0.0) < 0.2 and item.faults.get("dropped", 0.0) < 0.3:
+            mono = item.mix.mean(axis=0)
+            bpm, features = tempo_candidates(onsets(mono / max(1e-5, float(mono.std()))))
+            right = np.flatnonzero(np.abs(bpm / item.heard.tempo - 1) < 0.02)
+            if right.size:
+                tempos.append((features, int(right[0])))
+    features = np.array([features_of(one) for one in measured])
+    return (features, np.array(strengths), np.array(qualities)), tempos
+
+
+def fit_tempo(tempos: list[tuple[np.ndarray, int]], rounds: int = 400) -> list[float]:
+    """Weights whose score is highest for the right candidate: softmax regression by gradient descent."""
+    stacked = np.concatenate([features for features, _ in tempos])
+    scale = stacked.std(axis=0) + 1e-6
+    weights = np.zeros(scale.size)
+    for _ in range(rounds):
+        slope = 0.02 * weights
+        for features, right in tempos:
+            score = features / scale @ weights
+            share = np.exp(score - score.max())
+            slope = slope + (share / share.sum() @ features - features[right]) / scale / len(tempos)
+        weights -= 1.0 * slope
+    return np.round(weights / scale, 5).tolist()
 
 
 def fit(features: np.ndarray, strengths: np.ndarray, qualities: np.ndarray) -> dict[str, list[float]]:
-    mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
+    mean, scale = features.mean(axis=0), np.maximum(1e-3, features.std(axis=0))
     x = np.clip((features - mean) / scale, -4, 4)
     targets = np.column_stack([strengths, qualities])
     offsets = targets.mean(axis=0)
@@ -50,10 +81,11 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="replace measures.json by what was fitted")
     arguments = parser.parse_args(given)
     if arguments.write:
-        data = examples(arguments.seed, arguments.pieces, arguments.seconds)
+        data, tempos = examples(arguments.seed, arguments.pieces, arguments.seconds)
         content = {"seed": arguments.seed, "pieces": arguments.pieces, "seconds": arguments.seconds}
         target = Path(str(resources.files("ttmray.synth") / "measures.json"))
-        target.write_text(json.dumps(content | {"models": fit(*data)}) + "\n")
+        target.write_text(json.dumps(content | {"models": fit(*data) | {"tempo": fit_tempo(tempos)}}) + "\n")
+        fitted.cache_clear()
     report(arguments.seed + 1, max(20, arguments.pieces // 4), arguments.seconds)
     return 0
 

@@ -1,7 +1,9 @@
 """Captions in words: many wordings of the same attributes, some of them held out to test unseen wordings.
 
-A caption is an opening (style, tempo, mood) and a few clauses (melody, chords, bass, drums, voice, ...), joined in one of
-several ways. Held-out wordings have sentence frames and phrases of their own. Each content word of theirs also occurs in
+A caption is an opening (style, tempo, mood) and a few clauses (melody, chords, bass, drums, voice, ...),
+joined in one of
+several ways. Held-out wordings have sentence frames and phrases of their own. Each content word of theirs also
+occurs in
 a training wording of the same fact, so that a text encoder which knows only training captions can understand them:
 what is new is how they say it.
 """
@@ -142,7 +144,9 @@ def caption(attributes: Attributes, rng: np.random.Generator, heldout: bool = Fa
     """
     side = int(heldout)
     fill = {
-        "style": _pick(rng, (attributes.word, attributes.style)) if attributes.word != attributes.style else attributes.style,
+        "style": _pick(rng, (attributes.word, attributes.style))
+        if attributes.word != attributes.style
+        else attributes.style,
         "tempo": _pick(rng, TEMPO[attributes.tempo_word]),
         "mood": _pick(rng, MOOD[attributes.key.bright]),
         "key": attributes.key.name,

@@ -98,6 +98,11 @@ def draw_attributes(rng: np.random.Generator, **given: Any) -> tuple[Attributes,
     return replace(attributes, **given), style
 
 
+def _lowest(instrument: str) -> int:
+    """Lowest note of an instrument; of a part that nobody plays, any."""
+    return INSTRUMENTS[instrument].low if instrument else 48
+
+
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[rng.integers(len(options))]
 
@@ -155,7 +160,10 @@ class _Score:
         self._of, self._style, self._rng = attributes, style, rng
         self._clock = Clock(attributes.tempo, attributes.swing, attributes.swung)
         slow = tempo_word(attributes.tempo) == "slow"
-        options = GROOVES[_pick(rng, style.grooves)]
+        groove = _pick(rng, style.grooves)
+        if groove == "half" and tempo_word(attributes.tempo) == "fast":
+            groove = "backbeat"  # half time at a fast tempo is slow music
+        options = GROOVES[groove]
         self._groove = settle(options[rng.integers(len(options))], slow, rng)
         self._bassline = _pick(rng, style.basslines)
         self._comping = _pick(rng, style.comping)
@@ -184,7 +192,7 @@ class _Score:
             Chord(self._of.key, degrees[i % len(degrees)], self._size, self._style.raised) for i in range(bars)
         )
         low = {"low": 45, "high": 57, "": 57}[self._of.voice] + (4 if name == "chorus" else 0)
-        instrument = INSTRUMENTS[self._of.lead].low
+        instrument = _lowest(self._of.lead)
         phrase, tunes = chords[: min(4, bars)], []
         for start in (low, instrument + (3 if name == "chorus" else 0)):
             first = melody(phrase, self._of.beats, start, self._of.tempo, self._rng)
@@ -219,7 +227,7 @@ class _Score:
             before = voicing(chord, before, low, high)
             bar = Bar(chord, plan.chords[(i + 1) % bars], before, beats)
             if "bass" in players:
-                line = bass_line(self._bassline, bar, INSTRUMENTS[self._of.bass].low, self._rng)
+                line = bass_line(self._bassline, bar, _lowest(self._of.bass), self._rng)
                 yield from self._notes("bass", line, start, force)
             if "comp" in players:
                 yield from self._notes("comp", comping(self._comping, bar), start, force)
@@ -237,12 +245,10 @@ class _Score:
             yield from self._notes("lead", plan.solo, first * beats, force)
 
     def _comp_range(self) -> tuple[int, int]:
-        low = max(48, INSTRUMENTS[self._of.comp].low)
+        low = max(48, _lowest(self._of.comp) - 8)
         return low, low + 24
 
-    def _notes(
-        self, part: str, events: Any, start: float, force: float, lyric: tuple[str, ...] = ()
-    ) -> Iterator[Note]:
+    def _notes(self, part: str, events: Any, start: float, force: float, lyric: tuple[str, ...] = ()) -> Iterator[Note]:
         for i, (beat, length, pitch, velocity) in enumerate(events):
             begin = self._clock.seconds(start + beat)
             end = self._clock.seconds(start + beat + length)

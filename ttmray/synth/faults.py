@@ -209,7 +209,7 @@ def _noise(stems: Stems, strength: float, rng: np.random.Generator) -> None:
     elif kind == "crackle":
         clicks = (rng.random((2, samples), dtype=np.float32) < 60 / RATE) * rng.laplace(0, 12, (2, samples))
         sections = butter(1, (600, 9000), "bandpass", fs=RATE, output="sos")
-        wave = 0.35 * wave + 2 * sosfilt(sections, clicks, axis=1).astype(np.float32)
+        wave = 0.35 * wave + np.clip(sosfilt(sections, clicks, axis=1), -6, 6).astype(np.float32)
     ratio = 10 ** ((-48 + 40 * strength) / 20)
     stems["other"] += wave * np.float32(ratio * total.std() / max(1e-9, float(wave.std())))
 

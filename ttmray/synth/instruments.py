@@ -94,11 +94,14 @@ INSTRUMENTS: dict[str, Damped | Sustained] = {
     "harp": Damped(family="plucked", low=60, slope=1.9, seconds=1.5, damping=0.4, place=0.45, release=0.6),
     "pizzicato strings": Damped(family="plucked", low=57, slope=1.4, seconds=0.14, damping=0.3, place=0.25, knock=0.04),
     "synth pluck": Damped(family="plucked", low=60, slope=0.8, seconds=0.28, damping=0.5),
-    "piano": Damped(family="struck", low=62, slope=1.35, seconds=1.1, damping=0.28, place=0.12, stiff=0.0003, knock=0.03),
+    "piano": Damped(family="struck", low=62, slope=1.35, seconds=1.1, damping=0.28, place=0.12, stiff=0.0003,
+                    knock=0.03),
     "electric piano": Damped(family="struck", low=60, seconds=1.4, damping=0.7, ratios=TINE, tremolo=0.25),
-    "vibraphone": Damped(family="struck", low=60, seconds=2.2, damping=0.5, ratios=VIBRAPHONE, tremolo=0.45, release=0.3),
+    "vibraphone": Damped(family="struck", low=60, seconds=2.2, damping=0.5, ratios=VIBRAPHONE, tremolo=0.45,
+                         release=0.3),
     "marimba": Damped(family="struck", low=60, seconds=0.3, damping=0.8, ratios=MARIMBA, knock=0.05),
-    "glockenspiel": Damped(family="struck", low=79, seconds=1.4, damping=0.5, ratios=GLOCKENSPIEL, release=1.0, knock=0.03),
+    "glockenspiel": Damped(family="struck", low=79, seconds=1.4, damping=0.5, ratios=GLOCKENSPIEL, release=1.0,
+                           knock=0.03),
     "finger bass": Damped(family="bass", low=28, slope=1.7, seconds=1.6, damping=0.35, place=0.2, knock=0.02),
     "picked bass": Damped(family="bass", low=28, slope=0.9, seconds=1.4, damping=0.2, place=0.12, knock=0.06),
     "upright bass": Damped(family="bass", low=28, slope=2.0, seconds=0.6, damping=0.5, place=0.3, knock=0.08),
@@ -131,7 +134,8 @@ INSTRUMENTS: dict[str, Damped | Sustained] = {
     "acid bass": Sustained(family="bass", low=28, slope=1.0, dull=1.0, formants=((900, 3.5),), attack=0.003,
                            release=0.04, bite=0.12, sustain=0.8),
     "chip bass": Sustained(family="bass", low=33, slope=2.0, dull=0.0, even=0.0, attack=0.002, release=0.01),
-    "chip lead": Sustained(family="synth", low=64, slope=1.0, dull=0.0, even=0.7, attack=0.002, release=0.01, vibrato=8),
+    "chip lead": Sustained(family="synth", low=64, slope=1.0, dull=0.0, even=0.7, attack=0.002, release=0.01,
+                           vibrato=8),
     "chip pulse": Sustained(family="synth", low=60, slope=0.9, dull=0.0, even=0.4, attack=0.002, release=0.01,
                             sustain=0.4, fall=0.15),
     "distorted guitar": Sustained(family="synth", low=52, slope=0.45, dull=0.1, attack=0.004, release=0.06,
@@ -285,9 +289,11 @@ def noise(kind: str, samples: int, rng: np.random.Generator) -> Audio:
     """A piece of a fixed noise from a random place on."""
     source = _noise(kind)
     start = int(rng.integers(source.size))
-    return np.take(source, range(start, start + samples), mode="wrap") if samples > source.size - start else source[
-        start : start + samples
-    ]
+    return (
+        np.take(source, range(start, start + samples), mode="wrap")
+        if samples > source.size - start
+        else source[start : start + samples]
+    )
 
 
 def _faded(wave: Audio) -> Audio:

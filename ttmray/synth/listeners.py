@@ -13,8 +13,8 @@ difference + logistic noise against -tie_width and +tie_width, the model of Rao 
 Experiments", JASA 62, 1967.
 
 The vocal bias is small and on purpose: real listeners, and so rewards that learn from them, rate clips with singing
-higher (reported for TuneJury: +0.98 with vocals asked for, +0.54 for instrumental music). 0.15 is a quarter of the standard
-deviation of quality: enough to be seen in a few thousand votes, too little to decide most of them.
+higher (reported for TuneJury: +0.98 with vocals asked for, +0.54 for instrumental music). 0.15 is a quarter of the
+standard deviation of quality: enough to be seen in a few thousand votes, too little to decide most of them.
 """
 
 import argparse
@@ -114,7 +114,9 @@ def votes(clips: Sequence[Heard], count: int, seed: int, panel: Listeners | None
         difference = base[a] - base[b] + tastes[judge] * (float(clips[a].sings) - float(clips[b].sings))
         if panel.prompts:
             difference += panel.mismatch * (float(clips[a].caption == asked) - float(clips[b].caption == asked))
-        label = ("a", "tie", "b")[int(np.searchsorted(np.cumsum(chances(difference, panel))[:2], rng.random(), "right"))]
+        label = ("a", "tie", "b")[
+            int(np.searchsorted(np.cumsum(chances(difference, panel))[:2], rng.random(), "right"))
+        ]
         cells = (f"v{number:06d}", clips[a].path, clips[b].path, asked, asked, label, f"listener{judge:03d}")
         rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
@@ -156,8 +158,8 @@ def best_accuracy(clips: Sequence[Heard], panel: Listeners, pairs: int = 200_000
 def vocal_bias(clips: Sequence[Heard], rows: Sequence[Mapping[str, str]], certainty: float) -> tuple[float, float]:
     """(estimate, standard error) of the vocal bias in units of quality, by logistic regression on decided votes.
 
-    The votes' log odds are modelled as slope x difference in quality + lean x difference in singing + constant; ties are
-    left out, and lapses pull slope and lean towards zero alike, so that the bias is their ratio.
+    The votes' log odds are modelled as slope x difference in quality + lean x difference in singing + constant; ties
+    are left out, and lapses pull slope and lean towards zero alike, so that the bias is their ratio.
     """
     known = {clip.path: clip for clip in clips}
     decided = [row for row in rows if row["label"] in ("a", "b")]
@@ -216,7 +218,9 @@ def main(given: list[str] | None = None) -> int:
     folder.write(name, text.getvalue().encode())
     best = best_accuracy(clips, panel)
     print(f"{len(rows)} votes about {len(clips)} clips: {arguments.table}")
-    print(f"ties: {sum(row['label'] == 'tie' for row in rows) / len(rows):.3f} (expected {best.ties:.3f} without prompts)")
+    print(
+        f"ties: {sum(row['label'] == 'tie' for row in rows) / len(rows):.3f} (expected {best.ties:.3f} without prompts)"
+    )
     print(
         f"best possible accuracy: {best.knowing_all:.3f} knowing what listeners like, {best.knowing_quality:.3f} "
         "knowing true quality alone"

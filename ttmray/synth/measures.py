@@ -97,7 +97,9 @@ def measure(audio: Audio) -> Measures:
     return Measures(
         tempo=bpm,
         pulse=pulse,
-        sharpness=float(np.sqrt(np.mean(envelope**2)) / (np.sqrt(np.mean(envelope**2)) + 3 * np.median(envelope) + 1e-9)),
+        sharpness=float(
+            np.sqrt(np.mean(envelope**2)) / (np.sqrt(np.mean(envelope**2)) + 3 * np.median(envelope) + 1e-9)
+        ),
         **_tuning(tones),
         **_harmony(tones),
         **_tone(power),
@@ -112,10 +114,10 @@ def estimate(measures: Measures) -> tuple[dict[str, float], float]:
     """Estimated strengths of all faults (0 to 1), and the quality that they leave."""
     if measures.level <= SILENCE.level:
         return dict.fromkeys(KINDS, 0.0), FLOOR
-    fitted = _fitted()
-    features = (features_of(measures) - fitted["mean"]) / fitted["scale"]
-    strengths = np.clip(fitted["strengths"] @ np.clip(features, -4, 4) + fitted["offsets"], 0, 1)
-    quality = float(fitted["quality"] @ np.clip(features, -4, 4) + fitted["quality_offset"])
+    models = fitted()
+    features = (features_of(measures) - models["mean"]) / models["scale"]
+    strengths = np.clip(models["strengths"] @ np.clip(features, -4, 4) + models["offsets"], 0, 1)
+    quality = float(models["quality"] @ np.clip(features, -4, 4) + models["quality_offset"])
     return dict(zip(KINDS, strengths.tolist(), strict=True)), float(np.clip(quality, FLOOR, BASE))
 
 
@@ -133,7 +135,7 @@ def features_of(measures: Measures) -> Floats:
 
 
 @cache
-def _fitted() -> dict[str, Floats]:
+def fitted() -> dict[str, Floats]:
     text = (resources.files("ttmray.synth") / "measures.json").read_text()
     return {name: np.asarray(values, np.float64) for name, values in json.loads(text)["models"].items()}
 
@@ -157,42 +159,78 @@ def onsets(mono: Audio) -> Floats:
 
 
 def tempo(envelope: Floats) -> tuple[float, float]:
-    """(beats per minute, pulse) of an onset envelope.
+    """(beats per minute, pulse) of an onset envelope; zeros where nothing pulses.
 
-    The beat is the period of 50 to 200 a minute at whose multiples and halves the autocorrelation is highest, with a
-    mild preference for 115; the pulse is how well onsets fit the grid of eighths or sixteenths of any tempo nearby.
+    Which of several candidates is the beat (and not half or double of it) is decided by a fitted linear score. The
+    pulse is how well onsets fit a grid of 1 to 4 parts of the beat.
+    """
+    bpm, features = tempo_candidates(envelope)
+    if not bpm.size:
+        return 0.0, 0.0
+    best = int(np.argmax(features @ fitted()["tempo"]))
+    return float(bpm[best]), float(features[best, PULSES].max())
+
+
+MULTIPLES = (0.25, 1 / 3, 0.5, 2 / 3, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Periods of the autocorrelation against that of a candidate."""
+PULSES = slice(len(MULTIPLES), len(MULTIPLES) + 4)
+RATIOS = (1 / 3, 0.5, 2 / 3, 1.0, 1.5, 2.0, 3.0)
+
+
+def tempo_candidates(envelope: Floats) -> tuple[Floats, Floats]:
+    """Tempos (k,) that may be the beat, and features (k, 17) to choose by; none where nothing pulses.
+
+    The first guess is the period at whose multiples and half the autocorrelation is high; others are simple ratios
+    of it.
     """
     frame = RATE / ONSET_HOP
     if envelope.size < frame or not envelope.any():
-        return 0.0, 0.0
+        return np.zeros(0), np.zeros((0, len(MULTIPLES) + 8))
     size = 4 * envelope.size
-    spectrum = rfft(envelope - envelope.mean(), size)
-    auto = irfft(np.abs(spectrum) ** 2, size)[: envelope.size]
+    auto = irfft(np.abs(rfft(envelope - envelope.mean(), size)) ** 2, size)[: envelope.size]
     auto = auto / (auto[0] + 1e-12) * envelope.size / np.maximum(envelope.size - np.arange(envelope.size), frame)
+    spectrum = np.abs(rfft(envelope, 8 * envelope.size)) / envelope.sum()
+    step = frame / (8 * envelope.size)
+    guess = _guess(auto, frame)
+    bpm = np.array([guess * ratio for ratio in RATIOS if SLOWEST - 2 < guess * ratio < FASTEST + 5])
+    peaks = int(
+        np.sum((envelope[1:-1] > envelope[:-2]) & (envelope[1:-1] >= envelope[2:]) & (envelope[1:-1] > envelope.std()))
+    )
+    density = np.log2(max(1, peaks) / envelope.size * frame)
+    rows, refined = [], []
+    for candidate in bpm:
+        exact, pulses = _pulses(spectrum, step, candidate / 60)
+        lags = 60 / (60 * exact) * frame * np.array(MULTIPLES)
+        near = [np.interp(lags * (1 + shift), np.arange(auto.size), auto, right=0.0) for shift in (-0.015, 0.0, 0.015)]
+        height = np.log2(exact * 60 / 115)
+        rows.append([*np.max(near, axis=0), *pulses, height, height**2, density * height, abs(density - height - 2)])
+        refined.append(60 * exact)
+    return np.array(refined), np.array(rows)
+
+
+def _guess(auto: Floats, frame: float) -> float:
     bpm = np.geomspace(SLOWEST, FASTEST, 600)
     lags = 60 / bpm * frame
-    places = np.arange(auto.size)
     score, weight = np.zeros(bpm.size), np.zeros(bpm.size)
     for multiple, share in ((0.5, 0.5), (1, 1.0), (2, 0.8), (3, 0.3), (4, 0.7)):
         inside = lags * multiple < 0.85 * auto.size
-        score += share * inside * np.interp(lags * multiple, places, auto)
+        score += share * inside * np.interp(lags * multiple, np.arange(auto.size), auto)
         weight += share * inside
-    score = score / np.maximum(weight, 1e-9) + 0.12 * np.exp(-0.5 * (np.log2(bpm / 115) / 0.7) ** 2)
-    best = float(bpm[int(np.argmax(score))])
-    # grid of eighths or sixteenths, by the Fourier transform of the envelope
-    spectrum = np.abs(rfft(envelope, 8 * envelope.size)) / envelope.sum()
-    hertz = np.arange(spectrum.size) * frame / (8 * envelope.size)
-    grids = [best / 60 * parts for parts in (1, 2, 3, 4)]
-    strengths = []
-    for grid in grids:
-        near = (hertz > grid * 0.96) & (hertz < grid * 1.04)
-        strengths.append(float(spectrum[near].max()) if near.any() else 0.0)
-    finest = grids[int(np.argmax(strengths))]
-    near = np.flatnonzero((hertz > finest * 0.96) & (hertz < finest * 1.04))
-    if near.size:
-        refined = hertz[near[int(np.argmax(spectrum[near]))]]
-        best *= float(refined / finest)
-    return best, max(strengths)
+    score = score / np.maximum(weight, 1e-9) + 0.3 * np.exp(-0.5 * (np.log2(bpm / 140) / 0.7) ** 2)
+    return float(bpm[int(np.argmax(score))])
+
+
+def _pulses(spectrum: Floats, step: float, beats: float) -> tuple[float, list[float]]:
+    """A rate of beats (per second) moved to the strongest line nearby, and the lines of its 1, 2, 3 and 4 parts."""
+    lines, exact, strongest = [], beats, 0.0
+    for parts in (1, 2, 3, 4):
+        low, high = int(beats * parts * 0.97 / step), int(beats * parts * 1.03 / step) + 2
+        span = spectrum[low:high]
+        lines.append(float(span.max()) if span.size else 0.0)
+        if parts != 3 and lines[-1] > strongest:
+            strongest = lines[-1]
+            exact = (low + int(np.argmax(span))) * step / parts
+    return exact, lines
 
 
 def _tones(power: Floats) -> tuple[Floats, Floats, Floats]:

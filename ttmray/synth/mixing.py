@@ -105,8 +105,10 @@ def _add(out: Audio, sound: Audio, begin: int, gain: float) -> None:
 def _level(part: Audio, track: Track) -> float:
     """Gain that brings the RMS of the frames that sound to -20 dB and the track's own level."""
     frame = 2205
-    power = np.square(part[: part.size // frame * frame]).reshape(-1, frame).mean(axis=1) if part.size >= frame else (
-        np.square(part).mean(keepdims=True)
+    power = (
+        np.square(part[: part.size // frame * frame]).reshape(-1, frame).mean(axis=1)
+        if part.size >= frame
+        else (np.square(part).mean(keepdims=True))
     )
     sounding = power[power > 1e-4 * power.max()] if power.max() > 1e-12 else power[:0]
     if sounding.size == 0:
@@ -212,6 +214,10 @@ def _limiter(total: Audio) -> Audio:
     for i, low in enumerate(held.tolist()):  # a release of 80 ms; the attack is smoothed below
         level = low if low < level else level + (low - level) * (1 / 80)
         smooth[i] = level
-    smooth = uniform_filter1d(smooth, 9)
-    at = (np.arange(smooth.size) + 0.5) * block
-    return (10 ** (np.interp(np.arange(samples), at, smooth) / 20)).astype(np.float32)
+    gain = (10 ** (uniform_filter1d(smooth, 9) / 20)).astype(np.float32)
+    # linear from the middle of a block to the middle of the next
+    edges = np.concatenate([gain[:1], gain, gain[-1:]])
+    ramp = np.arange(block, dtype=np.float32) / block
+    line = edges[:-1, None] + np.diff(edges)[:, None] * ramp
+    curve: Audio = line.reshape(-1)[block // 2 : block // 2 + samples]
+    return curve

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ttmray.synth.theory import Chord, nearest
+from ttmray.synth.theory import FAST_BPM, Chord, nearest
 
 Event = tuple[float, float, int, float]
 
@@ -38,8 +38,6 @@ CELLS: dict[int, tuple[tuple[tuple[float, float], ...], ...]] = {
         ((0, 1), (1, 2)),
     ),
 }
-BUSY = (1, 2, 4, 5, 8)
-"""Cells of 4/4 that suit slow tempos."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +126,12 @@ def _chord(pitches: Sequence[int], beat: float, length: float, force: float) -> 
 
 
 def settle(groove: dict[str, str], slow: bool, rng: np.random.Generator) -> dict[str, str]:
-    """A groove of a piece: question marks become strokes or rests, and slow pieces have no soft sixteenths on hats."""
+    """A groove of a piece: question marks become strokes or rests; slow pieces keep hats to the beats."""
     settled = {}
     for drum, pattern in groove.items():
         marks = ["x" if mark == "?" and rng.random() < 0.5 else mark.replace("?", ".") for mark in pattern]
-        if slow and drum in ("hat", "shaker"):
-            marks = ["." if mark == "g" else mark for mark in marks]
+        if slow and drum in ("hat", "shaker", "ride") and marks[0] != ".":
+            marks = [mark if step % 4 == 0 else "." for step, mark in enumerate(marks)]
         settled[drum] = "".join(marks)
     return settled
 
@@ -163,12 +161,10 @@ class Rhythm:
 
 
 def motif(beats: int, bars: int, tempo: float, rng: np.random.Generator) -> Rhythm:
-    """A random rhythm with a contour; slow tempos get shorter notes, fast ones longer."""
+    """A random rhythm with a contour; fast tempos get longer notes."""
     cells, per_bar = CELLS[4 if beats == 4 else 3], 2 if beats == 4 else 1
     weight = np.ones(len(cells))
-    if beats == 4 and tempo < 84:
-        weight[list(BUSY)] = 3
-    if tempo > 132:
+    if tempo > FAST_BPM:
         weight[[0, 3, 6] if beats == 4 else [1, 4, 5]] = 2.5
     notes = []
     for i in range(bars * per_bar):
@@ -200,7 +196,7 @@ def melody(chords: Sequence[Chord], beats: int, low: int, tempo: float, rng: np.
             place = beat - offset
             if last and place >= beats / 2:
                 break
-            index = min(range(len(scale)), key=lambda i: abs(scale[i] - pitch)) + step  # noqa: B023
+            index = min(range(len(scale)), key=lambda i: abs(scale[i] - pitch)) + step
             if not 0 <= index < len(scale):
                 index -= 2 * step
             pitch = float(scale[int(np.clip(index, 0, len(scale) - 1))])

@@ -43,7 +43,8 @@ class Attributes:
 
     def row(self) -> dict[str, Any]:
         """Flat columns for a table."""
-        row = asdict(self) | {"key": NAMES[self.key.tonic], "mode": self.key.mode, "tempo_word": self.tempo_word}
+        row = asdict(self) | {"tonic": NAMES[self.key.tonic], "mode": self.key.mode, "tempo_word": self.tempo_word}
+        del row["key"]
         return row | {"drums": bool(self.kit), "vocals": bool(self.voice)}
 
 

@@ -75,7 +75,8 @@ STYLES: dict[str, Style] = {
     "house": Style(
         words=("house", "dance"), tempo=(116, 138), modes=("minor", "dorian", "major"), harmony=("loop", "song"),
         kits=("electronic",), grooves=("four",), bass=("synth bass", "sub bass"), basslines=("offbeat", "octaves"),
-        comp=("piano", "saw stab", "organ"), comping=("stabs", "offbeat"), lead=("saw lead", "synth pluck", "square lead"),
+        comp=("piano", "saw stab", "organ"), comping=("stabs", "offbeat"), lead=("saw lead", "synth pluck",
+        "square lead"),
         pads=("warm pad", "strings", ""), sevenths=0.5, loose=0.0,
     ),
     "techno": Style(
@@ -127,7 +128,8 @@ STYLES: dict[str, Style] = {
     "reggae": Style(
         words=("reggae",), tempo=(66, 100), modes=("major", "minor", "dorian"), harmony=("loop", "song"),
         kits=("acoustic",), grooves=("onedrop",), bass=("sub bass", "finger bass"), basslines=("syncopated",),
-        comp=("electric guitar", "organ"), comping=("offbeat",), lead=("trumpet", "organ", "harmonica"), pads=("organ", ""),
+        comp=("electric guitar", "organ"), comping=("offbeat",), lead=("trumpet", "organ", "harmonica"),
+        pads=("organ", ""),
         rooms=("room", "dry"), swing=(0.5, 0.58),
     ),
     "synthwave": Style(
@@ -175,7 +177,8 @@ GROOVES: dict[str, tuple[dict[str, str], ...]] = {
         {"kick": "x.......x.?.....", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
         {"kick": "x.....x.x.......", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
         {"kick": "x..x....x.x.....", "snare": "....x.......x..?", "hat": "x.x.x.x.x.x.x.x."},
-        {"kick": "x.......x.......", "snare": "....x.......x...", "tambourine": "..x...x...x...x.", "hat": "x...x...x...x..."},
+        {"kick": "x.......x.......", "snare": "....x.......x...", "tambourine": "..x...x...x...x.",
+         "hat": "x...x...x...x..."},
     ),
     "half": (
         {"kick": "x...............", "snare": "........x.......", "hat": "x...x...x...x..."},
@@ -190,7 +193,8 @@ GROOVES: dict[str, tuple[dict[str, str], ...]] = {
     "four": (
         {"kick": "x...x...x...x...", "clap": "....x.......x...", "open": "..x...x...x...x."},
         {"kick": "x...x...x...x...", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
-        {"kick": "x...x...x...x...", "clap": "....x.......x...", "hat": "..x...x...x...x.", "shaker": "xgxgxgxgxgxgxgxg"},
+        {"kick": "x...x...x...x...", "clap": "....x.......x...", "hat": "..x...x...x...x.",
+         "shaker": "xgxgxgxgxgxgxgxg"},
         {"kick": "x...x...x...x...", "rim": "...x..x....x..?.", "open": "..x...x...x...x."},
     ),
     "boombap": (
@@ -199,7 +203,8 @@ GROOVES: dict[str, tuple[dict[str, str], ...]] = {
         {"kick": "x.......?.x.....", "clap": "....x.......x...", "hat": "x.x.x.x.x.x.x.xg"},
     ),
     "swing": (
-        {"ride": "x...x.x.x...x.x.", "hat": "....x.......x...", "kick": "g...g...g...g...", "snare": "......g.......?."},
+        {"ride": "x...x.x.x...x.x.", "hat": "....x.......x...", "kick": "g...g...g...g...",
+         "snare": "......g.......?."},
         {"snare": "x.g.x.g.x.g.x.g.", "hat": "....x.......x..."},
     ),
     "shuffle": (
@@ -226,12 +231,14 @@ GROOVES: dict[str, tuple[dict[str, str], ...]] = {
         {"kick": "x.........x.....", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
         {"kick": "x.x.......x.....", "snare": "....x..g.g..x...", "ride": "x.x.x.x.x.x.x.x."},
     ),
-    "train": ({"kick": "x...x...x...x...", "snare": "g.x.g.x.g.x.g.x."}, {"kick": "x.......x.......", "snare": "x.xxx.xxx.xxx.xx"}),
+    "train": ({"kick": "x...x...x...x...", "snare": "g.x.g.x.g.x.g.x."}, {"kick": "x.......x.......",
+    "snare": "x.xxx.xxx.xxx.xx"}),
     "waltz": (
         {"kick": "x...........", "snare": "....x...x..."},
         {"kick": "x...........", "rim": "....x...x...", "hat": "x...x...x..."},
     ),
-    "sparse": ({"conga": "x.....?.x.......", "shaker": "....x.......x..."}, {"kick": "x...............", "shaker": "x...x...x...x..."}),
+    "sparse": ({"conga": "x.....?.x.......", "shaker": "....x.......x..."}, {"kick": "x...............",
+    "shaker": "x...x...x...x..."}),
 }  # fmt: skip
 """Patterns of each groove; a piece takes one and settles its question marks."""
 

@@ -32,7 +32,8 @@ BREAK_S = 0.12
 GLIDE_S = 0.05
 VIBRATO = 28.0
 """Cents."""
-HISSES = {"s": (0.09, 0.5, "white"), "t": (0.03, 0.55, "white"), "k": (0.03, 0.5, "breath"), "h": (0.07, 0.18, "breath"),
+HISSES = {"s": (0.09, 0.5, "white"), "t": (0.03, 0.55, "white"), "k": (0.03, 0.5, "breath"), "h": (0.07, 0.18,
+"breath"),
           "d": (0.02, 0.35, "dark")}  # fmt: skip
 """Consonant -> seconds, level and noise."""
 HUMS = ("m", "n", "l")
@@ -92,7 +93,9 @@ def _phrase(notes: Sequence[Note], register: str, bright: float, rng: np.random.
         if consonant in HISSES:
             length, level, kind = HISSES[consonant]
             hiss = noise(kind, min(int(length * RATE), samples - start), rng)
-            out[start : start + hiss.size] += 0.3 * level * note.velocity * np.hanning(hiss.size).astype(np.float32) * hiss
+            out[start : start + hiss.size] += (
+                0.3 * level * note.velocity * np.hanning(hiss.size).astype(np.float32) * hiss
+            )
     return out
 
 
@@ -121,7 +124,7 @@ def _turns(notes: Sequence[Note], starts: Sequence[int], samples: int, rng: np.r
     pitch += depth * np.sin(2 * np.pi * rng.uniform(5.0, 6.0) * time)
     knots = rng.normal(0, 0.04, size=samples // (RATE // 8) + 2)
     pitch += np.interp(time * 8, np.arange(knots.size), knots)
-    frequency: np.ndarray = hertz(69) * 2 ** ((pitch - 69) / 12)
+    frequency: np.ndarray = hertz(69) * np.exp2((pitch - 69) / 12)
     return np.cumsum(frequency) / RATE
 
 

@@ -184,9 +184,7 @@ def main(given: list[str] | None = None) -> int:
         value = getattr(arguments, name)
         if value is not None and not low <= value < float("inf"):
             raise UserError(f"--{name} is {value}, but must be at least {low:g}.")
-    count = write_world(
-        arguments.folder, _wanted(arguments), format=arguments.format, stems=arguments.stems
-    )
+    count = write_world(arguments.folder, _wanted(arguments), format=arguments.format, stems=arguments.stems)
     print(f"{count} {'clips' if arguments.clips else 'songs'} of {arguments.pieces} pieces in {arguments.folder}")
     return 0
 
