@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
 
 def test_files_table_and_captions_agree(folder):
     rows = pq.read_table(folder / "world.parquet").to_pylist()
-    captions = json.loads((folder / "captions.json").read_text())
-    assert [row["path"] for row in rows] == [row["path"] for row in captions]
+    captions = json.loads((folder / "songs/captions.json").read_text())
+    assert [row["path"] for row in rows] == [f"songs/{row['path']}" for row in captions]
     assert [row["key"] for row in rows] == ["000000_0", "000000_1", "000001_0", "000001_1"]
     for row in rows:
         audio, rate = decode(folder / row["path"], AudioLimits(min_duration_s=1))
@@ -117,12 +117,12 @@ def test_songs_shorter_than_a_clip_are_written_whole(tmp_path):
 
 @pytest.mark.slow
 def test_the_corpus_job_reads_a_world(folder, tmp_path):
+    settings = f"input={folder}/songs", f"output={tmp_path}/run", "splits.validation=0", "splits.test=0"
     command = [sys.executable, "jobs/score_corpus.py", "--config", "configs/debug/corpus.yaml", "--plan-only"]
-    done = subprocess.run(
-        [*command, "--set", f"input={folder}/songs", "--set", f"output={tmp_path}/run"], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, *(f"--set={name}" for name in settings)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usable tracks            4" in done.stdout
+    assert "captions matched: 4" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

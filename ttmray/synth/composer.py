@@ -128,7 +128,7 @@ def _form(attributes: Attributes, rng: np.random.Generator) -> Iterator[tuple[st
     """Sections with their bars, without end."""
     bar = attributes.beats * 60 / attributes.tempo
     bars = 4 if bar > 1.6 else 8
-    form = FORMS[rng.integers(len(FORMS))]
+    form: tuple[str, ...] = FORMS[rng.integers(len(FORMS))]
     first = True
     while True:
         for name in form:
@@ -199,7 +199,7 @@ class _Score:
             shift = len(phrase) * self._of.beats
             # longer sections repeat the phrase where the harmony does, and sing a second one where it does not
             second = first if chords[4:8] == phrase else melody(chords[4:8], *self._second(start)) if bars > 4 else []
-            tunes.append((*first, *((beat + shift, *rest) for beat, *rest in second)))
+            tunes.append((*first, *((beat + shift, length, pitch, loud) for beat, length, pitch, loud in second)))
         lyric = tuple(words(len(tunes[0]), self._rng))
         return self._plans.setdefault((name, bars), _Plan(chords, tunes[0], tunes[1], lyric))
 
@@ -220,7 +220,8 @@ class _Score:
         """Notes of a section that starts with bar `first`."""
         plan, players = self._plan(name, bars), self._players(name)
         force = {"intro": 0.75, "verse": 0.85, "chorus": 1.0, "bridge": 0.85}[name]
-        beats, before = self._of.beats, ()
+        beats = self._of.beats
+        before: tuple[int, ...] = ()
         low, high = self._comp_range()
         for i, chord in enumerate(plan.chords):
             start = (first + i) * beats
@@ -232,8 +233,8 @@ class _Score:
             if "comp" in players:
                 yield from self._notes("comp", comping(self._comping, bar), start, force)
             if "pad" in players and self._of.pad:
-                line = [(0.0, beats * 0.99, pitch + (12 if pitch < 58 else 0), 0.8) for pitch in before]
-                yield from self._notes("pad", line, start, force)
+                held = [(0.0, beats * 0.99, pitch + (12 if pitch < 58 else 0), 0.8) for pitch in before]
+                yield from self._notes("pad", held, start, force)
             if "drums" in players and self._of.kit:
                 fill = self._fill if i == bars - 1 else ""
                 crash = i == 0 and name == "chorus" and "kick" in self._groove

@@ -219,5 +219,5 @@ def _limiter(total: Audio) -> Audio:
     edges = np.concatenate([gain[:1], gain, gain[-1:]])
     ramp = np.arange(block, dtype=np.float32) / block
     line = edges[:-1, None] + np.diff(edges)[:, None] * ramp
-    curve: Audio = line.reshape(-1)[block // 2 : block // 2 + samples]
+    curve: Audio = line.reshape(-1)[block // 2 : block // 2 + samples].astype(np.float32)
     return curve

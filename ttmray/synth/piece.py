@@ -120,8 +120,10 @@ class Piece:
                 cover[note.part] += overlap
                 strikes += note.part == "drums" and note.start >= start
         plays = {part: covered >= 0.08 * seconds for part, covered in cover.items()}
-        silent = {part: "" for part in ("bass", "comp", "lead", "pad", "voice") if not plays[part]}
-        return replace(self.attributes, **silent, **({} if strikes >= 2 else {"kit": ""}))
+        silent: dict[str, Any] = {part: "" for part in ("bass", "comp", "lead", "pad", "voice") if not plays[part]}
+        if strikes < 2:
+            silent["kit"] = ""
+        return replace(self.attributes, **silent)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _shape(samples: int, release: int, consonant: str) -> Audio:
     late = {"s": 0.07, "t": 0.03, "k": 0.03, "d": 0.015, "h": 0.04}.get(consonant, 0.0)
     rise = 0.015 if late else 0.03
     time = np.arange(samples, dtype=np.float32) / RATE
-    shape = np.clip((time - late) / rise, 0, 1)
+    shape: Audio = np.clip((time - late) / rise, 0, 1).astype(np.float32)
     if release:
         shape[-release:] *= np.linspace(1, 0, release, dtype=np.float32)
     return shape

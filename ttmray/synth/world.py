@@ -3,8 +3,9 @@
     python -m ttmray.synth.world OUT --pieces 12 --seed 0
     python -m ttmray.synth.world OUT --pieces 200 --clips 5 --stems
 
-The folder is one that the corpus job reads: audio, `captions.json`, and `world.parquet` with all that is true of each
-file. Item `index` of a seed is the same however many are made, so that disjoint ranges of indices are disjoint sets.
+`OUT/songs` is a folder that the corpus job reads, audio with `captions.json`; `OUT/world.parquet` has all that is true
+of each file. Item `index` of a seed is the same however many are made, so that disjoint ranges of indices are disjoint
+sets.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from ttmray.synth.mixing import Stems, mix
 from ttmray.synth.piece import STEMS, Attributes, Piece
 
 TABLE = "world.parquet"
-CAPTIONS = "captions.json"
+CAPTIONS = "songs/captions.json"
 SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III"}
 WINDOW = 5
 """Stream of the random place of a clip, beside those of the composer."""
@@ -142,7 +143,7 @@ def write_world(folder: str, clips: Iterator[Clip], *, format: str = "wav", stem
         rows.append({"path": path, **item.row()})
     if not rows:
         raise UserError("there are no clips to write.", "Ask for at least one piece, as long as a clip.")
-    captions = [{"path": row["path"], "caption": row["caption"]} for row in rows]
+    captions = [{"path": row["path"].removeprefix("songs/"), "caption": row["caption"]} for row in rows]
     target.write(CAPTIONS, json.dumps(captions, indent=1, ensure_ascii=False).encode())
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd")
