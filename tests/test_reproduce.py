@@ -1,5 +1,6 @@
 """The chain of the paper from one config: sections, links between steps, and a whole run that is killed on its way."""
 
+import hashlib
 import json
 import os
 import random
@@ -10,14 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from scipy.stats import spearmanr
 
 from ttmray.config import load_config
+from ttmray.corpus.index import read_index
+from ttmray.corpus.scores import with_columns
 from ttmray.errors import UserError
 from ttmray.generation.pool_worker import CandidatesConfig
+from ttmray.models.bundle import open_bundle
 from ttmray.reproduce import ReproduceConfig, build_steps, reproduce
 from ttmray.storage import Folder
 from ttmray.synth.corpus import write_random_corpus
+from ttmray.training.data import open_mixture
 
 REPO = Path(__file__).resolve().parents[1]
 DEBUG = REPO / "configs/debug/reproduce.yaml"
@@ -40,10 +48,11 @@ def steps(output: Path, *sets: str) -> dict[str, Any]:
 
 def test_steps_come_in_order_and_only_with_their_sections(tmp_path):
     names = list(steps(tmp_path))
-    expected = ["corpus", "votes", "ranker", "stage1", "pool", "stage2", "control", "pairs_pool", "pairs", "stage3"]
-    assert names[:10] == expected
+    expected = ["corpus", "votes", "ranker", "rescore", "stage1"]
+    expected += ["pool", "stage2", "control", "pairs_pool", "pairs", "stage3"]
+    assert names[:11] == expected
     made = [f"generate-{name}" for name in ("stage1-best", "stage1", "control", "stage2", "stage3")]
-    assert names[10:] == ["choose-stage1-best", *made, "evaluate"]
+    assert names[11:] == ["choose-stage1-best", *made, "evaluate"]
     without = (
         "ranker=null",
         "votes=null",
@@ -80,7 +89,7 @@ def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
     choice = made["choose-stage1-best"].config
     assert (choice.scores, choice.candidates, choice.checkpoint, choice.held_out) == ((), 1, stage1, held_out)
     assert choice.corpus == f"{root}/corpus"
-    assert made["generate-stage1-best"].after == ("stage1", "choose-stage1-best")
+    assert made["generate-stage1-best"].after == ("rescore", "stage1", "choose-stage1-best")
     assert made["generate-stage1"].config.sampler.score == -0.4
     assert made["generate-stage1"].config.checkpoint == stage1
     assert made["generate-control"].config.checkpoint == f"{root}/stage2/control/round-1/polish.safetensors"
@@ -151,9 +160,10 @@ def test_systems_may_be_other_weights_finished_clips_and_other_seeds(tmp_path):
     facts = (public.checkpoint, public.bundle, public.sampler.score)
     assert facts == (str(Path("public.pth").absolute()), "debug-16k", None)
     assert (sub1.seed, sub2.seed, sub1.checkpoint) == (42, 55, sub2.checkpoint)
-    assert (made["choose-best"].config.head, made["choose-best"].after) == ("v2", ("corpus",))
-    assert made["generate-public"].after == ()
-    assert made["evaluate"].after == tuple(f"generate-{name}" for name in ("public", "best", "sub1", "sub2"))
+    assert (made["choose-best"].config.head, made["choose-best"].after) == ("v2", ("corpus", "rescore"))
+    assert made["generate-public"].after == ("rescore",)
+    after = ("rescore", *(f"generate-{name}" for name in ("public", "best", "sub1", "sub2")))
+    assert made["evaluate"].after == after
     assert made["evaluate"].config.folders[:2] == (f"mine={tmp_path / 'clips'}", f"public={tmp_path}/generated/public")
     with pytest.raises(UserError) as caught:
         reproduce(debug(tmp_path / "run", f"systems={json.dumps(systems)}"), plan_only=True)
@@ -235,14 +245,16 @@ def test_a_changed_section_concerns_its_step_and_those_that_take_from_it(tmp_pat
         return {name for name, state in states(output, capsys, *sets).items() if state != "done"}
 
     assert changed("stage1.runtime.log_every=1", "corpus.runtime.workers=1") == set()
-    assert changed("ranker.seed=1") == {"ranker"}
+    assert changed("ranker.seed=1") == everything - {"corpus", "votes"}
+    assert changed("reward=bundle") == everything - {"corpus", "votes", "ranker", "rescore"}
     assert changed("evaluate.seed=1") == {"evaluate"}
     assert changed("pairs.margin=0.1") == {"pairs", "stage3", "generate-stage3", "evaluate"}
-    assert changed("stage1.steps=41") == everything - {"corpus", "votes", "ranker"}
-    assert changed("weights=ema:0.05") == everything - {"corpus", "votes", "ranker"}
+    before = {"corpus", "votes", "ranker", "rescore"}
+    assert changed("stage1.steps=41") == everything - before
+    assert changed("weights=ema:0.05") == everything - before
     other = tmp_path / "other.csv"
     other.write_text("id,prompt\nx,another\n")
-    assert changed(f"prompts={other}") == everything - {"corpus", "votes", "ranker", "stage1", "control"}
+    assert changed(f"prompts={other}") == everything - (before | {"stage1", "control"})
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +290,16 @@ def test_a_chain_that_is_killed_on_its_way_ends_like_an_undisturbed_one(songs, t
     undisturbed, killed = tmp_path / "calm", tmp_path / "shot"
     assert start(songs, undisturbed).wait(timeout=560) == 0
     rng = random.Random(5)
-    for steps_begun in (1, 4, 5, 6, 8, 10, 13):  # corpus, stage1, pool, stage2, pairs_pool, stage3, evaluate
+    for steps_begun in (
+        1,
+        4,
+        5,
+        6,
+        7,
+        9,
+        11,
+        14,
+    ):  # corpus, rescore, stage1, pool, ... evaluate
         driver = start(songs, killed)
         while driver.poll() is None and begun(killed) < steps_begun:
             time.sleep(0.02)
@@ -299,7 +320,7 @@ def test_a_chain_that_is_killed_on_its_way_ends_like_an_undisturbed_one(songs, t
     assert "| evaluate | done |" in (killed / "summary.md").read_text()
     config = load_config(ReproduceConfig, str(DEBUG), small(songs, killed)[1:])
     assert reproduce(config) == 0
-    assert "nothing to do: all 13 steps are done" in capsys.readouterr().out
+    assert "nothing to do: all 14 steps are done" in capsys.readouterr().out
 
 
 def test_the_chain_runs_its_first_steps_and_goes_on_from_there(songs, tmp_path, capsys):
@@ -310,8 +331,67 @@ def test_the_chain_runs_its_first_steps_and_goes_on_from_there(songs, tmp_path, 
     assert begun(output) == 3
     assert reproduce(config, last="votes") == 0
     assert "nothing to do: all 2 steps are done" in capsys.readouterr().out
-    with pytest.raises(UserError, match="step stage1 is not done"):
+    with pytest.raises(UserError, match="step rescore is not done"):
         reproduce(config, first="pool")
+
+
+def rows_of(run: Path, columns: list[str]) -> list[dict[str, Any]]:
+    folder = Folder(str(run))
+    table = with_columns(folder, read_index(folder), columns)
+    return [row for row in table.to_pylist() if row["status"] == "ok"]
+
+
+def test_what_the_votes_prefer_is_what_stage_1_is_conditioned_on(songs, tmp_path):
+    """Votes for loud clips: the ranker learns them, the corpus is rescored, the scores of Stage 1 follow loudness."""
+    output = tmp_path / "run"
+    sets = ["votes.prefer=lufs", "votes.count=600", "ranker.head.max_epochs=60"]
+    config = load_config(ReproduceConfig, str(DEBUG), [*small(songs, output)[1:], *sets])
+    assert reproduce(config, last="rescore") == 0
+    stage1 = next(step.config for step in build_steps(config) if step.name == "stage1")
+    clips = open_mixture(stage1.data).sources[0]
+    rows = {row["key"]: row for row in rows_of(output / "corpus", [])}
+    of = {name: [rows[str(key)][name] for key in clips.keys] for name in ("lufs", "instrumental_reward_score")}
+    assert spearmanr(clips.score, of["lufs"]).statistic > 0.7
+    assert abs(spearmanr(clips.score, of["instrumental_reward_score"]).statistic) < 0.7
+
+
+def test_the_whole_chain_goes_by_its_own_ranker_and_says_so_by_hash(songs, tmp_path):
+    output = tmp_path / "run"
+    config = load_config(ReproduceConfig, str(DEBUG), small(songs, output)[1:])
+    assert reproduce(config) == 0
+    head = hashlib.sha256((output / "ranker/tunejury.safetensors").read_bytes()).hexdigest()
+    bundle = open_bundle(f"debug+{output}/ranker")
+    protocol = f"debug/{bundle.protocol('empty').id()}"
+    assert bundle.head.sha256 == head
+    assert protocol != f"debug/{open_bundle('debug').protocol('empty').id()}"
+
+    def described(run: str) -> dict[str, Any]:
+        return json.loads((output / run / "run.json").read_text())
+
+    column = "ranker/instrumental_reward_score"
+    assert described("stage1")["config"]["data"]["sources"][0]["score_column"] == column
+    assert described("corpus/scores/ranker")["head"] == head
+    for run in ("corpus/scores/ranker", "pool", "pairs_pool"):
+        assert described(run)["protocol_id"] == protocol, run
+    for run in ("pool", "pairs_pool", "generated/stage3"):
+        assert described(run)["identity"]["bundle"]["head"].startswith(head), run
+    for run in ("pool", "pairs_pool"):
+        assert {row["protocol"] for row in rows_of(output / run, [])} == {protocol}
+    manifest = pq.read_table(output / "generated/stage3/manifest.parquet").to_pylist()
+    assert {row["protocol"] for row in manifest} == {protocol}
+    results = json.loads((output / "evaluation/results.json").read_text())
+    assert results["protocol"] == protocol
+    assert head[:12] in results["note"]
+    selection = json.loads((output / "stage2/expert/round-1/selection/selection.json").read_text())
+    scores = [row[column] for row in rows_of(output / "corpus", [column]) if row["split"] == "train"]
+    assert selection["train"]["mean"] == pytest.approx(np.mean(scores))
+
+
+def test_the_reward_of_the_bundle_is_a_switch(tmp_path):
+    made = steps(tmp_path, "reward=bundle")
+    assert "rescore" not in made
+    assert made["stage1"].config.data.sources[0].score_column == "instrumental_reward_score"
+    assert made["pool"].config.bundle == "debug"
 
 
 def test_a_chain_whose_run_folder_is_in_a_bucket_ends_there(songs, bucket, tmp_path, capsys, monkeypatch):

@@ -86,6 +86,7 @@ def needs_of(section: str, config: Config, root: Folder, weights_field: str = ""
     from ttmray.evaluation.evaluate import EvaluateConfig
     from ttmray.generation.config import GenerateConfig
     from ttmray.generation.pool_worker import CandidatesConfig
+    from ttmray.models.reward_head import open_head
     from ttmray.training.config import TrainConfig
     from ttmray.training.preference_pairs import PairsConfig
     from ttmray.training.ranker_job import RankerConfig
@@ -105,7 +106,8 @@ def needs_of(section: str, config: Config, root: Folder, weights_field: str = ""
         found = _of_evaluation(section, config, root)
     elif isinstance(config, PairsConfig):
         found = prompts(config.held_out)
-    return tuple(found)
+    # a head that another step trains is not there yet
+    return tuple(need for need in found if not (need.check is open_head and inside(need.arguments[0], root)))
 
 
 def prompts(path: str | None) -> Iterable[Need]:

@@ -1,9 +1,9 @@
 """The whole chain from one config (paper III-D): songs in; ranker, three stages, clips, evaluation and one page out.
 
-Steps, in order: corpus, votes (made up, for demos), ranker, stage1, pool, stage2, control, pairs_pool, pairs, stage3,
-choose-<system> (its score), generate-<system> and evaluate. Each is the job of that name with its own config, a section
-of this one, in a folder of its own. What one step makes for another (folders, weights) is filled in here, as are the
-held-out prompts. A section that is left out leaves out its step.
+Steps, in order: corpus, votes (made up, for demos), ranker, rescore (the corpus, by that ranker), stage1, pool, stage2,
+control, pairs_pool, pairs, stage3, choose-<system> (its score), generate-<system> and evaluate. Each is the job of that
+name with its own config, a section of this one, in a folder of its own. What one step makes for another (folders,
+weights, rewards) is filled in here, as are the held-out prompts. A section that is left out leaves out its step.
 
 A step is skipped when it was finished with this very config, and the steps that it takes from with theirs; otherwise
 its job is started, which goes on where it was. So the same command completes a chain that was killed anywhere. Files
@@ -19,15 +19,19 @@ from pydantic import Field, field_validator, model_validator
 
 from ttmray.chain import Step, fill, merged, run_chain
 from ttmray.config import Address, Config, ConfigT, execution, fingerprint, identity
+from ttmray.corpus.scores import COLUMN, SCORES
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
 from ttmray.models.bundle import BundleName
 from ttmray.models.cross_load import cross_load
 from ttmray.needs import Need, needs_of, plots, problem, text_if_there
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
 from ttmray.training.config import ModelConfig, TrainConfig, with_absolute_paths
 
 Stage = Literal["stage1", "stage2", "control", "stage3"]
+RANKER = "ranker"
+"""Step, its folder, and the table of the corpus's scores by it."""
 
 
 class VotesConfig(Config):
@@ -35,6 +39,8 @@ class VotesConfig(Config):
 
     count: int = Field(400, ge=1)
     """Votes."""
+    prefer: str = Field("reward_score", pattern=COLUMN)
+    """Number of the index that the made-up listener likes more of."""
     seed: int = 0
     """Of the draws."""
 
@@ -88,7 +94,11 @@ class ReproduceConfig(Config):
     votes: VotesConfig | None = None
     """For demos: the ranker learns from made-up votes about the corpus."""
     ranker: dict[str, Any] | None = None
-    """`train-ranker`. The rewards of the corpus are those of the bundle, not of this ranker."""
+    """`train-ranker`."""
+    reward: Literal["ranker", "bundle"] = "ranker"
+    """Whose rewards condition the training, choose clips and stand in the evaluation: those of the ranker that this
+    chain trains, if it trains one, or those of the bundle's own head. Only ours: the released scores of the paper's
+    corpus are by TuneJury's released head."""
     stage1: dict[str, Any]
     """`train-sft`."""
     pool: dict[str, Any] | None = None
@@ -148,6 +158,7 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
     chain = _Chain(config)
     chain.add_corpus()
     chain.add_ranker()
+    chain.add_rescoring()
     chain.add_stage1()
     if config.pool is not None:
         chain.add_pool("pool", config.pool, "stage1")
@@ -187,10 +198,14 @@ class _Chain:
         """Trained stage -> its weights file, below the run folder."""
         self.models: dict[str, ModelConfig] = {}
         """Trained stage -> its backbone."""
-        self.data = {"sources": [{"corpus": self.path("corpus")}]}
+        self.data: dict[str, Any] = {"sources": [{"corpus": self.path("corpus")}]}
+        self.bundle: str = config.bundle
+        """Of the steps that make clips: its rewards are those of the training."""
+        self.scored_by: list[str] = []
+        """Steps that make those rewards, beyond the corpus."""
 
     def section(self, kind: type[ConfigT], name: str, given: Mapping[str, Any], **links: Any) -> ConfigT:
-        return fill(kind, name, given, {"bundle": self.config.bundle, **links})
+        return fill(kind, name, given, {"bundle": self.bundle, **links})
 
     def add(
         self,
@@ -223,6 +238,7 @@ class _Chain:
         given, path, made_up = self.config.votes, self.path, None
         if given is not None:
             draws = [path("corpus"), path("votes.csv"), f"--count={given.count}", f"--seed={given.seed}"]
+            draws.append(f"--prefer={given.prefer}")
             self.add("votes", given, lambda: votes.main(draws), "votes.csv", after=["corpus"])
             made_up = [{"name": "votes", "path": path("votes.csv"), "corpus": path("corpus")}]
         if self.config.ranker is None:
@@ -231,6 +247,20 @@ class _Chain:
         after = ["votes"] if made_up else []
         made = ("ranker/metrics.json", "ranker/tunejury.safetensors")
         self.add("ranker", ranker, lambda: train_ranker(ranker), *made, after=after, page="ranker/summary.md")
+
+    def add_rescoring(self) -> None:
+        """From here on rewards are those of the ranker: of the corpus by a table of scores, of clips by the bundle."""
+        from ttmray.corpus.rescore import RescoreConfig, rescore
+
+        if self.config.ranker is None or self.config.reward == "bundle":
+            return
+        places = {"corpus": self.path("corpus"), "head": self.path(RANKER)}
+        rescoring = RescoreConfig(name=RANKER, **places)
+        made, page = f"corpus/{SCORES}/{RANKER}/{SUCCESS}", f"corpus/{SCORES}/{RANKER}/stats.json"
+        self.add("rescore", rescoring, lambda: rescore(rescoring), made, after=["corpus", RANKER], page=page)
+        self.data["sources"][0]["score_column"] = f"{RANKER}/instrumental_reward_score"
+        self.bundle = f"{self.config.bundle}+{places['head']}"
+        self.scored_by = ["rescore"]
 
     def add_stage1(self) -> None:
         from ttmray.training.export import export_again
@@ -245,7 +275,7 @@ class _Chain:
             self.check_captions()
             return train_sft(stage1) or export_again(place, self.config.weights)
 
-        self.add("stage1", stage1, run, *made, after=["corpus"])
+        self.add("stage1", stage1, run, *made, after=["corpus", *self.scored_by])
 
     def check_captions(self) -> None:
         """Whether the corpus has the prompts of the pools: it is known as soon as the corpus is, days before them.
@@ -270,7 +300,7 @@ class _Chain:
 
         links = {"output": self.path(name), "checkpoint": self.path(self.weights[parent])}
         pool = self.candidates(CandidatesConfig, name, given, **links)
-        after, page = ["corpus", parent], f"{name}/summary.md"
+        after, page = ["corpus", *self.scored_by, parent], f"{name}/summary.md"
         self.add(name, pool, lambda: generate_pool(pool), f"{name}/_SUCCESS.json", after=after, page=page)
 
     def model(self, parent: str) -> dict[str, Any]:
@@ -301,7 +331,7 @@ class _Chain:
         place, end = f"stage2/{'control' if control else 'expert'}", "polish" if stage2.polish.steps else "finetune"
         self.weights[name], self.models[name] = f"{place}/round-{stage2.rounds}/{end}.safetensors", stage2.model
         page = "" if control else f"{place}/round-1/selection/selection.md"
-        after = ["corpus", "stage1"] if control else ["corpus", "stage1", "pool"]
+        after = ["corpus", *self.scored_by, "stage1", *([] if control else ["pool"])]
         made = (f"{place}/_SUCCESS.json", self.weights[name])
         self.add(name, stage2, lambda: expert_iteration(stage2), *made, after=after, page=page, section="stage2")
 
@@ -359,7 +389,7 @@ class _Chain:
             best = clips.sampler.model_copy(update={"score": chosen_score(self.path(choice))})
             return generate(clips.model_copy(update={"sampler": best}), play_page=True)
 
-        after = [*made_by, *([f"choose-{name}"] if system.scores else [])]
+        after = [*self.scored_by, *made_by, *([f"choose-{name}"] if system.scores else [])]
         page, section = f"{place}/index.html", f"systems.{name}" if system.checkpoint else "generate"
         self.add(f"generate-{name}", clips, run, f"{place}/manifest.parquet", after=after, page=page, section=section)
 
@@ -372,7 +402,7 @@ class _Chain:
         links |= {"head": clips.head, "null": clips.null}
         scores = [] if system.scores == "trained" else list(system.scores)
         choice = self.candidates(ScoreChoiceConfig, "pool", given, scores=scores, **links)
-        run, after = (lambda: choose_score(choice)), ["corpus", *made_by]
+        run, after = (lambda: choose_score(choice)), ["corpus", *self.scored_by, *made_by]
         made, page = f"{place}/{CHOICE}", f"{place}/choice.md"
         self.add(f"choose-{name}", choice, run, made, after=after, page=page, section="pool")
 
@@ -385,7 +415,7 @@ class _Chain:
         links |= {"folders": [f"{name}={absolute(place)}" for name, place in places.items()]}
         evaluation = self.section(EvaluateConfig, "evaluate", given, training=self.path("corpus"), **links)
         made = ("evaluation/_SUCCESS.json", "evaluation/report/index.html")
-        after = [f"generate-{name}" for name, system in systems.items() if system.clips is None]
+        after = [*self.scored_by, *(f"generate-{name}" for name, one in systems.items() if one.clips is None)]
 
         def run() -> int:
             return evaluate(evaluation) or report(evaluation.output)

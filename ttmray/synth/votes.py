@@ -1,9 +1,9 @@
 """Made-up votes about the clips of a corpus, for demos and tests of the ranker.
 
-    python -m ttmray.synth.votes RUN TABLE.csv [--count N] [--seed S]
+    python -m ttmray.synth.votes RUN TABLE.csv [--count N] [--prefer COLUMN] [--seed S]
 
-A made-up listener prefers the clip with the higher `reward_score`, but for chance:
-P(a) = sigmoid(4 * difference / sd of all rewards).
+A made-up listener prefers the clip with the higher `reward_score`, or more of another number of the index, but for
+chance: P(a) = sigmoid(4 * difference / sd of all).
 """
 
 import argparse
@@ -15,6 +15,7 @@ import numpy as np
 
 from ttmray import runs
 from ttmray.corpus import index
+from ttmray.corpus.scores import require_column, with_columns
 from ttmray.errors import EXIT_BAD_INPUT, UserError
 from ttmray.storage import Folder, split_path
 
@@ -47,13 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", help="run folder of the corpus job")
     parser.add_argument("table", help="CSV file to write")
     parser.add_argument("--count", type=int, default=400)
+    parser.add_argument(
+        "--prefer", default="reward_score", metavar="COLUMN", help="score column (default reward_score)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if given.count < 1:
         raise UserError(f"--count is {given.count}, but a table needs at least one vote.", "Give 1 or more.")
     runs.read(Folder.at(given.run), "corpus")
-    rows = [row for row in index.read_index(Folder.at(given.run)).to_pylist() if row["status"] == "ok"]
-    rewards = np.array([row["reward_score"] for row in rows], np.float64)
+    run = Folder.at(given.run)
+    table = with_columns(run, index.read_index(run), [given.prefer])
+    require_column(run, given.prefer)  # one of text is no score
+    rows = [row for row in table.to_pylist() if row["status"] == "ok" and row[given.prefer] is not None]
+    rewards = np.array([row[given.prefer] for row in rows], np.float64)
     votes = draw_votes([row["key"] for row in rows], rewards, given.count, given.seed)
     text = io.StringIO()
     writer = csv.DictWriter(text, ["a", "b", "label"], lineterminator="\n")
