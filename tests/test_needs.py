@@ -118,6 +118,7 @@ def put_everything(machine: Path) -> None:
         for place in ("stage1/weights", "stage2/expert/round-1/polish", "stage2/control/round-1/polish"):
             put_backbone(data / f"{chain}/{place}.safetensors", head)
     put_backbone(data / "chain/stage3/weights.safetensors", "v2")
+    put_backbone(data / "stage3-v1.safetensors", "v1")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,7 @@ def put_everything(machine: Path) -> None:
                 "fluxaudio_s_full.pth", "set checkpoints.baseline.path", "data/chain/corpus is no finished corpus",
                 "chain/stage1/weights", "chain-v2/stage1/weights", "chain/stage2/expert/round-1/polish",
                 "chain-v2/stage2/expert/round-1/polish", "chain/stage2/control/round-1/polish", "chain/stage3/weights",
+                "data/stage3-v1.safetensors",
             ],
         ),
     ],

@@ -90,7 +90,7 @@ def test_what_one_step_makes_is_filled_into_the_next(tmp_path):
     assert (choice.scores, choice.candidates, choice.checkpoint, choice.held_out) == ((), 1, stage1, held_out)
     assert choice.corpus == f"{root}/corpus"
     assert made["generate-stage1-best"].after == ("rescore", "stage1", "choose-stage1-best")
-    assert made["generate-stage1"].config.sampler.score == -0.4
+    assert made["generate-stage1"].config.sampler.score == 2.0
     assert made["generate-stage1"].config.checkpoint == stage1
     assert made["generate-control"].config.checkpoint == f"{root}/stage2/control/round-1/polish.safetensors"
     assert made["evaluate"].config.folders[0] == f"stage1-best={root}/generated/stage1-best"

@@ -22,7 +22,7 @@ from ttmray.config import Address, Config, ConfigT, execution, fingerprint, iden
 from ttmray.corpus.scores import COLUMN, SCORES
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
-from ttmray.models.bundle import BundleName
+from ttmray.models.bundle import BundleName, base_name
 from ttmray.models.cross_load import cross_load
 from ttmray.needs import Need, needs_of, plots, problem, text_if_there
 from ttmray.runs import SUCCESS
@@ -259,7 +259,7 @@ class _Chain:
         made, page = f"corpus/{SCORES}/{RANKER}/{SUCCESS}", f"corpus/{SCORES}/{RANKER}/stats.json"
         self.add("rescore", rescoring, lambda: rescore(rescoring), made, after=["corpus", RANKER], page=page)
         self.data["sources"][0]["score_column"] = f"{RANKER}/instrumental_reward_score"
-        self.bundle = f"{self.config.bundle}+{places['head']}"
+        self.bundle = f"{base_name(self.config.bundle)}+{places['head']}"
         self.scored_by = ["rescore"]
 
     def add_stage1(self) -> None:

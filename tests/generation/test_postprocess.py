@@ -166,7 +166,7 @@ def test_silence_is_marked_and_left_alone(tmp_path, variant):
 
 def test_a_missed_target_is_recorded(tmp_path, capsys):
     spike = music()
-    spike[0, 999] = 50.0
+    spike[0, 999] = 9.0
     write(tmp_path / "in" / "spike.wav", spike)
     assert run(tmp_path / "out", tmp_path / "in") == EXIT_OK
     row = rows(tmp_path / "out")["spike.wav"]

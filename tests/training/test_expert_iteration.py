@@ -339,4 +339,5 @@ def test_wrong_configs_are_refused(corpus, start, tmp_path):
 @pytest.mark.parametrize(("name", "updates"), [("debug", (30, 10)), ("paper", (30_000, 5000))])
 def test_shipped_configs_are_valid(name, updates):
     config = load_config(ExpertIterationConfig, f"{REPO}/configs/{name}/stage2.yaml")
-    assert (config.steps, config.polish.steps, config.oversample, config.pool.sampler.score) == (*updates, 5, 2)
+    score = {"paper": 2.0, "debug": -0.4}[name]  # of the demo corpus that lies in its range
+    assert (config.steps, config.polish.steps, config.oversample, config.pool.sampler.score) == (*updates, 5, score)
