@@ -26,8 +26,8 @@ from common import Line, machine, report, spread
 from torch import nn
 
 from ttmray.models.tunejury import RELEASED_WIDTHS
-from ttmray.training import ranker
-from ttmray.training.ranker import HeadConfig, PackedPairs, flops_per_pair, new_head, pack, validation_loss
+from ttmray.ranker import heads as ranker
+from ttmray.ranker.heads import HeadConfig, PackedPairs, flops_per_pair, new_head, pack, validation_loss
 
 TRAIN, VALIDATION, CLIPS, PROMPTS = 17_554, 2_111, 12_000, 2_000
 TARGET_S = 60.0

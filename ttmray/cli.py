@@ -388,7 +388,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _card(arguments: argparse.Namespace) -> int:
-    from ttmray.evaluation.cards import write_card
+    from ttmray.recipes.cards import write_card
 
     options = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "kind", "folder")}
     return write_card(arguments.kind, arguments.folder, **options)
@@ -410,7 +410,7 @@ def _pool(arguments: argparse.Namespace) -> int:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from ttmray.config import load_config
-    from ttmray.reproduce import ReproduceConfig, reproduce
+    from ttmray.recipes.reproduce import ReproduceConfig, reproduce
 
     config = load_config(ReproduceConfig, arguments.config, arguments.sets)
     return reproduce(config, first=arguments.first, last=arguments.last, plan_only=arguments.plan_only)
@@ -418,7 +418,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 def _ablate(arguments: argparse.Namespace) -> int:
     from ttmray.config import load_config
-    from ttmray.evaluation.ablations import AblateConfig, ablate
+    from ttmray.recipes.ablations import AblateConfig, ablate
 
     config = load_config(AblateConfig, arguments.config, arguments.sets)
     return ablate(config, first=arguments.first, last=arguments.last, plan_only=arguments.plan_only)
@@ -442,7 +442,7 @@ def _train_crpo(arguments: argparse.Namespace) -> int:
 
 def _pairs(arguments: argparse.Namespace) -> int:
     from ttmray.config import load_config
-    from ttmray.training.preference_pairs import PairsConfig, build_pairs
+    from ttmray.training.pairs import PairsConfig, build_pairs
 
     return build_pairs(arguments.pool, arguments.out, load_config(PairsConfig, arguments.config, arguments.sets))
 
@@ -457,7 +457,7 @@ def _filter(arguments: argparse.Namespace) -> int:
 
 def _train_ranker(arguments: argparse.Namespace) -> int:
     from ttmray.config import load_config
-    from ttmray.training.ranker_job import RankerConfig, train_ranker
+    from ttmray.ranker.job import RankerConfig, train_ranker
 
     return train_ranker(load_config(RankerConfig, arguments.config, arguments.sets))
 

@@ -13,13 +13,13 @@ from ttmray.config import load_config
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.errors import UserError
-from ttmray.evaluation import cards
-from ttmray.evaluation.cards import dataset_card, model_card, write_card
 from ttmray.evaluation.results import RESULTS
 from ttmray.models.cross_load import CROSS_LOAD
 from ttmray.models.weights import licences
+from ttmray.ranker.job import RankerConfig, train_ranker
+from ttmray.recipes import cards
+from ttmray.recipes.cards import dataset_card, model_card, write_card
 from ttmray.training.config import TrainConfig
-from ttmray.training.ranker_job import RankerConfig, train_ranker
 from ttmray.training.sft import train_sft
 
 UPDATES = 2

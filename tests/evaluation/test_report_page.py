@@ -15,7 +15,7 @@ import pytest
 
 from ttmray.cli import main
 from ttmray.evaluation.report import encode_ogg, report
-from ttmray.training.pairs import PairSource, read_pairs
+from ttmray.ranker.votes import PairSource, read_pairs
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra report)")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ttmray.errors import UserError
+from ttmray.ranker.votes import PairSource, read_pairs
 from ttmray.synth.faults import faults_of, true_quality
 from ttmray.synth.listeners import Heard, Listeners, best_accuracy, chances, main, vocal_bias, votes
-from ttmray.training.pairs import PairSource, read_pairs
 
 PLAIN = Listeners(vocal_bias=0.0, taste=0.0, lapse=0.0, tie_width=0.0)
 

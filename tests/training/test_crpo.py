@@ -26,7 +26,8 @@ from ttmray.models.backbone import FluxAudio
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder
 from ttmray.synth.pool import Candidate, write_pool
-from ttmray.training import crpo, preference_pairs
+from ttmray.training import crpo
+from ttmray.training import pairs as preference_pairs
 from ttmray.training.config import (
     CheckpointConfig,
     EmaConfig,
@@ -49,7 +50,7 @@ from ttmray.training.data import DataConfig, SourceConfig, draws, loader
 from ttmray.training.export import export
 from ttmray.training.flow_matching import flow_losses
 from ttmray.training.launch import launch
-from ttmray.training.preference_pairs import PairsConfig, build_pairs
+from ttmray.training.pairs import PairsConfig, build_pairs
 from ttmray.training.reference_losses import ReferenceLosses
 from ttmray.training.sft import DEBUG, SftTask
 from ttmray.training.tensors import pack

@@ -1,11 +1,10 @@
-"""Pair tables in every format, labels, released splits, drawn pairs, and splits that do not leak."""
+"""Pairs of winner and loser: who wins, who is left out, and what the file says."""
 
-import csv
-import io
 import json
-from dataclasses import replace
+import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,303 +12,203 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttmray.errors import UserError
-from ttmray.training.pairs import (
-    LABELS,
-    Pair,
-    PairSource,
-    PairSplit,
-    disjoint_splits,
-    read_pairs,
-    read_splits,
-    split_pairs,
-)
+from ttmray.generation.filter import read_pool
+from ttmray.synth.pool import Candidate, write_pool
+from ttmray.training.pairs import PairsConfig, build_pairs, make_pairs, read_pairs
 
-ROWS = [
-    {"a": "x/1.wav", "b": "x/2.wav", "label": "a", "prompt": "slow, warm", "split": "train"},
-    {"a": "x/1.wav", "b": "3.wav", "label": "tie", "prompt": "", "split": "test"},
-    {"a": "3.wav", "b": "x/2.wav", "label": "0", "prompt": "fast", "split": "valid"},
-]
+Scores = dict[str, list[float | None]]
 
 
-def write(path: Path, rows: list[dict]) -> str:
-    if path.suffix == ".parquet":
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows), buffer)
-        path.write_bytes(buffer.getvalue())
-    elif path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        path.write_text(json.dumps(rows))
-    return str(path)
-
-
-def source(path: str | Path, **fields) -> PairSource:
-    return PairSource(name="mine", path=str(path), **fields)
-
-
-# ---- tables -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
-def test_every_format_holds_the_same_pairs(tmp_path, suffix):
-    pairs, dropped = read_pairs([source(write(tmp_path / f"votes{suffix}", ROWS))])
-    assert dropped == []
-    assert [(pair.id, pair.target, pair.split) for pair in pairs] == [
-        ("mine:1", 1.0, "train"),
-        ("mine:2", 0.5, "test"),
-        ("mine:3", 0.0, "validation"),
+def pool_table(claps: Scores, rewards: Scores | None = None) -> pa.Table:
+    """A pool's index from the CLAP scores (and rewards) of every prompt's candidates."""
+    rows = [
+        {
+            "key": f"{name}_{i}",
+            "prompt_id": name,
+            "caption": f"text of {name}",
+            "status": "ok",
+            "clap_score": clap,
+            "instrumental_reward_score": float(i) if rewards is None else rewards[name][i],
+        }
+        for name, scores in claps.items()
+        for i, clap in enumerate(scores)
     ]
-    assert pairs[0].a == str(tmp_path / "x/1.wav")
-    assert (pairs[0].text, pairs[0].prompt, pairs[0].source) == ("slow, warm", "slow, warm", "mine")
+    return pa.Table.from_pylist(rows)
 
 
-def test_the_records_of_the_release_are_read_under_each_of_their_names(tmp_path):
-    records = [
-        {"pair_id": "p0", "source": "AIME", "winner": "model_a", "prompt": "x", "a_audio": "1.mp3", "b_audio": "2.mp3"},
-        {"battle_uuid": "p1", "dataset": "MusicArena", "winner": "B", "prompt": None, "a_audio": "1", "b_audio": "3"},
-        {"uuid": "p2", "dataset": "MusicPrefs", "winner": "draw", "prompt": "y", "a_audio": "2", "b_audio": "3"},
-    ]
-    pairs, _ = read_pairs([source(write(tmp_path / "all.json", records), audio="/audio")])
-    found = [(pair.id, pair.source, pair.target, pair.text, pair.a) for pair in pairs]
-    assert found == [
-        ("p0", "AIME", 1.0, "x", "/audio/1.mp3"),
-        ("p1", "MusicArena", 0.0, "", "/audio/1"),
-        ("p2", "MusicPrefs", 0.5, "y", "/audio/2"),
-    ]
+def sides(table: pa.Table, **fields: object) -> list[tuple[str, str]]:
+    return [(row["winner"], row["loser"]) for row in make_pairs(table, PairsConfig(**fields)).rows]
 
 
-def test_prompts_can_be_hidden_from_the_text_input_and_still_hold_a_split_together(tmp_path):
-    rows = [ROWS[0] | {"prompt_id": 7}]
-    ((pair,), _) = read_pairs([source(write(tmp_path / "v.json", rows), prompts=False)])
-    assert (pair.text, pair.prompt) == ("", "mine/7")
+def test_the_highest_score_wins_and_the_lowest_loses():
+    rewards = {"a": [1.0, 0.0, 5.0]}
+    table = pool_table({"a": [0.3, 0.1, 0.2]}, rewards)
+    assert sides(table) == [("a_0", "a_1")]
+    assert sides(table, by="reward") == [("a_2", "a_1")]
+    assert sides(table, by="blend", reward_weight=9, clap_weight=1) == [("a_2", "a_1")]
+    (row,) = make_pairs(table, PairsConfig()).rows
+    assert row["margin"] == pytest.approx(0.2)
+    assert (row["winner_reward"], row["loser_reward"]) == (1.0, 0.0)
+    assert (row["caption"], row["winner_clap"], row["loser_clap"]) == ("text of a", 0.3, 0.1)
 
 
-def test_clips_of_a_corpus_are_addressed_by_their_keys(tmp_path):
-    rows = [{"a": "song_0", "b": "song_1", "label": 1}]
-    ((pair,), _) = read_pairs([source(write(tmp_path / "v.json", rows), corpus="s3://bucket/run")])
-    assert pair.a == "s3://bucket/run#song_0"
-
-
-@pytest.mark.parametrize(("label", "target"), [*LABELS.items(), ("TIE", 0.5), ("Model_A", 1.0), (1, 1.0), (0.5, 0.5)])
-def test_known_labels(tmp_path, label, target):
-    ((pair,), _) = read_pairs([source(write(tmp_path / "v.json", [ROWS[0] | {"label": label}]))])
-    assert pair.target == target
-
-
-@given(st.text(max_size=12) | st.integers(2) | st.none() | st.floats(0.51, 0.99) | st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_an_unknown_label_is_an_error_that_names_its_row_and_never_a_tie(tmp_path_factory, label):
-    if str(label).strip().lower().removesuffix(".0") in LABELS and not isinstance(label, bool):
-        return
-    path = tmp_path_factory.mktemp("labels") / "v.json"
-    with pytest.raises(UserError, match=r"item 2: .*"):
-        read_pairs([source(write(path, [ROWS[0], ROWS[1] | {"label": label}]))])
-
-
-def test_both_bad_is_a_tie_or_left_out_and_a_clip_against_itself_is_left_out(tmp_path):
-    rows = [ROWS[0] | {"label": "BOTH_BAD"}, ROWS[0] | {"b": "x/1.wav"}]
-    path = write(tmp_path / "v.json", rows)
-    pairs, dropped = read_pairs([source(path)])
-    assert [pair.target for pair in pairs] == [0.5]
-    assert [row.reason for row in dropped] == ["same_clip"]
-    pairs, dropped = read_pairs([source(path, both_bad="drop")])
-    assert pairs == []
-    assert [row.reason for row in dropped] == ["both_bad", "same_clip"]
-
-
-@pytest.mark.parametrize("name", ["../secret.wav", "/etc/passwd", "a/../../b.wav", "a\\b.wav", "", "x\n.wav"])
-def test_clip_names_cannot_leave_their_folder(tmp_path, name):
-    with pytest.raises(UserError, match="item 1"):
-        read_pairs([source(write(tmp_path / "v.json", [ROWS[0] | {"b": name}]))])
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("v.txt", "a,b,label", "not a table"),
-        ("v.json", '{"a": 1}', "list of objects"),
-        ("v.json", "[1, 2]", "list of objects"),
-        ("v.json", "[{", "cannot be read"),
-        ("v.json", '[{"a": ["x"], "b": "y", "label": "a"}]', "not text"),
-        ("v.json", '[{"a": "x", "b": "y", "label": "a", "split": "dev"}]', "no split"),
-        ("v.csv", "a,b,label\nx,y\n", "number of cells"),
-        ("v.csv", "a,b,label\nx,y,a,z\n", "number of cells"),
-        ("v.csv", b"a,b\n\xff\xfe\n", "cannot be read"),
-        ("v.parquet", b"PAR1", "cannot be read"),
-        ("v.json", "[" * 5000, "cannot be read"),
-    ],
-)
-def test_bad_tables_are_one_message_with_the_file(tmp_path, file, content, message):
-    path = tmp_path / file
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message) as error:
-        read_pairs([source(path)])
-    assert file in error.value.message
-
-
-def test_an_id_is_used_once(tmp_path):
-    rows = [ROWS[0] | {"id": "p"}, ROWS[1] | {"id": "p"}]
-    with pytest.raises(UserError, match="'p'"):
-        read_pairs([source(write(tmp_path / "v.json", rows))])
-
-
-# ---- released splits --------------------------------------------------------------------------------------
-
-
-def test_released_splits_are_json_lists_or_files_of_ids(tmp_path):
-    as_json = write(tmp_path / "split.json", {"metadata": {}, "train": ["p0"], "valid": ["p1"], "test": ["p2"]})
-    files = {}
-    for split, one in (("train", "p0"), ("validation", "p1"), ("test", "p2")):
-        files[split] = str(tmp_path / f"{split}.txt")
-        Path(files[split]).write_text(one)  # no newline at the end, as released
-    expected = {"p0": "train", "p1": "validation", "p2": "test"}
-    assert read_splits(as_json) == read_splits(files) == expected
-    rows = [row | {"id": f"p{i}", "split": ""} for i, row in enumerate([*ROWS, ROWS[0]])]
-    pairs, _ = read_pairs([source(write(tmp_path / "v.json", rows), splits=as_json)])
-    splits, dropped = split_pairs(pairs, PairSplit(by="released"))
-    assert {name: [pair.id for pair in members] for name, members in splits.items()} == {
-        "train": ["p0"],
-        "validation": ["p1"],
-        "test": ["p2"],
+def test_every_way_of_giving_no_pair_is_counted():
+    nan = float("nan")
+    claps = {
+        "pair": [0.5, 0.1],
+        "one": [0.5],
+        "tie": [0.3, 0.3],
+        "near": [0.30, 0.31],
+        "lost": [nan, None],
+        "half": [0.5, nan],
     }
-    assert [(row.id, row.reason) for row in dropped] == [("p3", "no_split")]
+    made, report = make_pairs(pool_table(claps), PairsConfig(margin=0.05))
+    assert [row["prompt_id"] for row in made] == ["pair"]
+    assert report["prompts"] == {
+        "pool": 6,
+        "with pairs": 1,
+        "one candidate": 2,
+        "margin too small": 2,
+        "no usable candidate": 1,
+    }
+    assert report["clips"] == {"pool": 11, "ok": 10 + 1, "no score": 3}
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["[]", '{"train": []}', '{"train": ["p"], "valid": ["p"], "test": []}', '{"train": 1, "valid": 2, "test": 3}', "{"],
+def test_several_pairs_of_a_prompt_take_the_best_and_the_worst_in_turn():
+    table = pool_table({"a": [0.1, 0.5, 0.3, 0.4, 0.2], "b": [0.9, 0.8]})
+    assert set(sides(table, per_prompt=2)) == {("a_1", "a_0"), ("a_3", "a_4"), ("b_0", "b_1")}
+    assert sides(table, per_prompt=9)[-1] == ("a_3", "a_4")  # second pairs come after all first ones
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.dictionaries(st.sampled_from("abcdefg"), st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1),
+    st.integers(0, 2),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.randoms(),
 )
-def test_bad_split_files_are_refused(tmp_path, content):
-    (tmp_path / "s.json").write_text(content)
-    with pytest.raises(UserError, match=r"s\.json"):
-        read_splits(str(tmp_path / "s.json"))
+def test_pairs_do_not_depend_on_the_order_and_never_break_the_rules(scores, margin, count, per_prompt, shuffle):
+    table = pool_table({name: [float(s) for s in some] for name, some in scores.items()})
+    config = PairsConfig(margin=margin, count=count, per_prompt=per_prompt)
+    rows, report = make_pairs(table, config)
+    order = list(range(table.num_rows))
+    random.Random(shuffle.random()).shuffle(order)
+    assert make_pairs(table.take(order), config) == (rows, report)
+    assert len(rows) <= count
+    used = [row[side] for row in rows for side in ("winner", "loser")]
+    assert len(set(used)) == len(used)
+    for row in rows:
+        assert row["winner"] != row["loser"]
+        assert row["winner_score"] - row["loser_score"] == row["margin"] > margin
+        assert row["winner"].startswith(row["prompt_id"])
+        assert row["loser"].startswith(row["prompt_id"])
 
 
-# ---- rated songs ------------------------------------------------------------------------------------------
+def test_a_choice_among_prompts_is_seeded_and_a_larger_one_begins_with_it():
+    table = pool_table({f"p{i}": [0.1, 0.2] for i in range(50)})
+    few, more = sides(table, count=10), sides(table, count=20)
+    assert more[:10] == few
+    assert sides(table, count=10, seed=1) != few
 
 
-def song(name: str, *ratings: float) -> dict:
-    axes = ("Coherence", "Musicality", "Memorability", "Clarity", "Naturalness")
-    return {"file_name": name, "annotation": [dict.fromkeys(axes, rating) for rating in ratings]}
+def test_held_out_prompts_are_never_used(tmp_path):
+    table = pool_table({f"p{i}": [0.1, 0.2] for i in range(200)})
+    held_out = [("p3", "whatever"), ("other", "Text of  p7"), ("another", "TEXT of p9")]
+    rows, report = make_pairs(table, PairsConfig(), held_out)
+    assert {f"p{i}" for i in range(200)} - {row["prompt_id"] for row in rows} == {"p3", "p7", "p9"}
+    assert report["prompts"]["held out"] == 3
+    rows, report = make_pairs(table, PairsConfig(held_out_share=0.3))
+    assert 30 < report["prompts"]["held out"] < 90
+    again, _ = make_pairs(pool_table({f"p{i}": [0.4, 0.2, 0.3] for i in range(200)}), PairsConfig(held_out_share=0.3))
+    assert {row["prompt_id"] for row in again} == {row["prompt_id"] for row in rows}
 
 
-def test_pairs_of_rated_songs_differ_enough_and_the_higher_mean_wins(tmp_path):
-    means = {f"{i}.mp3": 1 + i * 0.2 for i in range(20)}
-    path = write(tmp_path / "songs.jsonl", [song(name, mean - 0.5, mean + 0.5) for name, mean in means.items()])
-    rated = source(path, format="songs", count=60)
-    pairs, _ = read_pairs([rated])
-    assert len(pairs) == 60
-    assert len({frozenset((pair.a, pair.b)) for pair in pairs}) == 60
-    assert {pair.target for pair in pairs} == {0.0, 1.0}
-    for pair in pairs:
-        gap = means[Path(pair.a).name] - means[Path(pair.b).name]
-        assert abs(gap) >= 0.5 - 1e-9
-        assert pair.target == (gap > 0)
-    assert read_pairs([rated])[0] == pairs
-    assert pairs[3].id == "mine_000003"
+PROMPTS = {f"p{i}": (f"prompt {i}", np.zeros((3, 8))) for i in range(4)}
 
 
-def test_fewer_pairs_than_asked_for_end_the_draw(tmp_path):
-    path = write(tmp_path / "songs.json", [song("1.mp3", 1), song("2.mp3", 1.2), song("3.mp3", 3)])
-    pairs, _ = read_pairs([source(path, format="songs")])
-    assert len(pairs) == 2  # 1 and 2 are too close
+@pytest.fixture
+def pool(tmp_path: Path) -> str:
+    clips = [Candidate(f"p{i % 4}", i // 4, np.zeros((5, 4)), i / 10, (i * 7 % 12) / 10) for i in range(12)]
+    return str(write_pool(str(tmp_path / "pool"), clips, PROMPTS))
 
 
-@pytest.mark.parametrize("row", [{"file_name": "x.mp3"}, song("x.mp3"), song("x.mp3", float("nan")), song("", 1)])
-def test_songs_without_ratings_are_refused(tmp_path, row):
-    (tmp_path / "songs.json").write_text(json.dumps([row]))
-    with pytest.raises(UserError, match="item 1"):
-        read_pairs([source(tmp_path / "songs.json", format="songs")])
+def test_pairs_are_written_read_and_made_again_to_the_same_bytes(pool, tmp_path):
+    out = tmp_path / "pairs"
+    assert build_pairs(pool, str(out), PairsConfig()) == 0
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    table, fingerprint = read_pool(pool)
+    assert read_pairs(str(out / "pairs.parquet"), fingerprint).to_pylist() == make_pairs(table, PairsConfig()).rows
+    build_pairs(pool, str(out), PairsConfig())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert json.loads(files["pairs.json"])["pairs"] == {"possible": 4, "made": 4}
+    assert "the winner has the higher clap in 100.0%" in files["pairs.md"].decode()
+    with pytest.raises(UserError, match=r"pairs\.margin"):
+        build_pairs(pool, str(out), PairsConfig(margin=0.1))
+    with pytest.raises(UserError, match="another pool"):
+        read_pairs(str(out / "pairs.parquet"), "0" * 64)
 
 
-# ---- splits -----------------------------------------------------------------------------------------------
-
-groups = st.lists(st.tuples(*[st.integers(0, 30).map(str)] * 2), max_size=60)
-
-
-@given(groups, st.integers(0, 5))
-@settings(deadline=None)
-def test_no_name_is_in_two_splits(groups, seed):
-    splits = disjoint_splits(groups, PairSplit(validation=0.3, test=0.3, seed=seed))
-    seen: dict[str, str] = {}
-    for group, split in zip(groups, splits, strict=True):
-        for name in group if split else ():
-            assert seen.setdefault(name, split) == split
+def test_a_list_of_held_out_prompts_is_part_of_what_the_pairs_are(pool, tmp_path):
+    evaluation = tmp_path / "evaluation.csv"
+    evaluation.write_text("id,prompt\np1,something\nx,Prompt 2\n")
+    out = tmp_path / "pairs"
+    build_pairs(pool, str(out), PairsConfig(held_out=str(evaluation)))
+    assert set(read_pairs(str(out / "pairs.parquet"))["prompt_id"].to_pylist()) == {"p0", "p3"}
+    with pytest.raises(UserError, match="holds other pairs"):
+        build_pairs(pool, str(out), PairsConfig())
 
 
-def test_nothing_is_lost_where_pairs_hang_together_in_small_groups():
-    groups = [(f"{i}", f"{i + 1}") for i in range(0, 400, 2)]
-    splits = disjoint_splits(groups, PairSplit(validation=0.2, test=0.2))
-    assert "" not in splits
-    assert 20 < splits.count("test") < 60
-    longer = disjoint_splits([*groups, ("900", "901")], PairSplit(validation=0.2, test=0.2))
-    assert longer[:-1] == splits  # more pairs move no other
+def test_moving_the_list_of_held_out_prompts_changes_nothing(pool, tmp_path):
+    for name in ("here.txt", "there.txt"):
+        (tmp_path / name).write_text("prompt 1\n")
+        build_pairs(pool, str(tmp_path / "pairs"), PairsConfig(held_out=str(tmp_path / name)))
 
 
-def test_one_large_group_is_cut_and_pairs_across_are_left_out():
-    names = [str(i) for i in range(60)]
-    groups = [(a, b) for a in names for b in names if a < b]
-    splits = disjoint_splits(groups, PairSplit(validation=0.3, test=0.3))
-    assert all(splits.count(split) for split in ("train", "validation", "test", ""))
+def test_held_out_prompts_are_known_behind_the_prefix_of_their_captions(tmp_path):
+    prefix = "music, "
+    clips = [Candidate(f"p{i}", k, np.zeros((5, 4)), 0.1 * k, 0.1 * k) for i in range(4) for k in range(3)]
+    pool = write_pool(
+        str(tmp_path / "pool"), clips, {f"p{i}": (f"{prefix}prompt {i}", np.zeros((3, 8))) for i in range(4)}
+    )
+    described = json.loads(pool.read("run.json"))
+    described["config"] |= {"caption": "prefixed", "sampler": {"prefix": prefix}}
+    pool.write("run.json", json.dumps(described).encode())
+    (tmp_path / "evaluation.txt").write_text("prompt 1\n")
+    build_pairs(pool.uri, str(tmp_path / "pairs"), PairsConfig(held_out=str(tmp_path / "evaluation.txt")))
+    used = read_pairs(str(tmp_path / "pairs" / "pairs.parquet"))["prompt_id"].to_pylist()
+    assert sorted(used) == ["p0", "p2", "p3"]
 
 
-def pair(i: int, **fields) -> Pair:
-    return Pair(f"p{i}", "s", f"{i}.wav", f"{i + 1000}.wav", 1.0, place=f"row {i}", **fields)
+def test_a_pool_of_held_out_prompts_alone_needs_other_prompts(pool, tmp_path):
+    (tmp_path / "evaluation.txt").write_text("".join(f"prompt {i}\n" for i in range(4)))
+    with pytest.raises(UserError, match=r"gives no pair: pool 4, held out 4\.") as caught:
+        build_pairs(pool, str(tmp_path / "pairs"), PairsConfig(held_out=str(tmp_path / "evaluation.txt")))
+    assert "other prompts" in caught.value.hint
 
 
-def test_prompts_are_held_out_whole_and_pairs_without_one_by_their_clips():
-    pairs = [pair(i, prompt=str(i % 40) if i % 4 else "") for i in range(400)]
-    splits, dropped = split_pairs(pairs, PairSplit(by="prompt", validation=0.3, test=0.3))
-    prompts = [{p.prompt for p in members} - {""} for members in splits.values()]
-    assert dropped == []
-    assert sum(map(len, prompts)) == len(set.union(*prompts))
+def test_a_pool_without_any_pair_is_an_error_that_says_why(pool, tmp_path):
+    with pytest.raises(UserError, match="gives no pair: pool 4, margin too small 4"):
+        build_pairs(pool, str(tmp_path / "pairs"), PairsConfig(margin=9))
+    assert not (tmp_path / "pairs").exists()
 
 
-def test_systems_are_held_out_and_must_be_named():
-    pairs = [pair(i, system_a=f"s{i % 9}", system_b=f"s{i % 7}") for i in range(200)]
-    splits, dropped = split_pairs(pairs, PairSplit(by="system", validation=0.3, test=0.3, seed=3))
-    systems = [{s for p in members for s in (p.system_a, p.system_b)} for members in splits.values()]
-    assert sum(map(len, systems)) == len(set.union(*systems))
-    assert {row.reason for row in dropped} == {"across_splits"}
-    with pytest.raises(UserError, match="row 5"):
-        split_pairs([pair(5, system_a="s")], PairSplit(by="system"))
-
-
-def test_votes_on_the_same_two_clips_stay_in_one_split_whichever_clip_came_first():
-    votes = [replace(pair(i % 100), id=f"v{i}") for i in range(400)]
-    votes = [replace(vote, a=vote.b, b=vote.a, target=0.0) if i % 3 else vote for i, vote in enumerate(votes)]
-    splits, dropped = split_pairs(votes, PairSplit(by="pair", validation=0.2, test=0.2))
-    assert dropped == []
-    clips = {split: {frozenset((vote.a, vote.b)) for vote in members} for split, members in splits.items()}
-    assert not clips["train"] & clips["test"]
-    assert not clips["train"] & clips["validation"]
-    assert not clips["validation"] & clips["test"]
-    assert {split: len(members) for split, members in splits.items()} == {k: 4 * len(v) for k, v in clips.items()}
-
-
-def test_ties_alone_and_no_votes_are_named_as_what_they_are():
-    with pytest.raises(UserError, match="all 50 votes are ties"):
-        split_pairs([replace(pair(i), target=0.5) for i in range(50)], PairSplit(by="pair"))
-    with pytest.raises(UserError, match="no vote can be used"):
-        split_pairs([], PairSplit(by="pair"))
-
-
-@pytest.mark.parametrize("separator", [";", "\t", "|"])
-def test_tables_of_votes_may_have_another_separator(tmp_path, separator):
-    rows = [["a", "b", "label"], ["1.wav", "2.wav", "a"], ["2.wav", "3.wav", "b"]]
-    (tmp_path / "votes.csv").write_text("".join(separator.join(row) + "\n" for row in rows))
-    pairs, _ = read_pairs([source(tmp_path / "votes.csv")])
-    assert [(Path(vote.a).name, Path(vote.b).name, vote.target) for vote in pairs] == [
-        ("1.wav", "2.wav", 1.0),
-        ("2.wav", "3.wav", 0.0),
-    ]
-
-
-def test_an_empty_split_is_refused():
-    with pytest.raises(UserError, match=r"is in validation|is in test|is in train"):
-        split_pairs([pair(i) for i in range(2)], PairSplit(by="pair"))
+def test_files_that_hold_no_pairs_are_refused(pool, tmp_path):
+    out = tmp_path / "pairs"
+    build_pairs(pool, str(out), PairsConfig())
+    path = out / "pairs.parquet"
+    table = pq.read_table(path)
+    for changed, message in (
+        (table.slice(0, 0), "holds no pairs"),
+        (table.set_column(1, "loser", table["winner"]), "winner and loser of one pair"),
+        (table.drop_columns(["margin"]), "does not hold preference pairs"),
+        (table.replace_schema_metadata(None), "does not hold preference pairs"),
+    ):
+        pq.write_table(changed, path)
+        with pytest.raises(UserError, match=message):
+            read_pairs(str(path))
+    path.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="does not hold preference pairs"):
+        read_pairs(str(path))
+    with pytest.raises(UserError, match="not found"):
+        read_pairs(str(tmp_path / "nothing.parquet"))

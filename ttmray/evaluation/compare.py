@@ -24,8 +24,8 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.evaluation.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.generation import manifest
+from ttmray.ranker.votes import read_rows
 from ttmray.storage import Folder, absolute, parquet_table, split_path
-from ttmray.training.pairs import read_rows
 
 COMPARED = {
     "clap_score": ("clap_score",),

@@ -34,8 +34,8 @@ from ttmray.config import Config, execution, fingerprint
 from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.score import LIMITS
+from ttmray.ranker.votes import read_rows
 from ttmray.storage import Folder, read_file
-from ttmray.training.pairs import read_rows
 
 ASK_CONCEPTS = (
     "List the musical concepts that this description asks for: genre, instruments, mood, tempo, rhythm, texture. "

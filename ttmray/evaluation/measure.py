@@ -37,8 +37,8 @@ from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import SEPARATION, Protocol
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.ranker.features import EncodingConfig
 from ttmray.storage import Folder, parquet_table, split_path
-from ttmray.training.features import EncodingConfig
 
 PARTS = "parts"
 OK, FAILED = "ok", "failed"

@@ -40,7 +40,7 @@ from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import Losses, Task, fast_kernels, unsynchronised
 from ttmray.training.memory import step_flops
-from ttmray.training.preference_pairs import pool_score, read_pairs
+from ttmray.training.pairs import pool_score, read_pairs
 from ttmray.training.reference_losses import ReferenceLosses
 from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, score_facts, write_samples
 

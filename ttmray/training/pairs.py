@@ -1,390 +1,264 @@
-"""Preference pairs: reading tables of votes, making pairs of rated songs, and splitting without leaks.
+"""Winner and loser under one prompt, out of a pool of generated clips: the data of CRPO (paper III-D, Stage 3).
 
-A pair names two clips, the prompt that both were made for, and who was preferred. One reader takes plain tables and
-the records of the TuneJury release (Music Arena, MusicPrefs, AIME), which differ in column names only; SongEval
-rates single songs, so its pairs are drawn here.
+Nobody voted on these pairs: a score ranks the candidates of a prompt. Human votes are in training/pairs.py.
 """
 
-import csv
-import hashlib
 import io
 import json
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from hashlib import sha256
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
 
-from ttmray.config import Config, execution
-from ttmray.corpus.captions import delimiter
-from ttmray.errors import UserError
-from ttmray.storage import Folder, parquet_table, read_file, split_path
+from ttmray.config import Config, differences, execution, identity
+from ttmray.console import console
+from ttmray.corpus.scores import COLUMN, protocol_of
+from ttmray.corpus.unit import OK
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool
+from ttmray.generation.prompts import plain, read_prompts
+from ttmray.storage import Folder, parquet_table, read_file
 
-SPLITS = ("train", "validation", "test")
-BOTH_BAD = "both_bad"
-LABELS = {"1": 1.0, "a": 1.0, "model_a": 1.0, "0": 0.0, "b": 0.0, "model_b": 0.0}
-LABELS |= dict.fromkeys(("0.5", "tie", "draw", BOTH_BAD), 0.5)
-"""Label -> the probability that a is preferred."""
-COLUMNS = {
-    "id": ("pair_id", "battle_uuid", "uuid", "id"),
-    "a": ("a", "a_audio"),
-    "b": ("b", "b_audio"),
-    "label": ("label", "winner", "vote", "preference"),
-    "prompt": ("prompt",),
-    "source": ("source", "dataset"),
-    "prompt_id": ("prompt_id",),
-    "system_a": ("system_a",),
-    "system_b": ("system_b",),
-    "split": ("split",),
-}
-"""Columns of a pair table, each with the names that it goes by; the first that is there counts."""
-_KNOWN = {name for names in COLUMNS.values() for name in names} | {"file_name", "path", "audio"}
-AXES = ("coherence", "musicality", "memorability", "clarity", "naturalness")
-"""The five axes of SongEval."""
-
-
-class PairSource(Config):
-    """One set of votes, or of rated songs."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    """Source of the rows that do not name theirs."""
-    path: str = execution()
-    """Table: CSV, TSV, JSON list, JSON lines or Parquet; local or s3://."""
-    format: Literal["pairs", "songs"] = "pairs"
-    """`pairs`: one vote per row. `songs`: one rated song per row (SongEval), from which pairs are drawn."""
-    audio: str | None = execution(None)
-    """Folder or bucket that the clips' names are relative to; default: the table's own folder."""
-    corpus: str | None = execution(None)
-    """Run folder of the corpus job: clips are then keys of its index, and nothing is encoded again."""
-    splits: str | dict[Literal["train", "validation", "test"], str] | None = execution(None)
-    """Released split: a JSON file with the lists train, valid and test, or one file of ids per split."""
-    prompts: bool = True
-    """Off: the text input is empty, for raters that did not see the prompt (MusicPrefs)."""
-    both_bad: Literal["tie", "drop"] = "tie"
-    """What a BOTH_BAD vote (Music Arena) is; the released splits hold them as ties, as far as one can tell."""
-    min_gap: float = Field(0.5, ge=0)
-    """`songs`: least difference of mean ratings in a pair (as released)."""
-    count: int = Field(3760, ge=1)
-    """`songs`: pairs to draw (as released)."""
-    seed: int = 42
-    """`songs`: seed of the draw."""
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if self.audio and self.corpus:
-            raise ValueError("name either audio or corpus, not both")
-        return self
+PAIRS = "pairs.parquet"
+METADATA_KEY = b"ttmray.pairs"
+SCHEMA = pa.schema(
+    [
+        ("winner", pa.string()),
+        ("loser", pa.string()),
+        ("prompt_id", pa.string()),
+        ("caption", pa.string()),
+        ("winner_score", pa.float64()),  # what ranks them: see `by`
+        ("loser_score", pa.float64()),
+        ("margin", pa.float64()),
+        ("winner_reward", pa.float64()),
+        ("loser_reward", pa.float64()),
+        ("winner_clap", pa.float64()),
+        ("loser_clap", pa.float64()),
+    ]
+)
 
 
-class PairSplit(Config):
-    """Who must not be on both sides of train and test."""
+class PairsConfig(Config):
+    """Which candidates become pairs."""
 
-    by: Literal["released", "pair", "item", "prompt", "system"] = "item"
-    """`released` takes the sources' split files or the table's split column. The others hold out whole pairs (all
-    votes on the same two clips), clips,
-    prompts or systems by a seeded hash, so that more pairs move no other."""
-    validation: float = Field(0.1, gt=0, lt=1)
-    """Share that selects the best epoch."""
-    test: float = Field(0.1, gt=0, lt=1)
-    """Share that is only reported."""
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _some_left(self) -> Self:
-        if self.validation + self.test >= 1:
-            raise ValueError("validation and test must leave something to train on")
-        return self
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One vote. `a` and `b` are addresses: a path or URI, or `<corpus run>#<key>`. `target` is 1 where a was
-    preferred, 0 for b, 0.5 for a tie; `text` is what the text encoder sees; `place` is file and row."""
-
-    id: str
-    source: str
-    a: str
-    b: str
-    target: float
-    text: str = ""
-    prompt: str = ""
-    system_a: str = ""
-    system_b: str = ""
-    split: str = ""
-    place: str = ""
+    by: Literal["clap", "reward", "blend"] = "clap"
+    """What ranks the candidates of a prompt: `clap_score` (the paper), the reward, or their blend (z-scores over the
+    whole pool, as in the filter of Stage 2)."""
+    reward: str = Field("instrumental_reward_score", pattern=COLUMN)
+    """Column of the reward: of the index, or `<table>/<column>` of a table of `ttmray corpus rescore`."""
+    reward_weight: float = Field(0.5, ge=0)
+    """Of `blend`."""
+    clap_weight: float = Field(0.5, ge=0)
+    """Of `blend`."""
+    margin: float = Field(0.0, ge=0)
+    """The winner's score must be higher by more than this. Equal scores never make a pair. The paper names none."""
+    count: int = Field(2000, ge=1)
+    """At most this many pairs."""
+    per_prompt: int = Field(1, ge=1)
+    """Pairs of one prompt: the best with the worst, the second best with the second worst, ... The paper does not say
+    how many candidates or pairs a prompt has."""
+    held_out: str | None = execution(None)
+    """File of prompts that are never used (format of `ttmray generate`), by id or by text: those of the evaluation.
+    What it holds is part of the identity of the pairs."""
+    held_out_share: float = Field(0.0, ge=0, lt=1)
+    """Share of all prompts that are never used, chosen by the hash of their text."""
+    seed: int = Field(0, ge=0)
+    """Of the choice among the prompts where they give more than `count` pairs."""
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A row that cannot be used, and the reason as a countable word."""
+class Made(NamedTuple):
+    """Rows of `SCHEMA` and the report as plain JSON types."""
 
-    id: str
-    source: str
-    reason: str
-    message: str = ""
+    rows: list[dict[str, Any]]
+    report: dict[str, Any]
 
 
-def read_pairs(sources: Sequence[PairSource]) -> tuple[list[Pair], list[Dropped]]:
-    """All pairs of all sources, in order, and the rows that are no use.
+def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
+    """Write `pairs.parquet`, `pairs.json` and `pairs.md` into the folder `output`.
 
     Raises:
-        UserError: a table that cannot be read, a row without clips or with a label that nobody knows, names that
-            leave their folder, or one id twice.
+        UserError: no finished pool, no pair, or an output folder of other pairs.
     """
-    pairs: list[Pair] = []
-    dropped: list[Dropped] = []
-    for source in sources:
-        rows = read_rows(source.path)
-        found = _rated(source, rows) if source.format == "songs" else [_pair(source, row, place) for place, row in rows]
-        released = read_splits(source.splits) if source.splits else None
-        for pair in found:
-            if isinstance(pair, Dropped):
-                dropped.append(pair)
-            else:
-                pairs.append(pair if released is None else replace(pair, split=released.get(pair.id, "")))
-    repeated = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
-    if repeated:
-        raise UserError(f"the pair id {repeated[0]!r} is used more than once.", "Ids must differ in all sources.")
-    return pairs, dropped
+    table, fingerprint = read_pool(pool, (config.reward,))
+    held_out = () if config.held_out is None else [(p.id, p.text) for p in read_prompts(config.held_out)]
+    digest = sha256(json.dumps(sorted(held_out)).encode()).hexdigest()
+    what = {"pool": fingerprint, "pairs": identity(config) | {"held_out": digest if held_out else None}}
+    if "/" in config.reward:  # a table may be made again by another head
+        what["scores"] = protocol_of(Folder.at(pool), config.reward)
+    out = Folder.at(output)
+    if out.exists(PAIRS):
+        lines = differences(_about(out.read(PAIRS), out.path(PAIRS)), what)
+        if lines:
+            raise UserError(f"{out} holds other pairs:\n    " + "\n    ".join(lines), "Choose another folder.")
+    rows, report = make_pairs(table, config, held_out, prompt_prefix(pool))
+    if not rows:
+        prompts = report["prompts"]
+        way_out = "Sample more candidates per prompt, or lower the margin."
+        if prompts.get("held out") == prompts["pool"]:
+            way_out = "Sample a pool from other prompts, or lower held_out_share."
+        raise UserError(f"{pool} gives no pair: {counted(prompts)}.", way_out)
+    buffer = io.BytesIO()
+    made = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({METADATA_KEY: json.dumps(what, sort_keys=True)})
+    pq.write_table(made, buffer, compression="zstd")
+    out.write("pairs.json", json.dumps(report, indent=1).encode())
+    out.write("pairs.md", markdown(report).encode())
+    out.write(PAIRS, buffer.getvalue())
+    console.print(f"{len(rows)} pairs of {table.num_rows} clips: {out.path(PAIRS)}", markup=False)
+    if len(rows) < config.count:
+        console.print(f"fewer than {config.count}; prompts: {counted(report['prompts'])}", markup=False)
+    return EXIT_OK
 
 
-def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, cells by lower-case column name) of every row of a table; the place is for messages.
-
-    Raises:
-        UserError: of unknown format, not UTF-8 or damaged.
-    """
-    data, name = read_file(path), path.lower()
-    try:
-        if name.endswith(".parquet"):
-            word, items = "row", parquet_table(data).to_pylist()
-        elif name.endswith((".csv", ".tsv")):
-            text = data.decode("utf-8-sig")
-            separator = delimiter(text, "\t" if name.endswith(".tsv") else ",", _KNOWN)
-            word, items = "row", list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
-        elif name.endswith(".jsonl"):
-            word, items = "line", [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
-        elif name.endswith(".json"):
-            word, items = "item", json.loads(data.decode("utf-8-sig"))
-        else:
-            raise UserError(f"{path} is not a table.", "Known: .csv, .tsv, .json, .jsonl, .parquet")
-    except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Check the file near that place.") from error
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise UserError(f"{path} is not a list of objects.", 'Write [{"a": ..., "b": ..., "label": ...}, ...].')
-    rows = []
-    for number, item in enumerate(items, 1):
-        place = f"{path}, {word} {number}"
-        ragged = None in item or (name.endswith((".csv", ".tsv")) and None in item.values())
-        if ragged:
-            raise UserError(f"{place}: it has another number of cells than the header.", "Quote cells with commas.")
-        rows.append((place, {str(key).strip().lower(): value for key, value in item.items()}))
-    return rows
-
-
-def read_splits(spec: str | Mapping[Any, str]) -> dict[str, str]:
-    """Pair id -> train, validation or test.
+def read_pairs(path: str, pool: str | None = None) -> pa.Table:
+    """Pairs of a file that `build_pairs` wrote.
 
     Args:
-        spec: a JSON file with the lists `train`, `valid` and `test`, or a text file with one id per line per split.
+        pool: fingerprint that they must come from.
 
     Raises:
-        UserError: a file that is none of that, or an id in two splits.
+        UserError: no such file, damaged, empty, a pair of a clip with itself, or pairs of another pool.
     """
-    lists: dict[str, list[str]] = {}
-    if isinstance(spec, str):
-        try:
-            content = json.loads(read_file(spec))
-            lists = {"validation" if key == "valid" else key: content[key] for key in ("train", "valid", "test")}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{spec} is no split file: {error!r}", "It needs the lists train, valid and test."
-            ) from error
-        if not all(isinstance(ids, list) and all(isinstance(one, str) for one in ids) for ids in lists.values()):
-            raise UserError(f"{spec}: train, valid and test must be lists of pair ids.")
-    else:
-        for split, path in spec.items():
-            try:
-                lists[split] = [line.strip() for line in read_file(path).decode().splitlines() if line.strip()]
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8.", "One pair id per line.") from error
-    where: dict[str, str] = {}
-    for split, ids in lists.items():
-        for one in ids:
-            if where.setdefault(one, split) != split:
-                raise UserError(f"{spec}: the pair {one!r} is in {where[one]} and in {split}.")
-    return where
+    data = read_file(path)
+    about = _about(data, path)
+    try:
+        table = parquet_table(data).select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(f"{path} does not hold preference pairs: {error}", "Make it with `ttmray pairs`.") from error
+    if not table.num_rows:
+        raise UserError(f"{path} holds no pairs.", "Make it with `ttmray pairs`.")
+    same = table.filter(pc.equal(table["winner"], table["loser"]))
+    if same.num_rows:
+        raise UserError(f"{path}: {same['winner'][0]} is winner and loser of one pair.", "Remove that row.")
+    if pool is not None and about.get("pool") != pool:
+        raise UserError(f"{path} was made from another pool.", "Name the pool of these pairs in data.sources.")
+    return table.replace_schema_metadata(None)
 
 
-def split_pairs(pairs: Sequence[Pair], config: PairSplit) -> tuple[dict[str, list[Pair]], list[Dropped]]:
-    """Pairs by split, and those that belong to none or would join two.
+def pool_score(pool: str) -> float | None:
+    """The score that a pool was sampled at; None where it was sampled without.
 
     Raises:
-        UserError: there are no pairs, a split stays empty, all votes are ties, or a row lacks what is to be held out.
+        UserError: no finished pool, or clips that were sampled at different scores.
     """
-    if not pairs:
-        raise UserError("no vote can be used: there is none between two different clips.", "Check the tables of votes.")
-    if all(pair.target == 0.5 for pair in pairs):
-        raise UserError(
-            f"all {len(pairs)} votes are ties: no clip was preferred to another.",
-            f"Check the column of labels; {', '.join(LABELS)} are known.",
-        )
-    if config.by == "released":
-        names, why = [pair.split for pair in pairs], "no_split"
-    else:
-        names, why = disjoint_splits([_held_out(pair, config.by) for pair in pairs], config), "across_splits"
-    splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    dropped = []
-    for pair, name in zip(pairs, names, strict=True):
-        if name:
-            splits[name].append(pair)
-        else:
-            dropped.append(Dropped(pair.id, pair.source, why, pair.place))
-    for split, members in splits.items():
-        if not members:
-            raise UserError(
-                f"split.by={config.by}: no pair of {len(pairs)} is in {split} ({len(dropped)} are in none).",
-                "Take another split.seed, larger shares, or another kind of split.",
-            )
-    return splits, dropped
+    scores = read_pool(pool)[0]["input_score"].unique().to_pylist()
+    if len(scores) > 1:
+        what = f"score is target, but {pool} was sampled at {len(scores)} scores."
+        raise UserError(what, "Set score to a number, pair, own or null.")
+    return None if scores[0] is None else float(scores[0])
 
 
-def disjoint_splits(groups: Sequence[Sequence[str]], config: PairSplit) -> list[str]:
-    """A split for every pair such that no name of `groups` is in two; "" for pairs that would join two splits.
+def make_pairs(
+    table: pa.Table, config: PairsConfig, held_out: Sequence[tuple[str, str]] = (), prefix: str = ""
+) -> Made:
+    """Pairs of a pool, the same for the same clips in any order.
 
-    Pairs that hang together are kept together, so that nothing is lost. Where more than half of all pairs hang together
-    (every clip compared with many others) names are drawn one by one instead, and pairs across splits are left out.
+    Candidates are ranked by score, equal ones by key. First comes one pair of every prompt, then second pairs, each
+    time the prompts in the order of a hash, until there are `config.count`.
 
     Args:
-        groups: per pair what must stay together, e.g. its two clips.
+        held_out: (id, text) of prompts that are never used; either may match.
+        prefix: what captions of the pool have before their prompt.
+
+    Raises:
+        UserError: a blend of scores that are all equal.
     """
-    names = sorted({name for group in groups for name in group})
-    number = {name: i for i, name in enumerate(names)}
-    edges = np.array([[number[group[0]], number[name]] for group in groups for name in group]).reshape(-1, 2)
-    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), (len(names), len(names)))
-    _, component = connected_components(graph, directed=False)
-    sizes = Counter(int(component[number[group[0]]]) for group in groups)
-    if max(sizes.values(), default=0) > len(groups) / 2:
-        component = np.arange(len(names))
-    first = {part: name for name, part in reversed(list(zip(names, component.tolist(), strict=True)))}
-    drawn = [_draw(first[part], config) for part in component.tolist()]
-    splits = [{drawn[number[name]] for name in group} for group in groups]
-    return [split.pop() if len(split) == 1 else "" for split in splits]
-
-
-def _draw(name: str, config: PairSplit) -> str:
-    share = int.from_bytes(hashlib.sha256(f"{config.seed}/{name}".encode()).digest()[:8], "big") / 2**64
-    if share < config.test:
-        return "test"
-    return "validation" if share < config.test + config.validation else "train"
-
-
-def _held_out(pair: Pair, by: str) -> tuple[str, ...]:
-    if by == "pair":  # all votes on the same two clips, whichever came first
-        return ("\n".join(sorted((pair.a, pair.b))),)
-    if by == "system":
-        if not (pair.system_a and pair.system_b):
-            raise UserError(f"{pair.place}: no system_a and system_b.", "split.by=system needs both in every row.")
-        return (pair.system_a, pair.system_b)
-    # pairs without a prompt (SongEval) are held out by their clips
-    return (f"prompt {pair.prompt}",) if by == "prompt" and pair.prompt else (pair.a, pair.b)
-
-
-def _pair(source: PairSource, row: dict[str, Any], place: str) -> Pair | Dropped:
-    cells = {name: _cell(row, aliases, place) for name, aliases in COLUMNS.items()}
-    label = cells["label"].lower().removesuffix(".0")
-    if label not in LABELS:
-        raise UserError(
-            f"{place}: {cells['label']!r} is no label.",
-            f"Columns {', '.join(COLUMNS['label'])} may hold {', '.join(LABELS)}.",
-        )
-    name = cells["source"] or source.name
-    split = {"valid": "validation", "val": "validation"}.get(cells["split"], cells["split"])
-    if split and split not in SPLITS:
-        raise UserError(f"{place}: {split!r} is no split.", f"Write {', '.join(SPLITS)}, or leave it empty.")
-    pair = Pair(
-        id=cells["id"] or f"{source.name}:{place.rsplit(' ', 1)[1]}",
-        source=name,
-        a=_address(source, cells["a"], place),
-        b=_address(source, cells["b"], place),
-        target=LABELS[label],
-        text=cells["prompt"] if source.prompts else "",
-        prompt=f"{name}/{cells['prompt_id']}" if cells["prompt_id"] else cells["prompt"],
-        system_a=cells["system_a"],
-        system_b=cells["system_b"],
-        split=split,
-        place=place,
-    )
-    if pair.a == pair.b:
-        return Dropped(pair.id, name, "same_clip", place)
-    if label == BOTH_BAD and source.both_bad == "drop":
-        return Dropped(pair.id, name, BOTH_BAD, place)
-    return pair
-
-
-def _rated(source: PairSource, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair | Dropped]:
-    """Pairs of songs whose mean ratings differ enough, drawn as the release draws them (SongEval)."""
-    scores: dict[str, float] = {}
-    for place, row in rows:
-        name = _cell(row, ("file_name", "path", "audio", "id"), place)
-        address = _address(source, name, place)
-        if address in scores:
-            raise UserError(f"{place}: {name!r} is rated in an earlier row already.")
-        scores[address] = _mean_rating(row, place)
-    songs, drawn = sorted(scores), random.Random(source.seed)
-    pairs: dict[frozenset[str], Pair] = {}
-    for _ in range(200 * source.count):  # few songs, or few that differ enough, may not give as many pairs
-        if len(pairs) == source.count or len(songs) < 2:
-            break
-        a, b = drawn.sample(songs, 2)
-        key = frozenset((a, b))
-        if key in pairs or abs(scores[a] - scores[b]) < source.min_gap or scores[a] == scores[b]:
+    ids, texts = {name for name, _ in held_out}, {plain(text, prefix) for _, text in held_out}
+    rows = table.filter(pc.equal(table["status"], OK)).sort_by("key")
+    score = _scores(rows, config)
+    finite = np.isfinite(score)
+    rows, score = rows.filter(pa.array(finite)), score[finite]
+    columns = rows.select(["key", "prompt_id", "caption"]).to_pydict()
+    reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
+    of_prompt: dict[str, list[int]] = {}
+    for i, name in enumerate(columns["prompt_id"]):
+        of_prompt.setdefault(name, []).append(i)
+    prompts = Counter({"pool": len(set(table["prompt_id"].to_pylist()))})
+    found: list[tuple[int, str, int, int]] = []
+    for name, members in of_prompt.items():
+        text = plain(columns["caption"][members[0]] or "", prefix)
+        if name in ids or text in texts or _unit(text) < config.held_out_share:
+            prompts["held out"] += 1
             continue
-        name = f"{source.name.lower()}_{len(pairs):06d}"
-        pairs[key] = Pair(name, source.name, a, b, float(scores[a] > scores[b]), place=f"{source.path}, drawn {name}")
-    return list(pairs.values())
-
-
-def _mean_rating(row: Mapping[str, Any], place: str) -> float:
-    """Mean over axes of the mean over annotators; the axes are columns, or keys of `annotation` or its items."""
-    given = row.get("annotation", row.get("annotations", row))
-    judges = given if isinstance(given, list) else [given]
-    try:
-        if not judges:
-            raise ValueError("no annotator")
-        plain = [{str(key).strip().lower(): value for key, value in judge.items()} for judge in judges]
-        means = [np.mean([np.mean(np.asarray(judge[axis], np.float64)) for judge in plain]) for axis in AXES]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: no ratings on {', '.join(AXES)} ({error!r}).") from error
-    if not np.isfinite(means).all():
-        raise UserError(f"{place}: ratings that are not finite.")
-    return float(np.mean(means))
-
-
-def _cell(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
-    for name in names:
-        value = row.get(name)
-        if value is None or value == "":
+        if len(members) == 1:
+            prompts["one candidate"] += 1
             continue
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UserError(f"{place}: {name} is a {type(value).__name__}, not text or a number.")
-        return str(value).strip()
-    return ""
+        ranked = sorted(members, key=lambda i: (-score[i], columns["key"][i]))
+        possible = list(zip(ranked, reversed(ranked), strict=True))[: min(config.per_prompt, len(ranked) // 2)]
+        pairs = [(best, worst) for best, worst in possible if score[best] - score[worst] > config.margin]
+        prompts["with pairs" if pairs else "margin too small"] += 1
+        found += [(place, name, best, worst) for place, (best, worst) in enumerate(pairs)]
+    prompts["no usable candidate"] = prompts["pool"] - len(of_prompt)
+    found.sort(key=lambda item: (item[0], _unit(f"{config.seed} {item[1]}"), item[1]))
+    chosen = [(best, worst) for _, _, best, worst in found[: config.count]]
+    made = [
+        {
+            "winner": columns["key"][best],
+            "loser": columns["key"][worst],
+            "prompt_id": columns["prompt_id"][best],
+            "caption": columns["caption"][best],
+            "winner_score": float(score[best]),
+            "loser_score": float(score[worst]),
+            "margin": float(score[best] - score[worst]),
+            "winner_reward": _known(reward[best]),
+            "loser_reward": _known(reward[worst]),
+            "winner_clap": _known(clap[best]),
+            "loser_clap": _known(clap[worst]),
+        }
+        for best, worst in chosen
+    ]
+    report: dict[str, Any] = {
+        "by": config.by,
+        "clips": {"pool": table.num_rows, "ok": len(finite), "no score": int((~finite).sum())},
+        "prompts": dict(prompts),
+        "pairs": {"possible": len(found), "made": len(made)},
+    }
+    if made:
+        best, worst = (np.array(side) for side in zip(*chosen, strict=True))
+        report["margin"] = describe(score[best] - score[worst])
+        for name, values in (("reward", reward), ("clap", clap)):
+            report[f"winners_with_higher_{name}"] = float(np.mean(values[best] > values[worst]))
+    return Made(made, report)
 
 
-def _address(source: PairSource, name: str, place: str) -> str:
-    if not name:
-        raise UserError(f"{place}: a clip has no name.", f"Columns: {COLUMNS['a']} and {COLUMNS['b']}.")
-    if source.corpus:
-        return f"{Folder.at(source.corpus)}#{name}"
-    folder = Folder.at(source.audio) if source.audio else split_path(source.path)[0]
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    lines = ["# Preference pairs", "", f"- ranked by {report['by']}"]
+    lines += [f"- {name}: {counted(report[name])}" for name in ("pairs", "prompts", "clips")]
+    lines.append("- margin: " + ", ".join(f"{name} {value:.4f}" for name, value in report["margin"].items()))
+    for name in ("reward", "clap"):
+        lines.append(f"- the winner has the higher {name} in {report[f'winners_with_higher_{name}']:.1%} of the pairs")
+    return "\n".join(lines) + "\n"
+
+
+def _scores(rows: pa.Table, config: PairsConfig) -> np.ndarray:
+    """(n,) what ranks candidates; NaN where it is not known."""
+    reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
+    if config.by != "blend":
+        return clap if config.by == "clap" else reward
+    score = np.full(len(reward), np.nan)
+    known = np.isfinite(reward) & np.isfinite(clap)
+    if known.any():
+        score[known] = blend(reward[known], clap[known], config.reward_weight, config.clap_weight)
+    return score
+
+
+def _about(data: bytes, what: str) -> dict[str, Any]:
     try:
-        return folder.path(name)
-    except UserError as error:
-        raise UserError(f"{place}: {error.message}", "Names are relative to `audio`.") from error
+        return dict(json.loads(pq.read_schema(pa.BufferReader(data)).metadata[METADATA_KEY]))
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{what} does not hold preference pairs.", "Make it with `ttmray pairs`.") from error
+
+
+def _unit(text: str) -> float:
+    """A number in [0, 1) that depends on a text alone."""
+    return int.from_bytes(sha256(text.encode()).digest()[:8]) / 2**64
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from ttmray import chain
-from ttmray.chain import Step, gpus, is_done, run_chain
 from ttmray.config import Config, load_config
 from ttmray.corpus.config import CorpusConfig
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
+from ttmray.ranker.job import RankerConfig
+from ttmray.recipes import chain
+from ttmray.recipes.chain import Step, gpus, is_done, run_chain
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
-from ttmray.training.ranker_job import RankerConfig
 
 PRINTS = {"a": "1", "b": "2", "c": "3"}
 

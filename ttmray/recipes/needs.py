@@ -87,9 +87,9 @@ def needs_of(section: str, config: Config, root: Folder, weights_field: str = ""
     from ttmray.generation.config import GenerateConfig
     from ttmray.generation.pool_worker import CandidatesConfig
     from ttmray.models.reward_head import open_head
+    from ttmray.ranker.job import RankerConfig
     from ttmray.training.config import TrainConfig
-    from ttmray.training.preference_pairs import PairsConfig
-    from ttmray.training.ranker_job import RankerConfig
+    from ttmray.training.pairs import PairsConfig
 
     found: Iterable[Need] = ()
     if isinstance(config, CorpusConfig):
@@ -209,7 +209,7 @@ def _of_corpus(section: str, config: Any) -> Iterable[Need]:
 
 
 def _of_ranker(section: str, config: Any, root: Folder) -> Iterable[Need]:
-    from ttmray.training.pairs import read_pairs, read_rows, read_splits
+    from ttmray.ranker.votes import read_pairs, read_rows, read_splits
 
     for number, source in enumerate(config.sources):
         if inside(source.path, root):  # a step before makes them
@@ -247,7 +247,7 @@ def _clips_there(source: Any, share: float) -> None:
     Raises:
         UserError: of more than `share` of the pairs one is missing; also for a table that cannot be used.
     """
-    from ttmray.training.pairs import read_pairs
+    from ttmray.ranker.votes import read_pairs
 
     pairs, _ = read_pairs((source,))
     folder = Folder.at(source.audio) if source.audio else split_path(source.path)[0]

@@ -22,18 +22,18 @@ from ttmray.corpus.scores import with_columns
 from ttmray.errors import UserError
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.bundle import open_bundle
-from ttmray.reproduce import ReproduceConfig, build_steps, reproduce
+from ttmray.recipes.reproduce import ReproduceConfig, build_steps, reproduce
 from ttmray.storage import Folder
 from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.data import open_mixture
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 DEBUG = REPO / "configs/debug/reproduce.yaml"
 PROMPTS = REPO / "configs/debug/prompts.csv"
 PROGRAM = """
 import sys
 from ttmray.config import load_config
-from ttmray.reproduce import ReproduceConfig, reproduce
+from ttmray.recipes.reproduce import ReproduceConfig, reproduce
 sys.exit(reproduce(load_config(ReproduceConfig, sys.argv[1], sys.argv[2:])))
 """
 
@@ -226,7 +226,7 @@ def states(output: Path, capsys: pytest.CaptureFixture[str], *sets: str) -> dict
 
 
 def test_a_changed_section_concerns_its_step_and_those_that_take_from_it(tmp_path, capsys):
-    from ttmray.reproduce import _fingerprints
+    from ttmray.recipes.reproduce import _fingerprints
 
     output = tmp_path / "run"
     config = debug(output)

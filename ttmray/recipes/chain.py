@@ -20,7 +20,7 @@ from ttmray.cluster import alone, connected_gpus
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.needs import Need, refuse_missing
+from ttmray.recipes.needs import Need, refuse_missing
 from ttmray.storage import Folder
 
 PAPER_GPU_HOURS = 40

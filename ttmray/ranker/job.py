@@ -24,11 +24,11 @@ from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import BundleName, open_bundle, resolve_device
 from ttmray.models.tunejury import BLOCKS, VARIANTS, TuneJury, load_tunejury
+from ttmray.ranker import report as report
+from ttmray.ranker.features import EncodingConfig, Features, extract
+from ttmray.ranker.heads import HeadConfig, margins, pack, scores, train_head
+from ttmray.ranker.votes import SPLITS, Dropped, Pair, PairSource, PairSplit, read_pairs, split_pairs
 from ttmray.storage import Folder
-from ttmray.training import ranker_report as report
-from ttmray.training.features import EncodingConfig, Features, extract
-from ttmray.training.pairs import SPLITS, Dropped, Pair, PairSource, PairSplit, read_pairs, split_pairs
-from ttmray.training.ranker import HeadConfig, margins, pack, scores, train_head
 
 PACKED, HEAD, METRICS = "packed.safetensors", "tunejury", "metrics.json"
 

@@ -8,8 +8,8 @@ weights, rewards) is filled in here, as are the held-out prompts. A section that
 A step is skipped when it was finished with this very config, and the steps that it takes from with theirs; otherwise
 its job is started, which goes on where it was. So the same command completes a chain that was killed anywhere. Files
 outside of the run folder (songs, votes, weights, reference sets) are only looked at for steps that are to run, all of
-them before the first one starts (`ttmray.needs`). A step whose settings or inputs have changed is refused by its job,
-as ever: to make it again, delete its folder and those of the steps after it.
+them before the first one starts (`recipes/needs.py`). A step whose settings or inputs have changed is refused by its
+job, as ever: to make it again, delete its folder and those of the steps after it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +17,14 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.chain import Step, fill, merged, run_chain
 from ttmray.config import Address, Config, ConfigT, execution, fingerprint, identity
 from ttmray.corpus.scores import COLUMN, SCORES
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
 from ttmray.models.bundle import BundleName, base_name
 from ttmray.models.cross_load import cross_load
-from ttmray.needs import Need, needs_of, plots, problem, text_if_there
+from ttmray.recipes.chain import Step, fill, merged, run_chain
+from ttmray.recipes.needs import Need, needs_of, plots, problem, text_if_there
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
 from ttmray.training.config import ModelConfig, TrainConfig, with_absolute_paths
@@ -232,8 +232,8 @@ class _Chain:
         self.add("corpus", corpus, lambda: score_corpus(corpus), "corpus/_SUCCESS.json", page="corpus/summary.md")
 
     def add_ranker(self) -> None:
+        from ttmray.ranker.job import RankerConfig, train_ranker
         from ttmray.synth import votes
-        from ttmray.training.ranker_job import RankerConfig, train_ranker
 
         given, path, made_up = self.config.votes, self.path, None
         if given is not None:
@@ -336,7 +336,7 @@ class _Chain:
         self.add(name, stage2, lambda: expert_iteration(stage2), *made, after=after, page=page, section="stage2")
 
     def add_pairs(self, given: Mapping[str, Any]) -> None:
-        from ttmray.training.preference_pairs import PairsConfig, build_pairs
+        from ttmray.training.pairs import PairsConfig, build_pairs
 
         pairs = self.section(PairsConfig, "pairs", given, held_out=self.config.prompts)
 

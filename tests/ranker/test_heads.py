@@ -19,12 +19,13 @@ from ttmray.audio.mel import LogMel
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.models.tunejury import VARIANTS, TuneJuryHead, load_tunejury
+from ttmray.ranker import heads as ranker
+from ttmray.ranker import job as ranker_job
+from ttmray.ranker import report as report
+from ttmray.ranker.features import read_clip
+from ttmray.ranker.heads import HeadConfig, PackedPairs, margins, new_head, pack, train_head, validation_loss
+from ttmray.ranker.job import RankerConfig, train_ranker
 from ttmray.storage import Folder
-from ttmray.training import ranker, ranker_job
-from ttmray.training import ranker_report as report
-from ttmray.training.features import read_clip
-from ttmray.training.ranker import HeadConfig, PackedPairs, margins, new_head, pack, train_head, validation_loss
-from ttmray.training.ranker_job import RankerConfig, train_ranker
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = HeadConfig(widths=(12, 6), lr=3e-3, batch=16, max_epochs=12, patience=12)

@@ -3,7 +3,7 @@
 A *cell* is a checkpoint under one way of generating: its forward, input score, seed, post-processing and prompts, held
 against one reference set; or clips of another program. Every cell is generated and evaluated in a folder of its own,
 once, however many tables it stands in; checkpoints are files, or are trained here. Steps are skipped, resumed and timed
-as those of `ttmray.reproduce`; the last one writes `tables/`: Markdown, LaTeX, CSV, the figure and a page with
+as those of `ttmray.recipes.reproduce`; the last one writes `tables/`: Markdown, LaTeX, CSV, the figure and a page with
 everything.
 """
 
@@ -13,13 +13,19 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, cast
 
-from ttmray.chain import Step, fill, merged, run_chain
 from ttmray.config import Config, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.evaluation import published
-from ttmray.evaluation.ablation_config import AblateConfig, CellConfig, SweepConfig
-from ttmray.evaluation.ablation_tables import (
+from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.reference import known_protocol, load_reference, reference_there, training_digest, training_there
+from ttmray.evaluation.results import read_clips, read_results
+from ttmray.evaluation.systems import audio_files
+from ttmray.generation.prompts import read_prompts
+from ttmray.models.cross_load import SHARED, cross_load
+from ttmray.models.score_heads import Head
+from ttmray.recipes import published
+from ttmray.recipes.ablation_config import AblateConfig, CellConfig, SweepConfig
+from ttmray.recipes.ablation_tables import (
     TITLES,
     Cell,
     Table,
@@ -32,15 +38,8 @@ from ttmray.evaluation.ablation_tables import (
     render_table,
     sweep_table,
 )
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
-from ttmray.evaluation.reference import known_protocol, load_reference, reference_there, training_digest, training_there
-from ttmray.evaluation.results import read_clips, read_results
-from ttmray.evaluation.sweep import readings, sweep_notes
-from ttmray.evaluation.systems import audio_files
-from ttmray.generation.prompts import read_prompts
-from ttmray.models.cross_load import SHARED, cross_load
-from ttmray.models.score_heads import Head
-from ttmray.needs import (
+from ttmray.recipes.chain import Step, fill, merged, run_chain
+from ttmray.recipes.needs import (
     Need,
     clips_there,
     needs_of,
@@ -50,6 +49,7 @@ from ttmray.needs import (
     text_if_there,
     weights_file_there,
 )
+from ttmray.recipes.sweep import readings, sweep_notes
 from ttmray.storage import Folder, absolute, local_file
 from ttmray.training.config import TrainConfig, with_absolute_paths
 

@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_backbone
 
-from ttmray.chain import Step, run_chain
 from ttmray.cli import main
 from ttmray.config import Config, load_config
 from ttmray.errors import UserError
@@ -22,11 +21,12 @@ from ttmray.evaluation.measure import embedding_protocol
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import open_bundle
 from ttmray.models.weights import open_store
-from ttmray.needs import Need, refuse_missing
-from ttmray.reproduce import ReproduceConfig, reproduce
+from ttmray.recipes.chain import Step, run_chain
+from ttmray.recipes.needs import Need, refuse_missing
+from ttmray.recipes.reproduce import ReproduceConfig, reproduce
 from ttmray.storage import Folder
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 CHAINS = ("reproduce", "ablate")
 SOURCES = ("music_arena", "musicprefs", "aime", "songeval")
 

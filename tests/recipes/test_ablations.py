@@ -23,7 +23,10 @@ from scipy import stats
 from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.errors import EXIT_BAD_INPUT, UserError
-from ttmray.evaluation.ablation_tables import (
+from ttmray.evaluation.reference import build_reference
+from ttmray.models.backbone_weights import METADATA, debug_backbone
+from ttmray.models.score_heads import Head
+from ttmray.recipes.ablation_tables import (
     DAGGER,
     TIE,
     Cell,
@@ -35,13 +38,10 @@ from ttmray.evaluation.ablation_tables import (
     render_table,
     sweep_table,
 )
-from ttmray.evaluation.ablations import AblateConfig, Plan, ablate
-from ttmray.evaluation.published import CHAIN, FACTORIAL, SWEEP, Published
-from ttmray.evaluation.reference import build_reference
-from ttmray.evaluation.sweep import readings, sweep_notes
-from ttmray.models.backbone_weights import METADATA, debug_backbone
-from ttmray.models.score_heads import Head
-from ttmray.reproduce import ReproduceConfig, build_steps
+from ttmray.recipes.ablations import AblateConfig, Plan, ablate
+from ttmray.recipes.published import CHAIN, FACTORIAL, SWEEP, Published
+from ttmray.recipes.reproduce import ReproduceConfig, build_steps
+from ttmray.recipes.sweep import readings, sweep_notes
 from ttmray.storage import Folder
 
 REPO = Path(__file__).resolve().parents[2]

@@ -14,18 +14,18 @@ import yaml
 from ttmray.console import console
 from ttmray.corpus.scores import SCORES, table_names
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.evaluation.published import SUB_1
 from ttmray.evaluation.results import Results, System, read_results
 from ttmray.models.backbone import BackboneConfig
 from ttmray.models.backbone_weights import count_parameters
 from ttmray.models.bundle import BUNDLES, ReleasedBundle, base_name
 from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
 from ttmray.models.weights import licences
+from ttmray.ranker.job import HEAD, METRICS
+from ttmray.recipes.published import SUB_1
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, split_path
 from ttmray.training.checkpoint import newest_valid, read_state
 from ttmray.training.launch import CHECKPOINTS
-from ttmray.training.ranker_job import HEAD, METRICS
 
 STAGES = {
     "sft": "supervised fine-tuning with flow matching",

@@ -15,9 +15,9 @@ from ttmray.corpus.job import score_corpus
 from ttmray.errors import UserError
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.scoring import Scorer
+from ttmray.ranker import features as module
+from ttmray.ranker.features import EncodingConfig, extract, read_clip
 from ttmray.storage import Folder
-from ttmray.training import features as module
-from ttmray.training.features import EncodingConfig, extract, read_clip
 
 RATE = 44100
 CPU = EncodingConfig(device="cpu")
