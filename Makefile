@@ -37,6 +37,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/training.py --output benchmarks/results/training.json
 	$(BIN)/python benchmarks/loader.py --output benchmarks/results/loader.json
 	$(BIN)/python benchmarks/ranker.py --output benchmarks/results/ranker.json
+	$(BIN)/python benchmarks/rescore.py --output benchmarks/results/rescore.json
 	$(BIN)/python benchmarks/score_heads.py --output benchmarks/results/score_heads.json --figure benchmarks/results/score_heads.svg
 	$(BIN)/python benchmarks/metrics.py --output benchmarks/results/metrics.json
 	$(BIN)/python benchmarks/evaluation.py --output benchmarks/results/evaluation.json
