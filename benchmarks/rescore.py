@@ -55,8 +55,10 @@ def measure(folder: Path, clips: int, workers: int) -> dict[str, float]:
     corpus, head = folder / f"corpus-{clips}", folder / "head"
     started = time.perf_counter()
     if not (corpus / "_SUCCESS.json").exists():
-        sizes = {"latent": (4, 2), "text": (2, 8), "captions": 10}
-        write_random_corpus(str(corpus), tracks=clips // CLIPS_PER_TRACK, clips_per_track=CLIPS_PER_TRACK, **sizes)
+        tracks = clips // CLIPS_PER_TRACK
+        write_random_corpus(
+            str(corpus), tracks=tracks, clips_per_track=CLIPS_PER_TRACK, captions=10, latent=(4, 2), text=(2, 8)
+        )
     written_s = time.perf_counter() - started
     head.mkdir(parents=True, exist_ok=True)
     one_thread()
