@@ -457,6 +457,8 @@ def test_the_paper_s_recipes_say_what_they_mean():
     ablations = load_config(AblateConfig, str(REPO / "configs/paper/ablate.yaml"))
     text = (REPO / "configs/paper/ablate.yaml").read_text() + (REPO / "configs/paper/reproduce.yaml").read_text()
     assert text.count("--set stage1.model.head=v2") == 2
+    assert ablations.stage1 is not None
+    scored_by = ablations.stage1["data"]["sources"][0]["score_column"]
     heads = {"/data/chain": ("v1", "v1", "v2"), "/data/chain-v2": ("v2", "v2", "v2")}
     for output, expected in heads.items():
         sets = [f"output={output}", *(["stage1.model.head=v2"] if output.endswith("v2") else [])]
@@ -465,11 +467,12 @@ def test_the_paper_s_recipes_say_what_they_mean():
         models = [steps[name].config.model for name in ("stage1", "stage2", "stage3")]  # type: ignore[attr-defined]
         assert tuple(model.head for model in models) == expected
         assert {(model.size, model.null) for model in models} == {("s_44k", "zero_embedding")}
+        assert steps["stage1"].config.data.sources[0].score_column == scored_by  # type: ignore[attr-defined]
+        assert steps["pool"].config.bundle == ablations.bundle == "paper"  # type: ignore[attr-defined]
         made = {f"{output}/{name}" for step in steps.values() for name in step.makes}
         own = [one.path for one in ablations.checkpoints.values() if one.path and one.path.startswith(f"{output}/")]
         assert own
         assert set(own) <= made
-    assert ablations.stage1 is not None
     assert ablations.stage1["data"]["sources"][0]["corpus"] == "/data/chain/corpus"
 
 

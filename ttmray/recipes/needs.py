@@ -347,6 +347,7 @@ def _bundle_has_backbone(bundle: str) -> None:
 
 def _of_evaluation(section: str, config: Any, root: Folder) -> Iterable[Need]:
     from ttmray.evaluation.reference import reference_there, training_there
+    from ttmray.models.bundle import base_name
     from ttmray.models.scoring import Scorer
 
     yield from prompts(config.prompts)
@@ -355,11 +356,12 @@ def _of_evaluation(section: str, config: Any, root: Folder) -> Iterable[Need]:
         if not inside(path, root):
             yield Need(clips_there, (absolute(path), config.prompts), "Name files `<prompt id>.wav`, or set its clips.")
     yield from weights(config.bundle, (*Scorer.roles, "tokenizer"))
+    bundle = base_name(config.bundle)  # embeddings have nothing to do with the reward head
     if config.reference is not None and not inside(config.references, root):
-        asked = (config.reference, config.references, config.bundle, config.reward_text)
+        asked = (config.reference, config.references, bundle, config.reward_text)
         yield Need(reference_there, (*asked, config.reference_stem))
     if config.training is not None and not inside(config.training, root):
-        asked = (config.training, config.references, config.bundle, config.reward_text)
+        asked = (config.training, config.references, bundle, config.reward_text)
         yield Need(training_there, asked)
     if config.judge is not None:
         yield Need(_judge_there, (config.judge, config.prompts))
