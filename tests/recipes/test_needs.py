@@ -21,6 +21,7 @@ from ttmray.evaluation.measure import embedding_protocol
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import open_bundle
 from ttmray.models.weights import open_store
+from ttmray.recipes.ablations import AblateConfig, Plan, ablate
 from ttmray.recipes.chain import Step, run_chain
 from ttmray.recipes.needs import Need, refuse_missing
 from ttmray.recipes.reproduce import ReproduceConfig, reproduce
@@ -212,6 +213,43 @@ def test_a_reward_head_that_is_not_there_is_named_with_the_rest(machine, capsys,
     text = capsys.readouterr().err
     assert "1 thing is missing" in text
     assert f"leave out +{machine}/ranker" in text
+
+
+def test_the_way_to_a_reference_needs_no_ranker_that_the_chain_will_train(machine, capsys):
+    put_everything(machine)
+    shutil.rmtree(machine / "home")
+    assert plan(machine, "reproduce") == 2
+    text = capsys.readouterr().err
+    assert "Build it: ttmray reference build sdd-706 SOURCE --stem instrumental --bundle paper --store" in text
+    assert "ranker" not in text
+
+
+def test_weights_from_outside_that_do_not_fit_their_forward_are_named(machine, capsys):
+    put_everything(machine)
+    system = f"{{checkpoint: {machine}/data/chain-v2/stage1/weights.safetensors, generate: {{head: v1}}}}"
+    assert plan(machine, "reproduce", "--set", f"systems.other={system}") == 2
+    assert "was trained as v2 and collapses as v1" in capsys.readouterr().err
+    put_backbone(machine / "data/text.safetensors", "none")
+    assert plan(machine, "reproduce", "--set", f"systems.other.checkpoint={machine}/data/text.safetensors") == 2
+    text = capsys.readouterr().err
+    assert "1 thing is missing" in text
+    assert "text.safetensors has no score head, and sampler.score is 5" in text
+
+
+def test_a_reference_that_is_built_here_is_of_the_stem_that_evaluations_ask_for(machine, capsys):
+    put_everything(machine)
+    for name in ("sdd-706", "jamendo-100"):
+        shutil.rmtree(machine / f"home/.cache/ttmray/references/{name}")
+    put(machine / "data/sdd/1.mp3")
+    built = f"{{sdd-706: {machine}/data/sdd, jamendo-100: {machine}/data/sdd}}"
+    sets = [f"output={machine}/run", f"prompts={machine}/prompts.csv", f"references={built}"]
+    config = load_config(AblateConfig, str(machine / "ablate.yaml"), sets)
+    steps = {step.name: step for step in Plan(config).steps()}
+    assert steps["reference-sdd-706"].config.stem == "instrumental"  # type: ignore[attr-defined]
+    assert steps["reference-sdd-706"].run.keywords["stem"] == "instrumental"  # type: ignore[attr-defined]
+    shutil.rmtree(machine / "weights/mdx_extra")
+    with pytest.raises(UserError, match=r"mdx_extra are not here.*reference-sdd-706, reference-jamendo-100"):
+        ablate(config, plan_only=True, last="reference-jamendo-100")
 
 
 def test_only_steps_that_are_to_run_need_something(machine, capsys):

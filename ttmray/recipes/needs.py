@@ -261,12 +261,13 @@ def _clips_there(source: Any, share: float) -> None:
         )
 
 
-def sources_of_reference(field: str, source: str, bundle: str) -> tuple[Need, ...]:
-    """What building a reference set needs."""
+def sources_of_reference(field: str, source: str, bundle: str, stem: str | None = None) -> tuple[Need, ...]:
+    """What building a reference set needs: of the instrumentals of a folder also a separator."""
     from ttmray.models.scoring import Scorer
 
     there = Need(_reference_source_there, (source,), f"Put the audio or the corpus there, or set {field}.")
-    return (there, *weights(bundle, (*Scorer.roles, "tokenizer")))
+    separated = stem == "instrumental" and not Folder(source).exists("run.json")
+    return (there, *weights(bundle, (*Scorer.roles, "tokenizer", *(["separator"] if separated else []))))
 
 
 def _reference_source_there(path: str) -> None:
@@ -317,6 +318,7 @@ def _of_pool(section: str, config: Any, root: Folder) -> Iterable[Need]:
     if config.corpus is not None:
         yield from _corpus(config.corpus, f"{section}.corpus", root)
     yield from checkpoint(config.checkpoint, f"{section}.checkpoint", root)
+    yield from _forwards(config, config.sampler.scores, root)
     yield from _backbone(section, config)
     yield from weights(config.bundle)
     yield from _device(section, config.runtime, "runtime", config.runtime.pool)
@@ -328,6 +330,7 @@ def _of_generation(section: str, config: Any, root: Folder, weights_field: str) 
     yield from prompts(config.prompts)
     for field in ("checkpoint", "second_checkpoint"):
         yield from checkpoint(getattr(config, field), weights_field or f"{section}.{field}", root)
+    yield from _forwards(config, config.sampler.scores, root)
     yield from _backbone(section, config)
     yield from weights(config.bundle, roles_with_separator(config) - {"backbone"})
     yield from _device(section, config.runtime, "runtime", config.runtime.pool)
@@ -336,6 +339,31 @@ def _of_generation(section: str, config: Any, root: Folder, weights_field: str) 
 def _backbone(section: str, config: Any) -> Iterable[Need]:
     if config.checkpoint is None:
         yield Need(_bundle_has_backbone, (config.bundle,), f"Set {section}.checkpoint.")
+
+
+def _forward_fits(path: str, head: str | None, null: str | None, force: bool, score: float | None) -> None:
+    """Whether a file of this machine that names its head can make clips as it is asked to; a file that is missing, or
+    says nothing, is left to its own need.
+
+    Raises:
+        UserError: as `check_forward`.
+    """
+    from ttmray.models.backbone_weights import check_forward, read_config
+
+    if Folder(path).remote or problem(Need(weights_file_there, (path,))) is not None:
+        return
+    known = read_config(Path(path))
+    if "head" in known:
+        own_null = known.get("null", "zero_embedding")
+        check_forward(path, known["head"], own_null, head, null, force=force, score=score)  # type: ignore[arg-type]
+
+
+def _forwards(config: Any, scores: Sequence[Any], root: Folder) -> Iterable[Need]:
+    """Weights from outside of the run folder fit the forward, null and score that they are used with."""
+    paths = (config.checkpoint, getattr(config, "second_checkpoint", None))
+    for path, score in zip(paths, scores, strict=False):
+        if path is not None and not inside(path, root):
+            yield Need(_forward_fits, (absolute(path), config.head, config.null, config.force_head, score))
 
 
 def _bundle_has_backbone(bundle: str) -> None:
