@@ -113,6 +113,8 @@ def put_everything(machine: Path) -> None:
     put_votes(data)
     put(data / "baseline/fluxaudio_s_full.pth")
     put(data / "chain/corpus/index.parquet")
+    put(data / "chain/corpus/scores/ranker/_SUCCESS.json")
+    put(data / "chain/ranker/tunejury.safetensors")
     for name in ("sdd-706", "jamendo-100"):
         put_reference(machine, name)
     for chain, head in (("chain", "v1"), ("chain-v2", "v2")):
@@ -141,7 +143,8 @@ def put_everything(machine: Path) -> None:
                 "fluxaudio_s_full.pth", "set checkpoints.baseline.path", "data/chain/corpus is no finished corpus",
                 "chain/stage1/weights", "chain-v2/stage1/weights", "chain/stage2/expert/round-1/polish",
                 "chain-v2/stage2/expert/round-1/polish", "chain/stage2/control/round-1/polish", "chain/stage3/weights",
-                "data/stage3-v1.safetensors",
+                "data/stage3-v1.safetensors", "data/chain/ranker is no reward head",
+                "data/chain/corpus has no scores ranker",
             ],
         ),
     ],
@@ -178,6 +181,8 @@ def test_with_everything_in_its_place_a_paper_config_can_begin(machine, capsys, 
         ("reproduce", "data/baseline/fluxaudio_s_full.pth", "fluxaudio_s_full.pth: not found"),
         ("ablate", "data/baseline/fluxaudio_s_full.pth", "fluxaudio_s_full.pth: not found"),
         ("ablate", "prompts.csv", "prompts.csv: not found"),
+        ("ablate", "data/chain/ranker/tunejury.safetensors", "data/chain/ranker is no reward head"),
+        ("ablate", "data/chain/corpus/scores/ranker/_SUCCESS.json", "data/chain/corpus has no scores ranker"),
         ("ablate", "weights/clap-music/music_audioset_epoch_15_esc_90.14.pt", "The weights of clap-music"),
     ],
 )

@@ -290,6 +290,22 @@ def _corpus_there(path: str) -> None:
         raise UserError(f"{path} is no finished corpus: it has no {index.MERGED}.", "ttmray score-corpus")
 
 
+def _scores_there(corpus: str, column: str) -> None:
+    """The table of a score column of another reward head; one of the index is there with it.
+
+    Raises:
+        UserError: it was not made, or not to its end.
+    """
+    from ttmray.corpus.scores import SCORES
+    from ttmray.runs import SUCCESS
+
+    name, slash, _ = column.rpartition("/")
+    if slash and not Folder(corpus).exists(f"{SCORES}/{name}/{SUCCESS}"):
+        raise UserError(
+            f"{corpus} has no scores {name}.", f"Make them: ttmray corpus rescore {corpus} --head HEAD --name {name}"
+        )
+
+
 def _of_training(section: str, config: Any, root: Folder) -> Iterable[Need]:
     from ttmray.training.crpo import CrpoConfig
     from ttmray.training.expert_iteration import ExpertIterationConfig
@@ -297,6 +313,8 @@ def _of_training(section: str, config: Any, root: Folder) -> Iterable[Need]:
     for number, source in enumerate(config.data.sources):
         field = f"{section}.data.sources.{number}"
         yield from _corpus(source.corpus, f"{field}.corpus", root)
+        if source.score_column is not None and not inside(source.corpus, root):
+            yield Need(_scores_there, (absolute(source.corpus), source.score_column))
         if source.keys is not None and not inside(source.keys, root):
             yield Need(file_there, (absolute(source.keys),), f"Set {field}.keys.")
     yield from checkpoint(config.model.init, f"{section}.model.init", root)
