@@ -354,3 +354,15 @@ def test_runs_from_before_a_peak_of_the_latents_or_a_null_text_could_be_set_keep
     assert identity(load("latent_peak=0.95")) == identity(load()) | {"latent_peak": 0.95}
     assert "null_text" not in identity(ModelConfig())
     assert identity(ModelConfig(null_text="clap")) == identity(ModelConfig()) | {"null_text": "clap"}
+
+
+def test_a_file_may_choose_the_null_score_by_the_name_of_its_field(tmp_path):
+    from ttmray.training.config import TrainConfig
+
+    (tmp_path / "run.yaml").write_text(
+        "output: /x\ndata: {sources: [{corpus: /x}]}\nmodel:\n  size: debug\n  null: learned\n"
+    )
+    config = load_config(TrainConfig, str(tmp_path / "run.yaml"))
+    assert config.model.null == "learned"
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(TrainConfig, str(tmp_path / "again.yaml")) == config

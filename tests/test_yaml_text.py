@@ -53,6 +53,14 @@ def test_a_key_that_is_there_twice_is_refused_with_its_line(text, line):
         read_yaml(text)
 
 
+@pytest.mark.parametrize("text", ["a:\n  null: learned\n", "a: {null: learned}", "x: &x {null: learned}\na: {<<: *x}"])
+def test_the_key_null_is_a_name_and_the_value_null_is_none(text):
+    assert read_yaml(text)["a"] == {"null": "learned"}
+    assert read_yaml("a: {b: null, c: ~}") == {"a": {"b": None, "c": None}}
+    with pytest.raises(yaml.YAMLError, match="the key 'null' is there twice"):
+        read_yaml("a: {null: learned, 'null': learned}")
+
+
 def test_a_key_may_override_one_of_a_merge():
     assert read_yaml("x: &x {b: 1, c: 1}\na: {b: 2, <<: *x}\n")["a"] == {"b": 2, "c": 1}
 

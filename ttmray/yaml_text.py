@@ -2,7 +2,7 @@
 
 YAML lets an alias stand for the very object of its anchor, so that a change of one section would change all that were
 copied from it; and a key that is there twice silently has its last value. Here the first cannot happen and the second
-is refused.
+is refused. The key `null` is that word, as any other: configs have a field of that name.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ MAX_VALUES = 100_000
 """Values of a text with its aliases written out; a few lines can stand for billions."""
 _CLOSED = ("[", "{", '"', "'")
 """What ends where it is closed."""
-_MERGE = "tag:yaml.org,2002:merge"
+_MERGE, _NULL, _TEXT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "null", "str"))
 
 
 def read_yaml(text: str | bytes) -> Any:
@@ -74,6 +74,7 @@ def _check(loader: yaml.SafeLoader, node: yaml.Node, sizes: dict[int, int], open
     open_nodes.add(id(node))
     parts: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
+        node.value = [(_named(key), item) for key, item in node.value]
         _check_keys(loader, node)
         parts = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
@@ -85,6 +86,13 @@ def _check(loader: yaml.SafeLoader, node: yaml.Node, sizes: dict[int, int], open
     open_nodes.remove(id(node))
     sizes[id(node)] = size
     return size
+
+
+def _named(key: yaml.Node) -> yaml.Node:
+    """A key that is a name: `null` is a field of configs (`model: {null: learned}`), and nothing is no key."""
+    if key.tag == _NULL and isinstance(key, yaml.ScalarNode) and key.value:
+        return yaml.ScalarNode(_TEXT, key.value, key.start_mark, key.end_mark)
+    return key
 
 
 def _check_keys(loader: yaml.SafeLoader, node: yaml.MappingNode) -> None:

@@ -21,6 +21,7 @@ from ttmray.evaluation.measure import embedding_protocol
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import open_bundle
 from ttmray.models.weights import open_store
+from ttmray.recipes.ablations import AblateConfig, Plan, ablate
 from ttmray.recipes.chain import Step, run_chain
 from ttmray.recipes.needs import Need, refuse_missing
 from ttmray.recipes.reproduce import ReproduceConfig, reproduce
@@ -112,6 +113,8 @@ def put_everything(machine: Path) -> None:
     put_votes(data)
     put(data / "baseline/fluxaudio_s_full.pth")
     put(data / "chain/corpus/index.parquet")
+    put(data / "chain/corpus/scores/ranker/_SUCCESS.json")
+    put(data / "chain/ranker/tunejury.safetensors")
     for name in ("sdd-706", "jamendo-100"):
         put_reference(machine, name)
     for chain, head in (("chain", "v1"), ("chain-v2", "v2")):
@@ -140,7 +143,8 @@ def put_everything(machine: Path) -> None:
                 "fluxaudio_s_full.pth", "set checkpoints.baseline.path", "data/chain/corpus is no finished corpus",
                 "chain/stage1/weights", "chain-v2/stage1/weights", "chain/stage2/expert/round-1/polish",
                 "chain-v2/stage2/expert/round-1/polish", "chain/stage2/control/round-1/polish", "chain/stage3/weights",
-                "data/stage3-v1.safetensors",
+                "data/stage3-v1.safetensors", "data/chain/ranker is no reward head",
+                "data/chain/corpus has no scores ranker",
             ],
         ),
     ],
@@ -177,6 +181,8 @@ def test_with_everything_in_its_place_a_paper_config_can_begin(machine, capsys, 
         ("reproduce", "data/baseline/fluxaudio_s_full.pth", "fluxaudio_s_full.pth: not found"),
         ("ablate", "data/baseline/fluxaudio_s_full.pth", "fluxaudio_s_full.pth: not found"),
         ("ablate", "prompts.csv", "prompts.csv: not found"),
+        ("ablate", "data/chain/ranker/tunejury.safetensors", "data/chain/ranker is no reward head"),
+        ("ablate", "data/chain/corpus/scores/ranker/_SUCCESS.json", "data/chain/corpus has no scores ranker"),
         ("ablate", "weights/clap-music/music_audioset_epoch_15_esc_90.14.pt", "The weights of clap-music"),
     ],
 )
@@ -212,6 +218,43 @@ def test_a_reward_head_that_is_not_there_is_named_with_the_rest(machine, capsys,
     text = capsys.readouterr().err
     assert "1 thing is missing" in text
     assert f"leave out +{machine}/ranker" in text
+
+
+def test_the_way_to_a_reference_needs_no_ranker_that_the_chain_will_train(machine, capsys):
+    put_everything(machine)
+    shutil.rmtree(machine / "home")
+    assert plan(machine, "reproduce") == 2
+    text = capsys.readouterr().err
+    assert "Build it: ttmray reference build sdd-706 SOURCE --stem instrumental --bundle paper --store" in text
+    assert "ranker" not in text
+
+
+def test_weights_from_outside_that_do_not_fit_their_forward_are_named(machine, capsys):
+    put_everything(machine)
+    system = f"{{checkpoint: {machine}/data/chain-v2/stage1/weights.safetensors, generate: {{head: v1}}}}"
+    assert plan(machine, "reproduce", "--set", f"systems.other={system}") == 2
+    assert "was trained as v2 and collapses as v1" in capsys.readouterr().err
+    put_backbone(machine / "data/text.safetensors", "none")
+    assert plan(machine, "reproduce", "--set", f"systems.other.checkpoint={machine}/data/text.safetensors") == 2
+    text = capsys.readouterr().err
+    assert "1 thing is missing" in text
+    assert "text.safetensors has no score head, and sampler.score is 5" in text
+
+
+def test_a_reference_that_is_built_here_is_of_the_stem_that_evaluations_ask_for(machine, capsys):
+    put_everything(machine)
+    for name in ("sdd-706", "jamendo-100"):
+        shutil.rmtree(machine / f"home/.cache/ttmray/references/{name}")
+    put(machine / "data/sdd/1.mp3")
+    built = f"{{sdd-706: {machine}/data/sdd, jamendo-100: {machine}/data/sdd}}"
+    sets = [f"output={machine}/run", f"prompts={machine}/prompts.csv", f"references={built}"]
+    config = load_config(AblateConfig, str(machine / "ablate.yaml"), sets)
+    steps = {step.name: step for step in Plan(config).steps()}
+    assert steps["reference-sdd-706"].config.stem == "instrumental"  # type: ignore[attr-defined]
+    assert steps["reference-sdd-706"].run.keywords["stem"] == "instrumental"  # type: ignore[attr-defined]
+    shutil.rmtree(machine / "weights/mdx_extra")
+    with pytest.raises(UserError, match=r"mdx_extra are not here.*reference-sdd-706, reference-jamendo-100"):
+        ablate(config, plan_only=True, last="reference-jamendo-100")
 
 
 def test_only_steps_that_are_to_run_need_something(machine, capsys):

@@ -286,10 +286,12 @@ def reference_there(
 ) -> None:
     """Whether a reference set is there, of its stem, and, where the weights of the bundle are, made with them.
 
+    A reward head of the bundle's is no part of a reference, and may not be trained yet.
+
     Raises:
         UserError: as `load_reference`.
     """
-    about = _about(_place(address, store, bundle, stem))
+    about = _about(_place(address, store, base_name(bundle), stem))
     protocol = known_protocol(bundle, reward_text)
     if protocol is not None or (stem is not None and about["stem"] != stem):
         load_reference(address, store, protocol or about["protocol"], stem)

@@ -114,28 +114,63 @@ def _read(
     state = tidy(read_state_dict(file), path)
     known = read_config(file)
     config = config_of(state, known, path)
-    if head is not None and (head == "none") != (config.head == "none"):
-        has = "no score embedding" if config.head == "none" else f"a score embedding ({config.head})"
-        raise UserError(
-            f"{path} has {has}, which does not fit head {head}.",
-            "Choose a head that fits, or train one from this file (train_sft.py with init).",
-        )
     named = file_head(state, known)
     if head is None and named is None:
         raise UserError(
             f"{path} has a score embedding and does not say for which head it was trained.",
             "Set head=v1, v2 or v4, which share their tensors; the paper's submission is v2.",
         )
-    if config.head != "none" and null is not None and (null == "learned") != (config.null == "learned"):
-        has = "a learned null score" if config.null == "learned" else "no learned null score"
-        raise UserError(f"{path} has {has}, which does not fit null {null}.", f"Leave null out, or set {config.null}.")
-    crossed = cross_load(named, head, path, force=force) if named is not None and head is not None else None
+    crossed = check_forward(path, config.head, config.null, head, null, named=named is not None, force=force)
+    return state, config.with_head(head or config.head, null), crossed
+
+
+def check_forward(
+    what: str,
+    own: Head,
+    own_null: Null,
+    head: Head | None,
+    null: Null | None,
+    *,
+    named: bool = True,
+    force: bool = False,
+    score: float | None = None,
+) -> CrossLoad | None:
+    """Whether weights can be used in a forward as they are, and the cross-load, if it is one.
+
+    Args:
+        what: the weights, for messages.
+        own: head that they were trained with.
+        own_null: null score that they were trained with.
+        head: forward that is to use them; None: their own.
+        null: what a dropped score is to be; None: their own.
+        named: whether `own` is known, and no guess between heads of the same tensors.
+        force: also v2 weights under v1 or v4 (`models/cross_load.py`).
+        score: that is to be sampled at; None: none.
+
+    Raises:
+        UserError: there is no such head in them, or null, or none for a score, or they would collapse.
+    """
+    if score is not None and own == "none":
+        raise UserError(
+            f"{what} has no score head, and sampler.score is {score:g}.",
+            "Set sampler.score: null, or name weights with a head.",
+        )
+    if head is not None and (head == "none") != (own == "none"):
+        has = "no score embedding" if own == "none" else f"a score embedding ({own})"
+        raise UserError(
+            f"{what} has {has}, which does not fit head {head}.",
+            "Choose a head that fits, or train one from this file (train_sft.py with init).",
+        )
+    if own != "none" and null is not None and (null == "learned") != (own_null == "learned"):
+        has = "a learned null score" if own_null == "learned" else "no learned null score"
+        raise UserError(f"{what} has {has}, which does not fit null {null}.", f"Leave null out, or set {own_null}.")
+    crossed = cross_load(own, head, what, force=force) if named and head is not None else None
     if crossed is not None and crossed.new_head:
         raise UserError(
-            f"{path} has the score head {named}, whose tensors are not those of {head}.",
-            f"Set head: {named}, or train a new head from this file (train_sft.py with init).",
+            f"{what} has the score head {own}, whose tensors are not those of {head}.",
+            f"Set head: {own}, or train a new head from this file (train_sft.py with init).",
         )
-    return state, config.with_head(head or config.head, null), crossed
+    return crossed
 
 
 def file_head(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> Head | None:

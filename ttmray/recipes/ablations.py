@@ -13,7 +13,7 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, cast
 
-from ttmray.config import Config, fingerprint, identity
+from ttmray.config import Config, added, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
@@ -66,6 +66,8 @@ class ReferenceConfig(Config):
     """Folder of audio or corpus run."""
     bundle: str
     """Models."""
+    stem: str | None = added(None)
+    """What it is of: that which the evaluations ask for; null: what `ttmray reference build` takes by itself."""
 
 
 def ablate(config: AblateConfig, *, first: str | None = None, last: str | None = None, plan_only: bool = False) -> int:
@@ -339,10 +341,11 @@ class Plan:
         steps = []
         for name, source in self.config.references.items():
             if f"reference-{name}" in used:
-                config = ReferenceConfig(source=absolute(source), bundle=self.config.bundle)
-                run = partial(build_reference, name, config.source, store=store, bundle=config.bundle)
+                stem = self.config.evaluate.get("reference_stem")
+                config = ReferenceConfig(source=absolute(source), bundle=self.config.bundle, stem=stem)
+                run = partial(build_reference, name, config.source, store=store, bundle=config.bundle, stem=stem)
                 made = (f"references/{name}/reference.json",)
-                needs = sources_of_reference(f"references.{name}", config.source, config.bundle)
+                needs = sources_of_reference(f"references.{name}", config.source, config.bundle, stem)
                 steps.append(Step(f"reference-{name}", config, run, made, needs=needs))
         steps += self.trainings
         for name, step in self.evaluations.items():

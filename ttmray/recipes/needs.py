@@ -261,12 +261,13 @@ def _clips_there(source: Any, share: float) -> None:
         )
 
 
-def sources_of_reference(field: str, source: str, bundle: str) -> tuple[Need, ...]:
-    """What building a reference set needs."""
+def sources_of_reference(field: str, source: str, bundle: str, stem: str | None = None) -> tuple[Need, ...]:
+    """What building a reference set needs: of the instrumentals of a folder also a separator."""
     from ttmray.models.scoring import Scorer
 
     there = Need(_reference_source_there, (source,), f"Put the audio or the corpus there, or set {field}.")
-    return (there, *weights(bundle, (*Scorer.roles, "tokenizer")))
+    separated = stem == "instrumental" and not Folder(source).exists("run.json")
+    return (there, *weights(bundle, (*Scorer.roles, "tokenizer", *(["separator"] if separated else []))))
 
 
 def _reference_source_there(path: str) -> None:
@@ -289,6 +290,22 @@ def _corpus_there(path: str) -> None:
         raise UserError(f"{path} is no finished corpus: it has no {index.MERGED}.", "ttmray score-corpus")
 
 
+def _scores_there(corpus: str, column: str) -> None:
+    """The table of a score column of another reward head; one of the index is there with it.
+
+    Raises:
+        UserError: it was not made, or not to its end.
+    """
+    from ttmray.corpus.scores import SCORES
+    from ttmray.runs import SUCCESS
+
+    name, slash, _ = column.rpartition("/")
+    if slash and not Folder(corpus).exists(f"{SCORES}/{name}/{SUCCESS}"):
+        raise UserError(
+            f"{corpus} has no scores {name}.", f"Make them: ttmray corpus rescore {corpus} --head HEAD --name {name}"
+        )
+
+
 def _of_training(section: str, config: Any, root: Folder) -> Iterable[Need]:
     from ttmray.training.crpo import CrpoConfig
     from ttmray.training.expert_iteration import ExpertIterationConfig
@@ -296,6 +313,8 @@ def _of_training(section: str, config: Any, root: Folder) -> Iterable[Need]:
     for number, source in enumerate(config.data.sources):
         field = f"{section}.data.sources.{number}"
         yield from _corpus(source.corpus, f"{field}.corpus", root)
+        if source.score_column is not None and not inside(source.corpus, root):
+            yield Need(_scores_there, (absolute(source.corpus), source.score_column))
         if source.keys is not None and not inside(source.keys, root):
             yield Need(file_there, (absolute(source.keys),), f"Set {field}.keys.")
     yield from checkpoint(config.model.init, f"{section}.model.init", root)
@@ -317,6 +336,7 @@ def _of_pool(section: str, config: Any, root: Folder) -> Iterable[Need]:
     if config.corpus is not None:
         yield from _corpus(config.corpus, f"{section}.corpus", root)
     yield from checkpoint(config.checkpoint, f"{section}.checkpoint", root)
+    yield from _forwards(config, config.sampler.scores, root)
     yield from _backbone(section, config)
     yield from weights(config.bundle)
     yield from _device(section, config.runtime, "runtime", config.runtime.pool)
@@ -328,6 +348,7 @@ def _of_generation(section: str, config: Any, root: Folder, weights_field: str) 
     yield from prompts(config.prompts)
     for field in ("checkpoint", "second_checkpoint"):
         yield from checkpoint(getattr(config, field), weights_field or f"{section}.{field}", root)
+    yield from _forwards(config, config.sampler.scores, root)
     yield from _backbone(section, config)
     yield from weights(config.bundle, roles_with_separator(config) - {"backbone"})
     yield from _device(section, config.runtime, "runtime", config.runtime.pool)
@@ -336,6 +357,31 @@ def _of_generation(section: str, config: Any, root: Folder, weights_field: str) 
 def _backbone(section: str, config: Any) -> Iterable[Need]:
     if config.checkpoint is None:
         yield Need(_bundle_has_backbone, (config.bundle,), f"Set {section}.checkpoint.")
+
+
+def _forward_fits(path: str, head: str | None, null: str | None, force: bool, score: float | None) -> None:
+    """Whether a file of this machine that names its head can make clips as it is asked to; a file that is missing, or
+    says nothing, is left to its own need.
+
+    Raises:
+        UserError: as `check_forward`.
+    """
+    from ttmray.models.backbone_weights import check_forward, read_config
+
+    if Folder(path).remote or problem(Need(weights_file_there, (path,))) is not None:
+        return
+    known = read_config(Path(path))
+    if "head" in known:
+        own_null = known.get("null", "zero_embedding")
+        check_forward(path, known["head"], own_null, head, null, force=force, score=score)  # type: ignore[arg-type]
+
+
+def _forwards(config: Any, scores: Sequence[Any], root: Folder) -> Iterable[Need]:
+    """Weights from outside of the run folder fit the forward, null and score that they are used with."""
+    paths = (config.checkpoint, getattr(config, "second_checkpoint", None))
+    for path, score in zip(paths, scores, strict=False):
+        if path is not None and not inside(path, root):
+            yield Need(_forward_fits, (absolute(path), config.head, config.null, config.force_head, score))
 
 
 def _bundle_has_backbone(bundle: str) -> None:

@@ -21,6 +21,8 @@ from ttmray.config import Address, Config, ConfigT, execution, fingerprint, iden
 from ttmray.corpus.scores import COLUMN, SCORES
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
+from ttmray.generation.pool_worker import CandidatesConfig
+from ttmray.models.backbone_weights import check_forward
 from ttmray.models.bundle import BundleName, base_name
 from ttmray.models.cross_load import cross_load
 from ttmray.recipes.chain import Step, fill, merged, run_chain
@@ -284,7 +286,6 @@ class _Chain:
             UserError: as `choose_prompts`.
         """
         from ttmray.generation.pool import choose_prompts
-        from ttmray.generation.pool_worker import CandidatesConfig
 
         for step in self.steps:
             if isinstance(step.config, CandidatesConfig) and not any(map(problem, step.needs)):
@@ -296,10 +297,10 @@ class _Chain:
 
     def add_pool(self, name: str, given: Mapping[str, Any], parent: str) -> None:
         from ttmray.generation.pool import generate_pool
-        from ttmray.generation.pool_worker import CandidatesConfig
 
         links = {"output": self.path(name), "checkpoint": self.path(self.weights[parent])}
         pool = self.candidates(CandidatesConfig, name, given, **links)
+        self._check_forward(name, parent, pool)
         after, page = ["corpus", *self.scored_by, parent], f"{name}/summary.md"
         self.add(name, pool, lambda: generate_pool(pool), f"{name}/_SUCCESS.json", after=after, page=page)
 
@@ -315,8 +316,15 @@ class _Chain:
         """
         cross_load(self.models[parent].head, model.head, f"{name}.model: {parent}", force=model.force_head)
 
+    def _check_forward(self, what: str, stage: str, config: CandidatesConfig | GenerateConfig) -> None:
+        """Raises:
+        UserError: clips are to be made in a forward, with a null or at a score that the weights of a stage are not for.
+        """
+        model, score = self.models[stage], config.sampler.score
+        how: dict[str, Any] = {"force": config.force_head, "score": score}
+        check_forward(f"{what}: {stage}", model.head, model.null, config.head, config.null, **how)
+
     def add_stage2(self, name: str, given: Mapping[str, Any]) -> None:
-        from ttmray.generation.pool_worker import CandidatesConfig
         from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
 
         control, path = name == "control", self.path
@@ -379,6 +387,8 @@ class _Chain:
         changes = merged(changes, {} if system.score is None else {"sampler": {"score": system.score}})
         links = {"output": self.path(place), "checkpoint": weights, "prompts": self.config.prompts}
         clips = self.section(GenerateConfig, "generate", merged(given, changes), **links)
+        if system.stage is not None:
+            self._check_forward(f"systems.{name}", system.stage, clips)
         choice = f"choices/{name}"
         if system.scores:
             self.add_choice(name, system, clips, made_by)
@@ -402,6 +412,8 @@ class _Chain:
         links |= {"head": clips.head, "null": clips.null}
         scores = [] if system.scores == "trained" else list(system.scores)
         choice = self.candidates(ScoreChoiceConfig, "pool", given, scores=scores, **links)
+        if system.stage is not None:
+            self._check_forward(f"systems.{name}.scores", system.stage, choice)
         run, after = (lambda: choose_score(choice)), ["corpus", *self.scored_by, *made_by]
         made, page = f"{place}/{CHOICE}", f"{place}/choice.md"
         self.add(f"choose-{name}", choice, run, made, after=after, page=page, section="pool")
