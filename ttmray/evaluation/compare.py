@@ -22,9 +22,9 @@ from rich.table import Table
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import CLIPS, RESULTS
-from ttmray.evaluation.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.generation import manifest
 from ttmray.ranker.votes import read_rows
+from ttmray.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.storage import Folder, absolute, parquet_table, split_path
 
 COMPARED = {
