@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray.corpus.captions import captions_of, find_captions, is_table, join, load_captions, read_table
+from ttmray.corpus.captions import captions_of, find_captions, join, load_captions, read_table
 from ttmray.corpus.catalogue import track_ids
 from ttmray.corpus.track import Track
 from ttmray.errors import UserError
 from ttmray.storage import Folder
+from ttmray.tables import is_table
 
 ROWS = [
     {"path": "14/214.mp3", "caption": "Loud punk."},

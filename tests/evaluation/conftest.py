@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ttmray import statistics
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness
-from ttmray.evaluation import statistics
 from ttmray.evaluation.metrics import Metric
 from ttmray.evaluation.results import CLIPS, COLUMNS, RESULTS
 

@@ -24,9 +24,9 @@ from ttmray.evaluation.metrics import kad
 from ttmray.evaluation.reference import build_reference, load_reference
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.evaluation.score import read_mono
-from ttmray.evaluation.statistics import hierarchical_bootstrap
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.scoring import Scorer
+from ttmray.statistics import hierarchical_bootstrap
 from ttmray.storage import Folder
 
 PROMPTS = {"a": "a calm piano", "b": "driving drums", "c": "a choir"}

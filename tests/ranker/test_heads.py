@@ -15,13 +15,14 @@ from scipy.special import expit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ttmray import statistics
 from ttmray.audio.mel import LogMel
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.models.tunejury import VARIANTS, TuneJuryHead, load_tunejury
 from ttmray.ranker import heads as ranker
 from ttmray.ranker import job as ranker_job
-from ttmray.ranker import report as report
+from ttmray.ranker import report
 from ttmray.ranker.features import read_clip
 from ttmray.ranker.heads import HeadConfig, PackedPairs, margins, new_head, pack, train_head, validation_loss
 from ttmray.ranker.job import RankerConfig, train_ranker
@@ -238,12 +239,12 @@ def test_ties_do_not_count_and_a_margin_of_zero_predicts_b():
 
 def test_the_interval_is_the_binomial_one_for_pairs_and_wider_for_groups_that_agree():
     right = np.arange(2000) % 10 < 7
-    low, high = report.accuracy_interval(right)
+    low, high = statistics.grouped_interval(right)
     se = math.sqrt(0.7 * 0.3 / 2000)
     assert (low, high) == pytest.approx((0.7 - 1.96 * se, 0.7 + 1.96 * se), abs=0.002)
     groups = [str(i) for i in range(200)]
     together = np.repeat(right[:200], 10)
-    low, high = report.accuracy_interval(together, np.repeat(groups, 10).tolist())
+    low, high = statistics.grouped_interval(together, np.repeat(groups, 10).tolist())
     se = math.sqrt(0.7 * 0.3 / 200)
     assert (low, high) == pytest.approx((0.7 - 1.96 * se, 0.7 + 1.96 * se), abs=0.01)
 

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from ttmray.config import load_config
 from ttmray.errors import UserError
-from ttmray.evaluation.statistics import paired
 from ttmray.generation.filter import FilterConfig
 from ttmray.generation.sampler import integrate, noise, time_grid
 from ttmray.models import one_thread
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import load_backbone
+from ttmray.statistics import paired
 from ttmray.storage import Folder
 from ttmray.synth.pool import Candidate, write_pool
 from ttmray.training import expert_iteration as expert_iteration_module

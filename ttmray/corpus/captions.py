@@ -1,26 +1,20 @@
-"""Reading the tables that users have, and joining captions to tracks.
+"""Captions of the tables that users have, and joining them to tracks.
 
-A table is CSV, TSV, a JSON list of objects, JSON lines or Parquet; text formats may be gzipped. Header
-names are not case-sensitive. Captions change in white space only: runs of it, tabs and newlines included,
-become one space, because captions travel in tab-separated files later.
+Captions change in white space only: runs of it, tabs and newlines included, become one space, because captions travel
+in tab-separated files later.
 """
 
-import csv
-import gzip
-import io
-import json
 import posixpath
 import re
-import zlib
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from ttmray import tables
 from ttmray.corpus.track import Track
 from ttmray.errors import UserError
-from ttmray.storage import Folder, read_file
+from ttmray.storage import Folder
+from ttmray.tables import SUFFIXES, Table, is_table
 
-TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COLUMNS = {
     "path": ("path",),
     "track_id": ("track_id", "id"),
@@ -35,99 +29,17 @@ _EXTENSION = re.compile(
     r"|txt|csv|lab)$",
     re.IGNORECASE,
 )
-_SEPARATORS = ",;\t|"
-
-
-@dataclass(frozen=True)
-class Table:
-    """The known columns of a table, in file order.
-
-    Attributes:
-        source: path or URI of the file.
-        columns: cells by canonical name (`COLUMNS`); text, numbers or None.
-        header: all header names as they are in the file.
-        places: number of each row in the file, counted from 1: lines of text, items of JSON, rows of Parquet.
-        place_word: "line", "item" or "row".
-    """
-
-    source: str
-    columns: dict[str, list[Any]]
-    header: list[str]
-    places: Sequence[int]
-    place_word: str
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), []))
-
-    def row_name(self, row: int) -> str:
-        """What to call a row in a message, e.g. "line 7"."""
-        return f"{self.place_word} {self.places[row]}"
-
-    def place(self, row: int) -> str:
-        """File and row, for people."""
-        return f"{self.source}, {self.row_name(row)}"
-
-    def texts(self, column: str) -> list[str]:
-        """A column as text, "" where it is empty or absent.
-
-        Raises:
-            UserError: for cells that are neither text nor an integer, and for lone surrogates.
-        """
-        cells = self.columns.get(column)
-        if cells is None:
-            return [""] * len(self)
-        return [
-            cell if type(cell) is str and cell.isascii() else self._text(row, cell) for row, cell in enumerate(cells)
-        ]
-
-    def _text(self, row: int, cell: Any) -> str:
-        if cell is None:
-            return ""
-        if isinstance(cell, bool) or not isinstance(cell, str | int):
-            raise UserError(f"{self.place(row)}: {cell!r} is a {type(cell).__name__}, not text.", "Write text there.")
-        text = str(cell)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{self.place(row)}: {text!r} is not valid Unicode.", "Write the file as UTF-8.") from error
-        return text
-
-
-def is_table(path: str) -> bool:
-    """True where the name says table: .csv, .tsv, .json, .jsonl (each also with .gz) or .parquet."""
-    name = path.lower()
-    return name.endswith(TABLE_SUFFIXES) or (name.endswith(".gz") and name[:-3].endswith(TABLE_SUFFIXES[:-1]))
 
 
 def read_table(source: str) -> Table:
-    """Read a table of tracks or captions.
-
-    A row may be longer than the header only where the last column is called TAGS, as in the TSV files of
-    MTG-Jamendo; elsewhere an additional cell is an unquoted separator in some text.
+    """A table of tracks or captions: the columns of `COLUMNS`, and the header as it is.
 
     Raises:
         UserError: when the file is absent, of unknown format, damaged or not UTF-8, naming the line where
             there is one.
     """
-    if not is_table(source):
-        raise UserError(f"{source} is not a table.", f"Known: {', '.join(TABLE_SUFFIXES)}; text also as .gz.")
-    data, name = read_file(source), source.lower()
-    if name.endswith(".gz"):
-        try:
-            data, name = gzip.decompress(data), name[:-3]
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{source} is not a whole gzip file: {error}", "Download it again.") from error
-    if name.endswith(".parquet"):
-        return _read_parquet(source, data)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{source}, line {line}: not UTF-8 ({error.reason}).", "Save it as UTF-8.") from error
-    if name.endswith((".json", ".jsonl")):
-        return _read_json(source, text, lines=name.endswith(".jsonl"))
     known = {alias for aliases in COLUMNS.values() for alias in aliases}
-    return _read_delimited(source, text, delimiter(text, "\t" if name.endswith(".tsv") else ",", known))
+    return tables.read_table(source, known, only_known=True).named(COLUMNS)
 
 
 def load_captions(source: str) -> dict[str, str]:
@@ -181,11 +93,11 @@ def find_captions(folder: Folder, names: Iterable[str]) -> tuple[Table | None, l
         The table, and what to tell of tables called `captions.*` that have none.
     """
     passed: list[str] = []
-    tables = {name.lower(): name for name in names if "/" not in name and is_table(name)}
-    suffixes = [suffix + gz for suffix in TABLE_SUFFIXES for gz in ("", ".gz")]
+    by_name = {name.lower(): name for name in names if "/" not in name and is_table(name)}
+    suffixes = [suffix + gz for suffix in SUFFIXES for gz in ("", ".gz")]
     for stem, name in [(stem, stem + suffix) for stem in ("captions", "tracks") for suffix in suffixes]:
-        if name in tables:
-            table = read_table(folder.path(tables[name]))
+        if name in by_name:
+            table = read_table(folder.path(by_name[name]))
             if "caption" in table.columns and {"path", "track_id"} & table.columns.keys():
                 return table, passed
             if stem == "captions":
@@ -269,107 +181,3 @@ def _best(paths: Sequence[str], index: dict[str, list[int]], path: str) -> list[
         _, slash, path = path.partition("/")
         if not slash:
             return []
-
-
-def delimiter(text: str, usual: str, known: Collection[str]) -> str:
-    """The separator under which the header has most columns that are known; spreadsheets of some countries write `;`.
-
-    Args:
-        text: of the table.
-        usual: what its name lets expect, and what holds where others are no better.
-        known: names of columns in lower case.
-    """
-    header = text.partition("\n")[0]
-
-    def columns(separator: str) -> int:
-        return sum(cell.strip().strip('"').lower() in known for cell in header.split(separator))
-
-    return max(usual + _SEPARATORS, key=columns)  # the first of equals
-
-
-def _read_delimited(source: str, text: str, delimiter: str) -> Table:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    try:
-        header = next(reader, [])
-        width, ragged = len(header), bool(header) and header[-1].strip().lower() == "tags"
-        for row in reader:
-            if len(row) != width:
-                if not row:
-                    continue
-                if not ragged or len(row) < width - 1:
-                    raise UserError(
-                        f"{source}, line {reader.line_num}: {len(row)} cells, but the header has {width}.",
-                        "Put text that holds the separator in double quotes.",
-                    )
-                row = [*row[:width], ""][:width]
-            rows.append(row)
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        raise UserError(
-            f"{source}, line {reader.line_num}: {error}.", "Inside a quoted cell, double the quotation marks."
-        ) from error
-    cells = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in header]
-    return _table(source, header, dict(zip(range(width), cells, strict=True)), lines, "line")
-
-
-def _read_json(source: str, text: str, lines: bool) -> Table:
-    places: Sequence[int]
-    try:
-        if lines:
-            numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-            places, items = [number for number, _ in numbered], []
-            for number, line in numbered:
-                try:
-                    items.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{source}, line {number}: not JSON ({error}).", "One object per line.") from error
-        else:
-            items = json.loads(text)
-            places = range(1, len(items) + 1) if isinstance(items, list) else []
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not valid JSON: {error}", "Check it near that place.") from error
-    word = "line" if lines else "item"
-    if not isinstance(items, list):
-        raise UserError(f"{source} holds a {type(items).__name__}, not a list of objects.", "Write [{...}, {...}].")
-    for place, item in zip(places, items, strict=True):
-        if not isinstance(item, dict):
-            raise UserError(f"{source}, {word} {place}: not an object.", 'Write {"path": ..., "caption": ...}.')
-    header = list(dict.fromkeys(key for item in items for key in item))
-    cells = {position: [item.get(key) for item in items] for position, key in enumerate(header)}
-    return _table(source, header, cells, places, word)
-
-
-def _read_parquet(source: str, data: bytes) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    known = {alias for aliases in COLUMNS.values() for alias in aliases}
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        header = list(file.schema_arrow.names)
-        wanted = [position for position, name in enumerate(header) if name.strip().lower() in known]
-        read = file.read(columns=[header[position] for position in wanted])
-        cells = {position: read.column(header[position]).to_pylist() for position in wanted}
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{source} is not a readable Parquet file: {error}", "Write it again.") from error
-    return _table(source, header, cells, range(1, file.metadata.num_rows + 1), "row")
-
-
-def _table(
-    source: str, header: Sequence[str], cells: dict[int, list[Any]], places: Sequence[int], place_word: str
-) -> Table:
-    """Pick the known columns; of two names for one column the first in `COLUMNS` counts."""
-    positions: dict[str, int] = {}
-    for position, name in enumerate(header):
-        plain = name.strip().lower()
-        if plain in positions and any(plain in aliases for aliases in COLUMNS.values()):
-            raise UserError(f"{source} has two columns called {plain!r}.", "Rename one of them.")
-        positions[plain] = position
-    columns = {}
-    for canonical, aliases in COLUMNS.items():
-        found = [alias for alias in aliases if alias in positions]
-        if found:
-            columns[canonical] = cells[positions[found[0]]]
-    return Table(source, columns, [name.strip() for name in header], places, place_word)

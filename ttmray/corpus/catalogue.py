@@ -17,7 +17,6 @@ from ttmray.corpus.captions import (
     captions_of,
     find_captions,
     forward,
-    is_table,
     join,
     load_captions,
     read_table,
@@ -26,6 +25,7 @@ from ttmray.corpus.config import CatalogueConfig
 from ttmray.corpus.track import Track
 from ttmray.errors import UserError
 from ttmray.storage import Entry, Folder, absolute, read_file, safe_relative, split_path
+from ttmray.tables import is_table
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HEAD_BYTES = 1 << 16
@@ -53,7 +53,7 @@ def build_catalogue(input: str, config: CatalogueConfig) -> Catalogue:
     stem with a hash of the path. Only files of equal size are read, to find copies.
 
     Args:
-        input: folder, `s3://bucket/prefix`, or a table (`captions.is_table`).
+        input: folder, `s3://bucket/prefix`, or a table (`tables.is_table`).
 
     Raises:
         UserError: for an input that is absent, empty or not readable, and for tables with bad rows, naming

@@ -22,10 +22,10 @@ from rich.table import Table
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import CLIPS, RESULTS
-from ttmray.evaluation.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.generation import manifest
-from ttmray.ranker.votes import read_rows
+from ttmray.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.storage import Folder, absolute, parquet_table, split_path
+from ttmray.tables import read_rows
 
 COMPARED = {
     "clap_score": ("clap_score",),
@@ -33,6 +33,7 @@ COMPARED = {
     "ccs": ("ccs",),
 }
 """Metrics of single clips by which systems are compared (more is better), and their columns in tables of others."""
+KNOWN = frozenset({"prompt_id", "id", "system"}.union(*COMPARED.values()))
 Format = Literal["table", "markdown", "latex", "csv"]
 ALPHA = 0.05
 TERMINAL = {
@@ -199,7 +200,7 @@ def read_scores(source: str) -> tuple[list[Score], dict[str, str]]:
         known = {row["protocol"] or "" for row in made}
         protocols = dict.fromkeys(COMPARED, known.pop() if len(known) == 1 else "")
     else:
-        places, protocols = read_rows(absolute(source)), {}
+        places, protocols = read_rows(absolute(source), KNOWN), {}
     default = split_path(source)[1].rpartition(".")[0] or source
     scores = [score for place, row in places for score in _row_scores(row, place, default)]
     if not scores:

@@ -41,11 +41,11 @@ from ttmray.evaluation.metrics import (
 )
 from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_training
 from ttmray.evaluation.results import CLIPS, RESULTS
-from ttmray.evaluation.statistics import Seeds, hierarchical_bootstrap
 from ttmray.evaluation.systems import System, find_systems
 from ttmray.generation.prompts import given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, BundleName, open_bundle
 from ttmray.runs import SUCCESS
+from ttmray.statistics import Seeds, hierarchical_bootstrap
 from ttmray.storage import Folder, absolute
 
 EMBEDDINGS = "embeddings.safetensors"

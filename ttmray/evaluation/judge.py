@@ -34,8 +34,8 @@ from ttmray.config import Config, execution, fingerprint
 from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.score import LIMITS
-from ttmray.ranker.votes import read_rows
 from ttmray.storage import Folder, read_file
+from ttmray.tables import read_rows
 
 ASK_CONCEPTS = (
     "List the musical concepts that this description asks for: genre, instruments, mood, tempo, rhythm, texture. "
@@ -203,7 +203,7 @@ def _given_concepts(config: JudgeConfig) -> dict[str, list[str]]:
     given: dict[str, list[str]] = {}
     if config.concepts is None:
         return given
-    for place, row in read_rows(config.concepts):
+    for place, row in read_rows(config.concepts, ("prompt_id", "id", "concepts")):
         one = str(row.get("prompt_id", row.get("id", ""))).strip()
         named = [part.strip() for part in str(row.get("concepts") or "").split(";") if part.strip()]
         if not one or not named:

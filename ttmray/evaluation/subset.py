@@ -19,12 +19,13 @@ from typing import Any
 from ttmray import runs
 from ttmray.console import console
 from ttmray.corpus import index
-from ttmray.corpus.captions import is_table, read_table
+from ttmray.corpus.captions import read_table
 from ttmray.corpus.catalogue import track_ids
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.prompts import Prompt, checked_prompts
 from ttmray.storage import Folder, absolute, read_file
+from ttmray.tables import is_table
 
 KEYS, PROMPTS, ABOUT = "keys.txt", "prompts.csv", "subset.json"
 

@@ -1,23 +1,21 @@
 """Prompts: from files that users have, or from the command line. Everything wrong is found before any model runs.
 
-Files by their ending: `.csv` and `.tsv` with a header, `.json` (a list of texts or objects), `.jsonl` (one per line),
-everything else one prompt per line. The text is the column `prompt`, `caption` or `text`, the id `id` or `prompt_id`.
+Files by their ending: tables (`ttmray.tables`; JSON may hold texts in place of objects), and everything else one prompt
+per line. The text is the column `prompt`, `caption` or `text`, the id `id` or `prompt_id`.
 Ids name files and key the noise. A prompt without one has the first 16 hex digits of its SHA-256, as captions of the
 corpus have.
 """
 
-import csv
 import hashlib
-import io
-import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ttmray.errors import UserError
 from ttmray.storage import read_file
+from ttmray.tables import is_delimited, is_table, parse_table
 
 MAX_CHARACTERS = 2000
 """Encoders read the first 77 tokens, about 350 characters; a text that is far longer is no prompt."""
@@ -49,19 +47,20 @@ def read_prompts(source: str) -> list[Prompt]:
         UserError: the file cannot be read or holds no prompts; an empty or too long prompt; an id that is no safe file
             name or is used twice (which for prompts without ids means the same text twice).
     """
+    data = read_file(source)
+    if is_table(source):
+        table = parse_table(source, data, (*TEXT_COLUMNS, *ID_COLUMNS), short=True, bare=TEXT_COLUMNS[0])
+        word = "line" if is_delimited(source) else "item"
+        places = table.places if is_delimited(source) else range(1, len(table) + 1)
+        rows = (_row(f"{source}, {word} {place}", row) for place, row in zip(places, table.rows(), strict=True))
+        return _checked(rows, source)
     try:
-        text = read_file(source).decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{source} is not UTF-8 ({error.reason} at byte {error.start}).", "Save it as UTF-8."
         ) from error
-    ending = source.lower().rsplit(".", 1)[-1]
-    if ending in ("csv", "tsv"):
-        rows = _delimited(source, text, "\t" if ending == "tsv" else ",")
-    elif ending in ("json", "jsonl"):
-        rows = _json(source, text, ending == "jsonl")
-    else:
-        rows = (Row(f"{source}, line {i}", None, line) for i, line in enumerate(text.splitlines(), 1) if line.strip())
+    rows = (Row(f"{source}, line {i}", None, line) for i, line in enumerate(text.splitlines(), 1) if line.strip())
     return _checked(rows, source)
 
 
@@ -101,43 +100,14 @@ def held_out(prompts: Sequence[Prompt], kept_away: Sequence[Prompt], prefix: str
     return [prompt for prompt in prompts if prompt.id in ids or plain(prompt.text, prefix) in texts]
 
 
-def _delimited(source: str, text: str, separator: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        for row in reader:
-            where = f"{source}, line {reader.line_num}"
-            if None in row:
-                raise UserError(f"{where} has more cells than the header.", "Quote prompts that hold the separator.")
-            yield _row(where, {name: value or "" for name, value in row.items()})
-    except csv.Error as error:
-        where = f"{source}, line {reader.reader.line_num}"  # the outer count is of whole rows
-        raise UserError(f"{where}: {error}.", "Check the quotes near that line.") from error
-
-
-def _json(source: str, text: str, lines: bool) -> Iterator[Row]:
-    try:
-        if lines:
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not valid JSON: {error}", "Check the brackets and quotes there.") from error
-    if not isinstance(items, list):
-        raise UserError(f"{source} holds a {type(items).__name__}, not a list.", "Write [{id, prompt}, ...].")
-    for number, item in enumerate(items, 1):
-        where = f"{source}, item {number}"
-        yield _row(where, item) if isinstance(item, dict) else Row(where, None, item)
-
-
 def _row(where: str, cells: Mapping[str, Any]) -> Row:
-    known = {name.strip().lower(): value for name, value in cells.items()}
-    text_column = next((name for name in TEXT_COLUMNS if name in known), None)
-    id_column = next((name for name in ID_COLUMNS if name in known), None)
+    text_column = next((name for name in TEXT_COLUMNS if name in cells), None)
+    id_column = next((name for name in ID_COLUMNS if name in cells), None)
     if text_column is None:
         raise UserError(
-            f"{where} has no prompt; it has {', '.join(known) or 'nothing'}.", f"Name it {' or '.join(TEXT_COLUMNS)}."
+            f"{where} has no prompt; it has {', '.join(cells) or 'nothing'}.", f"Name it {' or '.join(TEXT_COLUMNS)}."
         )
-    return Row(where, None if id_column is None else known[id_column], known[text_column])
+    return Row(where, None if id_column is None else cells[id_column], cells[text_column])
 
 
 def _checked(rows: Iterable[Row], source: str) -> list[Prompt]:

@@ -10,6 +10,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
+from ttmray import statistics
+
 BINS = 10
 
 
@@ -62,28 +64,6 @@ def calibration(margin: np.ndarray, right: np.ndarray, bins: int = BINS) -> Cali
     return Calibration(ece, counts, confidence, accuracy)
 
 
-def accuracy_interval(
-    right: np.ndarray, groups: Sequence[str] | None = None, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `right`.
-
-    Args:
-        right: (P,) bool.
-        groups: (P,) what is resampled as a whole, e.g. prompts, because its pairs are not independent; None: pairs.
-    """
-    _, group = np.unique(np.arange(len(right)) if groups is None else np.asarray(groups), return_inverse=True)
-    hits, sizes = np.bincount(group, right.astype(float)), np.bincount(group).astype(float)
-    draw = np.random.default_rng(seed)
-    at_once = max(1, 2_000_000 // len(sizes))
-    means = []
-    for start in range(0, resamples, at_once):
-        count = min(at_once, resamples - start)
-        times = draw.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=count)
-        means.append((times @ hits) / (times @ sizes))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def fit_temperature(margin: np.ndarray, target: np.ndarray) -> float:
     """T that minimises the cross-entropy of sigmoid(margin / T), ties included; in [0.01, 100], 1 without margins."""
     if not np.any(margin):
@@ -99,12 +79,8 @@ def fit_temperature(margin: np.ndarray, target: np.ndarray) -> float:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """(chi2, p) of McNemar's test without continuity correction, of two rankers on the same pairs ((P,) bool)."""
-    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
-    if only_first + only_second == 0:
-        return 0.0, 1.0
-    chi2 = (only_first - only_second) ** 2 / (only_first + only_second)
-    return chi2, math.erfc(math.sqrt(chi2 / 2))
+    """(chi2, p) of McNemar's test of two rankers on the same pairs ((P,) bool, see `correct`)."""
+    return statistics.mcnemar(int((first & ~second).sum()), int((~first & second).sum()))
 
 
 def metrics(
@@ -127,7 +103,7 @@ def metrics(
         return {
             "decided": len(some),
             "accuracy": float(some.mean()) if len(some) else None,
-            "interval": list(accuracy_interval(some, inside)) if len(some) else None,
+            "interval": list(statistics.grouped_interval(some, inside)) if len(some) else None,
         }
 
     result = {"pairs": len(keep), **part(np.ones(len(right), bool))}

@@ -5,9 +5,7 @@ the records of the TuneJury release (Music Arena, MusicPrefs, AIME), which diffe
 rates single songs, so its pairs are drawn here.
 """
 
-import csv
 import hashlib
-import io
 import json
 import random
 from collections import Counter
@@ -16,15 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field, model_validator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ttmray.config import Config, execution
-from ttmray.corpus.captions import delimiter
 from ttmray.errors import UserError
-from ttmray.storage import Folder, parquet_table, read_file, split_path
+from ttmray.storage import Folder, read_file, split_path
+from ttmray.tables import read_rows
 
 SPLITS = ("train", "validation", "test")
 BOTH_BAD = "both_bad"
@@ -44,7 +41,8 @@ COLUMNS = {
     "split": ("split",),
 }
 """Columns of a pair table, each with the names that it goes by; the first that is there counts."""
-_KNOWN = {name for names in COLUMNS.values() for name in names} | {"file_name", "path", "audio"}
+KNOWN = frozenset({name for names in COLUMNS.values() for name in names} | {"file_name", "path", "audio"})
+"""Columns that tell the separator of a CSV file; ratings have some of their own."""
 AXES = ("coherence", "musicality", "memorability", "clarity", "naturalness")
 """The five axes of SongEval."""
 
@@ -140,7 +138,7 @@ def read_pairs(sources: Sequence[PairSource]) -> tuple[list[Pair], list[Dropped]
     pairs: list[Pair] = []
     dropped: list[Dropped] = []
     for source in sources:
-        rows = read_rows(source.path)
+        rows = read_rows(source.path, KNOWN)
         found = _rated(source, rows) if source.format == "songs" else [_pair(source, row, place) for place, row in rows]
         released = read_splits(source.splits) if source.splits else None
         for pair in found:
@@ -152,40 +150,6 @@ def read_pairs(sources: Sequence[PairSource]) -> tuple[list[Pair], list[Dropped]
     if repeated:
         raise UserError(f"the pair id {repeated[0]!r} is used more than once.", "Ids must differ in all sources.")
     return pairs, dropped
-
-
-def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """(place, cells by lower-case column name) of every row of a table; the place is for messages.
-
-    Raises:
-        UserError: of unknown format, not UTF-8 or damaged.
-    """
-    data, name = read_file(path), path.lower()
-    try:
-        if name.endswith(".parquet"):
-            word, items = "row", parquet_table(data).to_pylist()
-        elif name.endswith((".csv", ".tsv")):
-            text = data.decode("utf-8-sig")
-            separator = delimiter(text, "\t" if name.endswith(".tsv") else ",", _KNOWN)
-            word, items = "row", list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
-        elif name.endswith(".jsonl"):
-            word, items = "line", [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
-        elif name.endswith(".json"):
-            word, items = "item", json.loads(data.decode("utf-8-sig"))
-        else:
-            raise UserError(f"{path} is not a table.", "Known: .csv, .tsv, .json, .jsonl, .parquet")
-    except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Check the file near that place.") from error
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise UserError(f"{path} is not a list of objects.", 'Write [{"a": ..., "b": ..., "label": ...}, ...].')
-    rows = []
-    for number, item in enumerate(items, 1):
-        place = f"{path}, {word} {number}"
-        ragged = None in item or (name.endswith((".csv", ".tsv")) and None in item.values())
-        if ragged:
-            raise UserError(f"{place}: it has another number of cells than the header.", "Quote cells with commas.")
-        rows.append((place, {str(key).strip().lower(): value for key, value in item.items()}))
-    return rows
 
 
 def read_splits(spec: str | Mapping[Any, str]) -> dict[str, str]:

@@ -18,8 +18,8 @@ from scipy import stats
 from ttmray.errors import UserError
 from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, prompt_means, render
 from ttmray.evaluation.results import Results
-from ttmray.evaluation.statistics import Alternative, Paired, paired, pearson, pearson_interval
 from ttmray.recipes.published import Published
+from ttmray.statistics import Alternative, Paired, paired, pearson, pearson_interval
 
 ALPHA = 0.05
 DAGGER, TIE = "†", "∗"

@@ -209,13 +209,14 @@ def _of_corpus(section: str, config: Any) -> Iterable[Need]:
 
 
 def _of_ranker(section: str, config: Any, root: Folder) -> Iterable[Need]:
-    from ttmray.ranker.votes import read_pairs, read_rows, read_splits
+    from ttmray.ranker.votes import KNOWN, read_pairs, read_splits
+    from ttmray.tables import read_rows
 
     for number, source in enumerate(config.sources):
         if inside(source.path, root):  # a step before makes them
             continue
         field = f"{section}.sources.{number}"
-        yield Need(read_rows, (absolute(source.path),), f"Put the votes there, or set {field}.path.")
+        yield Need(read_rows, (absolute(source.path), KNOWN), f"Put the votes there, or set {field}.path.")
         files = [source.splits] if isinstance(source.splits, str) else list((source.splits or {}).values())
         for file in files:
             way_out = f"Put the split there, or set {field}.splits."

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ttmray.evaluation.statistics import Paired, pearson, spearman
 from ttmray.recipes.ablation_tables import Cell, against
+from ttmray.statistics import Paired, pearson, spearman
 
 
 def sweep_notes(curves: Mapping[str, Mapping[float, Cell]], trained: tuple[float, float]) -> tuple[str, ...]:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from ttmray.corpus import index, scores, shards
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, parquet_table, read_file
+from ttmray.storage import Folder, read_file
+from ttmray.tables import is_table, parse_table
 from ttmray.training.files import Files, copies_folder, damaged
 
 CLAP_WIDTH = 512
@@ -189,28 +189,26 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
 
 def read_keys(path: str) -> dict[str, float]:
     """Clip keys of a file, with their weights in the loss: one key per line, or the columns `key` and, if it is there,
-    `weight` of a .csv, .tsv or .parquet file. The weight is 1 where the file has none.
+    `weight` of a table (`ttmray.tables`). The weight is 1 where the file has none.
 
     Raises:
         UserError: it cannot be read, has no such column, is empty, names a clip twice, or has a weight that is not a
             number from 0 on.
     """
-    data, kind = read_file(path), path.lower().rpartition(".")[2]
+    data, way_out = read_file(path), "Write one key per line, or a table with a column `key`."
     weights: list[float | None] = []
     try:
-        if kind in ("parquet", "csv", "tsv"):
-            table = _read_table(data, kind)
-            keys = table["key"].cast(pa.string()).to_pylist()
-            if "weight" in table.column_names:
-                weights = table["weight"].cast(pa.float64()).to_pylist()
+        if is_table(path):
+            table = parse_table(path, data, ("key", "weight"), only_known=True)
+            keys = table.texts("key")
+            weights = [None if cell in (None, "") else float(cell) for cell in table.columns.get("weight", [])]
         else:
             keys = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no clip keys: {error}", "Write one key per line, or a table with a column `key`."
-        ) from error
-    if not keys:
-        raise UserError(f"{path} holds no clip keys.", "Write one key per line, or a table with a column `key`.")
+    except (UserError, TypeError, ValueError) as error:
+        why = error.message if isinstance(error, UserError) else error
+        raise UserError(f"{path} holds no clip keys: {why}", way_out) from error
+    if not any(keys):
+        raise UserError(f"{path} holds no clip keys.", way_out)
     if len(set(keys)) < len(keys):
         twice = Counter(keys).most_common(1)[0][0]
         raise UserError(f"{path} names {twice} twice.", "Use `repeat` to draw clips more often.")
@@ -219,14 +217,6 @@ def read_keys(path: str) -> dict[str, float]:
         if weight is None or not 0 <= weight < np.inf:
             raise UserError(f"{path}: the weight of {key} is {weight}.", "Weights are numbers from 0 on, 1 on average.")
     return found
-
-
-def _read_table(data: bytes, kind: str) -> pa.Table:
-    if kind == "parquet":
-        return parquet_table(data)
-    parse = pyarrow.csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",")
-    convert = pyarrow.csv.ConvertOptions(column_types={"key": pa.string()})  # 007 is no number
-    return pyarrow.csv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=convert)
 
 
 def remote_sizes(clips: Clips) -> dict[str, int]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ttmray import statistics
 from ttmray.errors import UserError
-from ttmray.evaluation import statistics
-from ttmray.evaluation.statistics import (
+from ttmray.statistics import (
     hierarchical_bootstrap,
     holm,
     mcnemar,

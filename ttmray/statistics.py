@@ -1,10 +1,10 @@
 """Is one system better than another, by how much, and were there enough prompts to tell?
 
-Everything pairs scores of the same prompt: prompts differ far more among each other than
-systems do on one prompt. Distributions are scipy's.
+The ranker, the evaluation and the recipes take their tests and intervals from here. Everything pairs scores of the same
+prompt: prompts differ far more among each other than systems do on one prompt. Distributions are scipy's.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Literal, TypeVar
@@ -187,13 +187,10 @@ def hierarchical_bootstrap(
     if seeds == "crossed" and any(table.shape[1] < 2 for table in tables):
         raise UserError("One seed says nothing about other seeds.", "Run at least two, or use nested seeds.")
     rng = np.random.default_rng(seed)
-    # a mean over drawn rows (and columns) is a product with their counts
     products = [np.empty((resamples, table.shape[1])) for table in tables]
-    step = max(1, BOOTSTRAP_CELLS // n)
-    for start in range(0, resamples, step):
-        rows = rng.multinomial(n, np.full(n, 1 / n), size=min(step, resamples - start)) / n
+    for part, counts in _draws(n, resamples, rng):
         for table, product in zip(tables, products, strict=True):
-            product[start : start + step] = rows @ table
+            product[part] = counts / n @ table
     drawn, value = np.zeros(resamples), 0.0
     for table, product, sign in zip(tables, products, (1, -1), strict=False):
         k = table.shape[1]
@@ -202,6 +199,38 @@ def hierarchical_bootstrap(
         value += sign * float(table.mean())
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Estimate(value, float(low), float(high), confidence, n, min(table.shape[1] for table in tables))
+
+
+def grouped_interval(
+    values: np.ndarray,
+    groups: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, such as the share of right answers.
+
+    Args:
+        values: (n,) numbers or bool.
+        groups: (n,) what is drawn as a whole, e.g. prompts, because its values are not independent; groups may differ
+            in size. None: each value for itself.
+
+    Raises:
+        UserError: no values, other shapes, NaN or infinity.
+    """
+    _check_share("confidence", confidence)
+    values = _vector(values, "values")
+    if not len(values) or (groups is not None and len(groups) != len(values)):
+        raise UserError(f"No interval of {len(values)} values in {len(groups or ())} groups.")
+    number = {name: i for i, name in enumerate(sorted(set(groups), key=str))} if groups is not None else {}
+    group = np.arange(len(values)) if groups is None else np.array([number[name] for name in groups])
+    sums, sizes = np.bincount(group, values), np.bincount(group).astype(float)
+    means = np.empty(resamples)
+    for part, counts in _draws(len(sizes), resamples, np.random.default_rng(seed)):
+        means[part] = (counts @ sums) / (counts @ sizes)
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
 
 
 def mcnemar(only_a: int, only_b: int, *, exact: bool = False) -> tuple[float, float]:
@@ -361,6 +390,17 @@ def prompts_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def _draws(n: int, resamples: int, rng: np.random.Generator) -> Iterator[tuple[slice, np.ndarray]]:
+    """How often each of n rows is drawn: (positions among the resamples, (some, n) counts), a few resamples at a time.
+
+    A mean over drawn rows is a product with these counts; they are the same however many are drawn at a time.
+    """
+    step = max(1, BOOTSTRAP_CELLS // n)
+    for start in range(0, resamples, step):
+        stop = min(start + step, resamples)
+        yield slice(start, stop), rng.multinomial(n, np.full(n, 1 / n), size=stop - start)
 
 
 def _vector(values: np.ndarray, name: str) -> np.ndarray:
