@@ -12,6 +12,7 @@ from jinja2 import UndefinedError
 
 from ttmray import pages
 from ttmray.generation import play
+from ttmray.ranker.report import summary
 from ttmray.recipes.ablation_tables import page as ablations_page
 from ttmray.storage import Folder
 
@@ -82,6 +83,13 @@ def test_a_text_in_markdown_is_one_line_whose_special_characters_are_all_escaped
             assert rest[0] not in "`*_{}[]<>|#"
             plain, rest = plain + rest[0], rest[1:]
     assert plain == " ".join(value.split())
+
+
+def test_a_bar_in_the_name_of_a_source_does_not_split_its_cell() -> None:
+    part = {"accuracy": 0.5, "interval": (0.4, 0.6), "decided": 3}
+    head = {"inputs": "audio", "best_epoch": 1, "note": "", "test": part | {"sources": {"my|club": part}}}
+    text = summary({"run": {"split": "by vote"}, "heads": {"A1": head}, "leave_one_out": {}, "mcnemar": {}})
+    assert r"| A1 | my\|club | 3 | 0.5000 | 0.400 to 0.600 |" in text.splitlines()
 
 
 def test_a_value_that_a_template_does_not_get_is_an_error() -> None:
