@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from ttmray import pages
 from ttmray.audio.io import write_audio
 from ttmray.config import load_config
 from ttmray.corpus.config import CorpusConfig
@@ -17,7 +18,6 @@ from ttmray.evaluation.results import RESULTS
 from ttmray.models.cross_load import CROSS_LOAD
 from ttmray.models.weights import licences
 from ttmray.ranker.job import RankerConfig, train_ranker
-from ttmray.recipes import cards
 from ttmray.recipes.cards import dataset_card, model_card, write_card
 from ttmray.training.config import TrainConfig
 from ttmray.training.sft import train_sft
@@ -239,5 +239,5 @@ def test_a_card_that_was_edited_is_not_overwritten(corpus: Path, tmp_path: Path)
 
 
 def test_configs_cannot_end_their_code_block_and_texts_stay_texts() -> None:
-    assert cards._yaml({"prompt": "``` <script>"}).startswith("````yaml\n")
-    assert cards._text("a|b\n<i> [x](y)") == "a\\|b \\<i\\> \\[x\\](y)"
+    assert pages.fenced({"prompt": "``` <script>"}).startswith("````yaml\n")
+    assert pages.text("a|b\n<i> [x](y)") == "a\\|b \\<i\\> \\[x\\](y)"

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from ttmray import pages
 from ttmray.audio import io as audio_io
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation import plots
@@ -175,7 +176,7 @@ def test_plots_are_the_same_bytes_for_the_same_scores() -> None:
 
 
 def test_every_colour_of_text_and_systems_is_readable_on_page_and_card() -> None:
-    css = (Path(plots.__file__).parent / "page" / "style.css").read_text()
+    css = pages.source("style.css")
     variables = {name: (light, dark) for name, light, dark in re.findall(r"--(\S+): light-dark\((\S+), (\S+)\)", css)}
 
     def luminance(colour: str) -> float:

@@ -1,6 +1,5 @@
 """Looking into a run without changing it: `ttmray corpus stats | verify | ls | sample` and `ttmray status`."""
 
-import html
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
+from ttmray import pages
 from ttmray.audio import io as audio_io
 from ttmray.audio import segment
 from ttmray.console import console
@@ -145,7 +145,7 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     chosen = sorted(np.random.default_rng(seed).permutation(table.num_rows)[:n].tolist())
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
-    parts = []
+    clips = []
     for row in table.take(chosen).to_pylist():
         with root.open(row["source"]) as file:
             audio, rate = audio_io.decode(file, audio_io.AudioLimits(min_duration_s=0.0), row["source"])
@@ -153,25 +153,15 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
         clip = segment.cut(audio, rate, start, start + round(config.segments.clip_s * rate))
         name = safe_relative(f"{row['key']}.flac")
         audio_io.write_audio(str(target / name), clip, rate, "flac")
-        facts = ", ".join(
-            f"{column} {row[column]:+.3f}"
-            for column in ("reward_score", "instrumental_reward_score", *others, "clap_score", "vocal_ratio", "lufs")
-            if row[column] is not None
-        )
-        parts.append(
-            f"<article><h2>{html.escape(row['key'])}</h2><audio controls preload='none' src='{name}'></audio>"
-            f"<p>{html.escape(row['caption'] or '(no caption)')}</p><small>{facts}; {html.escape(row['source'])}"
-            f"</small></article>"
-        )
-    style = (
-        ":root{color-scheme:light dark;font:16px/1.5 system-ui}body{max-width:46rem;margin:2rem auto;padding:0 1rem}"
-        "article{margin:2rem 0}audio{width:100%}"
+        clips.append(row | {"file": name})
+    text = pages.render(
+        "sample.html.j2",
+        title=f"{len(clips)} clips of {run.uri}",
+        protocol=described["protocol_id"],
+        note=described["note"],
+        clips=clips,
+        columns=["reward_score", "instrumental_reward_score", *others, "clap_score", "vocal_ratio", "lufs"],
     )
-    page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.uri)}</title>"
-        f"<style>{style}</style><h1>{len(parts)} clips of {html.escape(run.uri)}</h1>"
-        f"<p>{html.escape(described['protocol_id'])}. {html.escape(described['note'])}</p>{''.join(parts)}</html>"
-    )
-    (target / "index.html").write_text(page, encoding="utf-8")
-    console.print(f"{len(parts)} clips: open {target / 'index.html'}")
+    (target / "index.html").write_text(text, encoding="utf-8")
+    console.print(f"{len(clips)} clips: open {target / 'index.html'}")
     return EXIT_OK

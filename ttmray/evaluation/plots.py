@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Theme = Literal["light", "dark"]
 Grid = Literal["x", "y", "both"]
 INK = {"light": ("#24221f", "#6b6760", "#dedad3"), "dark": ("#e9e6e1", "#a5a19a", "#3a3c3f")}
-"""Text, quiet text and lines of each theme, as in page/style.css."""
+"""Text, quiet text and lines of each theme, as in templates/style.css."""
 PALETTE = (
     ("#0b66a8", "#6db6ee"),
     ("#b4500b", "#f0a35c"),

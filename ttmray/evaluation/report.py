@@ -7,21 +7,18 @@ the hash of their source file, so that a blind test shows no system in an addres
 
 import base64
 import hashlib
-import html
 import io
 import json
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import resources
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 import soundfile
+from markupsafe import Markup
 
-from ttmray import __version__
+from ttmray import __version__, pages
 from ttmray.audio import io as audio_io
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
@@ -31,7 +28,6 @@ from ttmray.evaluation.results import (
     CLIPS,
     RESULTS,
     Comparison,
-    Measured,
     Results,
     clip_address,
     read_clips,
@@ -71,8 +67,6 @@ SCORES = {
 """Label and digits of a score of a clip."""
 NOTES_OPEN = 6
 """Longer lists of warnings are folded."""
-
-escape = partial(html.escape, quote=True)
 
 
 def report(folder: str, output: str | None = None, audio: AudioFormat = "ogg") -> int:
@@ -193,7 +187,7 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
                 label, better = SCORES[column][0], int((values > 0).sum())
                 text = (
                     f"{label}, {names[i]} − {names[j]} per prompt: {better} of {len(values)} above zero, "
-                    f"mean {_number(float(values.mean()), 3, '+')}, with its 95 % interval"
+                    f"mean {pages.number(float(values.mean()), 3, '+')}, with its 95 % interval"
                 )
                 draw = partial(plots.differences, values, names[i], names[j], label, colours=(i, j))
                 add(f"difference-{column}-{i}-{j}", text, draw)
@@ -212,11 +206,11 @@ def page(results: Results, rows: Sequence[Mapping[str, Any]], figures: Sequence[
     """The HTML file; `rows` have `audio` and `mel`, see `add_media`."""
     names = [system.name for system in results.systems]
     prompts = _by_prompt(rows, names)
-    parts = {name: (resources.files(__package__) / "page" / name).read_text("utf-8") for name in _PARTS}
-    style = parts["style.css"] + "".join(
+    style = pages.source("style.css") + pages.source("report.css")
+    style += "".join(
         f".system-{i} {{ background: light-dark({light}, {dark}) }}\n" for i, (light, dark) in enumerate(plots.PALETTE)
     )
-    script = parts["script.js"]
+    script = pages.source("report.js")
     identity = hashlib.sha256(
         json.dumps([[r[c] for c in ("system", "prompt_id", "sample", "sha256")] for r in rows]).encode()
     ).hexdigest()
@@ -227,33 +221,34 @@ def page(results: Results, rows: Sequence[Mapping[str, Any]], figures: Sequence[
     ]
     systems = [(str(i), name) for i, name in enumerate(names)]
     mean = [("", "all systems (mean)")] if len(names) > 1 else []
-    fill = {
-        "policy": escape(
-            f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src 'self' file:; "
-            "media-src 'self' file:; base-uri 'none'; form-action 'none'"
-        ),
-        "title": escape(f"Evaluation of {_listed(names)}"),
-        "about": escape(f"{len(prompts)} prompts, {len(rows)} clips; {results.created[:10]}"),
-        "style": style,
-        "script": script,
-        "notes": _notes([results.note] if results.note else []),
-        "metrics": _metrics_table(results) + _notes(results.warnings),
-        "comparisons": _comparisons_table(results.comparisons),
-        "plots": _figures(figures),
-        "scores": _options((name, label) for name, (label, _) in SCORES.items()),
-        "systems": _options(systems),
-        "sort_systems": _options([*mean, *systems, *((key, f"{a} − {b}") for key, a, b in pairs)]),
-        "pairs": _options([("", "all pairs"), *((key, f"{a} and {b}") for key, a, b in pairs)]),
-        "prompts": "\n".join(_prompt(number, prompt, names) for number, prompt in enumerate(prompts)),
-        "method": _method(results),
-        "footer": escape(f"ttmray {__version__}. ") + f'Data: <a href="{RESULTS}">{RESULTS}</a>, '
-        f'<a href="{CLIPS}">{CLIPS}</a>.',
-        "data": _json({"id": identity[:16], "systems": names, "prompts": prompts}),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: fill[match[1]], parts["index.html"])  # one pass: values stay as given
-
-
-_PARTS = ("index.html", "style.css", "script.js")
+    return pages.render(
+        "report.html.j2",
+        title=f"Evaluation of {_listed(names)}",
+        policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src 'self' file:; "
+        "media-src 'self' file:; base-uri 'none'; form-action 'none'",
+        style=Markup(style),
+        script=Markup(script),
+        results=results,
+        columns=_columns(results),
+        describe=_described,
+        notes_open=NOTES_OPEN,
+        figures=figures,
+        themes=THEMES,
+        colours=len(plots.PALETTE),
+        mel_width=plots.MEL_WIDTH,
+        names=names,
+        scores=SCORES,
+        score_options=[(name, label) for name, (label, _) in SCORES.items()],
+        system_options=systems,
+        sort_options=[*mean, *systems, *((key, f"{a} − {b}") for key, a, b in pairs)],
+        pair_options=[("", "all pairs"), *((key, f"{a} and {b}") for key, a, b in pairs)],
+        prompts=prompts,
+        clips=len(rows),
+        method=_method(results),
+        version=__version__,
+        files=(RESULTS, CLIPS),
+        data={"id": identity[:16], "systems": names, "prompts": prompts},
+    )
 
 
 def _by_prompt(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -268,168 +263,31 @@ def _by_prompt(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[
     return list(prompts.values())
 
 
-def _prompt(number: int, prompt: Mapping[str, Any], names: Sequence[str]) -> str:
-    several = len({clip["sample"] for clip in prompt["clips"]}) > 1
-    clips = "".join(_clip(clip, prompt, names[clip["system"]], several) for clip in prompt["clips"])
-    return (
-        f'<article class="prompt" aria-labelledby="prompt-{number}"><h3 id="prompt-{number}">{escape(prompt["text"])}'
-        f'</h3><p class="quiet">Prompt {escape(prompt["id"])}</p><div class="clips">{clips}</div></article>'
-    )
-
-
-def _clip(clip: Mapping[str, Any], prompt: Mapping[str, Any], name: str, several: bool) -> str:
-    label = f"{name}, sample {clip['sample']}" if several else name
-    dot = f'<i class="dot system-{clip["system"] % len(plots.PALETTE)}"></i>'
-    caption = f"<figcaption>{dot}{escape(label)}</figcaption>"
-    scores = "".join(
-        f"<div><dt>{escape(title)}</dt><dd>{_number(clip[column], digits)}</dd></div>"
-        for column, (title, digits) in SCORES.items()
-        if clip[column] is not None
-    )
-    if clip["audio"] is None:
-        why = escape(": ".join(clip[name] for name in ("status", "reason", "message") if clip[name]))
-        return f'<figure class="clip failed">{caption}<p>No audio ({why}).</p><dl class="scores">{scores}</dl></figure>'
-    what = escape(f"{label}, prompt {prompt['id']}")
-    return (
-        f'<figure class="clip">{caption}<div class="mel"><img src="{escape(clip["mel"])}" loading="lazy" '
-        f'alt="Mel spectrogram: {what}" width="{plots.MEL_WIDTH}" height="128"><span></span></div>'
-        f'<audio controls preload="none" src="{escape(clip["audio"])}" aria-label="{what}"></audio>'
-        f'<dl class="scores">{scores}</dl></figure>'
-    )
-
-
-def _metrics_table(results: Results) -> str:
+def _columns(results: Results) -> list[tuple[str, str, int]]:
+    """Metrics of any system with label and digits, known ones first."""
     known = list(METRICS)
-    found = {name for system in results.systems for name in system.metrics}
-    columns = sorted(found, key=lambda name: (known.index(name) if name in known else len(known), name))
-    head = "".join(f'<th scope="col">{escape(METRICS.get(name, (name, 3))[0])}</th>' for name in columns)
-    body = []
-    for i, system in enumerate(results.systems):
-        cells = "".join(_metric(system.metrics.get(name), METRICS.get(name, (name, 3))[1]) for name in columns)
-        dot = f'<i class="dot system-{i % len(plots.PALETTE)}"></i>'
-        counts = f"<small>{system.clips} clips, {system.prompts} prompts</small>"
-        body.append(f'<tr><th scope="row">{dot}{escape(system.name)}{counts}</th>{cells}</tr>')
-    caption = "Below each value its interval and N (generated, and reference where there is one). Arrows: better."
-    return _table("Metrics of each system", f'<th scope="col">System</th>{head}', body, caption)
+    names = {name for system in results.systems for name in system.metrics}
+    return [
+        _described(name)
+        for name in sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+    ]
 
 
-def _metric(metric: Measured | None, digits: int) -> str:
-    if metric is None or metric.value is None:
-        return "<td>–</td>"
-    interval = "" if metric.low is None else f"{_number(metric.low, digits)} to {_number(metric.high, digits)}"
-    n = f"N = {metric.n_generated}" + (f" / {metric.n_reference}" if metric.n_reference else "")
-    return f"<td>{_number(metric.value, digits)}<small>{interval}</small><small>{n}</small></td>"
+def _described(metric: str) -> tuple[str, str, int]:
+    return metric, *METRICS.get(metric, (metric, 3))
 
 
-def _comparisons_table(comparisons: Sequence[Comparison]) -> str:
-    if not comparisons:
-        return "<p>Nothing was compared: that needs two systems on the same prompts.</p>"
-    titles = ("Metric", "Systems", "Mean A", "Mean B", "A − B", "t", "p", "p, Holm", "p, Wilcoxon", "d<sub>z</sub>")
-    head = "".join(f'<th scope="col">{title}</th>' for title in (*titles, "Wins : ties : losses", "N", "N needed"))
-    head = head.replace('"col">Systems', '"col" class="word">Systems')
-    body = []
-    for one in comparisons:
-        digits = METRICS.get(one.metric, (one.metric, 3))[1]
-        interval = f"<small>{_number(one.low, digits, '+')} to {_number(one.high, digits, '+')}</small>"
-        mark = '<span class="mark" role="img" aria-label="significant"> ✓</span>' if one.significant else ""
-        cells = [
-            _number(one.mean_a, digits),
-            _number(one.mean_b, digits),
-            f"<strong>{_number(one.difference, digits, '+')}</strong>{interval}",
-            _number(one.t, 2),
-            _p(one.p),
-            f"{_p(one.p_holm)}{mark}",
-            _p(one.p_wilcoxon),
-            _number(one.d_z, 2),
-            " : ".join("–" if count is None else str(count) for count in (one.wins, one.ties, one.losses)),
-            str(one.n),
-            "–" if one.n_needed is None else f"{one.n_needed:,}",
-        ]
-        body.append(
-            f'<tr{" class=yes" if one.significant else ""}><th scope="row">{escape(_metric_name(one.metric))}</th>'
-            f'<td class="word">A {escape(one.a)}<small>B {escape(one.b)}</small></td>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + "</tr>"
-        )
-    caption = (
-        "Paired tests on the means of each prompt, intervals at 95 %. Wins: prompts on which A is above B. ✓: "
-        "significant after Holm's correction over this table; a difference without it may be chance. N needed: prompts "
-        "with which four of five tests would find this difference."
-    )
-    return _table("Paired comparisons", head, body, caption)
-
-
-def _metric_name(name: str) -> str:
-    return METRICS.get(name, (name, 3))[0].rstrip(" ↑↓")
-
-
-def _table(label: str, head: str, body: Sequence[str], caption: str) -> str:
-    """A table that scrolls inside of itself; focusable, so that the keyboard can scroll it."""
-    rows = "".join(body)
-    return (
-        f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0"><table><thead><tr>{head}</tr>'
-        f'</thead><tbody>{rows}</tbody></table></div><p class="caption">{escape(caption)}</p>'
-    )
-
-
-def _figures(figures: Sequence[tuple[str, str]]) -> str:
-    if not figures:
-        return "<p>No clip has a score to plot.</p>"
-    parts = []
-    for name, description in figures:
-        images = "".join(
-            f'<img class="in-{theme}" src="plots/{name}-{theme}.svg" alt="{escape(description)}" loading="lazy">'
-            for theme in THEMES
-        )
-        parts.append(f"<figure><figcaption>{escape(description)}</figcaption>{images}</figure>")
-    return f'<div class="figures">{"".join(parts)}</div>'
-
-
-def _method(results: Results) -> str:
-    facts: dict[str, Any] = {"Protocol": results.protocol, "Bundle": results.bundle}
+def _method(results: Results) -> dict[str, Any]:
     used = {metric.protocol for system in results.systems for metric in system.metrics.values()} - {results.protocol}
-    facts |= {"Protocols of metrics": sorted(used - {""})} if used - {""} else {}
-    facts |= {"Folders": {system.name: system.folder for system in results.systems}}
-    facts |= {"Reference set": results.reference} if results.reference else {}
-    facts |= {"Leaks": results.leaks} if results.leaks else {}
-    licences = "".join(f"<li>{escape(line)}</li>" for line in results.license_notes)
-    listed = f"<h3>Licences of the models that made the numbers</h3><ul>{licences}</ul>" if licences else ""
-    return _facts({name: value for name, value in facts.items() if value}) + listed
-
-
-def _facts(value: Any) -> str:
-    """Nested plain values as definition lists; long lists are cut, the data file has all."""
-    if isinstance(value, Mapping):
-        rows = "".join(f"<dt>{escape(str(key))}</dt><dd>{_facts(item)}</dd>" for key, item in value.items())
-        return f'<dl class="facts">{rows}</dl>' if rows else "none"
-    if isinstance(value, list | tuple):
-        more = f"; and {len(value) - 12} more" if len(value) > 12 else ""
-        return "; ".join(_facts(item) for item in value[:12]) + more if value else "none"
-    return _number(value, 4) if isinstance(value, float) else escape(str(value))
-
-
-def _notes(lines: Sequence[str]) -> str:
-    if len(lines) <= 1:
-        return "".join(f'<p class="note" role="note">{escape(line)}</p>' for line in lines)
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    shown = " open" if len(lines) <= NOTES_OPEN else ""
-    return f'<details class="note"{shown}><summary>{len(lines)} warnings</summary><ul>{items}</ul></details>'
-
-
-def _options(options: Iterable[tuple[str, str]]) -> str:
-    return "".join(f'<option value="{escape(value)}">{escape(label)}</option>' for value, label in options)
-
-
-def _number(value: float | None, digits: int, sign: str = "") -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:{sign}.{digits}f}".replace("-", "−").replace("inf", "∞")
-
-
-def _p(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    return "&lt; 0.0001" if value < 1e-4 else f"{value:.4f}"
+    facts = {
+        "Protocol": results.protocol,
+        "Bundle": results.bundle,
+        "Protocols of metrics": sorted(used - {""}),
+        "Folders": {system.name: system.folder for system in results.systems},
+        "Reference set": results.reference,
+        "Leaks": results.leaks,
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -444,9 +302,3 @@ def _known(comparisons: Sequence[Comparison], names: Sequence[str]) -> list[Comp
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end or change the script element that it stands in."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

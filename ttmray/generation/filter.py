@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from ttmray import pages
 from ttmray.config import Config, differences, identity
 from ttmray.console import console
 from ttmray.corpus import index, shards
@@ -364,37 +365,19 @@ def compare(train: np.ndarray, kept_mean: float) -> dict[str, Any]:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report for people."""
-    clips, prompts = report["clips"], report["prompts"]
-    lines = [
-        "# Selection",
-        "",
-        f"- {clips['kept']} kept of {clips['eligible']} eligible clips; {clips['pool']} in the pool",
-        f"- left out: {counted(report['excluded'])}",
-        f"- passed over: {counted(report['passed_over'])}",
-        f"- {prompts['kept']} of {prompts['pool']} prompts; the largest share of one is {prompts['largest_share']:.1%}",
-    ]
-    if "weights" in report:
-        weights = report["weights"]
-        lines.append(
-            f"- weights of the losses {weights['smallest']:.3g} to {weights['largest']:.3g}, as good as "
-            f"{weights['effective']:.0f} clips alike"
-        )
-    if "train" in report:
-        train = report["train"]
-        lines.append(
-            f"- mean reward of the kept clips {train['kept_mean']:+.3f}: "
-            f"{train['share_at_or_above_kept_mean']:.1%} of {train['clips']} training clips have as much"
-        )
-    columns = ("mean", "std", "min", *(f"p{p}" for p in PERCENTILES), "max")
+    columns = ["mean", "std", "min", *(f"p{p}" for p in PERCENTILES), "max"]
     rows = {
         f"{name}, {when}": values for name, part in report["distributions"].items() for when, values in part.items()
     }
     rows |= {"reward, training clips": report["train"]} if "train" in report else {}
-    lines += ["", f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    lines += [f"| {name} | {' | '.join(f'{row[c]:+.3f}' for c in columns)} |" for name, row in rows.items()]
-    lines += ["", "| prompt | eligible | kept |", "|---|---|---|"]
-    lines += [f"| {name} | {row['eligible']} | {row['kept']} |" for name, row in prompts["each"].items() if row["kept"]]
-    return "\n".join(lines) + "\n"
+    return pages.render(
+        "selection.md.j2",
+        **{"weights": None, "train": None, **report},
+        counted=counted,
+        columns=columns,
+        rows=[(name, *(f"{row[c]:+.3f}" for c in columns)) for name, row in rows.items()],
+        each=[(name, row["eligible"], row["kept"]) for name, row in report["prompts"]["each"].items() if row["kept"]],
+    )
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
-from ttmray import statistics
+from ttmray import pages, statistics
 
 BINS = 10
 
@@ -135,47 +135,31 @@ def reliability_png(parts: dict[str, Calibration]) -> bytes | None:
 
 def summary(result: dict[str, Any]) -> str:
     """The report of a run as Markdown; `result` is what `metrics.json` holds."""
-    lines = ["# Preference ranker", ""]
-    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in result["run"].items()]
-    lines += ["", "## Heads on the test split", ""]
-    lines += [
-        "| head | inputs | accuracy | 95 % interval | ECE | with temperature | best epoch |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, head in result["heads"].items():
-        test = head["test"]
-        lines.append(
-            f"| {name} | {head['inputs']} | {_shown(test['accuracy'])} | {_span(test['interval'])} "
-            f"| {_shown(test.get('ece'))} | {_shown(test.get('ece_with_temperature'))} | {head['best_epoch']} |"
+    heads = result["heads"]
+    tests = [
+        (
+            name,
+            head["inputs"],
+            _shown(head["test"]["accuracy"]),
+            _span(head["test"]["interval"]),
+            _shown(head["test"].get("ece")),
+            _shown(head["test"].get("ece_with_temperature")),
+            head["best_epoch"],
         )
-    lines += ["", *(f"{name}: {note}" for name, head in result["heads"].items() if (note := head["note"]))]
-    lines += [
-        "",
-        "## Sources",
-        "",
-        "| head | source | decided pairs | accuracy | 95 % interval |",
-        "|---|---|---|---|---|",
+        for name, head in heads.items()
     ]
-    for name, head in result["heads"].items():
-        for source, part in head["test"]["sources"].items():
-            shown = f"{_shown(part['accuracy'])} | {_span(part['interval'])}"
-            lines.append(f"| {name} | {source} | {part['decided']} | {shown} |")
-    if result["leave_one_out"]:
-        lines += [
-            "",
-            "## Leave one source out",
-            "",
-            "| left out | accuracy there | of the full mix | gain of having it |",
-        ]
-        lines += ["|---|---|---|---|"]
-        for source, row in result["leave_one_out"].items():
-            lines.append(
-                f"| {source} | " + " | ".join(_shown(row[key]) for key in ("left_out", "in_mix", "gain")) + " |"
-            )
-    if result["mcnemar"]:
-        lines += ["", "## Paired tests (McNemar)", "", "| heads | chi2 | p |", "|---|---|---|"]
-        lines += [f"| {name} | {row['chi2']:.3f} | {row['p']:.3g} |" for name, row in result["mcnemar"].items()]
-    return "\n".join(lines) + "\n"
+    sources = [
+        (name, source, part["decided"], _shown(part["accuracy"]), _span(part["interval"]))
+        for name, head in heads.items()
+        for source, part in head["test"]["sources"].items()
+    ]
+    left_out = [
+        (source, *(_shown(row[key]) for key in ("left_out", "in_mix", "gain")))
+        for source, row in result["leave_one_out"].items()
+    ]
+    mcnemar = [(name, f"{row['chi2']:.3f}", f"{row['p']:.3g}") for name, row in result["mcnemar"].items()]
+    values = {"run": result["run"], "heads": heads, "tests": tests, "sources": sources}
+    return pages.render("ranker.md.j2", **values, left_out=left_out, mcnemar=mcnemar)
 
 
 def _shown(value: float | None) -> str:

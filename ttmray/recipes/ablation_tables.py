@@ -5,7 +5,6 @@ scores per prompt are means over the samples of the prompt.
 """
 
 import csv
-import html
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from markupsafe import Markup
 from scipy import stats
 
+from ttmray import pages
 from ttmray.errors import UserError
-from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, prompt_means, render
+from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, prompt_means
 from ttmray.evaluation.results import Results
 from ttmray.recipes.published import Published
 from ttmray.statistics import Alternative, Paired, paired, pearson, pearson_interval
@@ -309,61 +310,57 @@ def render_table(table: Table, format: Literal["markdown", "latex", "csv", "html
     The best value of a column is bold. The paper's figures have columns of their own, where any is known; `≈` marks
     those that follow from differences in its text.
     """
-    known = _known(table)
     if format == "csv":
-        return _csv(table, known)
-    header = [*table.labels, *(TITLES[metric] for metric in table.metrics)]
-    header += [f"paper: {TITLES[metric]}" for metric in known]
-    rows = []
-    for texts, values in table.rows:
-        cells = [_escape(text, format) for text in texts]
-        cells += [_shown(values[metric], metric in _best(table, values), format) for metric in table.metrics]
-        cells += [_published(values[metric].paper, format) for metric in known]
-        rows.append(cells)
-    if format == "html":
-        return _html(table, header, rows)
-    notes = [_escape(note, format) for note in _notes(table)]
+        return _csv(table)
+    header, rows = _cells(table, format)
     if format == "latex":
-        head = [_escape(name, format) for name in header]
-        lines = [" & ".join(row) + r" \\" for row in rows]
+        lines = [" & ".join(row) + r" \\" for row in (header, *rows)]
         columns = "l" * len(table.labels) + "r" * (len(header) - len(table.labels))
-        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule", *lines]
+        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
         text = [f"% {table.caption}", *body, r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in _notes(table))]
         return "\n".join(text) + "\n"
-    lines = [f"| {' | '.join(row)} |" for row in ([_escape(name, format) for name in header], *rows)]
-    text = [f"## {table.caption}", "", lines[0], "|---" * len(header) + "|", *lines[1:], ""]
-    text += [f"- {note}" for note in notes]
-    if table.pairs:
-        text += [
-            *([""] if notes else []),
-            f"Pairs ({legend(ALPHA)}):",
-            "",
-            render(*paired_table(table.pairs), "markdown").rstrip(),
-        ]
-    return "\n".join(text) + "\n"
+    return pages.render(
+        f"ablation_table.{'html' if format == 'html' else 'md'}.j2",
+        caption=table.caption,
+        header=header,
+        rows=rows,
+        notes=_notes(table),
+        pairs=paired_table(table.pairs) if table.pairs else None,
+        legend=legend(ALPHA),
+    )
 
 
 def page(tables: Sequence[Table], figures: Sequence[str], protocols: Sequence[str], note: str) -> str:
     """All tables on one page of HTML; the SVGs of the sweep, for a light and a dark page, go below its table."""
-    body = f"<p>Scores by {html.escape(', '.join(protocols))}.</p><p><b>{html.escape(note)}</b></p>\n"
-    for table in tables:
-        body += render_table(table, "html")
-        if table.name == "sweep":
-            for theme, figure in zip(("light", "dark"), figures, strict=True):
-                body += f"<figure class='{theme}'>{figure[figure.index('<svg') :]}</figure>\n"
-    style = (
-        ":root{color-scheme:light dark;font:16px/1.5 system-ui}body{max-width:76rem;margin:2rem auto;padding:0 1rem}"
-        "div{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.2rem 1.2rem .2rem 0;text-align:left;"
-        "white-space:nowrap;border-bottom:1px solid #8884}figure{margin:1rem 0}svg{max-width:100%;height:auto}"
-        ".dark{display:none}@media(prefers-color-scheme:dark){.light{display:none}.dark{display:block}}"
-    )
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>Ablations</title><style>{style}</style><h1>Ablations</h1>\n{body}</html>\n"
+    drawings = [Markup(svg[svg.index("<svg") :]) for svg in figures]
+    return pages.render(
+        "ablations.html.j2",
+        title="Ablations",
+        tables=[(table.name, Markup(render_table(table, "html"))) for table in tables],
+        figures=list(zip(("light", "dark"), drawings, strict=bool(drawings))),
+        protocols=protocols,
+        note=note,
     )
 
 
-def _csv(table: Table, known: Sequence[str]) -> str:
+def _cells(table: Table, format: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table; templates escape them, for LaTeX they are escaped here."""
+    known = _known(table)
+    header = [*table.labels, *(TITLES[metric] for metric in table.metrics)]
+    header += [f"paper: {TITLES[metric]}" for metric in known]
+    escape = _latex if format == "latex" else str
+    rows = []
+    for texts, values in table.rows:
+        best = _best(table, values)
+        cells = [escape(text) for text in texts]
+        cells += [_shown(values[metric], metric in best, format) for metric in table.metrics]
+        cells += [_published(values[metric].paper, format) for metric in known]
+        rows.append(cells)
+    return [escape(name) for name in header], rows
+
+
+def _csv(table: Table) -> str:
+    known = _known(table)
     names = list(table.labels)
     for metric in table.metrics:
         names += [metric, f"{metric}_low", f"{metric}_high", f"{metric}_mark"]
@@ -381,28 +378,15 @@ def _csv(table: Table, known: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def _html(table: Table, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    text = f"<h2>{html.escape(table.caption)}</h2>\n<div><table><tr>"
-    text += "".join(f"<th>{html.escape(name)}</th>" for name in header) + "</tr>\n"
-    text += "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>\n"
-    text += "".join(f"<p>{html.escape(note)}</p>\n" for note in _notes(table))
-    if table.pairs:
-        head, pairs = paired_table(table.pairs)
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in pairs]
-        text += f"<details><summary>Pairs: {html.escape(legend(ALPHA))}</summary><div><table><tr>"
-        text += "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>\n"
-        text += "\n".join(f"<tr>{row}</tr>" for row in cells) + "</table></div></details>\n"
-    return text
-
-
 def _shown(value: Value, best: bool, format: str) -> str:
     if value.value is None:
         return "–" if format != "latex" else "--"
     number = _number(value.value)
     mark = {"latex": {DAGGER: r"$^{\dagger}$", TIE: r"$^{*}$"}}.get(format, {}).get(value.mark, value.mark)
     if best:
-        number = {"latex": rf"\textbf{{{number}}}", "html": f"<b>{number}</b>"}.get(format, f"**{number}**")
+        number = {"latex": rf"\textbf{{{number}}}", "html": Markup("<b>{}</b>").format(number)}.get(
+            format, f"**{number}**"
+        )
     interval = "" if value.low is None or value.high is None else f" [{_number(value.low)}, {_number(value.high)}]"
     return number + mark + interval
 
@@ -432,13 +416,9 @@ def _published(value: Published | None, format: str) -> str:
     return (r"$\approx$" if format == "latex" else "≈") * value.about + value.text
 
 
-def _escape(text: str, format: str) -> str:
-    if format == "html":
-        return html.escape(text)
-    if format == "latex":
-        special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$"}
-        return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
-    return text.replace("|", r"\|")
+def _latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
 
 
 def _best(table: Table, values: Mapping[str, Value]) -> set[str]:

@@ -5,12 +5,10 @@ bucket names are left out, because cards are made to be published.
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from ttmray import pages
 from ttmray.console import console
 from ttmray.corpus.scores import SCORES, table_names
 from ttmray.errors import EXIT_OK, UserError
@@ -32,10 +30,8 @@ STAGES = {
     "crpo": "preference optimisation of flow matching on winner and loser clips (CRPO)",
 }
 RANKER = "ranker"
-PAPER = "*Improving Text-to-Music Generation with Human Preference Rewards*, arXiv 2606.21670"
 LABELS = {"fad": "FAD (CLAP)", "fad_inf": "FAD-inf", "kad": "KAD", "clap_score": "CLAP score", "ccs": "CCS"}
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"))
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
 
 
 def write_card(
@@ -105,10 +101,8 @@ def model_card(
     notes = [BUNDLES[bundle].note for bundle in bundles if _is_debug(bundle)]
     if results and _is_debug(results.bundle):
         notes.append(f"Evaluated with the {results.note}")
-    measured_by = results.license_notes if results else ()
     steps, total = _progress(run), config["steps"]
     backbone = BackboneConfig(**identity["backbone"])
-    inputs = "a text" if backbone.head == "none" else "a text and a wished reward"
     parameters = sum(trainable for _, trainable, _ in count_parameters(backbone))
     facts = [
         ("stage", STAGES[described["kind"]]),
@@ -129,53 +123,21 @@ def model_card(
     }
     if results and measured:
         front["model-index"] = [_index(name, results, measured)]
-    parts = [
-        _front(front),
-        f"# {_text(name)}",
-        _warning(notes),
-        f"A text-to-music model that was trained with ttmray. It makes short clips of music from {inputs}.",
-        "## Intended use",
-        "Research on text-to-music generation and on learning from human preference. It is not meant to imitate "
-        "living artists, to be used without a check for copies of training songs, or for anything that the licences "
-        "below exclude.",
-        "## Training",
-        _table(("what", "value"), facts),
-        "### Data",
-        _table(
-            ("corpus", "bundle", "clips ok", "scores by"),
-            [
-                (c["name"], c["bundle"] or "unknown", c["clips"] or "unknown", c["protocol"] or "unknown")
-                for c in corpora
-            ],
-        ),
-        "### Config",
-        _yaml(identity["config"]),
-        "## Evaluation",
-        *_evaluation(results, measured),
-        "## Limits",
-        _bullets(
-            [
-                *notes,
-                "Rewards come from a ranker trained on differences: compare them under one protocol, not with zero.",
-                "A model that optimises a reward can exploit it; the reward is no independent measure of its quality.",
-                "Captions, songs and rewards carry the biases of their sources; vocals are not modelled.",
-                *(() if results else ("It has not been evaluated: nothing is known about its quality.",)),
-            ]
-        ),
-        "## Licences",
-        "Models that made the training data, and that are needed to hear the result:",
-        _licences(bundles),
-        *(("Models that made the numbers of the evaluation:", _bullets(measured_by)) if measured_by else ()),
-        "## To fill in",
-        _bullets(
-            [
-                "the licence of these weights, which must respect those above and that of the songs",
-                "the licence and origin of the songs, and of their captions",
-                "who trained it, and how to reach them",
-            ]
-        ),
-    ]
-    return _joined(parts)
+    return pages.render(
+        "card_model.md.j2",
+        front=front,
+        name=name,
+        notes=notes,
+        inputs="a text" if backbone.head == "none" else "a text and a wished reward",
+        facts=facts,
+        corpora=[tuple(one[key] or "unknown" for key in ("name", "bundle", "clips", "protocol")) for one in corpora],
+        config=identity["config"],
+        results=results,
+        measured=measured,
+        metrics=_metrics(measured) if measured else [],
+        published=[(LABELS.get(key, key), published.text) for key, published in SUB_1.items()],
+        licences=_licences(bundles),
+    )
 
 
 def _ranker_card(run: Folder, described: Mapping[str, Any], name: str, license: str | None) -> str:
@@ -208,47 +170,17 @@ def _ranker_card(run: Folder, described: Mapping[str, Any], name: str, license: 
         for key, inputs, source, part in tests
         if part["decided"]
     ]
-    parts = [
-        _front({"license": license or "other", "library_name": "ttmray", "tags": ["music", "preference-reward"]}),
-        f"# {_text(name)}",
-        _warning(notes),
-        "A ranker of music clips that was trained with ttmray on votes between pairs of clips: of two clips it gives "
-        "the one that is likelier to be preferred the higher score.",
-        "## Intended use",
-        "Ranking clips of one prompt, and as the reward of text-to-music models. It is no judge of artists or of whole "
-        "songs.",
-        "## Training",
-        _table(("what", "value"), facts),
-        "### Config",
-        _yaml(config),
-        "## Evaluation",
-        f"Share of the decided pairs of the test split that are ranked as voted; intervals at 95 % resample by "
-        f"{_text(metrics['run']['intervals_resample'])}.",
-        _table(("head", "inputs", "source", "decided pairs", "accuracy", "95 % interval"), rows)
-        if rows
-        else "No pair of the test split is decided: nothing is known about its quality.",
-        "## Limits",
-        _bullets(
-            [
-                *notes,
-                "It is trained on differences: compare scores under one protocol, not with zero.",
-                "A model that is optimised for its score can exploit it; the score is then no measure of quality.",
-                "It carries the tastes of those who voted, and the biases of the clips that they heard.",
-            ]
-        ),
-        "## Licences",
-        "Models that it reads clips and texts with:",
-        _licences([bundle]),
-        "## To fill in",
-        _bullets(
-            [
-                "the licence of these weights, which must respect those above and that of the votes",
-                "the origin and licence of votes and clips, who voted, and what they were asked",
-                "who trained it, and how to reach them",
-            ]
-        ),
-    ]
-    return _joined(parts)
+    return pages.render(
+        "card_ranker.md.j2",
+        front={"license": license or "other", "library_name": "ttmray", "tags": ["music", "preference-reward"]},
+        name=name,
+        notes=notes,
+        facts=facts,
+        config=config,
+        resampled=metrics["run"]["intervals_resample"],
+        tests=rows,
+        licences=_licences([bundle]),
+    )
 
 
 def dataset_card(folder: str, *, name: str | None = None, license: str | None = None) -> str:
@@ -301,73 +233,28 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
         )
         for split, column, values in _reward_rows(run, summary)
     ]
-    parts = [
-        _front(front),
-        f"# {_text(name)}",
-        _warning(notes),
-        "Clips of songs, with vocals removed, as VAE latents with captions, text features, embeddings and rewards: "
-        "training data of a reward-conditioned text-to-music model, made with ttmray.",
-        _table(("what", "value"), facts),
-        "## Intended use",
-        "Training and studying text-to-music models and preference rewards. Latents can be turned back into audible "
-        "music: treat them like the songs themselves.",
-        "## Format",
-        "WebDataset shards with one sample per clip, an index in Parquet (`index.parquet`, a row per clip with scores, "
-        "loudness and source), and text features per caption. Every field is described in ttmray's "
-        "`docs/data-formats.md`.",
-        "## Rewards",
-        _table(("split", "column", "clips", "mean", "std", "p5", "p95", "max"), rewards),
-        "## What was left out",
-        _table(("status", "stage", "reason", "count"), left_out) if left_out else "Nothing.",
-        "## Config",
-        _yaml(config),
-        "## Limits",
-        _bullets(
-            [
-                *notes,
-                "Vocals are removed by a separator, which leaves traces and takes some of the music.",
-                "Scores are a model's, of 10 s clips under one protocol; they are no human votes on these songs.",
-                "Splits are drawn by "
-                + ("artist." if config["splits"]["group_by_artist"] else "track: an artist may be in several."),
-            ]
-        ),
-        "## Licences",
-        "Models that made latents, features and scores:",
-        _licences([bundle]),
-        "## To fill in",
-        _bullets(
-            [
-                "the licence and origin of the songs, which decide whether this may be shared",
-                "who made the captions, and how",
-            ]
-        ),
-    ]
-    return _joined(parts)
+    return pages.render(
+        "card_dataset.md.j2",
+        front=front,
+        name=name,
+        notes=notes,
+        facts=facts,
+        rewards=rewards,
+        left_out=left_out,
+        config=config,
+        licences=_licences([bundle]),
+    )
 
 
-def _evaluation(results: Results | None, system: System | None) -> Iterable[str]:
-    if results is None or system is None:
-        yield "None yet. `ttmray evaluate` measures clips of this model; give its output to `ttmray card`."
-        return
+def _metrics(system: System) -> list[tuple[str, str, str, str]]:
+    """Label, value, interval and N of every metric that has a value."""
     rows = []
     for key, metric in system.metrics.items():
         if metric.value is not None:
             interval = "" if metric.low is None or metric.high is None else f"{metric.low:.4f} to {metric.high:.4f}"
             n = f"{metric.n_generated}" + (f" / {metric.n_reference}" if metric.n_reference else "")
             rows.append((LABELS.get(key, key.replace("_", " ")), f"{metric.value:.4f}", interval, n))
-    yield (
-        f"Measured by us: {system.clips} clips of {system.prompts} prompts, {results.created[:10]}, system "
-        f"{_text(system.name)}. Protocol: {_text(results.protocol)}."
-    )
-    yield _table(("metric", "value", "95 % interval", "N generated / reference"), rows)
-    if results.warnings:
-        yield _bullets(results.warnings)
-    yield (
-        f"Published by others, not measured by us: the paper behind this pipeline ({PAPER}) reports for its submission "
-        "Sub.1, on 100 prompts of the Song Describer Dataset against the reference SDD-706:"
-    )
-    yield _table(("metric", "paper"), [(LABELS.get(key, key), published.text) for key, published in SUB_1.items()])
-    yield "The two tables can be compared only where prompts, reference, weights of the encoders and N are the same."
+    return rows
 
 
 def _index(name: str, results: Results, system: System) -> dict[str, Any]:
@@ -472,7 +359,7 @@ def _is_debug(bundle: str) -> bool:
     return bundle in BUNDLES and not isinstance(BUNDLES[bundle], ReleasedBundle)
 
 
-def _licences(bundles: Sequence[str]) -> str:
+def _licences(bundles: Sequence[str]) -> list[str]:
     lines = []
     for bundle in bundles:
         if isinstance(BUNDLES.get(bundle), ReleasedBundle):
@@ -481,37 +368,4 @@ def _licences(bundles: Sequence[str]) -> str:
             lines.append(f"{bundle}: weights are drawn from a seed and have no licence")
         else:
             lines.append(f"{bundle}: unknown to this version of ttmray")
-    return _bullets(lines or ["unknown: the corpora are not there any more"])
-
-
-def _warning(notes: Sequence[str]) -> str:
-    return "\n>\n".join(f"> **{_text(note)}**" for note in dict.fromkeys(notes))
-
-
-def _front(values: Mapping[str, Any]) -> str:
-    return f"---\n{yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)}---"
-
-
-def _yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-    longest = max(map(len, re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}yaml\n{text}{fence}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([_text(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {_text(line)}" for line in dict.fromkeys(lines))
-
-
-def _text(value: Any) -> str:
-    """Any value as one line of Markdown that shows it as it is."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return lines or ["unknown: the corpora are not there any more"]

@@ -3,7 +3,6 @@
 `steps/<name>.json` says with what a step was last run, whether that ended well, and what all its launches cost.
 """
 
-import html
 import json
 import os
 import threading
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
+from ttmray import pages
 from ttmray.cluster import alone, connected_gpus
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
@@ -232,31 +232,22 @@ def _table(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> Ta
 def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> None:
     """`summary.md` and `index.html`: every step with its state, its cost and what to open."""
     rows = _rows(root, steps, prints)
-    header = ("step", "state", "wall s", "GPU-hours", "page")
-    note = "Wall time is that of all launches of a step. A GPU counts as long as a step holds it, busy or not."
-    title = os.path.basename(root.uri)
-    markdown = [f"# {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines = []
-    for row in rows:
-        cells = (row.step.name, row.state, f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}")
-        page = row.step.page if row.step.page and root.exists(row.step.page) else ""
-        markdown.append(f"| {' | '.join(cells)} | {f'[{page}]({page})' if page else ''} |")
-        link = f"<a href='{html.escape(page)}'>{html.escape(page)}</a>" if page else ""
-        lines.append("".join(f"<td>{cell}</td>" for cell in (*map(html.escape, cells), link)))
-    markdown += ["", f"{_totals(rows)}.", "", note]
-    root.write("summary.md", ("\n".join(markdown) + "\n").encode())
-    title = html.escape(title)
-    style = (
-        ":root{color-scheme:light dark;font:16px/1.5 system-ui}body{max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "td,th{padding:.2rem 1rem .2rem 0;text-align:left}"
-    )
-    text = (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>{title}</title><style>{style}</style><h1>{title}</h1><table>"
-        f"<tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}"
-        f"</table><p>{html.escape(_totals(rows))}.</p><p>{note}</p></html>"
-    )
-    root.write("index.html", text.encode())
+    cells = [
+        (
+            (row.step.name, row.state, f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}"),
+            row.step.page if row.step.page and root.exists(row.step.page) else "",
+        )
+        for row in rows
+    ]
+    values = {
+        "title": os.path.basename(root.uri),
+        "header": ("step", "state", "wall s", "GPU-hours", "page"),
+        "totals": _totals(rows),
+        "note": "Wall time is that of all launches of a step. A GPU counts as long as a step holds it, busy or not.",
+    }
+    links = [(*texts, f"[{page}]({page})" if page else "") for texts, page in cells]
+    root.write("summary.md", pages.render("chain.md.j2", rows=links, **values).encode())
+    root.write("index.html", pages.render("chain.html.j2", rows=cells, **values).encode())
 
 
 def fill(kind: type[ConfigT], name: str, given: Mapping[str, Any], links: Mapping[str, Any]) -> ConfigT:
