@@ -135,31 +135,7 @@ def reliability_png(parts: dict[str, Calibration]) -> bytes | None:
 
 def summary(result: dict[str, Any]) -> str:
     """The report of a run as Markdown; `result` is what `metrics.json` holds."""
-    heads = result["heads"]
-    tests = [
-        (
-            name,
-            head["inputs"],
-            _shown(head["test"]["accuracy"]),
-            _span(head["test"]["interval"]),
-            _shown(head["test"].get("ece")),
-            _shown(head["test"].get("ece_with_temperature")),
-            head["best_epoch"],
-        )
-        for name, head in heads.items()
-    ]
-    sources = [
-        (name, source, part["decided"], _shown(part["accuracy"]), _span(part["interval"]))
-        for name, head in heads.items()
-        for source, part in head["test"]["sources"].items()
-    ]
-    left_out = [
-        (source, *(_shown(row[key]) for key in ("left_out", "in_mix", "gain")))
-        for source, row in result["leave_one_out"].items()
-    ]
-    mcnemar = [(name, f"{row['chi2']:.3f}", f"{row['p']:.3g}") for name, row in result["mcnemar"].items()]
-    values = {"run": result["run"], "heads": heads, "tests": tests, "sources": sources}
-    return pages.render("ranker.md.j2", **values, left_out=left_out, mcnemar=mcnemar)
+    return pages.render("ranker.md.j2", **result, shown=_shown, span=_span)
 
 
 def _shown(value: float | None) -> str:
