@@ -455,7 +455,6 @@ def test_weights_of_16_khz_latents_need_their_bundle(given, tmp_path):
 
 def test_the_paper_s_recipes_say_what_they_mean():
     ablations = load_config(AblateConfig, str(REPO / "configs/paper/ablate.yaml"))
-    assert ablations.stage1 is not None
     text = (REPO / "configs/paper/ablate.yaml").read_text() + (REPO / "configs/paper/reproduce.yaml").read_text()
     assert text.count("--set stage1.model.head=v2") == 2
     assert ablations.stage1 is not None
@@ -465,9 +464,6 @@ def test_the_paper_s_recipes_say_what_they_mean():
         sets = [f"output={output}", *(["stage1.model.head=v2"] if output.endswith("v2") else [])]
         config = load_config(ReproduceConfig, str(REPO / "configs/paper/reproduce.yaml"), sets)
         steps = {step.name: step for step in build_steps(config)}
-        column = steps["stage1"].config.data.sources[0].score_column  # type: ignore[attr-defined]
-        assert column == ablations.stage1["data"]["sources"][0]["score_column"]  # all heads learn the same rewards
-        assert steps["pool"].config.bundle == ablations.bundle.replace("/data/chain/", f"{output}/")  # type: ignore[attr-defined]
         models = [steps[name].config.model for name in ("stage1", "stage2", "stage3")]  # type: ignore[attr-defined]
         assert tuple(model.head for model in models) == expected
         assert {(model.size, model.null) for model in models} == {("s_44k", "zero_embedding")}

@@ -113,8 +113,6 @@ def put_everything(machine: Path) -> None:
     put_votes(data)
     put(data / "baseline/fluxaudio_s_full.pth")
     put(data / "chain/corpus/index.parquet")
-    put(data / "chain/corpus/scores/ranker/_SUCCESS.json")
-    put(data / "chain/ranker/tunejury.safetensors")
     for name in ("sdd-706", "jamendo-100"):
         put_reference(machine, name)
     for chain, head in (("chain", "v1"), ("chain-v2", "v2")):
@@ -143,8 +141,7 @@ def put_everything(machine: Path) -> None:
                 "fluxaudio_s_full.pth", "set checkpoints.baseline.path", "data/chain/corpus is no finished corpus",
                 "chain/stage1/weights", "chain-v2/stage1/weights", "chain/stage2/expert/round-1/polish",
                 "chain-v2/stage2/expert/round-1/polish", "chain/stage2/control/round-1/polish", "chain/stage3/weights",
-                "data/stage3-v1.safetensors", "data/chain/ranker is no reward head",
-                "data/chain/corpus has no scores ranker",
+                "data/stage3-v1.safetensors",
             ],
         ),
     ],
@@ -181,8 +178,6 @@ def test_with_everything_in_its_place_a_paper_config_can_begin(machine, capsys, 
         ("reproduce", "data/baseline/fluxaudio_s_full.pth", "fluxaudio_s_full.pth: not found"),
         ("ablate", "data/baseline/fluxaudio_s_full.pth", "fluxaudio_s_full.pth: not found"),
         ("ablate", "prompts.csv", "prompts.csv: not found"),
-        ("ablate", "data/chain/ranker/tunejury.safetensors", "data/chain/ranker is no reward head"),
-        ("ablate", "data/chain/corpus/scores/ranker/_SUCCESS.json", "data/chain/corpus has no scores ranker"),
         ("ablate", "weights/clap-music/music_audioset_epoch_15_esc_90.14.pt", "The weights of clap-music"),
     ],
 )
@@ -227,6 +222,18 @@ def test_the_way_to_a_reference_needs_no_ranker_that_the_chain_will_train(machin
     text = capsys.readouterr().err
     assert "Build it: ttmray reference build sdd-706 SOURCE --stem instrumental --bundle paper --store" in text
     assert "ranker" not in text
+
+
+def test_a_table_of_scores_of_another_head_is_looked_for_in_the_corpus(machine, capsys):
+    put_everything(machine)
+    column = f"[{{corpus: {machine}/data/chain/corpus, score_column: ranker/reward_score}}]"
+    assert plan(machine, "ablate", "--set", f"stage1.data.sources={column}") == 2
+    text = capsys.readouterr().err
+    assert "1 thing is missing" in text
+    assert "data/chain/corpus has no scores ranker. For train-v3, train-v4" in text
+    assert "ttmray corpus rescore" in text
+    put(machine / "data/chain/corpus/scores/ranker/_SUCCESS.json")
+    assert plan(machine, "ablate", "--set", f"stage1.data.sources={column}") == 0
 
 
 def test_weights_from_outside_that_do_not_fit_their_forward_are_named(machine, capsys):

@@ -214,6 +214,7 @@ def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
             "pool: stage1 has no score head, and sampler.score is 2",
         ),
         (("prompts=null",), "section generate"),
+        (("systems={my model: {stage: stage1}}",), "'my model' cannot name a system"),
         (("stage4={}",), "unknown field"),
         (("systems.stage1.scores=[2.0]",), "scores are two or more"),
         (("systems.stage1={}",), "needs one of stage, checkpoint .* and clips"),

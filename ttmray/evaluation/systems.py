@@ -20,7 +20,8 @@ from ttmray.generation import manifest
 from ttmray.generation.prompts import Prompt
 from ttmray.storage import Folder
 
-_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
+SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAMED = re.compile(rf"({SYSTEM_NAME.pattern})=(.+)")
 _SAMPLE = re.compile(r"(.+)_s?([0-9]{1,18})")
 _SHOWN = 5
 

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from ttmray.config import Address, Config, ConfigT, execution, fingerprint, identity
 from ttmray.corpus.scores import COLUMN, SCORES
 from ttmray.errors import UserError
+from ttmray.evaluation.systems import SYSTEM_NAME
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.backbone_weights import check_forward
@@ -123,6 +124,14 @@ class ReproduceConfig(Config):
     """What is generated and evaluated, by name; null takes one out again. Default: every trained stage."""
     evaluate: dict[str, Any] | None = None
     """`evaluate`, of all systems."""
+
+    @field_validator("systems")
+    @classmethod
+    def _named_as_files(cls, value: dict[str, SystemConfig]) -> dict[str, SystemConfig]:
+        for name in value:
+            if not SYSTEM_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a system: use letters, digits, '_', '-' and '.'")
+        return value
 
     @field_validator("systems", mode="before")
     @classmethod
