@@ -40,10 +40,11 @@ def _corpus(commands: Any) -> None:
     _add_config(plan)
     plan.set_defaults(run=_score_corpus, plan_only=True, max_failures=None, retry_failed=False)
 
-    corpus = commands.add_parser("corpus", help="look into a corpus: stats, verify, ls, sample; rescore it")
+    corpus = commands.add_parser("corpus", help="look into a corpus: stats, verify, ls, sample; rescore or upgrade it")
     looks = corpus.add_subparsers(dest="look", required=True, metavar="LOOK")
     stats = looks.add_parser("stats", help="counts, reasons, rewards and latent statistics")
     verify = looks.add_parser("verify", help="recompute hashes and counts, open every tar and latent")
+    upgrade = looks.add_parser("upgrade", help="add to the index of an older run what training reads by now")
     ls = looks.add_parser("ls", help="rows of the index")
     ls.add_argument("--status", choices=("ok", "rejected", "failed"), help="only rows of this status")
     ls.add_argument("--limit", type=_count, default=50, metavar="N", help="at most N rows (default 50; 0: all)")
@@ -60,7 +61,8 @@ def _corpus(commands: Any) -> None:
     rescore.add_argument("--text", choices=("empty", "caption"), help="what the head sees (default: as the corpus)")
     _add_config(rescore)
     rescore.set_defaults(run=_rescore)
-    for look, run in ((stats, "stats"), (verify, "verify"), (ls, "ls"), (sample, "sample")):
+    acts = ((stats, "stats"), (verify, "verify"), (upgrade, "upgrade"), (ls, "ls"), (sample, "sample"))
+    for look, run in acts:
         look.add_argument("folder", metavar="RUN", help="run folder or s3:// prefix")
         look.set_defaults(run=_look(run))
 

@@ -92,6 +92,48 @@ def test_a_changed_byte_never_gives_anything_but_rows_or_a_message(position, cha
     assert all(row.keys() == set(index.SCHEMA.names) for row in table.to_pylist())
 
 
+@settings(max_examples=300)
+@given(st.data())
+def test_a_changed_byte_of_the_pages_never_gives_other_numbers(data):
+    footer = int.from_bytes(WHOLE[-8:-4], "little")
+    position = data.draw(st.integers(4, len(WHOLE) - footer - 9))
+    damaged = bytearray(WHOLE)
+    damaged[position] ^= data.draw(st.integers(1, 255))
+    try:
+        table, _ = index.from_bytes(bytes(damaged), "u.parquet")
+    except UserError:
+        return
+    assert table.to_pylist() == rows(5)
+
+
+def test_only_the_columns_that_are_named_are_read(tmp_path):
+    run = Folder.at(str(tmp_path))
+    run.write("index/u000000.parquet", index.to_bytes(rows(2), METADATA))
+    assert index.read_index(run, ["unit", "key"]).column_names == ["unit", "key"]
+    run.write("index.parquet", index.to_bytes(rows(2), METADATA))
+    assert index.read_index(run, ["unit", "key"]).to_pydict() == {"unit": ["u000000"] * 2, "key": ["t_0", "t_1"]}
+    with pytest.raises(UserError, match=r"index\.parquet is not a readable index file"):
+        index.read_index(run, ["nothing"])
+
+
+def test_an_index_file_of_an_older_version_has_empty_places():
+    table, metadata = index.from_bytes(WHOLE, "u")
+    older = table.drop_columns(index.PLACES).replace_schema_metadata({index.METADATA_KEY: json.dumps(metadata)})
+    again, _ = index.from_bytes(index.parquet_bytes(older), "u")
+    assert again.equals(table)
+
+
+def test_rows_learn_where_their_captions_lie_from_whatever_unit_holds_them():
+    table, _ = index.from_bytes(WHOLE, "u")
+    owner = {"files": {"captions/u7.safetensors": {"shape": [3, 8], "places": {"0" * 16: [100, 20]}}}}
+    another = {"shape": [3, 8], "places": {"1": [9, 9]}}
+    other = {"files": {"shards/u.tar": {"clips": 1}, "captions/u.safetensors": another}}
+    for order in ([owner, other], [other, owner]):
+        row = index.with_text_places(table, order).to_pylist()[3]
+        assert [row[name] for name in index.TEXT_PLACES] == ["captions/u7.safetensors", 100, 20, 3, 8]
+    assert index.with_text_places(table, [other]).equals(table)
+
+
 def test_committed_units_are_those_with_an_index_file(tmp_path):
     run = Folder.at(str(tmp_path))
     assert index.committed_units(run) == []

@@ -84,7 +84,7 @@ def test_every_ok_clip_finds_the_text_features_of_its_caption(read: dict[str, An
 def test_the_table_of_columns_is_the_schema() -> None:
     section = DOCUMENT.read_text(encoding="utf-8").split("\n## Index\n")[1].split("\n## ")[0]
     written = re.findall(r"^\| (\w+) \| (\w+) \|", section, re.MULTILINE)[1:]
-    types = {"string": pa.string(), "int32": pa.int32(), "double": pa.float64()}
+    types = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}
     assert pa.schema([(name, types[kind]) for name, kind in written]) == index.SCHEMA
 
 

@@ -34,6 +34,55 @@ def test_the_order_in_which_samples_were_made_does_not_change_the_bytes():
     assert shards.tar_bytes(again) == TAR
 
 
+def test_the_bytes_are_those_of_all_versions_so_far():
+    # Names of shards carry hashes, and what was committed with them stays true.
+    arrays = {f"t_{i}": shards.npy_bytes(np.full((3, 2), i, "<f2")) for i in (1, 0)}
+    samples = {key: {"json": b"{}", "latent_mean.npy": data} for key, data in arrays.items()}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key in sorted(samples):
+            for extension, data in sorted(samples[key].items()):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+    assert shards.tar_bytes(samples) == buffer.getvalue()
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    assert digest == "229d291a54369db40c463d70a24dd022cebc46c1ce4d5ff04f79f760a21b4be1"
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[A-Za-z0-9_-]{1,64}_[0-9]{1,2}", fullmatch=True),
+        st.dictionaries(st.sampled_from(["json", "flac", "a.npy", "b.npy"]), st.binary(max_size=1500), min_size=1),
+        max_size=4,
+    )
+)
+def test_the_writer_knows_where_the_bytes_of_every_member_lie(samples):
+    data, places = shards.pack(samples)
+    assert {key: set(members) for key, members in places.items()} == {key: set(m) for key, m in samples.items()}
+    for key, members in samples.items():
+        for extension, content in members.items():
+            at = places[key][extension]
+            assert data[at : at + len(content)] == content
+    assert shards.pack(dict(reversed(samples.items()))) == (data, places)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        read = {member.name: member.offset_data for member in tar}
+    assert read == {f"{key}.{ext}": at for key, members in places.items() for ext, at in members.items()}
+
+
+def test_places_of_text_features_are_those_of_their_numbers():
+    random = np.random.default_rng(0)
+    texts = {"t5": random.normal(size=(3, 4, 2)).astype("<f2"), "clap": random.normal(size=(3, 5)).astype("<f4")}
+    texts["clap_score"] = texts["clap"] + 1
+    data = shards.captions_bytes(["c", "a", "b"], texts)
+    found = shards.text_places(io.BytesIO(data))
+    assert found["shape"] == [4, 2]
+    for i, caption_id in enumerate(["c", "a", "b"]):
+        t5, clap = found["places"][caption_id]
+        np.testing.assert_array_equal(np.frombuffer(data, "<f2", 8, t5).reshape(4, 2), texts["t5"][i])
+        np.testing.assert_array_equal(np.frombuffer(data, "<f4", 5, clap), texts["clap"][i])
+
+
 def test_members_are_sorted_and_tell_nothing_of_when_and_by_whom():
     with tarfile.open(fileobj=io.BytesIO(TAR)) as tar:
         members = tar.getmembers()

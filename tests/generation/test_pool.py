@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ttmray.config import load_config
+from ttmray.corpus import index
 from ttmray.corpus.shards import read_samples
 from ttmray.corpus.unit import Unit
+from ttmray.corpus.upgrade import upgrade
 from ttmray.corpus.verify import problems
 from ttmray.errors import UserError
 from ttmray.generation.filter import read_pool
@@ -152,9 +154,25 @@ def test_training_reads_it_as_a_source(finished):
     assert not read.batch.std.any()
 
 
+def test_a_pool_of_an_older_version_learns_where_things_lie_and_has_its_other_columns_still(finished, tmp_path):
+    old = Path(shutil.copytree(finished, tmp_path / "old"))
+    for path in [old / "index.parquet", *(old / "index").iterdir()]:
+        table = pq.read_table(path)
+        named = (table.schema.metadata or {}).get(index.METADATA_KEY)
+        older = table.drop_columns(index.PLACES)
+        if named:
+            metadata = json.loads(named)
+            for facts in metadata["files"].values():
+                facts.pop("places", None)
+            older = older.replace_schema_metadata({index.METADATA_KEY: json.dumps(metadata)})
+        pq.write_table(older, path)
+    assert upgrade(Folder.at(str(old))) == 6
+    assert (old / "index.parquet").read_bytes() == (finished / "index.parquet").read_bytes()
+
+
 def test_units_change_no_clip(finished, prompts, tmp_path):
     assert generate_pool(make(prompts, tmp_path / "pool", "unit_clips=1", "runtime.threads=2")) == 0
-    placed = {"unit", "shard"}
+    placed = {"unit", "shard", *index.PLACES}
     one, other = ({k: {n: v for n, v in row.items() if n not in placed} for k, row in rows(r).items()}
                   for r in (finished, tmp_path / "pool"))  # fmt: skip
     assert one == other

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ttmray.corpus import shards
+from ttmray.cli import main
+from ttmray.corpus import index, shards
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.clips import read_keys
-from ttmray.training.data import DataConfig, Samples, SourceConfig, loader, open_mixture
+from ttmray.training.data import DataConfig, Samples, SourceConfig, loader, open_mixture, open_with_held_out
 
 SIZES = {"latent": (5, 4), "text": (3, 8), "clips_per_track": 3}
 
@@ -146,9 +148,9 @@ def rewrite(path: Path, kind: str, array: np.ndarray) -> None:
     [
         ("latent_mean.npy", np.full((5, 4), np.nan, np.float16), "clip t000000_1: mean is not finite"),
         ("latent_std.npy", np.full((5, 4), -np.inf, np.float16), "clip t000000_1: std is not finite"),
-        ("latent_std.npy", np.zeros((5, 4), np.float32), "float32, not frames x channels of float16"),
-        ("latent_mean.npy", np.zeros((4, 4), np.float16), r"clip t000000_1: latent_mean.npy is \(4, 4\)"),
-        ("latent_mean.npy", np.zeros((4, 5), np.float16).T, "not frames x channels"),
+        ("latent_std.npy", np.zeros((5, 4), np.float32), r"clip t000000_1: latent_std.npy of \(5, 4\) float16 is not"),
+        ("latent_mean.npy", np.zeros((4, 4), np.float16), "clip t000000_1: latent_mean.npy of .* is not"),
+        ("latent_mean.npy", np.zeros((4, 5), np.float16).T, "clip t000000_1: latent_mean.npy of .* is not"),
     ],
 )
 @pytest.mark.parametrize("threads", [0, 1])
@@ -166,8 +168,81 @@ def test_a_shard_without_a_clip_of_the_index_is_noticed(copy):
     members = dict(shards.read_samples(shard.read_bytes(), shard.name))
     kept = {key: {"latent_mean.npy": shards.npy_bytes(s["latent_mean.npy"])} for key, s in members.items()}
     shard.write_bytes(shards.tar_bytes(kept))
-    with pytest.raises(UserError, match="clip t000000_0: its latents are not there"):
+    with pytest.raises(UserError, match=r"clip t00000[01]_\d: latent_(mean|std).npy .* is not where the index says"):
         read_all(copy)
+
+
+def change(folder: Path, column: str, value: Callable[[int], object], row: int = 4) -> str:
+    """Change one value of the merged index; returns the clip's key."""
+    table = pq.read_table(folder / "index.parquet")
+    values = table[column].to_pylist()
+    values[row] = value(values[row])
+    position = table.column_names.index(column)
+    array = pa.array(values, table.schema.field(position).type)
+    pq.write_table(table.set_column(position, table.schema.field(position), array), folder / "index.parquet")
+    return str(table["key"][row])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["latent_mean_at", "latent_std_at"]),
+    st.integers(-(2**40), 2**40).filter(bool) | st.sampled_from([1, 2, -2, 512, 1024, -1024, -3072, 3072]),
+)
+def test_latents_are_never_read_from_a_wrong_place(corpus, tmp_path_factory, column, by):
+    folder = tmp_path_factory.getbasetemp() / "moved"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(corpus, folder, copy_function=os.link)
+    (folder / "index.parquet").unlink()
+    shutil.copy(corpus / "index.parquet", folder / "index.parquet")
+    key = change(folder, column, lambda at: at + by)
+    with pytest.raises(UserError, match=f"clip {key}: {column[:-3]}.npy of .* is not where the index says"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("at", [-8, 0, 10**6, None])
+@pytest.mark.parametrize("column", ["caption_t5_at", "caption_clap_at"])
+def test_text_features_outside_of_their_file_are_noticed_at_the_start(copy, column, at):
+    key = change(copy, column, lambda _: at, row=0)
+    with pytest.raises(UserError, match=f"clip {key}: it has no text features at the place"):
+        open_mixture(configure(copy))
+
+
+@pytest.mark.parametrize("column", ["latent_frames", "latent_channels", "caption_tokens", "caption_width"])
+def test_clips_of_different_shapes_in_one_index_are_noticed(copy, column):
+    key = change(copy, column, lambda size: size + 1)
+    with pytest.raises(UserError, match=rf"index\.parquet is damaged: clip {key}: .*{column}.* elsewhere"):
+        open_mixture(configure(copy))
+
+
+def test_an_index_without_places_is_refused_with_the_command_that_adds_them(copy, capsys):
+    expected, table = read_all(copy), pq.read_table(copy / "index.parquet")
+    pq.write_table(table.drop_columns(index.PLACES), copy / "index.parquet", compression="zstd")
+    with pytest.raises(UserError, match="an older version") as caught:
+        open_mixture(configure(copy))
+    assert caught.value.hint == f"ttmray corpus upgrade {copy}"
+    assert main(caught.value.hint.split()[1:]) == 0
+    assert "18 of them since now" not in capsys.readouterr().out  # validation has 3 more
+    assert equal(read_all(copy), expected)
+
+
+def test_a_growing_run_of_an_older_version_is_refused_with_the_way_out(tmp_path):
+    run = write_random_corpus(str(tmp_path / "run"), tracks=3, unit_clips=3, committed=2, **SIZES)
+    for name in index.committed_units(run):
+        path = run.path(f"index/{name}.parquet")
+        pq.write_table(pq.read_table(path).drop_columns(index.PLACES), path)
+    with pytest.raises(UserError, match="an older version") as caught:
+        open_mixture(configure(run.uri))
+    assert "Start its job again" in caught.value.hint
+
+
+def test_the_index_is_read_once_for_training_and_validation(corpus, monkeypatch):
+    names: list[str] = []
+    read = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda folder, name: names.append(name) or read(folder, name))
+    mixture, held_out = open_with_held_out(configure(corpus))
+    assert (len(mixture), len(held_out)) == (18, 3)
+    assert [name for name in names if name.startswith("index")] == ["index.parquet"]
+    assert not [name for name in names if name.startswith(("shards", "captions"))]
 
 
 def test_missing_shards_and_captions_are_named(copy):

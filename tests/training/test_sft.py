@@ -26,9 +26,10 @@ from ttmray.models.backbone_weights import METADATA, load_backbone, read_support
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.score_support import NUMBERS
 from ttmray.storage import Folder
+from ttmray.training.data import open_with_held_out
 from ttmray.training.export import export
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.sft import SftTask, corpus_bundle, keep_empty_text, open_held_out, train_sft
+from ttmray.training.sft import SftTask, corpus_bundle, keep_empty_text, train_sft
 from ttmray.training.tensors import pack, unpack
 
 CPU = torch.device("cpu")
@@ -364,7 +365,7 @@ def test_corpora_of_different_models_are_not_mixed(make_train_config, debug_corp
 
 def test_without_clips_held_out_there_is_no_validation(make_train_config, look, expert_debug, tmp_path, capsys):
     config = make_train_config(tmp_path / "run", f"data.sources.0.corpus={expert_debug}", "steps=1")
-    assert open_held_out(config.data) is None
+    assert open_with_held_out(config.data)[1] is None
     train_sft(config)
     assert "no validation" in capsys.readouterr().out
     assert [list(line)[1] for line in look.metrics(tmp_path / "run")] == ["loss"]

@@ -1,6 +1,5 @@
 """The end of a corpus run, without Ray: merge the index, check that everything adds up, statistics, clean up."""
 
-import io
 import json
 from collections import Counter
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
@@ -16,6 +14,7 @@ from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED
+from ttmray.corpus.upgrade import located
 from ttmray.errors import UserError
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
@@ -44,16 +43,15 @@ def finalise(
     if missing:
         raise UserError(f"{len(missing)} units are not committed, e.g. {missing[0]}.", "Start the same command again.")
     units = index.read_units(run, names)
+    metadata = [data for _, data in units]
     table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
     problems = check_rows(table, plan)
     if problems:
         raise UserError("the index does not match the plan:\n    " + "\n    ".join(problems[:20]))
-    metadata = [data for _, data in units]
+    table = located(run, table, metadata)
     latents = latent_statistics(metadata)
     rewards = reward_statistics(table)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    run.write(index.MERGED, buffer.getvalue())
+    run.write(index.MERGED, index.parquet_bytes(table))
     run.write("stats/latents.json", json.dumps(latents, indent=1).encode())
     scored = {"protocol": described["protocol_id"], "splits": rewards}  # conditioning on z-scores needs mean and std
     run.write("stats/rewards.json", json.dumps(scored, indent=1).encode())

@@ -7,10 +7,12 @@ carries what belongs to the unit as a whole: file names, hashes and latent sums.
 import io
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ttmray.corpus.unit import OK
@@ -54,8 +56,23 @@ SCHEMA = pa.schema(
         ("shard", pa.string()),  # path below the run folder
         ("unit", pa.string()),
         ("protocol", pa.string()),  # how the scores were made
+        ("latent_mean_at", pa.int64()),  # byte of the shard at which the numbers of the member start
+        ("latent_std_at", pa.int64()),
+        ("latent_frames", pa.int32()),
+        ("latent_channels", pa.int32()),
+        ("caption_file", pa.string()),  # with the caption's text features; path below the run folder
+        ("caption_t5_at", pa.int64()),  # byte of that file at which the numbers start
+        ("caption_clap_at", pa.int64()),
+        ("caption_tokens", pa.int32()),
+        ("caption_width", pa.int32()),
     ]
 )
+LATENT_PLACES = ("latent_mean_at", "latent_std_at", "latent_frames", "latent_channels")
+TEXT_PLACES = ("caption_file", "caption_t5_at", "caption_clap_at", "caption_tokens", "caption_width")
+"""Null in units' files: the features of a caption lie with the unit that is the first to hold it, which may be
+committed later. `with_text_places` fills them in."""
+PLACES = (*LATENT_PLACES, *TEXT_PLACES)
+"""Columns that the index of runs by older versions does not have: `ttmray corpus upgrade` adds them."""
 
 
 def new_row(track: dict[str, Any], unit: str, protocol: str) -> dict[str, Any]:
@@ -87,8 +104,13 @@ def to_bytes(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> bytes:
                 raise AssertionError(f"{row['key']}: {name} is NaN; a stage must quarantine such a clip")
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    return parquet_bytes(table)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of an index file, whose pages have checksums: a changed byte never gives other numbers."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 
@@ -105,9 +127,15 @@ def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
         raise _unreadable(name, error) from error
 
 
-def _table(data: bytes, name: str) -> pa.Table:
+def _table(data: bytes, name: str, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+    """Columns of an index file. Those of `PLACES` are null where an older version wrote it."""
     try:
-        table = parquet_table(data).select(SCHEMA.names)
+        table = parquet_table(data, columns)
+        for column in PLACES:
+            if column in columns and column not in table.column_names:
+                nulls = pa.nulls(table.num_rows, SCHEMA.field(column).type)
+                table = table.append_column(SCHEMA.field(column), nulls)
+        table = table.select(columns)
         table.validate(full=True)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise _unreadable(name, error) from error
@@ -142,21 +170,44 @@ def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, 
         return list(pool.map(one, units))
 
 
-def read_index(run: Folder) -> pa.Table:
-    """All rows that are committed so far: the merged file of a finished run, else the units' files."""
+def read_index(run: Folder, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+    """All rows that are committed so far, with some columns (default: all): those of the merged file of a finished run,
+    else of the units' files."""
     if run.exists(MERGED):
-        return read_merged(run)
-    parts = [table for table, _ in read_units(run, committed_units(run))]
-    return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+        return read_merged(run, columns)
+    units = read_units(run, committed_units(run))
+    rows = pa.concat_tables([table for table, _ in units]) if units else SCHEMA.empty_table()
+    return with_text_places(rows, [metadata for _, metadata in units]).select(columns)
 
 
-def read_merged(run: Folder) -> pa.Table:
-    """The merged index of a finished run.
+def read_merged(run: Folder, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+    """The merged index of a finished run; only some of its columns where they are named.
 
     Raises:
         UserError: when it is missing or damaged.
     """
-    return _table(run.read(MERGED), run.path(MERGED))
+    return _table(run.read(MERGED), run.path(MERGED), columns)
+
+
+def with_text_places(rows: pa.Table, metadata: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows with `TEXT_PLACES` of their captions; null where no unit holds one.
+
+    Args:
+        metadata: of all units that are committed.
+    """
+    ids: list[str] = []
+    places: list[tuple[str, int, int, int, int]] = []
+    for unit in metadata:
+        for name, facts in unit["files"].items():
+            for caption_id, (t5, clap) in facts.get("places", {}).items():
+                ids.append(caption_id)
+                places.append((name, t5, clap, *facts["shape"]))
+    of = pc.index_in(rows["caption_id"].combine_chunks(), pa.array(ids, pa.string()))
+    for number, column in enumerate(TEXT_PLACES):
+        field = SCHEMA.field(column)
+        values = pa.array([place[number] for place in places], field.type).take(of)
+        rows = rows.set_column(rows.schema.get_field_index(column), field, values)
+    return rows
 
 
 def latent_sums(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:

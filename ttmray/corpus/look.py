@@ -1,4 +1,7 @@
-"""Looking into a run without changing it: `ttmray corpus stats | verify | ls | sample` and `ttmray status`."""
+"""Looking into a run: `ttmray corpus stats | verify | ls | sample | upgrade` and `ttmray status`.
+
+Nothing but `upgrade` changes it.
+"""
 
 import json
 from pathlib import Path
@@ -93,6 +96,16 @@ def verify(folder: str) -> int:
         + (f"{count} problems" if count else "no problems")
     )
     return EXIT_BAD_INPUT if count else EXIT_OK
+
+
+def upgrade(folder: str) -> int:
+    """Have the index of a run by an older version say where latents and text features lie; returns the exit code."""
+    from ttmray.corpus.upgrade import upgrade as add_places
+
+    run = _open(folder)
+    count = add_places(run)
+    console.print(f"{run.path(index.MERGED)} says where all clips lie, {count} of them since now", markup=False)
+    return EXIT_OK
 
 
 def ls(folder: str, status: str | None, limit: int, json: bool, columns: str | None = None) -> int:

@@ -12,7 +12,8 @@ import io
 import json
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from ttmray.storage import Folder
 
 SHARDS = "shards"
 CAPTIONS = "captions"
+LATENTS = ("latent_mean", "latent_std")
 VERIFY = "Run `ttmray corpus verify` on the corpus: it finds every damaged file and says how to mend it."
 
 
@@ -30,17 +32,52 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def tar_bytes(samples: Mapping[str, Mapping[str, bytes]]) -> bytes:
-    """A tar of samples (key -> extension -> bytes), sorted, with fixed times and owners."""
+@lru_cache(64)  # all clips have the same one
+def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """What stands in front of the numbers in `npy_bytes` of an array of this shape and type, such as `<f2`."""
+    empty = np.empty(shape, dtype)
+    return npy_bytes(empty)[: -empty.nbytes]
+
+
+def pack(samples: Mapping[str, Mapping[str, bytes]]) -> tuple[bytes, dict[str, dict[str, int]]]:
+    """A tar of samples (key -> extension -> bytes), sorted, with fixed times and owners; and where in it each member's
+    bytes start (key -> extension -> offset)."""
+    from webdataset.writer import TarWriter  # imports torch, which readers do not need
+
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    places: dict[str, dict[str, int]] = {}
+    # mtime is an int: a float would get a header of its own
+    with TarWriter(buffer, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
         for key in sorted(samples):
             for extension in sorted(samples[key]):
                 data = samples[key][extension]
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size, member.mtime, member.mode = len(data), 0, 0o644
-                tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+                tar.write({"__key__": key, extension: data})
+                padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                places.setdefault(key, {})[extension] = tar.tarstream.offset - padded
+    return buffer.getvalue(), places
+
+
+def tar_bytes(samples: Mapping[str, Mapping[str, bytes]]) -> bytes:
+    """The tar of `pack` alone."""
+    return pack(samples)[0]
+
+
+def latent_places(
+    samples: Mapping[str, Mapping[str, bytes]], members: Mapping[str, Mapping[str, int]], shape: tuple[int, int]
+) -> dict[str, dict[str, int]]:
+    """Per key the index columns that say where the numbers of its latents lie.
+
+    Args:
+        samples, members: what `pack` took and gave.
+        shape: (frames, channels) of the latents.
+    """
+    frames, channels = shape
+    places = {}
+    for key, sample in samples.items():
+        ends = {name: members[key][f"{name}.npy"] + len(sample[f"{name}.npy"]) for name in LATENTS}
+        at = {f"{name}_at": end - 2 * frames * channels for name, end in ends.items()}
+        places[key] = at | {"latent_frames": frames, "latent_channels": channels}
+    return places
 
 
 def named_by_content(folder: str, unit: str, data: bytes, suffix: str) -> tuple[str, str]:
@@ -100,6 +137,44 @@ def captions_bytes(caption_ids: list[str], texts: Mapping[str, np.ndarray]) -> b
         for i, caption_id in enumerate(caption_ids)
     }
     return save(tensors)
+
+
+def text_places(file: BinaryIO) -> dict[str, Any]:
+    """Where the numbers of text features start in a captions file, by its header: 8 bytes of length, then JSON.
+
+    Returns:
+        `shape` [tokens, width] of all T5 features; `places` caption id -> [offset of T5, offset of CLAP features].
+
+    Raises:
+        ValueError: no safetensors file, or its features are not of one shape.
+    """
+    file.seek(0, io.SEEK_END)
+    size = file.tell()
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if 8 + length > size:
+        raise ValueError("the header is cut short")
+    shapes: set[tuple[int, int]] = set()
+    places: dict[str, list[int]] = {}
+    try:
+        for tensor, facts in json.loads(file.read(length)).items():
+            caption_id, _, kind = tensor.partition(".")
+            if kind not in ("t5", "clap"):
+                continue
+            start, end = facts["data_offsets"]
+            if not 0 <= start < end <= size - 8 - length:
+                raise ValueError(f"{tensor} does not fit")
+            places.setdefault(caption_id, [0, 0])[kind == "clap"] = 8 + length + start
+            if kind == "t5":
+                tokens, width = facts["shape"]
+                shapes.add((tokens, width))
+            if facts["dtype"] != ("F16" if kind == "t5" else "F32"):
+                raise ValueError(f"{tensor} is {facts['dtype']}")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no header of tensors: {error!r}") from error
+    if len(shapes) != 1 or not all(map(all, places.values())):
+        raise ValueError(f"its T5 features have the shapes {sorted(shapes)}, or some are missing")
+    return {"shape": list(shapes.pop()), "places": places}
 
 
 def read_captions(run: Folder, name: str) -> dict[str, dict[str, np.ndarray]]:

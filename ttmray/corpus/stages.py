@@ -344,12 +344,14 @@ class Write(Stage):
         for row in rows:
             row.update(stage=self.name, track_reward_score=float(np.mean(by_track[row["track_id"]])))
         if rows:
-            data = shards.tar_bytes({row["key"]: self._members(unit, i, row) for i, row in enumerate(rows)})
+            samples = {row["key"]: self._members(unit, i, row) for i, row in enumerate(rows)}
+            data, members = shards.pack(samples)
+            places = shards.latent_places(samples, members, unit.clips["latent_mean"].shape[1:])
             shard, digest = shards.named_by_content(shards.SHARDS, unit.name, data, "tar")
             self.run.write(shard, data)
             metadata["files"][shard] = {"sha256": digest, "bytes": len(data), "clips": len(rows)}
             for row in rows:
-                row["shard"] = shard
+                row.update(shard=shard, **places[row["key"]])
             for split in sorted({row["split"] for row in rows}):
                 of_split = [i for i, row in enumerate(rows) if row["split"] == split]
                 metadata["latents"][split] = index.latent_sums(
@@ -363,6 +365,7 @@ class Write(Stage):
                 "sha256": digest,
                 "bytes": len(data),
                 "captions": len(unit.caption_ids),
+                **shards.text_places(io.BytesIO(data)),
             }
         # The commit. If another worker was faster, its files stand and ours are swept when the run ends.
         self.run.create(f"{index.INDEX}/{unit.name}.parquet", index.to_bytes(unit.rows, metadata))
@@ -370,7 +373,8 @@ class Write(Stage):
         return unit
 
     def _members(self, unit: Unit, i: int, row: dict[str, Any]) -> dict[str, bytes]:
-        facts = {name: value for name, value in row.items() if name not in ("shard", "status", "reason", "message")}
+        left_out = {"shard", "status", "reason", "message", *index.PLACES}
+        facts = {name: value for name, value in row.items() if name not in left_out}
         members = {"json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
         for name in ("clap_audio", "latent_mean", "latent_std", "mert"):
             members[f"{name}.npy"] = shards.npy_bytes(unit.clips[name][i])

@@ -1,9 +1,10 @@
 """`ttmray corpus verify`: does the corpus hold what its index says? Reads every byte once, changes nothing."""
 
 import hashlib
+import io
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from ttmray.corpus.finalise import check_rows
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import OK
+from ttmray.corpus.upgrade import lacking_places, latent_places
 from ttmray.errors import UserError
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
@@ -25,7 +27,7 @@ def problems(run: Folder) -> Iterator[str]:
     Checks: every planned unit is committed and rows match the plan; every file has the recorded size and
     SHA-256; every tar opens and holds exactly the clips of its rows; every array has the shape and type of
     its kind and is finite; every caption of a clip has its text features; no files that no index describes; the merged
-    index equals the units' rows.
+    index equals the units' rows, and says of latents and text features where in the files they really lie.
     """
     plan = Plan.load(run)
     names = [name for name, _ in plan.units()]
@@ -33,6 +35,8 @@ def problems(run: Folder) -> Iterator[str]:
     yield from (f"unit {name} is not committed" for name in names if name not in set(committed))
     yield from (f"unit {name} is committed and not planned" for name in committed if name not in set(names))
     tables: list[pa.Table] = []
+    read: list[dict[str, Any]] = []
+    latents: dict[str, dict[str, int]] = {}
     wanted: set[str] = set()
     captions: set[str] = set()
     shapes: dict[str, tuple[Any, ...]] = {}
@@ -41,7 +45,8 @@ def problems(run: Folder) -> Iterator[str]:
             rows, metadata = index.read_units(run, [name])[0]
             tables.append(rows)
             wanted.update(metadata["files"])
-            yield from _unit_problems(run, rows, metadata, captions, shapes)
+            read.append(metadata)
+            yield from _unit_problems(run, rows, metadata, captions, shapes, latents)
         except UserError as error:
             yield f"unit {name}: {error.message}"
     table = pa.concat_tables(tables) if tables else index.SCHEMA.empty_table()
@@ -58,12 +63,36 @@ def problems(run: Folder) -> Iterator[str]:
         yield f"{SUCCESS} is missing: the run is not finished"
         return
     try:
-        if not index.read_merged(run).equals(table):
+        merged = index.read_merged(run)
+        if not merged.drop_columns(index.PLACES).equals(table.drop_columns(index.PLACES)):
             yield f"{index.MERGED} differs from the units' index files"
+        else:
+            yield from _place_problems(run, merged, index.with_text_places(table, read), latents)
     except UserError as error:
         yield error.message
     for name in scores.table_names(run):
         yield from _table_problems(run, name, table)
+
+
+def _place_problems(
+    run: Folder, merged: pa.Table, units: pa.Table, latents: dict[str, dict[str, int]]
+) -> Iterator[str]:
+    """The merged index must say where latents and text features lie, by the headers of the files.
+
+    Args:
+        units: the rows of all units, with the places of text features by the files' headers.
+        latents: those of the latents, per key.
+    """
+    ok = pc.equal(merged["status"], OK)
+    if lacking := lacking_places(merged):
+        yield f"{index.MERGED} does not say where {lacking} clips lie: ttmray corpus upgrade {run}"
+        return
+    rows = merged.filter(ok).select(["key", *index.PLACES]).to_pylist()
+    texts = units.filter(ok).select(index.TEXT_PLACES).to_pylist()
+    for row, text in zip(rows, texts, strict=True):
+        really = latents.get(row["key"], {}) | text
+        if wrong := sorted(name for name, place in really.items() if row[name] != place):
+            yield f"{index.MERGED}: {row['key']}: {wrong[0]} is {row[wrong[0]]}, the file has {really[wrong[0]]}"
 
 
 def _table_problems(run: Folder, name: str, rows: pa.Table) -> Iterator[str]:
@@ -92,7 +121,9 @@ def _unit_problems(
     metadata: dict[str, Any],
     captions: set[str],
     shapes: dict[str, tuple[Any, ...]],
+    latents: dict[str, dict[str, int]],
 ) -> Iterator[str]:
+    """What is wrong with a unit; notes what its files really hold in `captions`, `shapes`, `latents` and `metadata`."""
     expected: dict[str, set[str]] = {}
     for row in rows.select(["key", "status", "shard"]).to_pylist():
         if row["status"] == OK:
@@ -110,11 +141,13 @@ def _unit_problems(
         if name.startswith(shards.CAPTIONS):
             features = shards.read_captions(run, name)
             captions.update(features)
+            facts.update(_read_places(shards.text_places, data))
             if len(features) != facts["captions"]:
                 yield f"{name}: {len(features)} captions, the index says {facts['captions']}"
             for caption_id, arrays in features.items():
                 yield from _array_problems(name, caption_id, arrays, shapes)
             continue
+        latents.update(_read_places(latent_places, data))
         found = set()
         for key, sample in shards.read_samples(data, name):
             found.add(key)
@@ -130,6 +163,14 @@ def _unit_problems(
             yield from _array_problems(name, key, arrays, shapes)
         if found != expected.get(name, set()) or len(found) != facts["clips"]:
             yield f"{name}: holds {len(found)} clips, the index has {len(expected.get(name, ()))}"
+
+
+def _read_places(find: Callable[[BinaryIO], dict[str, Any]], data: bytes) -> dict[str, Any]:
+    """Places by the headers of a file; none where its arrays are of another kind, which is told of the arrays."""
+    try:
+        return find(io.BytesIO(data))
+    except ValueError:
+        return {}
 
 
 def _array_problems(

@@ -11,7 +11,6 @@ is that of the latents. The merged `index.parquet` has more columns than the uni
 """
 
 import hashlib
-import io
 import json
 import time
 from collections import Counter
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ttmray import runs
 from ttmray.cluster import each
@@ -33,6 +31,7 @@ from ttmray.corpus.finalise import check_rows, latent_statistics, sweep
 from ttmray.corpus.plan import SCHEMA, Plan, pack_units, plan_difference
 from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
+from ttmray.corpus.upgrade import located
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, Worker
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
@@ -287,12 +286,11 @@ def _finalise(
         why = ", ".join(f"{entry['reason']} {entry['count']}" for entry in reasons)
         raise UserError(f"{run}: none of the {table.num_rows} clips is usable ({why}).", "Choose another checkpoint.")
     described_units = [data for _, data in units]
+    table = located(run, table, described_units)
     added = _more_columns(run, table, described_units, config)
     for name in COLUMNS.names:
         table = table.append_column(COLUMNS.field(name), added[name])
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    run.write(index.MERGED, sink.getvalue())
+    run.write(index.MERGED, index.parquet_bytes(table))
     rewards = reward_statistics(table)
     run.write("stats/latents.json", json.dumps(latent_statistics(described_units), indent=1).encode())
     scored = {"protocol": described["protocol_id"], "splits": rewards}

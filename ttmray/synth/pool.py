@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ttmray.config import fingerprint
 from ttmray.corpus import index, shards
@@ -82,7 +81,10 @@ def write_pool(folder: str, candidates: Sequence[Candidate], prompts: Mapping[st
         }
         samples[clip.key] = {f"{name}.npy": shards.npy_bytes(array) for name, array in arrays.items()}
         samples[clip.key]["json"] = json.dumps(row).encode()
-    tar = shards.tar_bytes(samples)
+    tar, members = shards.pack(samples)
+    at: dict[str, dict[str, int]] = {}
+    for clip in candidates:
+        at |= shards.latent_places({clip.key: samples[clip.key]}, members, clip.latent.shape)
     shard, _ = shards.named_by_content(shards.SHARDS, UNIT, tar, "tar")
     owned = sorted({ids[name]: name for name in prompts}.items())
     texts: dict[str, np.ndarray] = {
@@ -91,13 +93,14 @@ def write_pool(folder: str, candidates: Sequence[Candidate], prompts: Mapping[st
     }
     features = shards.captions_bytes([caption for caption, _ in owned], texts)
     captions, _ = shards.named_by_content(shards.CAPTIONS, UNIT, features, "safetensors")
-    rows = [row | {"shard": shard} for row in rows]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, pa.schema([*index.SCHEMA, *COLUMNS])), buffer)
-    identity = {"shard": shard, "captions": captions, "rows": fingerprint(rows)}
+    table = pa.Table.from_pylist(
+        [row | {"shard": shard} | at[row["key"]] for row in rows], pa.schema([*index.SCHEMA, *COLUMNS])
+    )
+    table = index.with_text_places(table, [{"files": {captions: shards.text_places(io.BytesIO(features))}}])
+    identity = {"shard": shard, "captions": captions, "rows": fingerprint(table.to_pylist())}
     run.write(shard, tar)
     run.write(captions, features)
-    run.write(index.MERGED, buffer.getvalue())
+    run.write(index.MERGED, index.parquet_bytes(table))
     described = {"kind": "pool", "fingerprint": fingerprint(identity), "identity": identity, "protocol_id": PROTOCOL}
     run.write(RUN, json.dumps(described | {"config": {"bundle": PROTOCOL}}).encode())
     run.write(SUCCESS, b"{}")

@@ -1,18 +1,16 @@
 """Random access to the clips of a corpus run, local or remote, in memory that hardly grows with the corpus.
 
-What is kept per clip is its key, its score and byte offsets, in arrays. Latents and text features are read
-straight from where they lie in the tar and safetensors files; files of a remote corpus are copied to a local
-cache first, whole and checked.
+What is held per clip is its key, its score and byte offsets, in arrays. Latents and text features are read straight
+from where the index says that they lie in the tar and safetensors files; files of a remote corpus are copied to a local
+cache first, whole and checked. No header is parsed: what stands in front of a clip's latents is compared with what the
+writer puts there.
 """
 
-import functools
 import hashlib
-import io
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +26,26 @@ from ttmray.tables import is_table, parse_table
 from ttmray.training.files import Files, copies_folder, damaged
 
 CLAP_WIDTH = 512
-MEMBERS = ("latent_mean.npy", "latent_std.npy")
-_BLOCK = 512  # bytes; of tar
-_HEADER = 16_384  # bytes; a first read that holds the whole header of nearly every captions file
+_NAME = 100  # bytes of the name, at the start of
+_BLOCK = 512  # bytes of a tar header
+
+
+@dataclass(frozen=True)
+class CorpusRows:
+    """The index of a corpus run, read once: the columns that training needs.
+
+    Attributes:
+        fingerprint: of the run.
+        rows: in index order, ok or not.
+    """
+
+    run: Folder
+    fingerprint: str
+    rows: pa.Table
+
+    def holds(self, split: str) -> bool:
+        """Whether there are ok clips of a split."""
+        return bool(pc.any(pc.and_(pc.equal(self.rows["split"], split), pc.equal(self.rows["status"], OK))).as_py())
 
 
 @dataclass(eq=False)
@@ -58,7 +73,7 @@ class Clips:
     text_shape: tuple[int, int]
     _shard: np.ndarray  # int32, positions in _shards
     _shards: list[str]
-    _latent_at: np.ndarray  # (clips, 2) int64 offsets of mean and std in the shard; 0: not looked up yet
+    _latent_at: np.ndarray  # (clips, 2) int64 offsets of mean and std in the shard
     _caption: np.ndarray  # int32, rows of _text_at
     _text_file: np.ndarray  # int32 per caption, positions in _text_files
     _text_files: list[str]
@@ -84,10 +99,8 @@ class Clips:
         name = self._shards[self._shard[row]]
         descriptor = self.files.open(name)
         try:
-            if not self._latent_at[row].all():  # another thread may be at it: it finds the same
-                self._locate(descriptor, self._shard[row])
-            for target, at in zip((mean, std), self._latent_at[row].tolist(), strict=True):
-                self._read_into(descriptor, name, row, target, at)
+            for member, target, at in zip(shards.LATENTS, (mean, std), self._latent_at[row].tolist(), strict=True):
+                self._read_member(descriptor, row, f"{member}.npy", target, at)
         finally:
             os.close(descriptor)
         caption = self._caption[row]
@@ -108,58 +121,81 @@ class Clips:
         if os.preadv(descriptor, [target.data], at) != target.nbytes:
             raise damaged(self.files.run.path(name), f"clip {self.key(row)}: the file is cut short")
 
-    def _locate(self, descriptor: int, shard: int) -> None:
-        """Look up all chosen clips of a shard at once."""
-        rows = np.flatnonzero(self._shard == shard)
-        rows_of = {self.key(row): row for row in rows.tolist()}
-        where = self.files.run.path(self._shards[shard])
-        for key, member, at, shape in _latent_offsets(descriptor, where):
-            if key in rows_of:
-                if shape != self.shape:
-                    raise damaged(where, f"clip {key}: {MEMBERS[member]} is {shape}, elsewhere {self.shape}")
-                self._latent_at[rows_of[key], member] = at
-        for row in rows[(self._latent_at[rows] == 0).any(axis=1)].tolist():
-            raise damaged(where, f"clip {self.key(row)}: its latents are not there")
+    def _read_member(self, descriptor: int, row: int, member: str, target: np.ndarray, at: int) -> None:
+        """Read an array of a tar, behind the tar's header with its name and the array's own with shape and type."""
+        expected = shards.npy_header(self.shape, "<f2")
+        front = bytearray(_BLOCK + len(expected))
+        count = os.preadv(descriptor, [front, target.data], at - len(front)) if at >= len(front) else 0
+        name = f"{self.key(row)}.{member}".encode()
+        if front[:_NAME].rstrip(b"\0") != name or front[_BLOCK:] != expected:
+            raise self.damage(row, f"{member} of {self.shape} float16 is not where the index says")
+        if count != len(front) + target.nbytes:
+            raise self.damage(row, "the file is cut short")
 
 
 def open_clips(corpus: str, split: str, keys: str | None, score_column: str | None, cache: str) -> Clips:
-    """The ok clips of a corpus run, finished or still growing.
+    """`choose_clips` of `read_rows`: the ok clips of a corpus run."""
+    return choose_clips(read_rows(corpus, score_column), split, keys, score_column, cache)
+
+
+def read_rows(corpus: str, score_column: str | None) -> CorpusRows:
+    """The index of a corpus run, finished or still growing.
 
     Args:
         corpus: run folder, local or remote.
-        split: `train`, `validation`, `test` or `all`.
-        keys: file of clip keys to keep (see `read_keys`).
         score_column: column of the index or of a table of scores; None: the clips need no score.
-        cache: local folder for copies of remote files.
 
     Raises:
-        UserError: no corpus run, no such clips, a clip without score, caption features that are missing.
+        UserError: no corpus run, no such scores, or a run by an older version.
     """
     run = Folder.at(corpus)
     fingerprint = _fingerprint(run)
-    files = Files(run, copies_folder(cache).sub(fingerprint[:16]))
-    columns = ["key", "status", "split", "caption_id", "shard", "unit"]
-    table = index.read_index(run)
-    if score_column is not None:
-        table = scores.with_columns(run, table, [score_column])
+    columns = ["key", "status", "split", "caption_id", "shard", *index.PLACES]
+    if score_column is not None and score_column in index.SCHEMA.names:
         columns.append(score_column)
-    table = table.select(columns)
+    rows = index.read_index(run, columns)
+    if score_column is not None:
+        rows = scores.with_columns(run, rows, [score_column])
+    if pc.any(pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"]))).as_py():
+        way = f"ttmray corpus upgrade {run}" if run.exists(SUCCESS) else "Start its job again: its end adds them."
+        raise UserError(f"{run} is of an older version: its index has no byte offsets.", way)
+    return CorpusRows(run, fingerprint, rows)
+
+
+def choose_clips(corpus: CorpusRows, split: str, keys: str | None, score_column: str | None, cache: str) -> Clips:
+    """The ok clips of a corpus run.
+
+    Args:
+        split: `train`, `validation`, `test` or `all`.
+        keys: file of clip keys to keep (see `read_keys`).
+        score_column: as in `read_rows`.
+        cache: local folder for copies of remote files.
+
+    Raises:
+        UserError: no such clips, a clip without score, caption features that are missing.
+    """
+    run = corpus.run
+    files = Files(run, copies_folder(cache).sub(corpus.fingerprint[:16]))
     weights = None if keys is None else read_keys(keys)
-    rows = _choose(run, table, split, keys, weights)
+    rows = _choose(run, corpus.rows, split, keys, weights)
+    waiting = rows["caption_file"].null_count
+    if waiting:
+        if run.exists(SUCCESS) or waiting == rows.num_rows:
+            raise _no_text(run, rows.filter(pc.is_null(rows["caption_file"]))["key"][0].as_py())
+        rows = rows.filter(pc.is_valid(rows["caption_file"]))
+    shape = _one_shape(run, rows, "latent_frames", "latent_channels")
+    text_shape = _one_shape(run, rows, "caption_tokens", "caption_width")
     captions = rows["caption_id"].combine_chunks().dictionary_encode()
-    caption_of, caption_ids = captions.indices.to_numpy(), captions.dictionary.to_pylist()
-    units = table.filter(pc.is_in(table["caption_id"], captions.dictionary))["unit"].unique().to_pylist()
-    text_files = _caption_files(run, units)
+    _, firsts = np.unique(captions.indices.to_numpy(), return_index=True)  # a clip of every caption
+    texts = rows.take(pa.array(firsts))
+    text_file = texts["caption_file"].combine_chunks().dictionary_encode()
+    text_files = text_file.dictionary.to_pylist()
+    _require_texts(run, texts, text_shape)
     files.fetch(text_files)
-    text_file, text_at, text_shape = _find_captions(files, text_files, caption_ids)
-    waiting = text_file[caption_of] < 0
-    if waiting.any():
-        first = int(np.flatnonzero(waiting)[0])
-        if run.exists(SUCCESS) or waiting.all():
-            raise UserError(f"{run}: no text features of the caption of clip {rows['key'][first]}.", shards.VERIFY)
-        rows, caption_of = rows.filter(pa.array(~waiting)), caption_of[~waiting]
     score = _scores(run, rows, score_column)
-    weight = np.array([1.0 if weights is None else weights[key] for key in rows["key"].to_pylist()], np.float32)
+    weight = np.ones(rows.num_rows, np.float32)
+    if weights is not None:
+        weight[:] = [weights[key] for key in rows["key"].to_pylist()]
     shard = rows["shard"].combine_chunks().dictionary_encode()
     names = shard.dictionary.to_pylist()
     digest = hashlib.sha256(score.astype("<f4").tobytes())
@@ -169,21 +205,21 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
         digest.update(weight.astype("<f4").tobytes())
     return Clips(
         files=files,
-        corpus=fingerprint,
+        corpus=corpus.fingerprint,
         chosen=digest.hexdigest(),
-        waiting=int(waiting.sum()),
+        waiting=waiting,
         keys=rows["key"].combine_chunks(),
         score=score,
         weight=weight,
-        shape=_first_shape(files, names[0]),
+        shape=shape,
         text_shape=text_shape,
         _shard=shard.indices.to_numpy(),
         _shards=names,
-        _latent_at=np.zeros((rows.num_rows, 2), np.int64),
-        _caption=caption_of,
-        _text_file=text_file,
+        _latent_at=_integers(rows, "latent_mean_at", "latent_std_at"),
+        _caption=captions.indices.to_numpy(),
+        _text_file=text_file.indices.to_numpy(),
         _text_files=text_files,
-        _text_at=text_at,
+        _text_at=_integers(texts, "caption_t5_at", "caption_clap_at"),
     )
 
 
@@ -272,123 +308,39 @@ def _scores(run: Folder, rows: pa.Table, column: str | None) -> np.ndarray:
     return score
 
 
-def _caption_files(run: Folder, units: list[str]) -> list[str]:
-    """Captions files of some units. Usually one per unit is listed; where a killed writer left another one, the
-    unit's index file knows which counts."""
-    found: dict[str, list[str]] = {unit: [] for unit in units}
-    for entry in run.files(shards.CAPTIONS, sizes=False):
-        unit = entry.name.rpartition("-")[0]
-        if unit in found:
-            found[unit].append(f"{shards.CAPTIONS}/{entry.name}")
-    unclear = [unit for unit, names in found.items() if len(names) > 1]
-    for unit, (_, metadata) in zip(unclear, index.read_units(run, unclear), strict=True):
-        found[unit] = [name for name in found[unit] if name in metadata["files"]]
-    return [name for unit in sorted(found) for name in found[unit]]
+def _integers(rows: pa.Table, *columns: str) -> np.ndarray:
+    """(rows, columns) int64; -1 for null."""
+    return np.stack([pc.fill_null(rows[column], -1).to_numpy() for column in columns], axis=1).astype(np.int64)
 
 
-def _find_captions(
-    files: Files, names: list[str], caption_ids: list[str]
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Per caption the position of its file (-1: nowhere) and the two offsets; and the shape of T5 features."""
-    position = {caption_id: i for i, caption_id in enumerate(caption_ids)}
-    file_of = np.full(len(caption_ids), -1, np.int32)
-    offsets = np.zeros((len(caption_ids), 2), np.int64)
-    shape: tuple[int, ...] = (0, 0)
-    for number, name in enumerate(names):
-        where = files.run.path(name)
-        for tensor, dtype, tensor_shape, at in _tensors(files, name):
-            caption_id, _, kind = tensor.partition(".")
-            if caption_id not in position or kind not in ("t5", "clap"):
-                continue
-            expected = ("F16", shape if any(shape) else tensor_shape) if kind == "t5" else ("F32", (CLAP_WIDTH,))
-            if (dtype, tensor_shape) != expected or len(tensor_shape) != (2 if kind == "t5" else 1):
-                raise damaged(where, f"{tensor} is {dtype} {tensor_shape}, expected {expected[0]} {expected[1]}")
-            if kind == "t5":
-                shape = tensor_shape
-            file_of[position[caption_id]] = number
-            offsets[position[caption_id], int(kind == "clap")] = at
-    file_of[(offsets == 0).any(axis=1)] = -1
-    return file_of, offsets, (shape[0], shape[1])
+def _one_shape(run: Folder, rows: pa.Table, *columns: str) -> tuple[int, int]:
+    """The shape that two columns say, which must be the same for all clips."""
+    shapes = _integers(rows, *columns)
+    other = np.flatnonzero((shapes != shapes[0]).any(axis=1) | (shapes < 1).any(axis=1))
+    if len(other):
+        key, names = rows["key"][int(other[0])], " x ".join(columns)
+        raise damaged(
+            run.path(index.MERGED),
+            f"clip {key}: {names} is {shapes[other[0]].tolist()}, elsewhere {shapes[0].tolist()}",
+        )
+    return int(shapes[0, 0]), int(shapes[0, 1])
 
 
-def _tensors(files: Files, name: str) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """Name, type, shape and offset of every tensor of a safetensors file: 8 bytes of length, then JSON."""
-    where = files.run.path(name)
-    descriptor = files.open(name)
-    try:
-        size = os.fstat(descriptor).st_size
-        head = os.pread(descriptor, _HEADER, 0)
-        length = int.from_bytes(head[:8], "little")
-        if 8 + length > size:
-            raise ValueError("the header is cut short")
-        text = head[8 : 8 + length] if 8 + length <= len(head) else os.pread(descriptor, length, 8)
-        for tensor, facts in json.loads(text).items():
-            if tensor == "__metadata__":
-                continue
-            start, end = facts["data_offsets"]
-            shape = tuple(facts["shape"])
-            width = {"F16": 2, "F32": 4}.get(facts["dtype"])
-            fits = 0 <= start < end <= size - 8 - length and min(shape, default=1) > 0
-            if width is not None and not (fits and end - start == width * math.prod(shape)):
-                raise ValueError(f"{tensor} does not fit")
-            yield tensor, facts["dtype"], shape, 8 + length + start
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(where, f"no safetensors file ({error})") from error
-    finally:
-        os.close(descriptor)
+def _require_texts(run: Folder, texts: pa.Table, shape: tuple[int, int]) -> None:
+    """See that the files of captions are there, and large enough for what the index says is in them.
 
-
-def _latent_offsets(descriptor: int, where: str) -> Iterator[tuple[str, int, int, tuple[int, int]]]:
-    """Clip key, 0 for mean or 1 for std, offset of the numbers, and their shape, for all latents of a shard.
-
-    Walks over the headers only; tarfile takes 20 times as long, which the first minutes of training would feel.
+    Args:
+        texts: a row per caption.
     """
-    size, at = os.fstat(descriptor).st_size, 0
-    try:
-        while at + _BLOCK <= size:
-            block = os.pread(descriptor, 2 * _BLOCK, at)
-            if block[0] == 0:  # the end of the archive
-                return
-            if block[257:262] != b"ustar":
-                raise ValueError("no tar header where one should be")
-            key, _, extension = block[:100].rstrip(b"\0").decode().partition(".")
-            length = int(block[124:135], 8)
-            if length < 0:
-                raise ValueError("a member of negative length")
-            if extension in MEMBERS:
-                shape, start = _npy_header(block[_BLOCK:])
-                if length != start + 2 * shape[0] * shape[1] or at + _BLOCK + length > size:
-                    raise ValueError(f"clip {key}: {extension} is cut short")
-                yield key, MEMBERS.index(extension), at + _BLOCK + start, shape
-            at += _BLOCK + -(-length // _BLOCK) * _BLOCK
-    except ValueError as error:
-        raise damaged(where, str(error)) from error
+    sizes = {f"{shards.CAPTIONS}/{entry.name}": entry.size for entry in run.files(shards.CAPTIONS)}
+    starts, lengths = _integers(texts, "caption_t5_at", "caption_clap_at"), (2 * shape[0] * shape[1], 4 * CLAP_WIDTH)
+    ends = np.where(starts > 0, np.add(starts, lengths), np.iinfo(np.int64).max)
+    for name, key, end in zip(texts["caption_file"].to_pylist(), texts["key"].to_pylist(), ends.max(1), strict=True):
+        if name not in sizes:
+            raise _no_text(run, key)
+        if end > sizes[name]:
+            raise damaged(run.path(name), f"clip {key}: it has no text features at the place that the index says")
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, int], int]:
-    """Shape of a float16 matrix and where its numbers start."""
-    return _parse_npy_header(data[: 10 + int.from_bytes(data[8:10], "little")])
-
-
-@functools.lru_cache(64)  # all clips have the same header
-def _parse_npy_header(head: bytes) -> tuple[tuple[int, int], int]:
-    try:
-        file = io.BytesIO(head)
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # numpy parses the header with Python's tokenizer, whose errors are many
-        raise ValueError(f"no array: {error}") from error
-    if dtype != np.dtype("<f2") or fortran or len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"an array of {shape} {dtype}, not frames x channels of float16")
-    return shape, len(head)
-
-
-def _first_shape(files: Files, name: str) -> tuple[int, int]:
-    """Shape of the latents, by the first clip of a shard."""
-    descriptor = files.open(name)
-    try:
-        for _, _, _, shape in _latent_offsets(descriptor, files.run.path(name)):
-            return shape
-        raise damaged(files.run.path(name), "it holds no latents")
-    finally:
-        os.close(descriptor)
+def _no_text(run: Folder, key: str) -> UserError:
+    return UserError(f"{run}: no text features of the caption of clip {key}.", shards.VERIFY)

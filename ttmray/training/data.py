@@ -28,7 +28,7 @@ from ttmray.config import Config, execution, fingerprint
 from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.errors import UserError
 from ttmray.storage import Folder
-from ttmray.training.clips import CLAP_WIDTH, Clips, open_clips, remote_sizes
+from ttmray.training.clips import CLAP_WIDTH, Clips, CorpusRows, choose_clips, read_rows, remote_sizes
 from ttmray.training.files import make_room
 from ttmray.training.flow_matching import Batch
 
@@ -264,13 +264,33 @@ def open_mixture(config: DataConfig) -> Mixture:
     Raises:
         UserError: sources without such clips, without scores, damaged, or too large for the cache.
     """
-    sources = [open_clips(s.corpus, s.split, s.keys, s.score_column, config.cache) for s in config.sources]
+    return _mixture(config, [read_rows(source.corpus, source.score_column) for source in config.sources])
+
+
+def open_with_held_out(config: DataConfig) -> tuple[Mixture, Mixture | None]:
+    """`open_mixture`, and the split `validation` of the first corpus: None where it has none. Indexes are read once.
+
+    Raises:
+        UserError: as `open_mixture`.
+    """
+    corpora = [read_rows(source.corpus, source.score_column) for source in config.sources]
+    mixture = _mixture(config, corpora)
+    if not corpora[0].holds("validation"):
+        return mixture, None
+    first = config.sources[0].model_copy(update={"split": "validation", "keys": None, "repeat": 1.0})
+    return mixture, _mixture(config.model_copy(update={"sources": (first,)}), corpora[:1])
+
+
+def _mixture(config: DataConfig, corpora: Sequence[CorpusRows]) -> Mixture:
+    """The mixture of sources whose indexes are read."""
+    pairs = zip(corpora, config.sources, strict=True)
+    sources = [choose_clips(rows, s.split, s.keys, s.score_column, config.cache) for rows, s in pairs]
     require_one_protocol(config.sources)
     needed: dict[str, int] = {}
     for source in sources:
         needed |= remote_sizes(source)
     make_room(config.cache, needed, config.cache_gib)
-    pa.default_memory_pool().release_unused()  # whole index files were read; what is kept is a tenth
+    pa.default_memory_pool().release_unused()  # whole index files were read; what stays is a tenth
     return Mixture(sources, [source.repeat for source in config.sources], config.seed)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from rich.markup import escape
 from torch import Tensor
@@ -19,7 +18,6 @@ from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.finalise import latent_statistics
 from ttmray.corpus.scores import protocol_of
-from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import seeded
@@ -43,7 +41,15 @@ from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.training.config import ModelConfig, TrainConfig
-from ttmray.training.data import DataConfig, Mixture, Samples, evaluation_batches, loader, open_mixture
+from ttmray.training.data import (
+    DataConfig,
+    Mixture,
+    Samples,
+    evaluation_batches,
+    loader,
+    open_mixture,
+    open_with_held_out,
+)
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
 from ttmray.training.loop import Losses, Task
 from ttmray.training.memory import step_flops
@@ -64,9 +70,13 @@ class SftTask:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config = config
-        self.mixture = open_mixture(config.data)
+        if config.validation.clips:
+            self.mixture, self.held_out = open_with_held_out(config.data)
+        else:
+            self.mixture, self.held_out = open_mixture(config.data), None
+        if config.validation.clips and self.held_out is None:
+            console.print(f"no validation: {config.data.sources[0].corpus} has no clips of that split", markup=False)
         self.bundle = corpus_bundle(config.data)
-        self.held_out = open_held_out(config.data) if config.validation.clips else None
         self.model, self.init = initial_model(config, self.mixture)
         self.model.to(device)
         self.flops_per_sample = step_flops(self.model.config)
@@ -126,16 +136,6 @@ def corpus_bundle(data: DataConfig) -> str:
                 f"{runs[0]} and {run} were made by different models: {lines}.", "Mix corpora of one bundle."
             )
     return base_name(str(described[0]["config"]["bundle"]))
-
-
-def open_held_out(data: DataConfig) -> Mixture | None:
-    """The split `validation` of the first corpus; None where it has none."""
-    first = data.sources[0].model_copy(update={"split": "validation", "keys": None, "repeat": 1.0})
-    rows = index.read_index(Folder.at(first.corpus))
-    if not pc.any(pc.and_(pc.equal(rows["split"], "validation"), pc.equal(rows["status"], OK))).as_py():
-        console.print(f"no validation: {first.corpus} has no clips of that split", markup=False)
-        return None
-    return open_mixture(data.model_copy(update={"sources": (first,)}))
 
 
 def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str]:
