@@ -188,9 +188,9 @@ def hierarchical_bootstrap(
         raise UserError("One seed says nothing about other seeds.", "Run at least two, or use nested seeds.")
     rng = np.random.default_rng(seed)
     products = [np.empty((resamples, table.shape[1])) for table in tables]
-    for part, counts in _draws(n, resamples, rng):
+    for part, times in _draws(n, resamples, rng):
         for table, product in zip(tables, products, strict=True):
-            product[part] = counts / n @ table
+            product[part] = times / n @ table
     drawn, value = np.zeros(resamples), 0.0
     for table, product, sign in zip(tables, products, (1, -1), strict=False):
         k = table.shape[1]
@@ -227,8 +227,8 @@ def grouped_interval(
     group = np.arange(len(values)) if groups is None else np.array([number[name] for name in groups])
     sums, sizes = np.bincount(group, values), np.bincount(group).astype(float)
     means = np.empty(resamples)
-    for part, counts in _draws(len(sizes), resamples, np.random.default_rng(seed)):
-        means[part] = (counts @ sums) / (counts @ sizes)
+    for part, times in _draws(len(sizes), resamples, np.random.default_rng(seed)):
+        means[part] = (times @ sums) / (times @ sizes)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 

@@ -224,6 +224,22 @@ def test_a_damaged_part_is_named(root):
         evaluate(make(root))
 
 
+def test_a_clip_that_breaks_a_model_in_an_unforeseen_way_is_one_failed_row(root, finished, monkeypatch):
+    target, _ = read_mono(str(root / "one" / f"{next(iter(PROMPTS))}.wav"))
+    plain = Scorer.embed
+
+    def embed(self: Scorer, waves: Any) -> Any:
+        if any(len(wave) == len(target) and np.allclose(wave, target, atol=1e-4) for wave in waves):
+            raise TypeError("unexpected")
+        return plain(self, waves)
+
+    monkeypatch.setattr(Scorer, "embed", embed)
+    assert evaluate(make(root, "reference=real", "training=real", "max_failures=1")) == 0
+    first, *others = rows_of(root / "out")
+    assert (first["status"], first["reason"], first["message"]) == ("failed", "error", "TypeError: unexpected")
+    assert [row["reward"] for row in others] == [row["reward"] for row in rows_of(finished / "out")[1:]]
+
+
 def test_bad_clips_are_rows_with_a_reason_and_count_as_failures(root):
     (root / "one/a.wav").write_bytes(b"no music")
     (root / "one/b.wav").unlink()

@@ -106,6 +106,23 @@ def test_a_damaged_part_is_refused_with_the_way_out(made, audio, tmp_path):
     assert "Delete" in error.value.hint
 
 
+def test_a_clip_that_breaks_a_model_in_an_unforeseen_way_fails_alone(made, audio, tmp_path, monkeypatch):
+    found, _ = made
+    names = [str(audio / f"{i}.wav") for i in range(3)]
+    bad, plain = read_clip(names[1]), Scorer.embed
+
+    def embed(self, waves):
+        if any(np.array_equal(wave, bad) for wave in waves):
+            raise TypeError("unexpected")
+        return plain(self, waves)
+
+    monkeypatch.setattr(Scorer, "embed", embed)
+    rest = extract(names, [], "debug", Folder.at(str(tmp_path / "run")), CPU)
+    assert rest.failed == {names[1]: "error: TypeError: unexpected"}
+    rows, before = ([features.clips[name] for name in (names[0], names[2])] for features in (rest, found))
+    np.testing.assert_array_equal(rest.mert[rows], found.mert[before])
+
+
 def test_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(UserError, match="none of 1 clips"):
         extract([str(tmp_path / "absent.wav")], [], "debug", Folder.at(str(tmp_path / "run")), CPU)

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.stages import STAGES, Context, Stage
-from ttmray.corpus.unit import FAILED, Unit, merge
-from ttmray.errors import ClipError, UserError
+from ttmray.corpus.unit import Unit, merge
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, Models, open_bundle
 from ttmray.models.scoring import SAMPLE_RATE
+from ttmray.quarantine import together
 
 TRACK_STAGES = ("decode",)
 WHOLE_UNIT_STAGES = ("text", "write")
@@ -66,46 +66,31 @@ def run_stages(stages: Sequence[Stage], unit: Unit) -> Unit:
 def _run_stage(stage: Stage, unit: Unit) -> Unit:
     if stage.name in TRACK_STAGES or stage.name in WHOLE_UNIT_STAGES:
         return stage(unit)
-    rows = [dict(row) for row in unit.rows]
     if not unit.ok_rows():  # where every clip failed in one stage, there are no arrays for the next one
         unit.clips, unit.track_audio = {}, {}
         return unit
-    try:
-        return stage(unit)
-    except Exception as error:
-        if _not_the_clips_fault(error):
-            raise
-        unit.rows = rows
-        parts = []
-        for row in unit.ok_rows():
-            part = unit.part({row["track_id"]}, {row["key"]})
-            part.track_audio = unit.track_audio
-            try:
-                parts.append(stage(part))
-            except Exception as error:
-                if _not_the_clips_fault(error):
-                    raise
-                part = unit.part({row["track_id"]}, {row["key"]})
-                part.drop({0: _failure(error)}, stage.name)
-                parts.append(part)
-        return merge(unit, parts)
+    rows = [dict(row) for row in unit.rows]
+    suspects = [(row["track_id"], row["key"]) for row in unit.ok_rows()]
 
+    def part(track: str, key: str) -> Unit:
+        unit.rows = rows  # as they were before the stage
+        alone = unit.part({track}, {key})
+        alone.track_audio = unit.track_audio
+        return alone
 
-def _not_the_clips_fault(error: Exception) -> bool:
-    """Missing weights, a full disk or a broken GPU would hit every other clip too.
+    def run(some: Sequence[tuple[str, str]]) -> Unit:
+        return stage(unit if len(some) == len(suspects) else part(*some[0]))
 
-    Raises:
-        UserError: for a GPU out of memory, which has a way out.
-    """
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
-        raise UserError(
-            f"the GPU is out of memory: {error}", "Lower runtime.batch or runtime.models.workers."
-        ) from error
-    broken_gpu = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
-    return broken_gpu or isinstance(error, UserError | MemoryError | OSError)
-
-
-def _failure(error: Exception) -> ClipError:
-    if isinstance(error, ClipError):
-        return error
-    return ClipError(FAILED, "error", f"{type(error).__name__}: {error}"[:500])
+    outcomes = together(suspects, run, "Lower runtime.batch or runtime.models.workers.")
+    if len(outcomes) == 1 and isinstance(outcomes[0][1], Unit):
+        return outcomes[0][1]
+    parts = []
+    for some, outcome in outcomes:
+        if isinstance(outcome, Unit):
+            parts.append(outcome)
+        else:
+            bad = part(*some[0])
+            bad.track_audio = {}
+            bad.drop({0: outcome}, stage.name)
+            parts.append(bad)
+    return merge(unit, parts)

@@ -37,6 +37,7 @@ from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import SEPARATION, Protocol
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.quarantine import together
 from ttmray.ranker.features import EncodingConfig
 from ttmray.storage import Folder, parquet_table, split_path
 
@@ -67,6 +68,8 @@ _PART = FACTS.append(pa.field("prompt", pa.string())).append(pa.field("clap", pa
 
 Source = tuple[str, str]
 """Address of an audio file, and the prompt that it answers; "" where there is none."""
+_Work = tuple[dict[str, Any], np.ndarray]
+"""Facts of a clip so far, and (channels, samples) float32 at 44.1 kHz."""
 
 
 class MeasureConfig(EncodingConfig):
@@ -205,7 +208,7 @@ class _Measurer:
                 for (row, _), (_, prompt) in zip(batch, sources[start:], strict=False):
                     row["prompt"] = prompt
                 begun = time.perf_counter()
-                self._score(self._mono([(row, wave) for row, wave in batch if wave is not None]))
+                self._embed([(row, wave) for row, wave in batch if wave is not None])
                 embedding += time.perf_counter() - begun
                 rows += [row for row, _ in batch]
         reading = sum(row.pop("read_s") for row in rows)
@@ -213,40 +216,30 @@ class _Measurer:
         seconds = {"embed": embedding, "read": reading, "busy": time.perf_counter() - started, "clips": len(rows)}
         return sources, rows, seconds
 
-    def _mono(self, works: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[tuple[dict[str, Any], np.ndarray]]:
-        """Clips as they are embedded: the mean of the channels, of the instrumental where there is a separator."""
-        if self.separator is None or not works:
-            return [(row, wave.mean(axis=0)) for row, wave in works]
-        try:
-            results = self.separator.separate([wave for _, wave in works])
-        except ClipError as error:
-            if len(works) > 1:  # find the bad one
-                return [part for work in works for part in self._mono([work])]
-            works[0][0].update(status=error.status, reason=error.reason, message=error.message)
-            return []
-        return [(row, result.instrumental.mean(axis=0)) for (row, _), result in zip(works, results, strict=True)]
-
-    def _score(self, works: Sequence[tuple[dict[str, Any], np.ndarray]]) -> None:
-        if not works:
-            return
-        try:
-            embeddings = self.scorer.embed([wave for _, wave in works])
-        except (ValueError, RuntimeError) as error:
-            if type(error).__name__ == "OutOfMemoryError":
-                raise UserError(f"the GPU is out of memory: {error}", "Lower runtime.batch.") from error
-            if len(works) > 1:  # find the bad one
-                for work in works:
-                    self._score([work])
-            elif isinstance(error, ValueError) or "not finite" in str(error):
-                works[0][0].update(status=FAILED, reason="not_embedded", message=str(error))
+    def _embed(self, works: Sequence[_Work]) -> None:
+        """Note embedding and scores of clips, or why there are none."""
+        for some, outcome in together(works, self._numbers, "Lower runtime.batch."):
+            if isinstance(outcome, ClipError):
+                some[0][0].update(status=outcome.status, reason=outcome.reason, message=outcome.message)
             else:
-                raise
-            return
+                for (row, _), numbers in zip(some, outcome, strict=True):
+                    row.update(numbers)
+
+    def _numbers(self, works: Sequence[_Work]) -> list[dict[str, Any]]:
+        waves = [wave for _, wave in works]
+        if self.separator is not None:
+            waves = [result.instrumental for result in self.separator.separate(waves)]
+        embeddings = self.scorer.embed([wave.mean(axis=0) for wave in waves])
         texts = self.scorer.texts([row["prompt"] for row, _ in works])
         rewards = self.scorer.rewards(embeddings, texts)
-        for i, (row, _) in enumerate(works):
-            row.update(clap=embeddings.clap[i], reward=float(rewards[i]))
-            row["clap_score"] = float(embeddings.clap[i] @ texts[i]) if row["prompt"] else None
+        return [
+            {
+                "clap": embeddings.clap[i],
+                "reward": float(rewards[i]),
+                "clap_score": float(embeddings.clap[i] @ texts[i]) if row["prompt"] else None,
+            }
+            for i, (row, _) in enumerate(works)
+        ]
 
 
 def _read(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:

@@ -21,6 +21,7 @@ from ttmray.models import one_thread, side_by_side
 from ttmray.models.backbone_weights import load_backbone
 from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.quarantine import together
 from ttmray.storage import Folder
 
 
@@ -124,12 +125,12 @@ class Worker:
             rows.append(row)
         return rows, seconds
 
-    def _sample(self, works: list[_Work]) -> None:
+    def _sample(self, works: Sequence[_Work]) -> None:
         samples = self.sampler.sample([work.clip.draw for work in works])
         for work, latents in zip(works, samples.latents, strict=True):
             work.latents = latents
 
-    def _decode(self, works: list[_Work]) -> None:
+    def _decode(self, works: Sequence[_Work]) -> None:
         arrays = [work.latents for work in works if work.latents is not None]
         decoder = self.models.latents
         if self.on_cpu:
@@ -139,7 +140,7 @@ class Worker:
         for work, wave in zip(works, waves, strict=True):
             work.wave = _padded(wave, self.pad_to)[None]
 
-    def _choose(self, works: list[_Work]) -> None:
+    def _choose(self, works: Sequence[_Work]) -> None:
         """The best of N candidates. One of all clips at a time, so memory does not grow with N."""
         n = self.config.best_of
         tried: list[list[float | None]] = [[] for _ in works]
@@ -164,10 +165,10 @@ class Worker:
             if work.wave is not None:  # a clip fails only when all of its candidates do
                 work.error = None
 
-    def _judge(self, works: list[_Work]) -> None:
+    def _judge(self, works: Sequence[_Work]) -> None:
         self._score_audio(works, [work.wave for work in works])
 
-    def _finish(self, works: list[_Work]) -> None:
+    def _finish(self, works: Sequence[_Work]) -> None:
         # passes of several clips at once would only take more of a GPU's memory
         threads = 1 if self.separator and not self.on_cpu else self.threads
         side_by_side(self._finish_one, works, threads)
@@ -187,11 +188,11 @@ class Worker:
             facts |= {"lufs": made["lufs_after"], "true_peak_db": made["true_peak_after"]}
         work.facts |= facts | {"duration_s": work.audio.shape[1] / facts["sample_rate"]}
 
-    def _score(self, works: list[_Work]) -> None:
+    def _score(self, works: Sequence[_Work]) -> None:
         """Before 16-bit files are rounded: a score of the file differs in its last digits."""
         self._score_audio(works, [work.audio for work in works])
 
-    def _score_audio(self, works: list[_Work], sounds: Sequence[np.ndarray | None]) -> None:
+    def _score_audio(self, works: Sequence[_Work], sounds: Sequence[np.ndarray | None]) -> None:
         """Rewards and CLAP scores of (channels, samples) waves; silent ones get none."""
         assert self.scorer is not None
         audible = [(w, s) for w, s in zip(works, sounds, strict=True) if s is not None and not silence(s)]
@@ -202,7 +203,7 @@ class Worker:
             work.facts["reward_score"] = float(rewards[i])
             work.facts["clap_score"] = float(embeddings.clap[i] @ texts[i])
 
-    def _write(self, works: list[_Work]) -> None:
+    def _write(self, works: Sequence[_Work]) -> None:
         side_by_side(self._write_one, works, self.threads)
 
     def _write_one(self, work: _Work) -> None:
@@ -240,19 +241,8 @@ def _padded(wave: np.ndarray, samples: int | None) -> np.ndarray:
     return np.pad(wave[:samples], (0, max(0, samples - len(wave))))
 
 
-def _attempt(stage: Callable[[list[_Work]], None], works: list[_Work]) -> None:
+def _attempt(stage: Callable[[Sequence[_Work]], None], works: Sequence[_Work]) -> None:
     """A stage over clips; where it fails, they are tried one by one to find the bad ones."""
-    try:
-        stage(works)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # of a GPU
-            raise UserError(f"the GPU is out of memory: {error}", "Lower runtime.batch.") from error
-        if isinstance(error, UserError | MemoryError | OSError) or "CUDA error" in str(error):
-            raise  # would hit every other clip too
-        if len(works) > 1:
-            for work in works:
-                _attempt(stage, [work])
-        elif isinstance(error, ClipError):
-            works[0].error = error
-        else:
-            works[0].error = ClipError("failed", "error", f"{type(error).__name__}: {error}"[:500])
+    for some, outcome in together(works, stage, "Lower runtime.batch."):
+        if isinstance(outcome, ClipError):
+            some[0].error = outcome

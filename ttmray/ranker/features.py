@@ -30,7 +30,8 @@ from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.reward_head import encoders_of
-from ttmray.models.scoring import SAMPLE_RATE, Embeddings, Scorer
+from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.quarantine import together
 from ttmray.storage import Folder, parquet_table, split_path
 
 FEATURES = "features"
@@ -189,15 +190,13 @@ class _Encoder:
         return len(rows)
 
     def _embed(self, waves: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray] | str]:
-        try:
-            made: Embeddings = self._scorer.embed(waves)
-            return list(zip(made.clap, made.mert, strict=True))
-        except (ValueError, RuntimeError) as error:
-            if len(waves) > 1:  # find the bad one
-                return [row for wave in waves for row in self._embed([wave])]
-            if isinstance(error, ValueError) or "not finite" in str(error):
-                return [str(error)]
-            raise
+        rows: list[tuple[np.ndarray, np.ndarray] | str] = []
+        for _, outcome in together(waves, self._scorer.embed, "Lower the batch of the encoders."):
+            if isinstance(outcome, ClipError):
+                rows.append(str(outcome))
+            else:
+                rows += zip(outcome.clap, outcome.mert, strict=True)
+        return rows
 
 
 def _made_by(bundle: str, config: EncodingConfig) -> str:

@@ -94,7 +94,7 @@ def write_pool(folder: str, candidates: Sequence[Candidate], prompts: Mapping[st
     features = shards.captions_bytes([caption for caption, _ in owned], texts)
     captions, _ = shards.named_by_content(shards.CAPTIONS, UNIT, features, "safetensors")
     table = pa.Table.from_pylist(
-        [row | {"shard": shard} | at[row["key"]] for row in rows], pa.schema([*index.SCHEMA, *COLUMNS])
+        [row | {"shard": shard} | at[str(row["key"])] for row in rows], pa.schema([*index.SCHEMA, *COLUMNS])
     )
     table = index.with_text_places(table, [{"files": {captions: shards.text_places(io.BytesIO(features))}}])
     identity = {"shard": shard, "captions": captions, "rows": fingerprint(table.to_pylist())}

@@ -248,11 +248,12 @@ def read_keys(path: str) -> dict[str, float]:
     if len(set(keys)) < len(keys):
         twice = Counter(keys).most_common(1)[0][0]
         raise UserError(f"{path} names {twice} twice.", "Use `repeat` to draw clips more often.")
-    found = dict(zip(keys, weights or [1.0] * len(keys), strict=True))
-    for key, weight in found.items():
+    weight_of: dict[str, float] = {}
+    for key, weight in zip(keys, weights or [1.0] * len(keys), strict=True):
         if weight is None or not 0 <= weight < np.inf:
             raise UserError(f"{path}: the weight of {key} is {weight}.", "Weights are numbers from 0 on, 1 on average.")
-    return found
+        weight_of[key] = weight
+    return weight_of
 
 
 def remote_sizes(clips: Clips) -> dict[str, int]:
