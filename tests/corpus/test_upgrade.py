@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from ttmray.corpus import index, shards
 from ttmray.corpus.finalise import finalise
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.upgrade import latent_places, upgrade
+from ttmray.corpus.verify import problems
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 from ttmray.synth.corpus import write_random_corpus
@@ -71,6 +73,19 @@ def test_the_upgraded_index_has_the_bytes_of_a_new_one_and_nothing_else_changes(
 def test_verify_names_the_command(old, capsys):
     assert main(["corpus", "verify", str(old)]) == 2
     assert f"ttmray corpus upgrade {old}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("column", ["latent_std_at", "latent_frames", "caption_file", "caption_t5_at", "caption_width"])
+def test_verify_finds_a_place_that_is_not_that_of_the_file(new, tmp_path, column):
+    run = Folder.at(str(shutil.copytree(new, tmp_path / "run")))
+    rows = index.read_merged(run)
+    values = rows[column].to_pylist()
+    values[4] = "captions/other" if column == "caption_file" else values[4] + 2
+    field = rows.schema.field(column)
+    rows = rows.set_column(rows.schema.get_field_index(column), field, pa.array(values, field.type))
+    run.write("index.parquet", index.parquet_bytes(rows))
+    (line,) = problems(run)
+    assert line.startswith(f"index.parquet: {rows['key'][4]}: {column} is {values[4]}, the file has ")
 
 
 def test_a_bucket_is_upgraded_like_a_folder(old, new, bucket):
