@@ -24,19 +24,17 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ttmray.audio import io as audio_io
-from ttmray.audio import loudness, segment
-from ttmray.audio.level import require_audible
+from ttmray.audio.clip import read_clip
 from ttmray.cluster import each
 from ttmray.config import fingerprint, identity
 from ttmray.console import meter
 from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import ClipError, UserError
-from ttmray.evaluation.score import CLIP, LIMITS
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import SEPARATION, Protocol
-from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.models.scoring import Scorer
 from ttmray.quarantine import together
 from ttmray.ranker.features import EncodingConfig
 from ttmray.storage import Folder, parquet_table, split_path
@@ -220,7 +218,7 @@ class _Measurer:
         """Note embedding and scores of clips, or why there are none."""
         for some, outcome in together(works, self._numbers, "Lower runtime.batch."):
             if isinstance(outcome, ClipError):
-                some[0][0].update(status=outcome.status, reason=outcome.reason, message=outcome.message)
+                _quarantine(some[0][0], outcome)
             else:
                 for (row, _), numbers in zip(some, outcome, strict=True):
                     row.update(numbers)
@@ -251,29 +249,15 @@ def _read(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
 def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
     """Facts of a file, and (channels, samples) float32 at 44.1 kHz; None where the facts say why not."""
     row: dict[str, Any] = dict.fromkeys(_PART.names) | {"status": OK, "reason": "", "message": ""}
-    try:
-        folder, name = split_path(path)
-        data = folder.read(name)
-        row["sha256"] = hashlib.sha256(data).hexdigest()
-        audio, rate = audio_io.decode(io.BytesIO(data), LIMITS)
-        row |= {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
-        segments = segment.partition(audio.shape[1], rate, CLIP)
-        if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded
-            audio = segment.cut(audio, rate, *segments[0])
-        elif middle:
-            first = (audio.shape[1] - round(CLIP.clip_s * rate)) // 2
-            audio = audio[:, max(0, first) : max(0, first) + round(CLIP.clip_s * rate)]
-        audio = audio_io.resample(audio, rate, SAMPLE_RATE)
-        row["silence"] = loudness.silence_ratio(audio, SAMPLE_RATE)
-        require_audible(audio)
-        lufs = loudness.integrated_loudness(audio, SAMPLE_RATE)
-        row["lufs"] = lufs if math.isfinite(lufs) else None
-        row["true_peak_db"] = loudness.true_peak(audio, SAMPLE_RATE)
-        return row, audio
-    except UserError as error:
-        return row | {"status": FAILED, "reason": "unreadable", "message": error.message}, None
-    except ClipError as error:
-        return row | {"status": error.status, "reason": error.reason, "message": error.message}, None
+    reading = read_clip(path, middle=middle)
+    row |= reading.facts
+    if reading.error is not None:
+        _quarantine(row, reading.error)
+    return row, reading.wave
+
+
+def _quarantine(row: dict[str, Any], error: ClipError) -> None:
+    row.update(status=error.status, reason=error.reason, message=error.message)
 
 
 def _made_by(

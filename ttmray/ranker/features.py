@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from ttmray.audio import clip
 from ttmray.audio import io as audio_io
-from ttmray.audio import segment
-from ttmray.audio.level import require_audible
 from ttmray.cluster import PoolConfig, each
 from ttmray.config import fingerprint
 from ttmray.console import meter
@@ -30,13 +29,12 @@ from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.reward_head import encoders_of
-from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.models.scoring import Scorer
 from ttmray.quarantine import together
 from ttmray.storage import Folder, parquet_table, split_path
 
 FEATURES = "features"
 PART_CLIPS = 64
-LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
 
 
 class EncodingConfig(PoolConfig):
@@ -145,18 +143,7 @@ def read_clip(address: str) -> np.ndarray:
     Raises:
         ClipError: why it cannot be used.
     """
-    try:
-        folder, name = split_path(address)
-        with folder.open(name) as file:
-            audio, rate = audio_io.decode(file, LIMITS)
-    except UserError as error:
-        raise ClipError("failed", "unreadable", error.message) from error
-    segments = segment.partition(audio.shape[1], rate)
-    if len(segments) == 1 and segments[0][1] > audio.shape[1]:
-        audio = segment.cut(audio, rate, *segments[0])
-    clip = audio_io.resample(audio, rate, SAMPLE_RATE)
-    require_audible(clip)
-    return clip.mean(axis=0)
+    return clip.read_clip(address, measured=False).mono()
 
 
 class _Encoder:
@@ -257,9 +244,9 @@ def _known(run: Folder, made_by: str) -> dict[tuple[str, str], Any]:
             columns = [table[column] for column in ("name", "reason", "first", "second")]
         except (pa.ArrowException, OSError, KeyError, TypeError) as error:
             raise UserError(f"{run.path(name)} is damaged: {error}", "Delete it: it is then made again.") from error
-        for clip, reason, first, second in zip(*columns, strict=True):
+        for member, reason, first, second in zip(*columns, strict=True):
             arrays = (first.values.to_numpy(), second.values.to_numpy()) if not reason.as_py() else reason.as_py()
-            known[kind, clip.as_py()] = arrays
+            known[kind, member.as_py()] = arrays
     return known
 
 
