@@ -5,14 +5,12 @@ prompt, and everything that decides a number. So the same command goes on where 
 or changed are the only ones that are measured again.
 """
 
-import hashlib
-import io
 import json
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from ttmray.audio import io as audio_io
@@ -29,19 +26,19 @@ from ttmray.cluster import each
 from ttmray.config import fingerprint, identity
 from ttmray.console import meter
 from ttmray.corpus.config import SeparationConfig
-from ttmray.errors import ClipError, UserError
+from ttmray.errors import ClipError
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import SEPARATION, Protocol
 from ttmray.models.scoring import Scorer
+from ttmray.parts import digests, read_parts, write_part
 from ttmray.quarantine import together
 from ttmray.ranker.features import EncodingConfig
-from ttmray.storage import Folder, parquet_table, split_path
+from ttmray.storage import Folder
 
 PARTS = "parts"
 OK, FAILED = "ok", "failed"
-READERS = 16
 CPU_PART = 8
 """Clips that a kill costs at most, per process."""
 GPU_BATCHES = 4
@@ -137,10 +134,10 @@ def measure(
     """
     made_by = _made_by(bundle, reward_text, config, middle, separation)
     known = _known(output, made_by)
-    digests = _digests({path for path, _ in sources}) if known else {}
+    files, _ = digests(list({path for path, _ in sources})) if known else ({}, {})
     rows: dict[Source, dict[str, Any]] = {}
     for path, prompt in sources:
-        row = known.get((digests.get(path, ""), prompt))
+        row = known.get((files.get(path, ""), prompt))
         if row is not None:
             rows[path, prompt] = row
     todo = [source for source in dict.fromkeys(sources) if source not in rows]
@@ -276,41 +273,19 @@ def _made_by(
 
 def _write_part(output: Folder, made_by: str, rows: Sequence[dict[str, Any]]) -> None:
     kept = [row for row in rows if row["sha256"]]  # what could not be read is tried again
-    if not kept:
-        return
-    table = pa.Table.from_pylist(kept, _PART).replace_schema_metadata({"ttmray.made_by": made_by})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="none")
-    name = fingerprint([made_by, [[row["sha256"], row["prompt"]] for row in kept]])
-    output.write(f"{PARTS}/{name[:16]}.parquet", buffer.getvalue())
+    if kept:
+        members = [[[row["sha256"], row["prompt"]] for row in kept]]
+        write_part(output, f"{PARTS}/", pa.Table.from_pylist(kept, _PART), made_by, members)
 
 
 def _known(output: Folder, made_by: str) -> dict[tuple[str, str], dict[str, Any]]:
     """(SHA-256, prompt) -> row, of every part that was made in the same way."""
-    known: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in output.files(PARTS, sizes=False):
-        name = f"{PARTS}/{entry.name}"
-        try:
-            table = parquet_table(output.read(name))
-            if table.schema.metadata[b"ttmray.made_by"] != made_by.encode():
-                continue
-            rows = table.drop_columns(["clap"]).cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()
-            for row, clap in zip(rows, table["clap"], strict=True):
-                row["clap"] = clap.values.to_numpy() if clap.is_valid else None
-                known[row["sha256"], row["prompt"]] = row
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{output.path(name)} is damaged: {error}", "Delete it: it is then made again.") from error
-    return known
 
+    def parse(table: pa.Table) -> list[dict[str, Any]]:
+        rows = table.drop_columns(["clap"]).cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()
+        for row, clap in zip(rows, table["clap"], strict=True):
+            row["clap"] = clap.values.to_numpy() if clap.is_valid else None
+        return rows
 
-def _digests(paths: Iterable[str]) -> dict[str, str]:
-    def one(path: str) -> str:
-        try:
-            folder, name = split_path(path)
-            return hashlib.sha256(folder.read(name)).hexdigest()
-        except UserError:  # measuring says why
-            return ""
-
-    ordered = list(paths)
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(ordered, pool.map(one, ordered), strict=True))
+    parts = read_parts(output, PARTS, made_by, parse)
+    return {(row["sha256"], row["prompt"]): row for rows in parts for row in rows}
