@@ -19,6 +19,7 @@ import numpy as np
 
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
+from ttmray.audio.clip import levels
 from ttmray.audio.level import require_audible
 from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
@@ -183,13 +184,8 @@ class Measure(Stage):
             # a mono source is one channel to BS.1770; its copy would count twice (+3 LU)
             heard = mix[i][: rows[i]["channels"]]
             require_audible(heard, self.silence_dbfs)
-            lufs = loudness.integrated_loudness(heard, SAMPLE_RATE)
-            rows[i].update(
-                stage=self.name,
-                lufs=lufs if np.isfinite(lufs) else None,  # every block is under the absolute gate
-                true_peak_db=loudness.true_peak(mix[i], SAMPLE_RATE),
-                silence=loudness.silence_ratio(mix[i], SAMPLE_RATE),
-            )
+            silence = loudness.silence_ratio(mix[i], SAMPLE_RATE)
+            rows[i].update(stage=self.name, silence=silence, **levels(heard))
 
         unit.one_by_one(self.name, measure)
         return unit

@@ -30,10 +30,10 @@ import soundfile
 from pydantic import Field, field_validator
 
 from ttmray.audio import io as audio_io
+from ttmray.audio.clip import LIMITS
 from ttmray.config import Config, execution, fingerprint
 from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
-from ttmray.evaluation.score import LIMITS
 from ttmray.storage import Folder, read_file
 from ttmray.tables import read_rows
 

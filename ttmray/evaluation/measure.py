@@ -5,14 +5,12 @@ prompt, and everything that decides a number. So the same command goes on where 
 or changed are the only ones that are measured again.
 """
 
-import hashlib
-import io
 import json
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,30 +18,27 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from ttmray.audio import io as audio_io
-from ttmray.audio import loudness, segment
-from ttmray.audio.level import require_audible
+from ttmray.audio.clip import read_clip
 from ttmray.cluster import each
 from ttmray.config import fingerprint, identity
 from ttmray.console import meter
 from ttmray.corpus.config import SeparationConfig
-from ttmray.errors import ClipError, UserError
-from ttmray.evaluation.score import CLIP, LIMITS
+from ttmray.errors import ClipError
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import SEPARATION, Protocol
-from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.models.scoring import Scorer
+from ttmray.parts import digests, read_parts, write_part
 from ttmray.quarantine import together
 from ttmray.ranker.features import EncodingConfig
-from ttmray.storage import Folder, parquet_table, split_path
+from ttmray.storage import Folder
 
 PARTS = "parts"
 OK, FAILED = "ok", "failed"
-READERS = 16
 CPU_PART = 8
 """Clips that a kill costs at most, per process."""
 GPU_BATCHES = 4
@@ -139,10 +134,10 @@ def measure(
     """
     made_by = _made_by(bundle, reward_text, config, middle, separation)
     known = _known(output, made_by)
-    digests = _digests({path for path, _ in sources}) if known else {}
+    files, _ = digests(list({path for path, _ in sources})) if known else ({}, {})
     rows: dict[Source, dict[str, Any]] = {}
     for path, prompt in sources:
-        row = known.get((digests.get(path, ""), prompt))
+        row = known.get((files.get(path, ""), prompt))
         if row is not None:
             rows[path, prompt] = row
     todo = [source for source in dict.fromkeys(sources) if source not in rows]
@@ -220,7 +215,7 @@ class _Measurer:
         """Note embedding and scores of clips, or why there are none."""
         for some, outcome in together(works, self._numbers, "Lower runtime.batch."):
             if isinstance(outcome, ClipError):
-                some[0][0].update(status=outcome.status, reason=outcome.reason, message=outcome.message)
+                _quarantine(some[0][0], outcome)
             else:
                 for (row, _), numbers in zip(some, outcome, strict=True):
                     row.update(numbers)
@@ -251,29 +246,15 @@ def _read(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
 def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
     """Facts of a file, and (channels, samples) float32 at 44.1 kHz; None where the facts say why not."""
     row: dict[str, Any] = dict.fromkeys(_PART.names) | {"status": OK, "reason": "", "message": ""}
-    try:
-        folder, name = split_path(path)
-        data = folder.read(name)
-        row["sha256"] = hashlib.sha256(data).hexdigest()
-        audio, rate = audio_io.decode(io.BytesIO(data), LIMITS)
-        row |= {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
-        segments = segment.partition(audio.shape[1], rate, CLIP)
-        if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded
-            audio = segment.cut(audio, rate, *segments[0])
-        elif middle:
-            first = (audio.shape[1] - round(CLIP.clip_s * rate)) // 2
-            audio = audio[:, max(0, first) : max(0, first) + round(CLIP.clip_s * rate)]
-        audio = audio_io.resample(audio, rate, SAMPLE_RATE)
-        row["silence"] = loudness.silence_ratio(audio, SAMPLE_RATE)
-        require_audible(audio)
-        lufs = loudness.integrated_loudness(audio, SAMPLE_RATE)
-        row["lufs"] = lufs if math.isfinite(lufs) else None
-        row["true_peak_db"] = loudness.true_peak(audio, SAMPLE_RATE)
-        return row, audio
-    except UserError as error:
-        return row | {"status": FAILED, "reason": "unreadable", "message": error.message}, None
-    except ClipError as error:
-        return row | {"status": error.status, "reason": error.reason, "message": error.message}, None
+    reading = read_clip(path, middle=middle)
+    row |= reading.facts
+    if reading.error is not None:
+        _quarantine(row, reading.error)
+    return row, reading.wave
+
+
+def _quarantine(row: dict[str, Any], error: ClipError) -> None:
+    row.update(status=error.status, reason=error.reason, message=error.message)
 
 
 def _made_by(
@@ -292,41 +273,19 @@ def _made_by(
 
 def _write_part(output: Folder, made_by: str, rows: Sequence[dict[str, Any]]) -> None:
     kept = [row for row in rows if row["sha256"]]  # what could not be read is tried again
-    if not kept:
-        return
-    table = pa.Table.from_pylist(kept, _PART).replace_schema_metadata({"ttmray.made_by": made_by})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="none")
-    name = fingerprint([made_by, [[row["sha256"], row["prompt"]] for row in kept]])
-    output.write(f"{PARTS}/{name[:16]}.parquet", buffer.getvalue())
+    if kept:
+        members = [[[row["sha256"], row["prompt"]] for row in kept]]
+        write_part(output, f"{PARTS}/", pa.Table.from_pylist(kept, _PART), made_by, members)
 
 
 def _known(output: Folder, made_by: str) -> dict[tuple[str, str], dict[str, Any]]:
     """(SHA-256, prompt) -> row, of every part that was made in the same way."""
-    known: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in output.files(PARTS, sizes=False):
-        name = f"{PARTS}/{entry.name}"
-        try:
-            table = parquet_table(output.read(name))
-            if table.schema.metadata[b"ttmray.made_by"] != made_by.encode():
-                continue
-            rows = table.drop_columns(["clap"]).cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()
-            for row, clap in zip(rows, table["clap"], strict=True):
-                row["clap"] = clap.values.to_numpy() if clap.is_valid else None
-                known[row["sha256"], row["prompt"]] = row
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{output.path(name)} is damaged: {error}", "Delete it: it is then made again.") from error
-    return known
 
+    def parse(table: pa.Table) -> list[dict[str, Any]]:
+        rows = table.drop_columns(["clap"]).cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()
+        for row, clap in zip(rows, table["clap"], strict=True):
+            row["clap"] = clap.values.to_numpy() if clap.is_valid else None
+        return rows
 
-def _digests(paths: Iterable[str]) -> dict[str, str]:
-    def one(path: str) -> str:
-        try:
-            folder, name = split_path(path)
-            return hashlib.sha256(folder.read(name)).hexdigest()
-        except UserError:  # measuring says why
-            return ""
-
-    ordered = list(paths)
-    with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(ordered, pool.map(one, ordered), strict=True))
+    parts = read_parts(output, PARTS, made_by, parse)
+    return {(row["sha256"], row["prompt"]): row for rows in parts for row in rows}

@@ -13,20 +13,14 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from ttmray.audio import io as audio_io
-from ttmray.audio import loudness, segment
-from ttmray.audio.level import require_audible
+from ttmray.audio.clip import read_clip
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.cache import EmbeddingCache
-from ttmray.models.scoring import SAMPLE_RATE, Scorer
-from ttmray.storage import split_path
+from ttmray.models.scoring import Scorer
 
-LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
-"""Half a second is the shortest that the loudness standard (0.4 s) and MERT can say anything about."""
-CLIP = segment.SegmentRule()
 CACHE_BYTES = 8 * 2**30
 
 
@@ -36,22 +30,9 @@ def read_mono(path: str) -> tuple[np.ndarray, dict[str, Any]]:
     Raises:
         ClipError: why the file cannot be scored.
     """
-    try:
-        folder, name = split_path(path)
-        with folder.open(name) as file:
-            audio, rate = audio_io.decode(file, LIMITS)
-    except UserError as error:
-        raise ClipError("failed", "unreadable", error.message) from error
-    facts: dict[str, Any] = {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
-    segments = segment.partition(audio.shape[1], rate, CLIP)
-    if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded
-        audio = segment.cut(audio, rate, *segments[0])
-    clip = audio_io.resample(audio, rate, SAMPLE_RATE)
-    require_audible(clip)
-    lufs = loudness.integrated_loudness(clip, SAMPLE_RATE)
-    facts["lufs"] = lufs if np.isfinite(lufs) else None
-    facts["true_peak_db"] = loudness.true_peak(clip, SAMPLE_RATE)
-    return clip.mean(axis=0), facts
+    reading = read_clip(path)
+    names = ("duration_s", "sample_rate", "channels", "lufs", "true_peak_db")
+    return reading.mono(), {name: reading.facts[name] for name in names}
 
 
 def score(

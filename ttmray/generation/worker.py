@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ttmray.audio.clip import levels
 from ttmray.audio.level import silence
-from ttmray.audio.loudness import integrated_loudness, true_peak
 from ttmray.errors import ClipError, UserError
 from ttmray.generation import manifest
 from ttmray.generation.config import GenerateConfig
@@ -179,9 +179,7 @@ class Worker:
         facts: dict[str, Any]
         if self.config.postprocess is None:
             work.audio = work.wave
-            levels = integrated_loudness(work.audio, rate), true_peak(work.audio, rate)
-            lufs, peak = (value if math.isfinite(value) else None for value in levels)
-            facts = {"sample_rate": rate, "channels": 1, "lufs": lufs, "true_peak_db": peak}
+            facts = {"sample_rate": rate, "channels": 1} | levels(work.audio, rate)
         else:
             work.audio, made = postprocess_clip(work.wave, rate, self.config.postprocess, self.separator)
             facts = {name: made[name] for name in ("sample_rate", "channels", "outcome")}

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ttmray.audio import clip as audio_clip
 from ttmray.audio.io import resample
 from ttmray.models.bundle import Models
 from ttmray.models.cache import EmbeddingCache, audio_key
 from ttmray.models.protocol import CLAP_SAMPLE_RATE, MERT_SAMPLE_RATE, Protocol
 
-SAMPLE_RATE = 44100
+SAMPLE_RATE = audio_clip.SAMPLE_RATE
 """Hz; rate of the separator, the VAE and every clip in the pipeline."""
 TEXTS_KEPT = 4096
 """Caption vectors kept in memory; bounds an actor that lives for days."""

@@ -4,23 +4,18 @@ Clips are told apart by the SHA-256 of their bytes. A part of them is one Parque
 its clips are encoded: relaunching encodes only what no file holds, also after pairs were added.
 """
 
-import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
+from ttmray.audio import clip
 from ttmray.audio import io as audio_io
-from ttmray.audio import segment
-from ttmray.audio.level import require_audible
 from ttmray.cluster import PoolConfig, each
 from ttmray.config import fingerprint
 from ttmray.console import meter
@@ -30,13 +25,13 @@ from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, on_gpu, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.reward_head import encoders_of
-from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.models.scoring import Scorer
+from ttmray.parts import digests, read_parts, write_part
 from ttmray.quarantine import together
-from ttmray.storage import Folder, parquet_table, split_path
+from ttmray.storage import Folder
 
 FEATURES = "features"
 PART_CLIPS = 64
-LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
 
 
 class EncodingConfig(PoolConfig):
@@ -98,14 +93,14 @@ def extract(clips: Iterable[str], prompts: Iterable[str], bundle: str, run: Fold
     addresses, texts = list(dict.fromkeys(clips)), [text for text in dict.fromkeys(prompts) if text]
     audio = [address for address in addresses if "#" not in address]
     from_corpus = _from_corpora([address for address in addresses if "#" in address], bundle)
-    digests, failed = _digests(audio)
+    files, failed = digests(audio)
     made_by = _made_by(bundle, config)
     known = _known(run, made_by)
     todo = [
         _Part("text", dict.fromkeys(some, ""))
         for some in _chunks([text for text in texts if ("text", text) not in known], 8 * PART_CLIPS)
     ]
-    missing = {digest: address for address, digest in digests.items() if ("clip", digest) not in known}
+    missing = {digest: address for address, digest in files.items() if ("clip", digest) not in known}
     todo += [
         _Part("clip", {digest: missing[digest] for digest in some}) for some in _chunks(sorted(missing), PART_CLIPS)
     ]
@@ -115,7 +110,7 @@ def extract(clips: Iterable[str], prompts: Iterable[str], bundle: str, run: Fold
                 progress.advance(done)
         known = _known(run, made_by)
     rows: dict[str, tuple[np.ndarray, np.ndarray]] = dict(from_corpus)
-    for address, digest in digests.items():
+    for address, digest in files.items():
         found = known["clip", digest]
         if isinstance(found, str):
             failed[address] = found
@@ -145,18 +140,7 @@ def read_clip(address: str) -> np.ndarray:
     Raises:
         ClipError: why it cannot be used.
     """
-    try:
-        folder, name = split_path(address)
-        with folder.open(name) as file:
-            audio, rate = audio_io.decode(file, LIMITS)
-    except UserError as error:
-        raise ClipError("failed", "unreadable", error.message) from error
-    segments = segment.partition(audio.shape[1], rate)
-    if len(segments) == 1 and segments[0][1] > audio.shape[1]:
-        audio = segment.cut(audio, rate, *segments[0])
-    clip = audio_io.resample(audio, rate, SAMPLE_RATE)
-    require_audible(clip)
-    return clip.mean(axis=0)
+    return clip.read_clip(address, measured=False).mono()
 
 
 class _Encoder:
@@ -208,22 +192,6 @@ def _made_by(bundle: str, config: EncodingConfig) -> str:
     return fingerprint(how)
 
 
-def _digests(addresses: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Address -> SHA-256 of the file, and address -> reason where it cannot be read."""
-
-    def one(address: str) -> tuple[str, str]:
-        try:
-            folder, name = split_path(address)
-            return hashlib.sha256(folder.read(name)).hexdigest(), ""
-        except UserError as error:
-            return "", error.message
-
-    with ThreadPoolExecutor(16) as pool:
-        found = dict(zip(addresses, pool.map(one, addresses), strict=True))
-    digests = {address: digest for address, (digest, _) in found.items() if digest}
-    return digests, {address: reason for address, (digest, reason) in found.items() if not digest}
-
-
 def _write_part(run: Folder, made_by: str, kind: str, rows: Mapping[str, Any]) -> None:
     """Columns name, reason, first, second: lists of float32 (CLAP and MERT, or a text vector), null with a reason."""
     arrays = {name: (None, None) if isinstance(row, str) else row for name, row in rows.items()}
@@ -236,31 +204,21 @@ def _write_part(run: Folder, made_by: str, kind: str, rows: Mapping[str, Any]) -
             "second": pa.array([second for _, second in arrays.values()], vector),
         }
     )
-    table = table.replace_schema_metadata({"ttmray.made_by": made_by, "ttmray.kind": kind})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="none")
-    digest = fingerprint([made_by, kind, list(rows)])
-    run.write(f"{FEATURES}/{kind}-{digest[:16]}.parquet", buffer.getvalue())
+    write_part(run, f"{FEATURES}/{kind}-", table, made_by, [kind, list(rows)], kind=kind)
 
 
 def _known(run: Folder, made_by: str) -> dict[tuple[str, str], Any]:
     """(kind, name) -> both arrays, or the reason why there are none, of every part by the same models."""
-    known: dict[tuple[str, str], Any] = {}
-    for entry in run.files(FEATURES, sizes=False):
-        name = f"{FEATURES}/{entry.name}"
-        try:
-            table = parquet_table(run.read(name))
-            about = table.schema.metadata
-            if about[b"ttmray.made_by"] != made_by.encode():
-                continue
-            kind = about[b"ttmray.kind"].decode()
-            columns = [table[column] for column in ("name", "reason", "first", "second")]
-        except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-            raise UserError(f"{run.path(name)} is damaged: {error}", "Delete it: it is then made again.") from error
-        for clip, reason, first, second in zip(*columns, strict=True):
-            arrays = (first.values.to_numpy(), second.values.to_numpy()) if not reason.as_py() else reason.as_py()
-            known[kind, clip.as_py()] = arrays
-    return known
+
+    def parse(table: pa.Table) -> dict[tuple[str, str], Any]:
+        kind = table.schema.metadata[b"ttmray.kind"].decode()
+        columns = [table[column] for column in ("name", "reason", "first", "second")]
+        return {
+            (kind, name.as_py()): reason.as_py() or (first.values.to_numpy(), second.values.to_numpy())
+            for name, reason, first, second in zip(*columns, strict=True)
+        }
+
+    return {name: row for part in read_parts(run, FEATURES, made_by, parse) for name, row in part.items()}
 
 
 def _from_corpora(addresses: Sequence[str], bundle: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
