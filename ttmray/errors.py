@@ -6,6 +6,10 @@ Everything else is a bug or broken infrastructure and keeps its traceback.
 index row (see `ttmray.corpus.unit`), so it never stops a job.
 """
 
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_TOO_MANY_FAILURES = 3
@@ -48,3 +52,12 @@ class ClipError(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """For `python -m`: leave with the exit code of `main`, and with one message where the input was wrong."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

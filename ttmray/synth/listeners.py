@@ -20,7 +20,6 @@ standard deviation of quality: enough to be seen in a few thousand votes, too li
 import argparse
 import csv
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ttmray.errors import EXIT_BAD_INPUT, UserError
+from ttmray.errors import UserError, run_program
 from ttmray.storage import parquet_table, read_file, split_path
 
 COLUMNS = ("id", "a", "b", "prompt", "prompt_id", "label", "listener")
@@ -229,8 +228,4 @@ def main(given: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    run_program(main)

@@ -7,12 +7,11 @@ three strengths. Spectrograms need matplotlib (the extra `report`); without it t
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ttmray import pages
-from ttmray.errors import EXIT_BAD_INPUT, UserError
+from ttmray.errors import UserError, run_program
 from ttmray.evaluation import plots
 from ttmray.storage import Folder
 from ttmray.synth.faults import KINDS
@@ -112,8 +111,4 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    run_program(main)

@@ -9,14 +9,13 @@ chance: P(a) = sigmoid(4 * difference / sd of all).
 import argparse
 import csv
 import io
-import sys
 
 import numpy as np
 
 from ttmray import runs
 from ttmray.corpus import index
 from ttmray.corpus.scores import require_column, with_columns
-from ttmray.errors import EXIT_BAD_INPUT, UserError
+from ttmray.errors import UserError, run_program
 from ttmray.storage import Folder, split_path
 
 CERTAINTY = 4.0
@@ -73,8 +72,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    run_program(main)

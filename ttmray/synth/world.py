@@ -11,7 +11,6 @@ sets.
 import argparse
 import io
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 
-from ttmray.errors import EXIT_BAD_INPUT, UserError
+from ttmray.errors import UserError, run_program
 from ttmray.storage import Folder
 from ttmray.synth.captions import caption
 from ttmray.synth.composer import CAPTION, compose, stream
@@ -191,8 +190,4 @@ def main(given: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    run_program(main)
