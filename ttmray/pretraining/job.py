@@ -164,7 +164,10 @@ def _claim(out: Folder, name: str, config: MicroConfig, settings: PartConfig) ->
     """Write the part's `run.json`, or check that it describes the same run; whether there was one."""
     kind = f"micro-{name}"
     described = runs.describe(
-        kind, {"part": identity(settings), "data": identity(config.data)}, config, ("torch", "transformers", "demucs")
+        kind,
+        {"part": identity(settings), "data": identity(config.data)},
+        config,
+        ("torch", "transformers", "tokenizers", "demucs"),
     )
     old = runs.existing(out, kind)
     if old is None and runs.write(out, described):

@@ -28,13 +28,17 @@ class Labels:
         return np.array([str(attributes[name]) == value for name, value in self.columns], np.float32)
 
 
-def probe(features: np.ndarray, truths: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, float]:
-    """What a linear model reads from features (N, D): cross-validated accuracy by attribute, five folds.
+def probe(
+    features: np.ndarray, truths: Sequence[Mapping[str, Any]], seed: int = 0, per_clip: int = 1
+) -> dict[str, float]:
+    """What a linear model reads from features (N, D): cross-validated accuracy by attribute, five folds of clips.
+
+    Rows of one clip, `per_clip` after each other, are in one fold.
 
     Ridge regression on one-hot targets, features scaled to unit deviation. `chance_<name>` is the share of the most
     frequent value.
     """
-    folds = np.random.default_rng(seed).permutation(len(features)) % 5
+    folds = np.repeat(np.random.default_rng(seed).permutation(len(features) // per_clip) % 5, per_clip)
     result = {}
     targets = {"drums": [bool(t["kit"]) for t in truths], "vocals": [bool(t["voice"]) for t in truths]}
     targets |= {"tempo_word": [t["tempo_word"] for t in truths], "style": [t["style"] for t in truths]}

@@ -6,6 +6,8 @@ captions of training wordings, with AdamW and a tokenizer learned from them. The
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +19,7 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T
 
 from ttmray.models import seeded
 from ttmray.models.t5 import TextEncoder
-from ttmray.pretraining.clips import ClipSet, place
+from ttmray.pretraining.clips import UNSEEN, ClipSet, place
 from ttmray.pretraining.labels import probe
 from ttmray.pretraining.loop import Part, PartConfig, weights_of
 from ttmray.storage import Folder
@@ -96,7 +98,7 @@ class TextPart(Part):
         lengths = [min(len(self.tokenizer(text)["input_ids"]), TOKENS) for text in texts]
         rows = encoder.encode(texts)
         means = np.stack([row[:length].mean(axis=0) for row, length in zip(rows, lengths, strict=True)])
-        return probe(means.astype(np.float64), attributes)
+        return probe(means.astype(np.float64), attributes, per_clip=UNSEEN)
 
     def _encoder(self) -> T5EncoderModel:
         encoder = T5EncoderModel(T5Config(**self.model.config.to_dict() | {"is_encoder_decoder": False}))
@@ -118,15 +120,23 @@ class TextPart(Part):
 
 
 def unigram_tokenizer(texts: Sequence[str], vocabulary: int) -> T5Tokenizer:
-    """T5's tokenizer with pieces learned from captions by the unigram model (Kudo 2018)."""
-    learner = Tokenizer(models.Unigram())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    learner.train_from_iterator(sorted(set(texts)), trainer)
-    vocab = [(piece, float(score)) for piece, score in json.loads(learner.to_str())["model"]["vocab"]]
-    return T5Tokenizer(vocab=vocab, extra_ids=SENTINELS)
+    """T5's tokenizer class with pieces learned from captions: the same texts give the same one.
+
+    The pieces are those of byte-pair merges, with log frequencies as scores of the unigram model. (The library's own
+    unigram trainer gives other pieces at every call, so a run could not go on.)
+    """
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 3, special_tokens=["<unk>"], show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    counts = Counter(dict.fromkeys(learner.get_vocab(), 1))
+    for encoding in learner.encode_batch(list(texts)):
+        counts.update(encoding.tokens)
+    del counts["<unk>"]
+    total = sum(counts.values())
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    pieces = [(piece, math.log(count / total)) for piece, count in ranked]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces], extra_ids=SENTINELS)
 
 
 def corrupt(

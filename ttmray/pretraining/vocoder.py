@@ -64,9 +64,11 @@ class VocoderPart(Part):
         )
         with seeded(config.seed):
             model = BigVGAN(shape)
-            for module in model.modules():
+            for name, module in model.named_modules():
                 if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                    nn.init.normal_(module.weight, std=1 / math.sqrt(_fan_in(module)))
+                    # branches and the end begin small: 36 residual sums at full size would saturate the wave
+                    share = 0.1 if ".convs2." in name or name == "conv_post" else 1.0
+                    nn.init.normal_(module.weight, std=share / math.sqrt(_fan_in(module)))
                     weight_norm(module)
         self.model: BigVGAN = model.to(device)
 
