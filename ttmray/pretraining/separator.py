@@ -10,6 +10,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,12 +101,16 @@ class SeparatorPart(Part):
         by_source = (ours - batch).abs().mean(dim=(0, 2, 3))
         return {"loss": by_source.mean(), "vocals": by_source[-1]}
 
+    def _copy(self) -> HTDemucs:
+        arguments, options = cast(Any, self.model)._init_args_kwargs  # demucs records them for this purpose
+        model = HTDemucs(*arguments, **options)
+        model.load_state_dict(weights_of(self.model, half=False))
+        return model
+
     @torch.no_grad()
     def measure(self, fresh: ClipSet) -> dict[str, float]:
         """dB on clips that sing: SI-SDR of the instrumental, before and after, and by how much vocals fall."""
-        model = HTDemucs(*self.model._init_args_kwargs[0], **self.model._init_args_kwargs[1])
-        model.load_state_dict(weights_of(self.model, half=False))
-        separator, rows, silent = Separator(model), [], []
+        separator, rows, silent = Separator(self._copy()), [], []
         for index in range(fresh.stems):
             stems = fresh.stem(index)
             rest, mix = stems[:3].sum(axis=0), stems.sum(axis=0)
@@ -120,8 +125,7 @@ class SeparatorPart(Part):
 
     def export(self, out: Folder, half: bool) -> None:
         """A bag of one model in Demucs' format, as `load_separator` reads it."""
-        model = HTDemucs(*self.model._init_args_kwargs[0], **self.model._init_args_kwargs[1])
-        model.load_state_dict(weights_of(self.model, half=False))
+        model = self._copy()
         if half:
             to_half(model.state_dict())  # refuses what does not fit
             model.half()
