@@ -57,8 +57,9 @@ class _Towers(nn.Module):
         super().__init__()
         self.clap = clap
         odds = torch.from_numpy(np.log(shares / (1 - shares).clip(1e-4))).float()
-        self.from_audio = nn.Linear(clap.config.audio_config.hidden_size, len(shares))
-        self.from_text = nn.Linear(clap.config.text_config.hidden_size, len(shares))
+        config: Any = clap.config
+        self.from_audio = nn.Linear(config.audio_config.hidden_size, len(shares))
+        self.from_text = nn.Linear(config.text_config.hidden_size, len(shares))
         for layer in (self.from_audio, self.from_text):
             layer.bias.data.copy_(odds)
 
@@ -174,8 +175,9 @@ def caption_tokenizer(texts: Sequence[str], vocabulary: int) -> RobertaTokenizer
     learner = ByteLevelBPETokenizer()
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     learner.train_from_iterator(texts, vocabulary, min_frequency=2, special_tokens=specials, show_progress=False)
-    model = json.loads(learner.to_str())["model"]
-    return RobertaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    model: Any = json.loads(learner.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in model["merges"]]
+    return RobertaTokenizer(vocab=model["vocab"], merges=merges)
 
 
 def write_bpe(tokenizer: RobertaTokenizer, out: Folder) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class TextPart(Part):
         self.config, self.clips, self.device = config, clips, device
         texts = [text for truth in clips.truths() for text in truth.captions]
         self.tokenizer = unigram_tokenizer(texts, config.vocabulary)
-        shape = T5Config(
+        shape = cast(Any, T5Config)(  # it takes more than its signature says
             vocab_size=len(self.tokenizer),
             d_model=config.dim,
             d_kv=config.dim // 4,
@@ -67,7 +68,8 @@ class TextPart(Part):
             decoder_start_token_id=0,
         )
         with seeded(config.seed):
-            self.model: T5ForConditionalGeneration = T5ForConditionalGeneration(shape).to(device)
+            self.model: T5ForConditionalGeneration = T5ForConditionalGeneration(shape)
+        cast(torch.nn.Module, self.model).to(device)
 
     def batch(self, position: int, count: int) -> dict[str, Tensor]:
         """Token rows with gaps, their mask, and what was in the gaps (-100 beyond)."""
@@ -156,7 +158,7 @@ def corrupt(
     target: list[int] = []
     at = 0
     for i, (gap, length) in enumerate(zip(gaps, lengths, strict=True)):
-        sentinel = int(tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>"))
+        sentinel = cast(int, tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>"))
         source += [*tokens[at : at + gap], sentinel]
         target += [sentinel, *tokens[at + gap : at + gap + length]]
         at += gap + length
