@@ -74,7 +74,7 @@ def shown_commands(capsys: pytest.CaptureFixture[str], *command: str) -> set[str
 
 def test_the_commands_are_these(capsys):
     corpus = {"score-corpus", "plan", "corpus", "status", "score", "weights"}
-    models = {"train-sft", "train-ranker", "generate", "postprocess", "params", "checkpoint"}
+    models = {"train-sft", "train-ranker", "train-micro", "generate", "postprocess", "params", "checkpoint"}
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card"}
     assert shown_commands(capsys) == corpus | models | chain | evaluation

@@ -135,6 +135,10 @@ def _training(commands: Any) -> None:
     _add_config(ranker)
     ranker.set_defaults(run=_train_ranker)
 
+    micro = commands.add_parser("train-micro", help="small models of every part of a bundle, on synthetic songs")
+    _add_config(micro)
+    micro.set_defaults(run=_train_micro)
+
     expert = commands.add_parser("expert-iteration", help="Stage 2: sample, filter, tune (jobs/expert_iteration.py)")
     _add_config(expert)
     _add_training(expert)
@@ -455,6 +459,13 @@ def _filter(arguments: argparse.Namespace) -> int:
 
     config = load_config(FilterConfig, arguments.config, arguments.sets)
     return filter_pool(arguments.pool, arguments.out, config, arguments.corpus)
+
+
+def _train_micro(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.pretraining.job import MicroConfig, train_micro
+
+    return train_micro(load_config(MicroConfig, arguments.config, arguments.sets))
 
 
 def _train_ranker(arguments: argparse.Namespace) -> int:

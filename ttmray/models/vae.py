@@ -5,7 +5,9 @@ diffusion autoencoder made magnitude-preserving after Karras et al., "Analyzing 
 Dynamics of Diffusion Models" (EDM2, CVPR 2024). Module names are those of the released checkpoint.
 
 Checkpoints hold raw weights that are normalised once before use. The normalisation has an epsilon and is not
-idempotent, so a model knows whether it has been done: it refuses to run before and refuses a second time.
+idempotent, so a model knows whether it has been done: it refuses to run before and refuses a second time. In training
+mode it runs on raw weights and normalises them in every forward pass, through which gradients go; the trainer calls
+`project_weights` after each update (EDM2's forced weight normalisation).
 """
 
 import math
@@ -100,14 +102,16 @@ def _residual_sum(x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 
 
 class Conv(nn.Module):
-    """Convolution of odd kernel and equal length, without bias."""
+    """Convolution of odd kernel and equal length, without bias; a raw weight is normalised on the way."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel))
+        self.raw = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv1d(x, self.weight, padding=self.weight.shape[-1] // 2)
+        weight = normalise_weight(self.weight) if self.raw else self.weight
+        return F.conv1d(x, weight, padding=weight.shape[-1] // 2)
 
 
 class ResBlock(nn.Module):
@@ -254,7 +258,7 @@ class Posterior:
 
 
 class MelVAE(nn.Module):
-    """Mel VAE. Fresh or freshly loaded weights are raw: call `normalise_weights` once, then run it.
+    """Mel VAE. Fresh or freshly loaded weights are raw: call `normalise_weights` once, then run it, or train them.
 
     A state dict taken after `normalise_weights` is not a checkpoint: loading it would normalise twice.
     `data_mean` and `data_std` (1, data_dim, 1) are part of the checkpoint.
@@ -287,14 +291,33 @@ class MelVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, Conv):
                 module.weight.data = normalise_weight(module.weight.data)
+                module.raw = False
         self._normalised = True
         return self
+
+    @torch.no_grad()
+    def project_weights(self) -> None:
+        """Brings raw weights back to unit root mean square per output channel, which changes no output.
+
+        Gradients are at right angles to normalised weights, so these would only grow and learn ever more slowly.
+
+        Raises:
+            RuntimeError: the weights are normalised for use; they are no longer trained.
+        """
+        if self._normalised:
+            raise RuntimeError("the VAE's weights are normalised for use, only raw ones are trained")
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.weight.mul_(
+                    1.0 / torch.linalg.vector_norm(module.weight, dim=(1, 2), keepdim=True).clamp_min(_EPS)
+                )
+                module.weight.mul_(math.sqrt(module.weight[0].numel()))
 
     def encode(self, mel: torch.Tensor) -> Posterior:
         """(B, data_dim, L) natural-log mel -> posterior of L // downsampling frames.
 
         Raises:
-            RuntimeError: weights not normalised.
+            RuntimeError: weights not normalised, outside of training.
         """
         self._require_normalised()
         mean, logvar = self.encoder((mel - self.data_mean) / self.data_std).chunk(2, dim=1)
@@ -304,18 +327,21 @@ class MelVAE(nn.Module):
         """(B, embed_dim, L) latents -> (B, data_dim, L * downsampling) natural-log mel.
 
         Raises:
-            RuntimeError: weights not normalised.
+            RuntimeError: weights not normalised, outside of training.
         """
         self._require_normalised()
         return self.decoder(z) * self.data_std + self.data_mean
 
     def _require_normalised(self) -> None:
-        if not self._normalised:
+        if not self._normalised and not self.training:
             raise RuntimeError("the VAE's weights are raw; call normalise_weights() once before running it")
 
 
 def _weights_are_raw(vae: MelVAE, _: object) -> None:
     vae._normalised = False
+    for module in vae.modules():
+        if isinstance(module, Conv):
+            module.raw = True
 
 
 class LatentEncoder:

@@ -1,0 +1,66 @@
+"""The command that trains the parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ttmray.cli import main
+from ttmray.config import load_config
+from ttmray.pretraining.clips import SHARD
+from ttmray.pretraining.job import PARTS, MicroConfig
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def arguments(clips, output: Path, *sets: str) -> list[str]:
+    data = f"data={{cache: {clips.folder}, seed: {clips.seed}, clips: {SHARD}, stems: 4, seconds: {clips.seconds}, "
+    data += f"fresh_seed: {clips.seed}, fresh_clips: 10, fresh_stems: 2, workers: 1}}"
+    text = "text={steps: 6, batch: 4, warmup: 1, dim: 32, layers: 1, vocabulary: 300}"
+    every = ["parts=[text]", data, text, f"output={output}", "log_every=2", *sets]
+    return ["train-micro", *[word for assignment in every for word in ("--set", assignment)]]
+
+
+def test_a_part_is_trained_measured_written_and_then_complete(clips, tmp_path, capsys):
+    assert main(arguments(clips, tmp_path)) == 0
+    facts = json.loads((tmp_path / "text/facts.json").read_text())
+    assert facts["updates"] == facts["planned"] == 6
+    assert facts["items"] == 24
+    assert facts["bytes"] == (tmp_path / "text/model.safetensors").stat().st_size
+    assert facts["measured"].keys() == facts["untrained"].keys() >= {"tempo_word", "chance_tempo_word"}
+    weights = (tmp_path / "text/model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(arguments(clips, tmp_path)) == 0
+    assert "text is complete" in capsys.readouterr().out
+    assert main(arguments(clips, tmp_path / "again")) == 0
+    assert (tmp_path / "again/text/model.safetensors").read_bytes() == weights
+
+
+def test_a_budget_stops_a_part_and_a_larger_one_goes_on_to_the_same_weights(clips, tmp_path):
+    assert main(arguments(clips, tmp_path / "whole")) == 0
+    assert main(arguments(clips, tmp_path / "parts", "text.budget_s=1e-6")) == 0
+    facts = json.loads((tmp_path / "parts/text/facts.json").read_text())
+    assert facts["updates"] == 1
+    assert main(arguments(clips, tmp_path / "parts")) == 0
+    names = "whole", "parts"
+    whole, parts = ((tmp_path / name / "text/model.safetensors").read_bytes() for name in names)
+    assert whole == parts
+
+
+def test_other_settings_are_another_run(clips, tmp_path, capsys):
+    assert main(arguments(clips, tmp_path, "text.budget_s=1e-6")) == 0
+    assert main(arguments(clips, tmp_path, "text.lr=0.5")) == 2
+    assert "part.lr: 0.001 -> 0.5" in capsys.readouterr().err
+
+
+def test_the_config_of_the_bundle_is_valid_and_trains_every_part():
+    config = load_config(MicroConfig, str(REPO / "configs/micro/train.yaml"), ["output=/tmp/x"])
+    assert config.parts == PARTS
+    assert config.data.seed != config.data.fresh_seed
+
+
+@pytest.mark.parametrize("wrong", ["parts=[drums]", "vae.hidden=8", "data.cache=s3://bucket/clips"])
+def test_what_cannot_be_trained_is_said_before_anything_is_done(wrong, clips, tmp_path, capsys):
+    assert main(arguments(clips, tmp_path / "out", wrong)) == 2
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""The job that trains the parts of a micro bundle on synthetic songs: clips, training, measures, files.
+
+    <output>/<part>/run.json            what decides the part's weights
+                    metrics.jsonl       the log
+                    checkpoint.safetensors
+                    model.safetensors   and what its loader needs beside it
+                    facts.json          seed, updates, seconds, measured quality; written last
+
+Resume is relaunch. A part that is finished is left alone.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ttmray import runs
+from ttmray.config import Address, Config, execution, identity
+from ttmray.console import console
+from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK
+from ttmray.models import one_thread
+from ttmray.models.bundle import resolve_device
+from ttmray.pretraining.clap import CLAPConfig, CLAPPart
+from ttmray.pretraining.clips import ClipSet
+from ttmray.pretraining.loop import Part, PartConfig, parameters, train
+from ttmray.pretraining.mert import MERTConfig, MERTPart
+from ttmray.pretraining.separator import SeparatorConfig, SeparatorPart
+from ttmray.pretraining.text import TextConfig, TextPart
+from ttmray.pretraining.vae import VAEConfig, VAEPart
+from ttmray.pretraining.vocoder import VocoderConfig, VocoderPart
+from ttmray.storage import Folder
+
+FACTS = "facts.json"
+PartName = Literal["vae", "vocoder", "clap", "clap_condition", "separator", "mert", "text"]
+PARTS: tuple[PartName, ...] = ("vae", "vocoder", "clap", "clap_condition", "separator", "mert", "text")
+
+
+class DataConfig(Config):
+    """The synthetic clips."""
+
+    cache: Address = execution("runs/micro-clips", min_length=1)
+    """Local folder of composed clips; about 0.9 MB for 5 s, 4.4 MB where the stems are kept too."""
+    seed: int = Field(0, ge=0)
+    clips: int = Field(4096, ge=1)
+    stems: int = Field(1024, ge=1)
+    """Clips whose stems are kept, for the separator."""
+    seconds: float = Field(5.0, gt=0, le=30)
+    fresh_seed: int = Field(1_000_003, ge=0)
+    """Of the clips that measures are taken on; another one than `seed`."""
+    fresh_clips: int = Field(200, ge=1)
+    fresh_stems: int = Field(64, ge=1)
+    workers: int = execution(2, ge=1)
+    """Processes that compose."""
+
+
+class MicroConfig(Config):
+    """`jobs/train_micro.py` and `ttmray train-micro`."""
+
+    output: Address = execution(min_length=1)
+    """Folder of the parts."""
+    parts: tuple[PartName, ...] = execution(PARTS, min_length=1)
+    """What is trained, in this order."""
+    data: DataConfig = DataConfig()
+    vae: VAEConfig = VAEConfig()
+    vocoder: VocoderConfig = VocoderConfig()
+    clap: CLAPConfig = CLAPConfig()
+    clap_condition: CLAPConfig = CLAPConfig(seed=1)
+    """The second CLAP, whose text vectors condition the backbone, as the paper's are two."""
+    separator: SeparatorConfig = SeparatorConfig()
+    mert: MERTConfig = MERTConfig()
+    text: TextConfig = TextConfig()
+    device: str = execution("cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """On a CPU one thread is used, so that a part's weights can be made again to the bit."""
+    checkpoint_every_s: float = execution(60.0, gt=0)
+    log_every: int = execution(20, ge=1)
+    """Updates between lines of the log."""
+
+
+def _part(name: PartName, config: MicroConfig, clips: ClipSet, device: torch.device) -> Part:
+    makers: dict[str, Callable[[], Part]] = {
+        "vae": lambda: VAEPart(config.vae, clips, device),
+        "vocoder": lambda: VocoderPart(config.vocoder, clips, device),
+        "clap": lambda: CLAPPart(config.clap, clips, device),
+        "clap_condition": lambda: CLAPPart(config.clap_condition, clips, device),
+        "separator": lambda: SeparatorPart(config.separator, clips, device),
+        "mert": lambda: MERTPart(config.mert, clips, device),
+        "text": lambda: TextPart(config.text, clips, device),
+    }
+    return makers[name]()
+
+
+def train_micro(config: MicroConfig) -> int:
+    """Train, or go on with, the parts; returns the exit code.
+
+    Raises:
+        UserError: for everything that the user can mend.
+    """
+    device = torch.device(resolve_device(config.device))
+    if device.type == "cpu":
+        one_thread()
+    data = config.data
+    cache = Folder.at(data.cache)
+    clips = ClipSet(cache, data.seed, data.clips, data.seconds, min(data.stems, data.clips))
+    fresh = ClipSet(cache, data.fresh_seed, data.fresh_clips, data.seconds, min(data.fresh_stems, data.fresh_clips))
+    for one in (fresh, clips):
+        one.compose(data.workers)
+    for name in config.parts:
+        settings: PartConfig = getattr(config, name)
+        out = Folder.at(config.output).sub(name)
+        if _claim(out, name, config, settings) and not _unfinished(out, settings):
+            console.print(f"{name} is complete: {out}")
+            continue
+        if not _one(name, config, settings, clips, fresh, out, device):
+            return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _one(
+    name: PartName,
+    config: MicroConfig,
+    settings: PartConfig,
+    clips: ClipSet,
+    fresh: ClipSet,
+    out: Folder,
+    device: torch.device,
+) -> bool:
+    """Train, measure and write a part; False if somebody interrupted it."""
+    part = _part(name, config, clips, device)
+    untrained = json.loads(out.read("untrained.json")) if out.exists("untrained.json") else part.measure(fresh)
+    out.write("untrained.json", json.dumps(untrained).encode())
+    progress, interrupted = train(
+        part, settings, out, checkpoint_every_s=config.checkpoint_every_s, log_every=config.log_every
+    )
+    if interrupted:
+        return False
+    part.export(out, settings.half)
+    measured = part.measure(fresh)
+    facts: dict[str, Any] = {
+        "part": name,
+        "seed": settings.seed,
+        "data_seed": clips.seed,
+        "fresh_seed": fresh.seed,
+        "updates": progress.step,
+        "planned": settings.steps,
+        "items": progress.step * settings.batch,
+        "cpu_seconds": round(progress.cpu_s, 1),
+        "last_loss": progress.loss,
+        "parameters": parameters(part.model),
+        "bytes": sum(
+            e.size for e in out.files() if e.name.endswith(".safetensors") and e.name != "checkpoint.safetensors"
+        ),
+        "measured": measured,
+        "untrained": untrained,
+    }
+    out.write(FACTS, json.dumps(facts, indent=1).encode())
+    shown = ", ".join(f"{key} {value:.3f} (untrained {untrained[key]:.3f})" for key, value in measured.items())
+    console.print(f"{name}: {progress.step} of {settings.steps} updates in {progress.cpu_s:.0f} CPU seconds: {shown}")
+    return True
+
+
+def _claim(out: Folder, name: str, config: MicroConfig, settings: PartConfig) -> bool:
+    """Write the part's `run.json`, or check that it describes the same run; whether there was one."""
+    kind = f"micro-{name}"
+    described = runs.describe(
+        kind,
+        {"part": identity(settings), "data": identity(config.data)},
+        config,
+        ("torch", "transformers", "tokenizers", "demucs"),
+    )
+    old = runs.existing(out, kind)
+    if old is None and runs.write(out, described):
+        return False
+    runs.refuse_another(out, old or runs.read(out, kind), described)
+    return True
+
+
+def _unfinished(out: Folder, settings: PartConfig) -> bool:
+    """Whether updates are left that the budget allows."""
+    if not out.exists(FACTS):
+        return True
+    facts = json.loads(out.read(FACTS))
+    more = settings.budget_s is None or facts["cpu_seconds"] < settings.budget_s
+    return bool(facts["updates"] < settings.steps and more)
