@@ -79,7 +79,7 @@ def test_the_commands_are_these(capsys):
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card"}
     assert shown_commands(capsys) == corpus | models | chain | evaluation
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
-    assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore"}
+    assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "upgrade"}
 
 
 @pytest.mark.parametrize("command", [[], ["sing"], ["corpus"], ["corpus", "ls"], ["plan", "--limit", "3"]])
