@@ -21,6 +21,8 @@ from ttmray.storage import Folder, parquet_table
 
 SCORES, TABLE = "scores", "scores.parquet"
 REWARDS = ("reward_score", "instrumental_reward_score", "track_reward_score")
+OWN = [field.name for field in index.SCHEMA if pa.types.is_floating(field.type)]
+"""Numbers of the index."""
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -55,8 +57,7 @@ def table_names(run: Folder) -> list[str]:
 
 def columns(run: Folder) -> list[str]:
     """Every score column of a run: numbers of the index, then those of its tables."""
-    own = [field.name for field in index.SCHEMA if pa.types.is_floating(field.type)]
-    return own + [f"{name}/{column}" for name in table_names(run) for column in REWARDS]
+    return OWN + [f"{name}/{column}" for name in table_names(run) for column in REWARDS]
 
 
 def with_columns(run: Folder, rows: pa.Table, names: Sequence[str]) -> pa.Table:
@@ -69,11 +70,14 @@ def with_columns(run: Folder, rows: pa.Table, names: Sequence[str]) -> pa.Table:
     Raises:
         UserError: a column that the run does not have, or a table that was made of other embeddings.
     """
+    tables: dict[str, pa.Table] = {}
     for name in dict.fromkeys(names):
         if name not in rows.column_names:
             require_column(run, name)
             table, _, column = name.rpartition("/")
-            rows = rows.append_column(name, _looked_up(run, rows, table, column))
+            if table not in tables:
+                tables[table] = _looked_up(run, rows, table)
+            rows = rows.append_column(name, tables[table][column])
     return rows
 
 
@@ -83,9 +87,8 @@ def require_column(run: Folder, name: str) -> None:
     Raises:
         UserError: it has none of that name; lists those that it has.
     """
-    own = {field.name for field in index.SCHEMA if pa.types.is_floating(field.type)}
     table, _, column = name.rpartition("/")
-    if (not table and name in own) or (table and column in REWARDS and run.exists(f"{SCORES}/{table}/{SUCCESS}")):
+    if (not table and name in OWN) or (table and column in REWARDS and run.exists(f"{SCORES}/{table}/{SUCCESS}")):
         return
     raise UserError(
         f"{run} has no score column {name!r}. It has: {', '.join(columns(run))}.",
@@ -141,7 +144,8 @@ def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[st
     return statistics
 
 
-def _looked_up(run: Folder, rows: pa.Table, name: str, column: str) -> pa.Array:
+def _looked_up(run: Folder, rows: pa.Table, name: str) -> pa.Table:
+    """The rewards of a table for rows of the index, in their order; null where they are not ok."""
     table = read_table(run, name)
     place = pc.index_in(rows["key"].combine_chunks(), table["key"].combine_chunks())
     ok = pc.equal(rows["status"], OK).combine_chunks()
@@ -159,4 +163,5 @@ def _looked_up(run: Folder, rows: pa.Table, name: str, column: str) -> pa.Array:
             f"{run}: {other.num_rows} clips were made again after the table {name}, e.g. {other['key'][0]}.",
             again(run, name),
         )
-    return pc.if_else(ok, of[column].combine_chunks(), pa.scalar(None, pa.float64()))
+    null = pa.scalar(None, pa.float64())
+    return pa.table({column: pc.if_else(ok, of[column].combine_chunks(), null) for column in REWARDS})
