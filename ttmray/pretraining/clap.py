@@ -3,7 +3,9 @@
 Full size: LAION-CLAP (Wu et al. 2023), HTSAT-base and RoBERTa-base, both pretrained, symmetric InfoNCE, batch 768 and
 more, Adam (0.9, 0.99) with cosine decay from 1e-4. Here both towers and the tokenizer start from nothing, and the true
 attributes of the clips help: beside InfoNCE each tower learns to tell them by a linear layer that is thrown away
-(`attribute_weight: 0` is the plain recipe).
+(`attribute_weight: 0` is the plain recipe). Captions of the web speak of noisy and muffled recordings, and ours never
+do; so that a reward head on its vectors can hear quality at all, the audio vector also tells the strengths of the
+clip's faults (`fault_weight`, 0 for the plain recipe).
 """
 
 import json
@@ -23,10 +25,11 @@ from ttmray.models import seeded
 from ttmray.models.clap import TEXT_TOKENS, Clap, ClapFrontEnd, ten_second_windows
 from ttmray.models.protocol import CLAP_SAMPLE_RATE
 from ttmray.pretraining.clips import ClipSet, place
-from ttmray.pretraining.labels import Labels
+from ttmray.pretraining.labels import Labels, fault_row, quality_r
 from ttmray.pretraining.loop import Part, PartConfig, to_half, weights_of
 from ttmray.pretraining.losses import info_nce
 from ttmray.storage import Folder
+from ttmray.synth.faults import KINDS
 from ttmray.synth.instruments import RATE
 from ttmray.training.tensors import pack
 
@@ -46,6 +49,8 @@ class CLAPConfig(PartConfig):
     embed_dim: int = Field(512, ge=8)
     attribute_weight: float = Field(3.0, ge=0)
     """Of the attributes' cross-entropy, against InfoNCE of weight 1."""
+    fault_weight: float = Field(0.0, ge=0)
+    """Of the squared error of the faults' strengths, in units of their deviation, read from the audio vector."""
 
 
 class _Towers(nn.Module):
@@ -60,6 +65,7 @@ class _Towers(nn.Module):
         config: Any = clap.config
         self.from_audio = nn.Linear(config.audio_config.hidden_size, len(shares))
         self.from_text = nn.Linear(config.text_config.hidden_size, len(shares))
+        self.faults = nn.Linear(config.projection_dim, len(KINDS))
         for layer in (self.from_audio, self.from_text):
             layer.bias.data.copy_(odds)
 
@@ -84,8 +90,9 @@ class CLAPPart(Part):
         self.model.to(device)
 
     def batch(self, position: int, count: int) -> dict[str, Tensor]:
-        """Log-mels (count, 1, 1001, 64), tokens (count, 77) and their mask, labels (count, labels)."""
-        mels, texts, rows = [], [], []
+        """Log-mels (count, 1, 1001, 64), tokens (count, 77) and their mask, labels (count, labels), faults
+        (count, kinds)."""
+        mels, texts, rows, faults = [], [], [], []
         for i in range(position, position + count):
             index = place(self.config.seed, i, self.clips.count)
             rng = np.random.default_rng([self.config.seed, i])
@@ -93,8 +100,9 @@ class CLAPPart(Part):
             mels.append(self._mel(self.clips.mono(index) * np.float32(10 ** (rng.uniform(-12, 3) / 20))))
             texts.append(truth.captions[int(rng.integers(len(truth.captions)))])
             rows.append(self.labels.row(truth.attributes))
-        tokens = self._tokens(texts)
-        return {"mel": torch.cat(mels), "labels": torch.from_numpy(np.stack(rows)).to(self.device), **tokens}
+            faults.append(fault_row(truth.faults))
+        labels, strengths = (torch.from_numpy(np.stack(part)).to(self.device) for part in (rows, faults))
+        return {"mel": torch.cat(mels), "labels": labels, "faults": strengths, **self._tokens(texts)}
 
     def _mel(self, wave: np.ndarray) -> Tensor:
         resampled = soxr.resample(wave, RATE, CLAP_SAMPLE_RATE, quality="HQ")
@@ -112,17 +120,21 @@ class CLAPPart(Part):
         read = clap.text_model(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
         audio, text = F.normalize(clap.audio_projection(heard)), F.normalize(clap.text_projection(read))
         contrast, right = info_nce(audio, text, clap.logit_scale_a)
-        losses = {"contrast": contrast, "right": right}
+        losses, loss = {"contrast": contrast, "right": right}, contrast
+        if self.config.fault_weight:
+            told = self.model.faults(audio * audio.shape[1] ** 0.5)  # elements of about 1
+            losses["faults"] = F.mse_loss(told, batch["faults"])
+            loss = loss + self.config.fault_weight * losses["faults"]
         if self.config.attribute_weight:
             entropy = F.binary_cross_entropy_with_logits
             losses["of_audio"] = entropy(self.model.from_audio(heard), batch["labels"])
             losses["of_text"] = entropy(self.model.from_text(read), batch["labels"])
-            told = losses["of_audio"] + losses["of_text"]
-            return {"loss": contrast + self.config.attribute_weight * told, **losses}
-        return {"loss": contrast, **losses}
+            loss = loss + self.config.attribute_weight * (losses["of_audio"] + losses["of_text"])
+        return {"loss": loss, **losses}
 
     def measure(self, fresh: ClipSet) -> dict[str, float]:
-        """Share of captions that find their own clip first among 50 (chance 0.02), in both kinds of wordings."""
+        """Share of captions that find their own clip first among 50 (chance 0.02), in both kinds of wordings; and
+        how true quality correlates with what a linear probe reads from the audio vector."""
         state = weights_of(self.model.clap, half=False)
         model = ClapModel(self.model.clap.config)
         model.load_state_dict(state)
@@ -132,7 +144,9 @@ class CLAPPart(Part):
         truths = fresh.truths()
         seen = clap.embed_text([truth.captions[0] for truth in truths])
         unseen = clap.embed_text([truth.unseen[0] for truth in truths])
-        return {"r1_of_50": recall_at_1(audio, seen), "r1_of_50_unseen": recall_at_1(audio, unseen)}
+        quality = quality_r(audio.astype(np.float64), [truth.quality for truth in truths])
+        recalls = {"r1_of_50": recall_at_1(audio, seen), "r1_of_50_unseen": recall_at_1(audio, unseen)}
+        return recalls | {"quality_r": quality}
 
     def export(self, out: Folder, half: bool) -> None:
         """Weights in transformers' names, its `config.json` and the tokenizer, as `load_laion_clap` reads them."""

@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ttmray.synth.faults import KINDS
+
+FAULT_UNIT = 0.22
+"""About the standard deviation of a fault's strength over clips of which five of six do not have it."""
 NAMES = ("style", "tempo_word", "kit", "bass", "comp", "lead", "pad", "voice", "room")
 
 
@@ -26,6 +30,11 @@ class Labels:
     def row(self, attributes: Mapping[str, Any]) -> np.ndarray:
         """(size,) float32 of zeros and ones."""
         return np.array([str(attributes[name]) == value for name, value in self.columns], np.float32)
+
+
+def fault_row(faults: Mapping[str, float]) -> np.ndarray:
+    """(kinds,) float32, the strengths of all faults in units of about their standard deviation."""
+    return np.array([faults.get(kind, 0.0) / FAULT_UNIT for kind in KINDS], np.float32)
 
 
 def probe(
@@ -49,6 +58,15 @@ def probe(
         result[name] = float(np.concatenate(right).mean())
         result[f"chance_{name}"] = float(np.bincount(codes).max() / len(codes))
     return result
+
+
+def quality_r(features: np.ndarray, quality: Sequence[float], seed: int = 0) -> float:
+    """Correlation of true quality with what a cross-validated ridge regression reads from features (N, D)."""
+    folds = np.random.default_rng(seed).permutation(len(quality)) % 5
+    truth, guess = np.array(quality), np.zeros(len(quality))
+    for fold in range(5):
+        guess[folds == fold] = ridge(features, truth[:, None], folds == fold)[:, 0]
+    return float(np.corrcoef(guess, truth)[0, 1])
 
 
 def ridge(features: np.ndarray, targets: np.ndarray, test: np.ndarray, penalty: float = 0.1) -> np.ndarray:
