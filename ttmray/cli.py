@@ -135,10 +135,6 @@ def _training(commands: Any) -> None:
     _add_config(ranker)
     ranker.set_defaults(run=_train_ranker)
 
-    micro = commands.add_parser("train-micro", help="small models of every part of a bundle, on synthetic songs")
-    _add_config(micro)
-    micro.set_defaults(run=_train_micro)
-
     expert = commands.add_parser("expert-iteration", help="Stage 2: sample, filter, tune (jobs/expert_iteration.py)")
     _add_config(expert)
     _add_training(expert)
@@ -279,6 +275,7 @@ def _chains(commands: Any) -> None:
     for name, handler, help in (
         ("reproduce", _reproduce, "the whole chain from one config (jobs/reproduce.py)"),
         ("ablate", _ablate, "tables and figures of the paper from one config (jobs/ablate.py)"),
+        ("train-micro", _train_micro, "a small bundle from nothing, on synthetic songs (jobs/train_micro.py)"),
     ):
         chain = commands.add_parser(name, help=help)
         _add_config(chain)
@@ -463,9 +460,10 @@ def _filter(arguments: argparse.Namespace) -> int:
 
 def _train_micro(arguments: argparse.Namespace) -> int:
     from ttmray.config import load_config
-    from ttmray.pretraining.job import MicroConfig, train_micro
+    from ttmray.recipes.micro import MicroConfig, train_micro
 
-    return train_micro(load_config(MicroConfig, arguments.config, arguments.sets))
+    config = load_config(MicroConfig, arguments.config, arguments.sets)
+    return train_micro(config, first=arguments.first, last=arguments.last, plan_only=arguments.plan_only)
 
 
 def _train_ranker(arguments: argparse.Namespace) -> int:

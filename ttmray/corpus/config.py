@@ -77,9 +77,11 @@ class LimitConfig(Config):
 class SeparationConfig(Config):
     """How vocals are removed."""
 
-    scope: Literal["clip", "track"] = "clip"
+    scope: Literal["clip", "track", "none"] = "clip"
     """The paper separates clips; `track` separates the whole track and cuts afterwards, which gives the
-    separator context at clip edges and costs more decoding memory."""
+    separator context at clip edges and costs more decoding memory. `none` takes the audio as it is, as for songs
+    without vocals, or where the model is to learn singing: "instrumental" then means the mix, and `vocal_ratio` is
+    empty."""
     instrumental: Literal["sum", "residual"] = "sum"
     """`sum` adds drums, bass and other (Demucs' default and the paper's); `residual` is mix minus vocals."""
     overlap: float = Field(0.25, ge=0, lt=1)

@@ -200,10 +200,17 @@ class Separate(Stage):
     def __init__(self, context: Context) -> None:
         self.models = context.models
         self.whole_tracks = context.config.separation.scope == "track"
+        self.nothing = context.config.separation.scope == "none"
         self.samples = round(context.config.segments.clip_s * SAMPLE_RATE)
 
     def __call__(self, unit: Unit) -> Unit:
         mix, rows = unit.clips["mix"], unit.ok_rows()
+        if self.nothing:
+            mono = np.stack([clip.mean(axis=0) for clip in mix]).astype(np.float32)
+            for row in rows:
+                row.update(stage=self.name)
+            unit.clips = {"mix_mono": mono, "instrumental": mono}
+            return unit
         if self.whole_tracks:
             instrumental, vocals = self._tracks(unit, rows)
         else:

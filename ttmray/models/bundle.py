@@ -3,8 +3,9 @@
 `paper` is the released weights. `debug` is made of the same classes at tiny width with seeded, untrained weights,
 so every job and test runs anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real
 workload, for benchmarks. `public-16k` and `debug-16k` differ from `paper` and `debug` in VAE and vocoder alone, which
-are those of 16 kHz latents and only decode: the public baseline generates with them. Opening a bundle imports no
-framework: identity and protocol are known before anything is loaded.
+are those of 16 kHz latents and only decode: the public baseline generates with them. `micro` lies in this package and
+is trained, on synthetic songs; a bundle of one's own is a folder of the same layout, named by its path. Opening a
+bundle imports no framework: identity and protocol are known before anything is loaded.
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +19,8 @@ from pydantic import AfterValidator
 
 from ttmray.config import IdentityPart
 from ttmray.errors import UserError
+from ttmray.models import folder_bundle
+from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles
 from ttmray.models.protocol import Protocol
 from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
 from ttmray.models.weights import Store, digest_file, licences, open_store
@@ -82,6 +85,8 @@ class Bundle(ABC):
     note: str
     licence_notes: tuple[str, ...] = ()
     """What must be said of the licences of its weights."""
+    clip_s: float = 10.0
+    """Length of the clips that its backbone makes, in seconds."""
 
     @abstractmethod
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
@@ -155,7 +160,7 @@ class DebugBundle(Bundle):
             return _decoder_16k(debug_vae(seed, 16 * width, 20, 80), device, options, generator)
 
         return {
-            "separator": lambda: _separator(debug_separator(seed, width=4 * width), device, options),
+            "separator": lambda: separator_of(debug_separator(seed, width=4 * width), device, options),
             "clap": lambda: debug_clap(seed, width, device, batch, threads),
             "mert": lambda: debug_mert(seed, width, device, batch, threads),
             "tunejury": lambda: debug_tunejury(seed, 64 * width, device),
@@ -237,7 +242,7 @@ class ReleasedBundle(Bundle):
             return paths(role)[0].parent
 
         def clap(role: str) -> "Clap":
-            return _clap(weights(role), folder("tokenizer"), device, options)
+            return clap_of(weights(role), folder("tokenizer"), device, options)
 
         def latents() -> "LatentEncoder":
             if self.rate != 44_100:
@@ -254,7 +259,7 @@ class ReleasedBundle(Bundle):
 
         return {
             "backbone": backbone,
-            "separator": lambda: _separator(load_separator(folder("separator")), device, options),
+            "separator": lambda: separator_of(load_separator(folder("separator")), device, options),
             "clap": lambda: clap("clap"),
             "mert": lambda: load_mert(weights("mert"), device=device, batch=options.batch, threads=options.threads),
             "tunejury": lambda: load_tunejury(weights("tunejury"), device=device),
@@ -265,11 +270,44 @@ class ReleasedBundle(Bundle):
 
 
 @dataclass(frozen=True)
+class FolderBundle(Bundle):
+    """Weights in a local folder (see `ttmray.models.folder_bundle`)."""
+
+    files: FolderFiles
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.files.description.name
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        return self.files.description.note
+
+    @property
+    def clip_s(self) -> float:  # type: ignore[override]
+        return self.files.description.clip_s
+
+    def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
+        return {"name": self.name, "weights": self.files.hashes(roles)}
+
+    def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
+        hashes = self.files.hashes(("clap", "mert", "tunejury"))
+        return Protocol(text=reward_text, hashes=tuple(sorted(hashes.items())))
+
+    def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        return folder_bundle.makers(self.files, options, device, vocoder)
+
+
+@dataclass(frozen=True)
 class BundleWithHead(Bundle):
     """A bundle whose rewards come from another head: that of a ranker run, or of a file."""
 
     base: Bundle
     head: RewardHead
+
+    @property
+    def clip_s(self) -> float:  # type: ignore[override]
+        return self.base.clip_s
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -296,7 +334,9 @@ class BundleWithHead(Bundle):
         return makers | {"tunejury": lambda: self.head.load(device=device)}
 
 
+MICRO = Path(__file__).parent / "micro"
 BUNDLES: dict[str, Bundle] = {
+    "micro": FolderBundle(FolderFiles(MICRO, "Install ttmray again: pip install --force-reinstall ttmray.")),
     "paper": ReleasedBundle("paper"),
     "public-16k": ReleasedBundle("public-16k", rate=16_000),
     "debug": DebugBundle("debug", width=1),
@@ -306,32 +346,54 @@ BUNDLES: dict[str, Bundle] = {
 
 
 def base_name(bundle: str) -> str:
-    """`paper` of `paper+runs/my-ranker`."""
+    """`paper` of `paper+runs/my-ranker`; of a folder, its path."""
     return bundle.partition("+")[0]
 
 
-def _with_absolute_head(bundle: str) -> str:
+def identity_name(bundle: str) -> str:
+    """`paper` of `paper+runs/my-ranker`; of a folder, its last part: where it lies decides nothing."""
+    return base_name(bundle).rstrip("/").rpartition("/")[2]
+
+
+def _with_absolute_paths(bundle: str) -> str:
     name, plus, head = bundle.partition("+")
-    return f"{name}+{absolute(head)}" if plus else bundle
+    name = absolute(name) if _is_path(name) else name
+    return f"{name}+{absolute(head)}" if plus else name
 
 
-BundleName = Annotated[str, AfterValidator(_with_absolute_head), IdentityPart(base_name)]
+def _is_path(name: str) -> bool:
+    return name not in BUNDLES and ("/" in name or Path(name, DESCRIPTION).is_file())
+
+
+BundleName = Annotated[str, AfterValidator(_with_absolute_paths), IdentityPart(identity_name)]
 """Field of configs. Where a head lies is no part of an identity: the bundle's own has its hash."""
 
 
 def open_bundle(name: str) -> Bundle:
-    """The bundle of that name, or of that name with another reward head: `paper+runs/my-ranker`.
+    """The bundle of that name or folder, or the same with another reward head: `paper+runs/my-ranker`.
 
     Raises:
         UserError: there is no such bundle or head, or the head was trained on features of other encoders.
     """
     name, plus, head = name.partition("+")
-    if name not in BUNDLES:
-        raise UserError(f"bundle: there is no bundle {name!r}.", f"Known bundles: {', '.join(BUNDLES)}.")
+    base = _open_folder(name) if _is_path(name) else BUNDLES.get(name)
+    if base is None:
+        raise UserError(
+            f"bundle: there is no bundle {name!r}.",
+            f"Known bundles: {', '.join(BUNDLES)}; or name a folder with a {DESCRIPTION}.",
+        )
     if not plus:
-        return BUNDLES[name]
-    bundle = BundleWithHead(BUNDLES[name], open_head(head))
+        return base
+    bundle = BundleWithHead(base, open_head(head))
     require_same_encoders(bundle.head, bundle.base.identity(), f"bundle {name}")
+    return bundle
+
+
+def _open_folder(path: str) -> Bundle:
+    if "://" in path:
+        raise UserError(f"bundle {path}: a bundle's folder must be local.", "Copy it to every machine first.")
+    bundle = FolderBundle(FolderFiles(Path(path), "Copy the whole folder again, or make the bundle again."))
+    _ = bundle.name  # says now if it is none
     return bundle
 
 
@@ -373,7 +435,7 @@ def _decoder_16k(vae: Any, device: str, options: LoadOptions, vocoder: Any) -> "
     return LatentEncoder(vae, samples, device, vocoder, PUBLIC_16K, decodes_only=True)
 
 
-def _separator(model: Any, device: str, options: LoadOptions) -> "Separator":
+def separator_of(model: Any, device: str, options: LoadOptions) -> "Separator":
     from ttmray.models.separator import Separator
 
     return Separator(
@@ -393,7 +455,7 @@ def _read_beside(role: str, weights: Path) -> Path | None:
     return weights.with_suffix(".json") if role == "tunejury" else None
 
 
-def _clap(path: Path, tokenizer: Path, device: str, options: LoadOptions) -> "Clap":
+def clap_of(path: Path, tokenizer: Path, device: str, options: LoadOptions) -> "Clap":
     """A `config.json` of transformers beside the weights overrides HTSAT-base."""
     from transformers import ClapConfig
 

@@ -130,7 +130,9 @@ def encoders_of(bundle: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a bundle's identity that has nothing to do with its reward head."""
     parts = {name: value for name, value in bundle.items() if name != "head"}
     if "weights" in parts:
-        parts["weights"] = {name: sha for name, sha in parts["weights"].items() if not name.startswith(HEAD)}
+        # the backbone of a bundle makes no feature, and is trained when the others have long been used
+        others = (HEAD, "backbone")
+        parts["weights"] = {name: sha for name, sha in parts["weights"].items() if not name.startswith(others)}
     return parts
 
 

@@ -24,6 +24,7 @@ from ttmray.audio.mel import LogMel, MelConfig
 from ttmray.errors import UserError
 from ttmray.models import micro_batch, seeded, to_float32
 from ttmray.models.bigvgan import BigVGAN, debug_bigvgan
+from ttmray.models.griffin_lim import GriffinLim
 from ttmray.models.state_dicts import load_exactly, read_state_dict
 
 _EPS = 1e-4
@@ -355,7 +356,7 @@ class LatentEncoder:
         vae: MelVAE,
         clip_samples: int = 441_000,
         device: str | torch.device = "cpu",
-        vocoder: BigVGAN | None = None,
+        vocoder: BigVGAN | GriffinLim | None = None,
         mel: MelConfig | None = None,
         decodes_only: bool = False,
     ) -> None:

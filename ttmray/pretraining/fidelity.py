@@ -1,14 +1,13 @@
-"""How near a copy of music is to the original: log-mel, pitch and tempo; and Griffin-Lim, the vocoder to beat."""
+"""How near a copy of music is to the original: log-mel, pitch and tempo."""
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ttmray.audio.mel import LogMel, MelConfig, slaney_filter_bank
+from ttmray.audio.mel import LogMel, MelConfig
 from ttmray.pretraining.losses import heard
 from ttmray.synth.measures import measure, pitch
 
@@ -65,48 +64,3 @@ def mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [row[name] for row in rows if not math.isnan(row[name])]
         means[name] = float(np.mean(values)) if values else math.nan
     return means
-
-
-def griffin_lim(mel: Tensor, iterations: int = 32, momentum: float = 0.99, seed: int = 0) -> np.ndarray:
-    """Waves (B, hop * frames) float32 of log-mels (B, bands, frames), without any learning.
-
-    Magnitudes by a few multiplicative updates of non-negative least squares, phases by the fast algorithm of
-    Perraudin, Balazs and Sondergaard (WASPAA 2013).
-    """
-    config = MelConfig()
-    filters, window = _filters(), torch.hann_window(config.n_fft)
-    target = mel.exp()
-    magnitude = filters.T @ target + 1e-6
-    for _ in range(20):
-        magnitude = magnitude * (filters.T @ target) / (filters.T @ (filters @ magnitude)).clamp_min(1e-8)
-    phase = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(seed)) * 2 * math.pi
-    angles, before = torch.polar(torch.ones_like(phase), phase), torch.zeros_like(phase, dtype=torch.complex64)
-    length = config.hop * mel.shape[2]
-    for _ in range(iterations):
-        wave = _istft(magnitude * angles, window, config, length)
-        now = torch.stft(
-            _padded(wave, config), config.n_fft, config.hop, window=window, center=False, return_complex=True
-        )
-        angles = now + momentum * (now - before)
-        angles, before = angles / angles.abs().clamp_min(1e-8), now
-    return _istft(magnitude * angles, window, config, length).clamp(-1, 1).numpy()
-
-
-@cache
-def _filters() -> Tensor:
-    return torch.from_numpy(slaney_filter_bank(MelConfig()))
-
-
-def _padded(wave: Tensor, config: MelConfig) -> Tensor:
-    return torch.nn.functional.pad(wave[:, None], (config.padding, config.padding), mode="reflect")[:, 0]
-
-
-def _istft(spectrum: Tensor, window: Tensor, config: MelConfig, length: int) -> Tensor:
-    """Overlap-add with the frames of `LogMel`, whose first one begins `padding` samples before the wave."""
-    frames = torch.fft.irfft(spectrum, config.n_fft, dim=1) * window[:, None]
-    total = (spectrum.shape[2] - 1) * config.hop + config.n_fft
-    fold = torch.nn.functional.fold
-    wave = fold(frames, (1, total), (1, config.n_fft), stride=(1, config.hop))[:, 0, 0]
-    weights = window.square()[None, :, None].expand(1, -1, spectrum.shape[2])
-    norm = fold(weights, (1, total), (1, config.n_fft), stride=(1, config.hop))[:, 0, 0]
-    return (wave / norm.clamp_min(1e-3))[:, config.padding : config.padding + length]

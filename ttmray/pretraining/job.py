@@ -34,7 +34,8 @@ from ttmray.storage import Folder
 
 FACTS = "facts.json"
 PartName = Literal["vae", "vocoder", "clap", "clap_condition", "separator", "mert", "text"]
-PARTS: tuple[PartName, ...] = ("vae", "vocoder", "clap", "clap_condition", "separator", "mert", "text")
+PARTS: tuple[PartName, ...] = ("clap", "mert", "clap_condition", "vae", "text", "separator")
+"""Of a bundle. There is a trainer of vocoders, too, but Griffin-Lim is nearer to the truth than what a CPU trains."""
 
 
 class DataConfig(Config):
@@ -55,8 +56,8 @@ class DataConfig(Config):
     """Processes that compose."""
 
 
-class MicroConfig(Config):
-    """`jobs/train_micro.py` and `ttmray train-micro`."""
+class PartsConfig(Config):
+    """What all parts share, and a section for each."""
 
     output: Address = execution(min_length=1)
     """Folder of the parts."""
@@ -78,7 +79,7 @@ class MicroConfig(Config):
     """Updates between lines of the log."""
 
 
-def _part(name: PartName, config: MicroConfig, clips: ClipSet, device: torch.device) -> Part:
+def _part(name: PartName, config: PartsConfig, clips: ClipSet, device: torch.device) -> Part:
     makers: dict[str, Callable[[], Part]] = {
         "vae": lambda: VAEPart(config.vae, clips, device),
         "vocoder": lambda: VocoderPart(config.vocoder, clips, device),
@@ -91,7 +92,7 @@ def _part(name: PartName, config: MicroConfig, clips: ClipSet, device: torch.dev
     return makers[name]()
 
 
-def train_micro(config: MicroConfig) -> int:
+def train_parts(config: PartsConfig) -> int:
     """Train, or go on with, the parts; returns the exit code.
 
     Raises:
@@ -119,7 +120,7 @@ def train_micro(config: MicroConfig) -> int:
 
 def _one(
     name: PartName,
-    config: MicroConfig,
+    config: PartsConfig,
     settings: PartConfig,
     clips: ClipSet,
     fresh: ClipSet,
@@ -160,7 +161,7 @@ def _one(
     return True
 
 
-def _claim(out: Folder, name: str, config: MicroConfig, settings: PartConfig) -> bool:
+def _claim(out: Folder, name: str, config: PartsConfig, settings: PartConfig) -> bool:
     """Write the part's `run.json`, or check that it describes the same run; whether there was one."""
     kind = f"micro-{name}"
     described = runs.describe(

@@ -20,9 +20,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from ttmray.audio.mel import LogMel
 from ttmray.models import seeded
 from ttmray.models.bigvgan import BigVGAN, BigVGANConfig, fold_weight_norm
+from ttmray.models.griffin_lim import GriffinLim
 from ttmray.models.state_dicts import load_exactly
 from ttmray.pretraining.clips import ClipSet, place
-from ttmray.pretraining.fidelity import compare_waves, griffin_lim, mean_of, pitch_error
+from ttmray.pretraining.fidelity import compare_waves, mean_of, pitch_error
 from ttmray.pretraining.loop import Part, PartConfig, to_half, weights_of
 from ttmray.pretraining.losses import MultiResolutionSTFT, heard
 from ttmray.storage import Folder
@@ -112,14 +113,14 @@ class VocoderPart(Part):
     @torch.no_grad()
     def _copies(self, model: BigVGAN, wave: np.ndarray) -> dict[str, float]:
         mel = LogMel()(torch.from_numpy(wave)[None])
-        learned, plain = model(mel)[0, 0].numpy(), griffin_lim(mel)[0]
+        learned, plain = model(mel)[0, 0].numpy(), GriffinLim()(mel)[0, 0].numpy()
         baseline = {f"gl_{name}": value for name, value in compare_waves(plain, wave).items()}
         return compare_waves(learned, wave) | baseline
 
     @torch.no_grad()
     def _pitches(self, model: BigVGAN, voice: np.ndarray) -> dict[str, float]:
         mel = LogMel()(torch.from_numpy(voice)[None])
-        learned, plain = model(mel)[0, 0].numpy(), griffin_lim(mel)[0]
+        learned, plain = model(mel)[0, 0].numpy(), GriffinLim()(mel)[0, 0].numpy()
         return {"pitch": pitch_error(learned, voice), "gl_pitch": pitch_error(plain, voice)}
 
     def export(self, out: Folder, half: bool) -> None:

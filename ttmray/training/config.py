@@ -16,8 +16,8 @@ from ttmray.training.schedule import Schedule
 class ModelConfig(Config):
     """Which backbone, and where its weights come from."""
 
-    size: Literal["s_44k", "l_44k", "s_16k", "l_16k", "debug"] = "s_44k"
-    """FluxAudio-S or L for 44.1 or 16 kHz latents; `debug` is tiny and takes any corpus."""
+    size: Literal["s_44k", "l_44k", "s_16k", "l_16k", "micro", "debug"] = "s_44k"
+    """FluxAudio-S or L for 44.1 or 16 kHz latents; `micro` (128 wide, 4 blocks) and `debug` (tiny) take any corpus."""
     head: Head = "v1"
     """How the score enters (models/score_heads.py). The paper trains v1."""
     null: Null = "zero_embedding"

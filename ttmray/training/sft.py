@@ -57,7 +57,10 @@ from ttmray.training.tensors import pack, unpack
 
 EMPTY_TEXT = "empty_text.safetensors"
 SAMPLE_RATE = 44_100
-DEBUG = BackboneConfig(hidden=64, heads=2, depth=3, fused_depth=1)
+SMALL = {
+    "debug": BackboneConfig(hidden=64, heads=2, depth=3, fused_depth=1),
+    "micro": BackboneConfig(hidden=128, heads=4, depth=4, fused_depth=2),
+}
 
 
 class SftTask:
@@ -276,15 +279,15 @@ def backbone_config(config: TrainConfig, mixture: Mixture) -> BackboneConfig:
     """
     (length, channels), (text_len, text_dim) = mixture.shape, mixture.text_shape
     data: dict[str, Any] = {"latent_dim": channels, "latent_len": length, "text_len": text_len, "text_dim": text_dim}
-    if config.model.size == "debug":
-        return replace(DEBUG, **data, head=config.model.head, null=config.model.null)
+    if config.model.size == "debug" or config.model.size == "micro":
+        return replace(SMALL[config.model.size], **data, head=config.model.head, null=config.model.null)
     size = SIZES[config.model.size]
     other = {name: value for name, value in data.items() if getattr(size, name) != value}
     if other:
         expected = {name: getattr(size, name) for name in other}
         raise UserError(
             f"model.size {config.model.size} needs {expected}, the corpus {config.data.sources[0].corpus} has {other}.",
-            "Use a corpus of the paper bundle, or model.size: debug.",
+            "Use a corpus of the paper bundle, or model.size: micro.",
         )
     return replace(size, head=config.model.head, null=config.model.null)
 
