@@ -8,7 +8,8 @@ import pytest
 from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.pretraining.clips import SHARD
-from ttmray.pretraining.job import PARTS, PartsConfig
+from ttmray.pretraining.job import PARTS
+from ttmray.recipes.micro import MicroConfig
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def test_other_settings_are_another_run(clips, tmp_path, capsys):
 
 
 def test_the_config_of_the_bundle_is_valid_and_trains_every_part():
-    config = load_config(PartsConfig, str(REPO / "configs/micro/train.yaml"), ["output=/tmp/x"])
+    config = load_config(MicroConfig, str(REPO / "configs/micro/train.yaml"), ["output=/tmp/x"])
     assert config.parts == PARTS
     assert config.data.seed != config.data.fresh_seed
 

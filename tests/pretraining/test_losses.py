@@ -8,8 +8,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from ttmray.audio.mel import LogMel
-from ttmray.pretraining.clap import recall_at_1
 from ttmray.models.griffin_lim import GriffinLim
+from ttmray.pretraining.clap import recall_at_1
 from ttmray.pretraining.fidelity import compare_waves, mel_errors, pitch_error
 from ttmray.pretraining.labels import Labels, probe
 from ttmray.pretraining.losses import MEL_FLOOR, MultiResolutionSTFT, heard, info_nce, kl_to_normal
