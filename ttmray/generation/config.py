@@ -6,12 +6,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ttmray.cluster import PoolConfig
-from ttmray.config import Address, Config, execution
+from ttmray.config import Address, Config, IdentityPart, execution
 from ttmray.generation.postprocess import PostprocessConfig
 from ttmray.generation.sampler import SamplerConfig
 from ttmray.models.bundle import BundleName
 from ttmray.models.score_heads import Head, Null
 
+ClipLength = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["auto"], IdentityPart(lambda value: 441_000 if value == "auto" else value)
+]
+"""Samples at 44.1 kHz. `auto` is that of the bundle, which is part of the identity itself."""
 OURS = ("bundle", "format")
 """Fields of post-processing that are those of the whole run."""
 
@@ -79,9 +83,10 @@ class GenerateConfig(Config):
     best_by: Literal["reward_score", "clap_score"] = "reward_score"
     """What is best. The reward sees no text, as everywhere here; the reference's Mode 1 shows it prefix and prompt."""
     sampler: SamplerConfig = SamplerConfig()
-    pad_to: int | None = Field(441_000, ge=1)
+    pad_to: ClipLength | None = "auto"
     """Samples at 44.1 kHz that a clip is padded to with zeros, or cut to, before post-processing: 430 latents are
-    440,320 samples and the challenge wants 10 s. null: as decoded."""
+    440,320 samples and the challenge wants 10 s. `auto`: the length of the bundle's clips, 441,000 but for `micro`.
+    null: as decoded."""
     postprocess: PostprocessConfig | None = None
     """Separation and loudness; null: none. Its bundle and format are those of the run."""
     format: Literal["wav", "wav16", "flac"] = "wav"

@@ -83,7 +83,8 @@ class Worker:
                 "Name the bundle that it was trained with.",
             )
         rate = models.latents.sample_rate
-        self.pad_to = None if config.pad_to is None else round(config.pad_to * rate / SAMPLE_RATE)
+        length = round(bundle.clip_s * SAMPLE_RATE) if config.pad_to == "auto" else config.pad_to
+        self.pad_to = None if length is None else round(length * rate / SAMPLE_RATE)
         if rate != SAMPLE_RATE and (config.scores or config.best_of > 1):
             raise UserError(
                 f"bundle {config.bundle} makes audio of {rate} Hz, scores are for {SAMPLE_RATE} Hz.",

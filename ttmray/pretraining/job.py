@@ -89,7 +89,9 @@ def _part(name: PartName, config: PartsConfig, clips: ClipSet, device: torch.dev
         "mert": lambda: MERTPart(config.mert, clips, device),
         "text": lambda: TextPart(config.text, clips, device),
     }
-    return makers[name]()
+    part = makers[name]()
+    part.name = name
+    return part
 
 
 def train_parts(config: PartsConfig) -> int:

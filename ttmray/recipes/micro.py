@@ -57,6 +57,8 @@ class MicroConfig(PartsConfig):
     """Of the bundle."""
     note: str = execution(NOTE)
     """What people must know about its numbers; printed by every job that uses it."""
+    weights: str = Field("ema:0.05", pattern=r"^(raw|ema:[0-9.]+)$")
+    """Of the backbone: `raw`, or an average of the training's last weights."""
     listening: ListeningConfig = ListeningConfig()
     ranker: dict[str, Any] = Field(default_factory=dict)
     """`train-ranker`, without what is filled in: sources, bundle and output."""
@@ -151,7 +153,7 @@ def build_steps(config: MicroConfig, root: Folder) -> list[Step]:
 
     def backbone() -> int:
         code = train_sft(stage1)
-        return export_again(path("stage1"), "raw") if code == EXIT_OK else code
+        return export_again(path("stage1"), config.weights) if code == EXIT_OK else code
 
     def bundle() -> int:
         sources = _sources(config, root) | _head(root) | {"backbone": {WEIGHTS: path(f"stage1/{EXPORTED}")}}
