@@ -254,6 +254,17 @@ def _models(commands: Any) -> None:
     params.add_argument("--checkpoint", metavar="FILE", help="count the weights of this file instead")
     params.set_defaults(run=_params)
 
+    synth = commands.add_parser("synth", help="the small world, whose true quality is known")
+    acts = synth.add_subparsers(dest="act", required=True, metavar="ACT")
+    check = acts.add_parser("check", help="how well a bundle's reward ranks true quality, by kind of fault")
+    check.add_argument("--bundle", default="micro", help="set of models, or a bundle's folder (default micro)")
+    check.add_argument("--pieces", type=int, default=24, help="songs per kind of fault (default 24)")
+    check.add_argument("--seed", type=int, default=99, help="of the songs (default 99)")
+    check.add_argument("--fault", action="append", dest="faults", help="only this kind; may be given several times")
+    check.add_argument("--device", default="auto")
+    check.add_argument("--out", help="also write ruler.json and ruler.md to this folder")
+    check.set_defaults(run=_synth_check)
+
     weights = commands.add_parser("weights", help="released weights: list, pull, verify, where, convert")
     acts = weights.add_subparsers(dest="act", required=True, metavar="ACT")
     acts.add_parser("list", help="what there is, what is here, and under which licence")
@@ -578,6 +589,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plain(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+def _synth_check(arguments: argparse.Namespace) -> int:
+    from ttmray.evaluation.ruler import check_bundle
+
+    return check_bundle(
+        arguments.bundle,
+        pieces=arguments.pieces,
+        seed=arguments.seed,
+        kinds=arguments.faults,
+        device=arguments.device,
+        out=arguments.out,
+    )
 
 
 def _interrupt(number: int, frame: Any) -> None:
