@@ -1,0 +1,310 @@
+"""How well the parts of a bundle do in the small world, on songs that nobody has trained on: `ttmray synth floors`.
+
+Every number has a floor, below which the part is of no use for what the bundle is made for. A part with random weights
+stays below its floor. Judges of generated clips are ridge regressions on CLAP and MERT vectors of true clips that went
+through the bundle's own VAE and vocoder; how often such a judge is right about true clips stands beside its verdict.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from rich.table import Table
+
+from ttmray.audio.io import resample
+from ttmray.console import console
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
+from ttmray.models import one_thread
+from ttmray.models.bundle import LoadOptions, Models, open_bundle
+from ttmray.models.protocol import CLAP_SAMPLE_RATE
+from ttmray.models.scoring import Embeddings, Scorer
+from ttmray.pretraining.clap import recall_at_1
+from ttmray.pretraining.fidelity import compare_waves, mean_of, pitch_error
+from ttmray.pretraining.labels import ridge
+from ttmray.pretraining.separator import si_sdr
+from ttmray.ranker.report import calibration, fit_temperature
+from ttmray.statistics import spearman
+from ttmray.storage import Folder
+from ttmray.synth.captions import caption
+from ttmray.synth.listeners import Heard, Listeners, best_accuracy, votes
+from ttmray.synth.measures import estimate, measure
+from ttmray.synth.world import Clip, clip
+
+RESULT = "floors.json"
+PARTS = ("clap", "separator", "latents", "reward", "generation")
+SCORES = (-2.0, -1.0, 0.0, 1.0, 2.0)
+"""Scores that are asked for, in standard deviations of the rewards of true clips around their mean."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One number of a part.
+
+    Attributes:
+        least: the floor, or with `most` the ceiling.
+        note: what the number is to be read with.
+    """
+
+    part: str
+    name: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+    note: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: clips of the encoders, of which some with stems; votes; generated clips per question."""
+
+    clips: int = 100
+    stems: int = 16
+    copies: int = 24
+    votes: int = 2000
+    judges: int = 150
+    generated: int = 40
+
+
+def check_floors(
+    bundle: str, *, seed: int = 4242, parts: Sequence[str] = PARTS, sizes: Sizes = Sizes(), out: str | None = None
+) -> int:
+    """Measure, print the table, and write it to a folder if there is one; exit code 3 where a floor is not reached.
+
+    Raises:
+        UserError: an unknown part, or weights that are not there.
+    """
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise UserError(f"--part {min(unknown)}: there is no such part.", f"Known: {', '.join(PARTS)}.")
+    floors = measure_floors(bundle, seed, parts, sizes)
+    table = Table("part", "measure", "value", "floor", "", "note", title=f"{bundle}, songs of seed {seed}")
+    for row in floors:
+        bound = "" if row.least is None else f"≥ {row.least:g}"
+        bound += "" if row.most is None else f"≤ {row.most:g}"
+        verdict = "" if not bound else "holds" if row.holds else "FAILS"
+        table.add_row(row.part, row.name, f"{row.value:.3f}", bound, verdict, row.note)
+    console.print(table)
+    if out is not None:
+        result = {"bundle": bundle, "seed": seed, "sizes": asdict(sizes), "floors": [asdict(row) for row in floors]}
+        Folder.at(out).write(RESULT, json.dumps(result, indent=1).encode())
+    return EXIT_OK if all(row.holds for row in floors) else 3
+
+
+def measure_floors(name: str, seed: int, parts: Sequence[str] = PARTS, sizes: Sizes = Sizes()) -> list[Floor]:
+    """All floors of some parts of a bundle."""
+    bundle = open_bundle(name)
+    roles = {
+        "clap": ("clap",),
+        "separator": ("separator",),
+        "latents": ("latents", "vocoder"),
+        "reward": Scorer.roles,
+        "generation": (*Scorer.roles, "latents", "vocoder", "backbone", "text", "clap_condition"),
+    }
+    wanted = {role for part in parts for role in roles[part]}
+    options = LoadOptions(device="cpu", clip_samples=round(bundle.clip_s * 44_100), instrumental="residual")
+    models = bundle.load(wanted, options)
+    one_thread()
+    scorer = Scorer(models, bundle.protocol("empty"))
+    world = World(seed, bundle.clip_s)
+    measures = {
+        "clap": lambda: retrieval(models, world, sizes),
+        "separator": lambda: separation(models, world, sizes),
+        "latents": lambda: reconstruction(models, world, sizes),
+        "reward": lambda: reward(scorer, world, sizes),
+        "generation": lambda: generation(models, scorer, world, sizes),
+    }
+    return [row for part in parts for row in measures[part]()]
+
+
+class World:
+    """Clips of a seed, composed when they are first asked for."""
+
+    def __init__(self, seed: int, seconds: float) -> None:
+        self.seed, self.seconds = seed, seconds
+        self._clips: dict[int, Clip] = {}
+
+    def __getitem__(self, index: int) -> Clip:
+        if index not in self._clips:
+            self._clips[index] = clip(self.seed, index, self.seconds)
+        return self._clips[index]
+
+    def first(self, count: int) -> list[Clip]:
+        return [self[index] for index in range(count)]
+
+
+def retrieval(models: Models, world: World, sizes: Sizes) -> Iterator[Floor]:
+    """Captions find their clip among 50; chance is 0.02."""
+    clips = world.first(sizes.clips)
+    audio = models.clap.embed_audio([resample(item.mix.mean(axis=0), 44_100, CLAP_SAMPLE_RATE) for item in clips])
+    for name, texts, least in (
+        ("R@1 of 50", [item.caption for item in clips], 0.2),
+        ("R@1 of 50, unseen wordings", [item.unseen for item in clips], 0.12),
+    ):
+        yield Floor("clap", name, recall_at_1(audio, models.clap.embed_text(texts)), least)
+
+
+def separation(models: Models, world: World, sizes: Sizes) -> Iterator[Floor]:
+    """SI-SDR of the instrumental against that of the mix, on clips that sing."""
+    gains: list[float] = []
+    index = 0
+    while len(gains) < sizes.stems:
+        item = world[index]
+        index += 1
+        voice, rest = item.stems["vocals"], item.mix - item.stems["vocals"]
+        if np.square(voice).sum() < 1e-2 * np.square(item.mix).sum():
+            continue
+        result = models.separator.separate([item.mix])[0]
+        gains.append(si_sdr(result.instrumental, rest) - si_sdr(item.mix, rest))
+    yield Floor("separator", "SI-SDR gain of the instrumental, dB", float(np.mean(gains)), 6.0)
+
+
+def reconstruction(models: Models, world: World, sizes: Sizes) -> Iterator[Floor]:
+    """Through VAE and vocoder and back."""
+    rows: list[dict[str, float]] = []
+    index = 0
+    while len(rows) < sizes.copies:
+        item = world[index]
+        index += 1
+        wave = item.mix.mean(axis=0)
+        row = compare_waves(_copy(models, wave), wave)
+        row["pitch"] = math.nan
+        if item.heard.voice:
+            voice = item.stems["vocals"].mean(axis=0)
+            row["pitch"] = pitch_error(_copy(models, voice), voice)
+        rows.append(row)
+    mean = mean_of(rows)
+    pitches = [row["pitch"] for row in rows if not math.isnan(row["pitch"])]
+    yield Floor("latents", "mel error as a share of silence's", mean["mel_of_silence"], most=0.2)
+    yield Floor("latents", "mel error, dB", mean["mel_db"])
+    yield Floor("latents", "pitch of the voice, semitones off (median)", float(np.median(pitches)), most=0.5)
+    yield Floor("latents", "tempo within 2 %, share of the clips", mean["tempo_kept"], 0.7)
+
+
+def _copy(models: Models, wave: np.ndarray) -> np.ndarray:
+    means, _ = models.latents.encode(wave[None])
+    return models.latents.to_audio(means)[0]
+
+
+def reward(scorer: Scorer, world: World, sizes: Sizes) -> Iterator[Floor]:
+    """Fresh votes, extremes, and true quality."""
+    clips = world.first(sizes.clips)
+    scores = _rewards(scorer, [item.mix.mean(axis=0) for item in clips])
+    by_key = {item.key: score for item, score in zip(clips, scores, strict=True)}
+    heard = [Heard(item.key, item.quality, bool(item.heard.voice), item.caption) for item in clips]
+    rows = votes(heard, sizes.votes, world.seed)
+    decided = [row for row in rows if row["label"] != "tie"]
+    margin = np.array([by_key[row["a"]] - by_key[row["b"]] for row in decided])
+    target = np.array([float(row["label"] == "a") for row in decided])
+    accuracy = float(((margin > 0) == (target > 0.5)).mean())
+    best = best_accuracy(heard, Listeners()).knowing_all
+    # half of the votes warm the margins, the other half judge them
+    half = len(decided) // 2
+    warm = margin[half:] / fit_temperature(margin[:half], target[:half])
+    ece = calibration(warm, (warm > 0) == (target[half:] > 0.5)).ece
+    yield Floor("reward", "accuracy on fresh votes", accuracy, 0.75, note=f"best possible {best:.3f}")
+    yield Floor("reward", "below the best possible", best - accuracy, most=0.03)
+    yield Floor("reward", "ECE, with temperature", ece, most=0.05)
+    quality = np.array([item.quality for item in clips])
+    yield Floor("reward", "Spearman with true quality", spearman(scores, quality).rho)
+    rng = np.random.default_rng(world.seed)
+    good = [item.mix.mean(axis=0) for item in clips if item.quality > 0.3][:10]
+    silence, noise = np.zeros_like(good[0]), 0.1 * rng.standard_normal(len(good[0])).astype(np.float32)
+    clipped = [np.clip(10 * wave, -1, 1) for wave in good]
+    music = float(np.median(_rewards(scorer, good)))
+    dead, hiss = _rewards(scorer, [silence, noise])
+    yield Floor("reward", "music above silence", music - float(dead), 0.0)
+    yield Floor("reward", "music above noise", music - float(hiss), 0.0)
+    below = _rewards(scorer, good) - _rewards(scorer, clipped)
+    yield Floor("reward", "clean above 20 dB of clipping, share", float((below > 0).mean()), 0.9)
+
+
+def _rewards(scorer: Scorer, waves: Sequence[np.ndarray]) -> np.ndarray:
+    embeddings = scorer.embed(waves)
+    return scorer.rewards(embeddings, np.zeros((len(waves), 512), np.float32))
+
+
+def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> Iterator[Floor]:
+    """What generated clips obey, by judges of stated accuracy; and whether quality rises with the score asked for."""
+    truth = world.first(sizes.judges)
+    waves = [_copy(models, item.mix.mean(axis=0)) for item in truth]
+    known = scorer.embed(waves)
+    rewards = scorer.rewards(known, np.zeros((len(waves), 512), np.float32))
+    middle, spread = float(rewards.mean()), float(rewards.std())
+    good = middle + spread
+    rng = np.random.default_rng(world.seed)
+    texts = [caption(world[sizes.judges + i].heard, rng) for i in range(sizes.generated)]
+    heard = [world[sizes.judges + i].heard for i in range(sizes.generated)]
+    made = generate(models, texts, good, world.seed)
+    embedded = scorer.embed(made)
+    recall = recall_at_1(embedded.clap, models.clap.embed_text(texts), of=8)
+    yield Floor("generation", "captions find their clip among 8", recall, 0.5, note="chance 0.125")
+    for name, least, labels, asked in (
+        ("drums or none", 0.85, [bool(i.heard.kit) for i in truth], [bool(a.kit) for a in heard]),
+        ("voice or none", 0.85, [bool(i.heard.voice) for i in truth], [bool(a.voice) for a in heard]),
+    ):
+        obeyed, judge = _judged(known, labels, embedded, asked)
+        yield Floor("generation", name, obeyed, least, note=f"the judge is right about {judge:.0%} of true clips")
+    slow = [i for i, item in enumerate(truth) if item.heard.tempo_word != "medium"]
+    pace = [i for i, one in enumerate(heard) if one.tempo_word != "medium"]
+    part = Embeddings(known.clap[slow], known.mert[slow])
+    obeyed, judge = _judged(
+        part,
+        [truth[i].heard.tempo_word == "fast" for i in slow],
+        Embeddings(embedded.clap[pace], embedded.mert[pace]),
+        [heard[i].tempo_word == "fast" for i in pace],
+    )
+    yield Floor("generation", "slow or fast", obeyed, 0.8, note=f"the judge is right about {judge:.0%} of true clips")
+    few = texts[: max(4, sizes.generated // 4)]
+    rewarded, quality, asked_for = [], [], []
+    for step in SCORES:
+        clips = generate(models, few, middle + step * spread, world.seed)
+        rewarded += _rewards(scorer, clips).tolist()
+        quality += [estimate(measure(wave[None]))[1] for wave in clips]
+        asked_for += [step] * len(few)
+    per_step = np.array(quality).reshape(len(SCORES), -1).mean(axis=1)
+    yield Floor("generation", "Spearman of score and reward", spearman(np.array(asked_for), np.array(rewarded)).rho)
+    yield Floor(
+        "generation",
+        "Spearman of score and estimated quality, means of five scores",
+        spearman(np.array(SCORES), per_step).rho,
+        0.5,
+        note=f"over clips {spearman(np.array(asked_for), np.array(quality)).rho:.2f}",
+    )
+
+
+def generate(models: Models, texts: Sequence[str], score: float, seed: int, steps: int = 25) -> list[np.ndarray]:
+    """(samples,) float32 at 44.1 kHz for each text; without the prefix and the negative prompt of the paper, whose words
+    a small text encoder has never read."""
+    config = SamplerConfig(steps=steps, score=score, prefix="", negative_prompt="")
+    sampler = Sampler([models.backbone], models.text, models.clap_condition, config)
+    draws = [Draw(text, f"floor{i}", seed) for i, text in enumerate(texts)]
+    return [models.latents.to_audio(latents[None])[0] for latents in sampler.sample(draws).latents]
+
+
+def _judged(
+    known: Embeddings, labels: Sequence[bool], unknown: Embeddings, asked: Sequence[bool]
+) -> tuple[float, float]:
+    """Share of the unknown that is judged to be what was asked for, and of the known that is judged rightly in five
+    folds."""
+    features = np.concatenate([_features(known), _features(unknown)]).astype(np.float64)
+    n, truth = len(labels), np.array(labels, float)
+    folds = np.arange(n) % 5
+    right = []
+    for fold in range(5):
+        guess = ridge(features[:n], truth[:, None], folds == fold)[:, 0]
+        right.append((guess > 0.5) == (truth[folds == fold] > 0.5))
+    test = np.arange(len(features)) >= n
+    targets = np.concatenate([truth, np.zeros(len(asked))])[:, None]
+    verdict = ridge(features, targets, test)[:, 0] > 0.5
+    return float((verdict == np.array(asked)).mean()), float(np.concatenate(right).mean())
+
+
+def _features(embeddings: Embeddings) -> np.ndarray:
+    return np.concatenate([embeddings.clap, embeddings.mert], axis=1)
