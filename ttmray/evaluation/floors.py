@@ -280,8 +280,10 @@ def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> It
 
 
 def generate(models: Models, texts: Sequence[str], score: float, seed: int, steps: int = 25) -> list[np.ndarray]:
-    """(samples,) float32 at 44.1 kHz for each text; without the prefix and the negative prompt of the paper, whose words
-    a small text encoder has never read."""
+    """(samples,) float32 at 44.1 kHz for each text.
+
+    Without the prefix and the negative prompt of the paper, whose words a small text encoder has never read.
+    """
     config = SamplerConfig(steps=steps, score=score, prefix="", negative_prompt="")
     sampler = Sampler([models.backbone], models.text, models.clap_condition, config)
     draws = [Draw(text, f"floor{i}", seed) for i, text in enumerate(texts)]
