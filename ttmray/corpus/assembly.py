@@ -50,6 +50,9 @@ class CorpusJob(Job):
     def makers(self) -> Makers:
         config = self.corpus
         decode = DecodeTracks if config.separation.scope == "track" else Decode
+        write = WriteAudio if config.keep_audio else Write
+        extra = [(_extra_class(given), given.options) for given in config.extra_stages]
+        columns = {name: kind for stage, _ in extra for name, kind in stage.columns.items()}
         makers: dict[type[Stage], Callable[[Models], Stage]] = {
             decode: lambda _: decode(
                 Folder(self.root),
@@ -63,21 +66,15 @@ class CorpusJob(Job):
             Measure: lambda _: Measure(config.silence_dbfs),
             Separate: lambda models: Separate(models.separator),
             Score: lambda models: Score(_scorer(config, models)),
+            **({} if (peak := config.latent_peak) is None else {Level: lambda _: Level(peak, config.silence_dbfs)}),
             Encode: lambda models: Encode(models.latents, config.runtime.batch),
             Text: Text,
+            write: lambda _: write(Folder.at(config.output), columns),
         }
         order = list(makers)
-        if (peak := config.latent_peak) is not None:
-            makers[Level] = lambda _: Level(peak, config.silence_dbfs)
-            order.insert(order.index(Encode), Level)
-        write = WriteAudio if config.keep_audio else Write
-        order.append(write)
-        extra = [(_extra_class(given), given.options) for given in config.extra_stages]
         for stage, options in extra:
             makers[stage] = _maker(stage, _load_options(config), options)
             order = _placed(order, stage)
-        columns = {name: kind for stage, _ in extra for name, kind in stage.columns.items()}
-        makers[write] = lambda _: write(Folder.at(config.output), columns)
         return {stage: makers[stage] for stage in order}
 
     def load(self, roles: Collection[str]) -> Models:
@@ -135,9 +132,8 @@ def _extra_class(given: ExtraStage) -> type[Stage]:
     try:
         inspect.signature(stage).bind(None, None, **given.options)
     except TypeError as error:
-        raise UserError(
-            f"{field} does not take its options: {error}", "It is made as Class(models, load, **options)."
-        ) from error
+        way_out = "It is made as Class(models, load, **options)."
+        raise UserError(f"{field} does not take its options: {error}", way_out) from error
     return stage
 
 

@@ -225,9 +225,3 @@ class CorpusConfig(Config):
         if self.limits.max_duration_s < self.segments.min_s:
             raise ValueError("limits.max_duration_s must not be shorter than segments.min_s")
         return self
-
-    def failures_allowed(self, planned: int) -> int:
-        """How many failed rows of `planned` still count as success."""
-        if isinstance(self.max_failures, int):
-            return self.max_failures
-        return int(planned * float(self.max_failures.rstrip("%")) / 100)

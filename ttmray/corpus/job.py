@@ -77,7 +77,7 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
         job = CorpusJob(config.model_dump_json(), plan.root, described["protocol_id"])
         (run_ray if config.runtime.runner == "ray" else run_local)(job, units, done)
 
-    return carry_out(run, plan, described, todo, work, config.failures_allowed, started=started)
+    return carry_out(run, plan, described, todo, work, config.max_failures, started)
 
 
 def not_committed(run: Folder, plan: Plan) -> list[Unit]:
@@ -96,8 +96,7 @@ def carry_out(
     described: dict[str, Any],
     todo: Sequence[Unit],
     work: Work,
-    failures_allowed: Callable[[int], int],
-    *,
+    max_failures: int | str,
     started: float,
     more: More | None = None,
     way_out: str = "Mend the cause and start again with --retry-failed.",
@@ -108,7 +107,7 @@ def carry_out(
         described: `run.json`.
         todo: units that are not committed.
         work: makes units, and gives each one to its second argument once it is committed.
-        failures_allowed: by the number of rows, how many of them may fail.
+        max_failures: rows that may fail: a count, or a share such as `1%`.
         started: time at which the launch began, as of `time.time`.
         more: see `finalise`.
         way_out: where most rows fail.
@@ -142,7 +141,7 @@ def carry_out(
     summary["this_launch"] = {"clips": counts[OK], "rejected": counts[REJECTED], "failed": counts[FAILED]}
     for line in summary_lines(summary, run):
         console.print(line, markup=False)
-    allowed = failures_allowed(summary["rows"]["total"])
+    allowed = _failures_allowed(max_failures, summary["rows"]["total"])
     if summary["rows"][FAILED] > allowed:
         console.print(f"[red]{summary['rows'][FAILED]} rows failed, {allowed} are allowed (max_failures)[/red]")
         return EXIT_TOO_MANY_FAILURES
@@ -222,6 +221,10 @@ def _forget_failed(run: Folder) -> None:
             run.delete("index.parquet")
             run.delete(f"{index.INDEX}/{name}.parquet")
             console.print(f"retrying {name}")
+
+
+def _failures_allowed(bound: int | str, rows: int) -> int:
+    return bound if isinstance(bound, int) else int(rows * float(bound.rstrip("%")) / 100)
 
 
 def _stop_if_hopeless(unit: Unit, counts: Counter[str], way_out: str) -> None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ttmray.models.separator import Separator
     from ttmray.models.vae import LatentEncoder
 
+Segments = Sequence[tuple[int, int]]
+"""First sample, and the one behind the last."""
 MIN_PEAK = 1e-6
 """What is below is never scaled up: the public loader rejects files of such a peak."""
 
@@ -123,7 +125,7 @@ class Decode(Stage):
         segments = segment.partition(frames, rate, self.rule)
         if not segments:
             raise ClipError("rejected", "too_short", f"{frames / rate:.2f} s, shorter than {self.rule.min_s:g} s")
-        clips = self._cut(audio, rate, segments, track, unit)
+        clips = self._cut(unit, track["track_id"], audio, rate, segments)
         for i, ((start, end), clip) in enumerate(zip(segments, clips, strict=True)):
             yield (
                 clip,
@@ -135,14 +137,7 @@ class Decode(Stage):
                 },
             )
 
-    def _cut(
-        self,
-        audio: np.ndarray,
-        rate: int,
-        segments: Sequence[tuple[int, int]],
-        track: dict[str, Any],
-        unit: Unit,
-    ) -> Iterator[np.ndarray]:
+    def _cut(self, unit: Unit, track: str, audio: np.ndarray, rate: int, segments: Segments) -> Iterator[np.ndarray]:
         """(channels, samples) at 44.1 kHz of each segment of a decoded track."""
         for start, end in segments:
             same = rate == SAMPLE_RATE
@@ -155,17 +150,10 @@ class DecodeTracks(Decode):
 
     writes = ("mix", "track_audio")
 
-    def _cut(
-        self,
-        audio: np.ndarray,
-        rate: int,
-        segments: Sequence[tuple[int, int]],
-        track: dict[str, Any],
-        unit: Unit,
-    ) -> Iterator[np.ndarray]:
+    def _cut(self, unit: Unit, track: str, audio: np.ndarray, rate: int, segments: Segments) -> Iterator[np.ndarray]:
         whole = audio_io.resample(audio, rate, SAMPLE_RATE)
-        whole = np.repeat(whole, 2, axis=0) if whole.shape[0] == 1 else whole
-        unit.track_audio[track["track_id"]] = whole
+        whole = np.repeat(whole, 2 // len(whole), axis=0)
+        unit.track_audio[track] = whole
         for start, _ in segments:
             first = round(start * SAMPLE_RATE / rate)
             yield whole[:, first : first + self.samples]

@@ -89,21 +89,10 @@ def generate_pool(config: CandidatesConfig) -> int:
         for unit in each(partial(whole_worker, job.to_json()), units, config.runtime.pool):
             done(unit)
 
-    def more(table: pa.Table, metadata: Sequence[dict[str, Any]]) -> tuple[pa.Table, dict[str, Any]]:
-        return _more(run, table, metadata, config, prompts.held_out)
-
+    way_out = "Mend the cause and start with a new output folder."
+    more = partial(_more, run, config, prompts.held_out)
     try:
-        return carry_out(
-            run,
-            plan,
-            described,
-            todo,
-            work,
-            lambda _: config.max_failures,
-            started=started,
-            more=more,
-            way_out="Mend the cause and start with a new output folder.",
-        )
+        return carry_out(run, plan, described, todo, work, config.max_failures, started, more, way_out)
     except UserError:
         if existing is None and not index.committed_units(run):
             run.delete(RUN)  # settings that made nothing shall not bind the folder
@@ -246,7 +235,7 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: in
 
 
 def _more(
-    run: Folder, table: pa.Table, units: Sequence[dict[str, Any]], config: CandidatesConfig, left_out: int
+    run: Folder, config: CandidatesConfig, left_out: int, table: pa.Table, units: Sequence[dict[str, Any]]
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of all units with `COLUMNS`, and what the summary says beside that of a corpus.
 
