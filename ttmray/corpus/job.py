@@ -133,7 +133,7 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
         "separation": SEPARATION,
         "protocol": json.loads(json.dumps(asdict(protocol))),
     }
-    packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyarrow")
+    packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyloudnorm", "pyarrow")
     return runs.describe(
         "corpus", what, config, packages, protocol_id=f"{bundle.name}/{protocol.id()}", note=bundle.note
     )
