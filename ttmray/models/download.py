@@ -188,6 +188,7 @@ def _from_address(remote: Remote, part: Path, label: str, size: int | None, way_
             fetch(remote.url, file, None)
     except requests.HTTPError as error:
         answer = error.response
+        assert answer is not None  # raise_for_status gives it
         if answer.status_code == 416 and offset and _number(answer.headers.get("Content-Range")) == offset:
             return  # complete already: an earlier process was stopped before it gave the file its name
         if answer.status_code == 416:
