@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ttmray.config import load_config
-from ttmray.corpus import index
+from ttmray.corpus import index, pipeline
+from ttmray.corpus.guard import MAX_ATTEMPTS
+from ttmray.corpus.pipeline import StageWorker, run_alone
 from ttmray.corpus.shards import read_samples
 from ttmray.corpus.unit import Unit
 from ttmray.corpus.upgrade import upgrade
@@ -23,7 +25,7 @@ from ttmray.corpus.verify import problems
 from ttmray.errors import UserError
 from ttmray.generation.filter import read_pool
 from ttmray.generation.pool import choose_prompts, generate_pool, most_similar, plan_pool
-from ttmray.generation.pool_worker import CandidatesConfig, Vocode, Worker
+from ttmray.generation.pool_worker import CandidatesConfig, Vocode
 from ttmray.generation.sampler import Draw, Sampler, noise
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
@@ -66,10 +68,10 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on no models may be loaded."""
 
-    def refuse(self: Worker, config: str, protocol: str) -> None:
+    def refuse(self: StageWorker, *_: object) -> None:
         raise AssertionError("models are loaded")
 
-    monkeypatch.setattr(Worker, "__init__", refuse)
+    monkeypatch.setattr(StageWorker, "__init__", refuse)
 
 
 def rows(run: Path) -> dict[str, dict[str, Any]]:
@@ -191,8 +193,8 @@ def test_only_what_is_not_committed_is_made_and_bytes_are_the_same(prompts, run,
     stray = run / "shards" / "u000001-000000000000.tar"  # of a writer that was killed before its commit
     stray.write_bytes(b"half")
     made = []
-    call = Worker.__call__
-    monkeypatch.setattr(Worker, "__call__", lambda self, unit: made.append(unit.name) or call(self, unit))
+    call = StageWorker.on_unit
+    monkeypatch.setattr(StageWorker, "on_unit", lambda self, unit: made.append(unit.name) or call(self, unit))
     assert generate_pool(make(prompts, run)) == 0
     assert made == ["u000001"]
     assert files(run) == files(finished)
@@ -204,6 +206,21 @@ def test_a_pool_that_was_killed_before_its_end_is_finished_without_models(prompt
     assert generate_pool(make(prompts, run)) == 0
     assert files(run) == files(finished)
     assert (run / "_SUCCESS.json").exists()
+
+
+@pytest.mark.slow
+def test_a_unit_that_killed_each_process_runs_alone_and_has_the_same_bytes(prompts, run, finished, monkeypatch):
+    for name in ("index/u000001.parquet", "index.parquet", "_SUCCESS.json"):
+        (run / name).unlink()
+    (run / "attempts").mkdir(exist_ok=True)
+    for n in range(MAX_ATTEMPTS):
+        (run / f"attempts/u000001.all.{n}").write_bytes(b"")
+    alone = []
+    monkeypatch.setattr(pipeline, "run_alone", lambda *given: alone.append(given[2].name) or run_alone(*given))
+    assert generate_pool(make(prompts, run)) == 0
+    assert alone == ["u000001"]
+    assert files(run) == files(finished)
+    assert not list((run / "attempts").iterdir())
 
 
 def test_captions_can_have_the_prefix_and_scores_stay_those_of_the_prompt(finished, prompts, tmp_path):

@@ -137,10 +137,11 @@ def makers(files: FolderFiles, options: "LoadOptions", device: str, vocoder: boo
     from ttmray.models.bigvgan import load_bigvgan
     from ttmray.models.bundle import clap_of, separator_of
     from ttmray.models.griffin_lim import GriffinLim
+    from ttmray.models.latents import LatentEncoder
     from ttmray.models.mert import load_mert
     from ttmray.models.separator import load_separator
     from ttmray.models.t5 import load_text_encoder
-    from ttmray.models.vae import LatentEncoder, load_vae
+    from ttmray.models.vae import load_vae
 
     def clap(role: str) -> Any:
         folder = files.folder(role)
