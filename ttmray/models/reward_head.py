@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 HEAD = "tunejury"
 """Stem of the weights and of their sidecar in a ranker run."""
+NO_FEATURES = ("separator", "latents", "text", "clap_condition", "backbone", "vocoder")
+"""Roles of a bundle in a folder that no head reads anything of."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,10 @@ def require_same_encoders(head: RewardHead, bundle: Mapping[str, Any], whose: st
 
 
 def encoders_of(bundle: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a bundle's identity that has nothing to do with its reward head."""
+    """The part of a bundle's identity that decides the features which its reward head reads."""
     parts = {name: value for name, value in bundle.items() if name != "head"}
     if "weights" in parts:
-        # the backbone of a bundle makes no feature, and is trained when the others have long been used
-        others = (HEAD, "backbone")
+        others = (HEAD, *(f"{role}/" for role in NO_FEATURES))
         parts["weights"] = {name: sha for name, sha in parts["weights"].items() if not name.startswith(others)}
     return parts
 
