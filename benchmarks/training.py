@@ -48,9 +48,10 @@ from ttmray.storage import Folder
 from ttmray.training.config import RuntimeConfig, TrainConfig, ValidationConfig
 from ttmray.training.data import DataConfig, Samples, SourceConfig
 from ttmray.training.flow_matching import Batch, flow_losses
-from ttmray.training.loop import Losses, Ranks, train
+from ttmray.training.loop import train
 from ttmray.training.memory import peak_flops, split_batch, step_flops
 from ttmray.training.schedule import learning_rate
+from ttmray.training.task import Losses, Ranks
 
 FP32_TARGET, BF16_TARGET, MFU_TARGET = 1.15, 2.5, 45.0
 MEMORY_GB = 24.0

@@ -25,8 +25,9 @@ from ttmray.training.checkpoint import committed
 from ttmray.training.config import TrainConfig
 from ttmray.training.cross_load import report_cross_load
 from ttmray.training.logbook import METRICS
-from ttmray.training.loop import CHECKPOINTS, Ranks, Task, train, trajectory
+from ttmray.training.loop import CHECKPOINTS, train, trajectory
 from ttmray.training.memory import Split, split_batch
+from ttmray.training.task import Ranks, Task
 
 MakeTask = Callable[[TrainConfig, torch.device], Task]
 

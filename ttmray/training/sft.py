@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ from ttmray.training.data import (
     open_with_held_out,
 )
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.loop import Losses, Task
 from ttmray.training.memory import step_flops
+from ttmray.training.task import Losses, Task
 from ttmray.training.tensors import pack, unpack
 
 EMPTY_TEXT = "empty_text.safetensors"
@@ -115,7 +115,7 @@ class SftTask:
     def sample(self, folder: Folder, step: int) -> None:
         write_samples(self.model, self.config, self.bundle, folder, step)
 
-    def note(self, start: int, stop: int) -> dict[str, Any]:
+    def note(self, start: int, stop: int, lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {"drawn": self.mixture.counts(start, stop)} if len(self.mixture.sources) > 1 else {}
 
 
