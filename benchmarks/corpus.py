@@ -47,14 +47,13 @@ from common import Line, Measured, machine, one_core, report, run_measured, spre
 
 from ttmray.audio import segment
 from ttmray.config import load_config
+from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.pipeline import run_local
 from ttmray.corpus.plan import build_plan
-from ttmray.corpus.running import Job, run_stages
-from ttmray.corpus.stages import STAGES, Context, Decode
+from ttmray.corpus.running import run_stages
 from ttmray.corpus.unit import OK, Unit
-from ttmray.models.bundle import Models
 from ttmray.models.scoring import SAMPLE_RATE
 from ttmray.synth.songs import write_demo_songs
 
@@ -146,7 +145,7 @@ def decode_lines(inputs: Inputs, size: Size) -> list[Line]:
     for folder, label in ((inputs.mp3, "44.1 kHz"), (folder48, "48 kHz")):
         paths = [path for path in sorted(folder.rglob("*.mp3")) if "odd" not in path.parts]
         config = configure(f"input={folder}", "output=unused")
-        stage = Decode(Context(config, str(folder), "benchmark", Models()))
+        (stage,) = CorpusJob(config.model_dump_json(), str(folder), "benchmark").build(["decode"]).stages
         tracks = [_track(folder, path) for path in paths]
         seconds = sum(soundfile.info(path).duration for path in paths)
         ratios, rates, bare_rates = [], [], []
@@ -219,17 +218,18 @@ def pool_lines(inputs: Inputs, size: Size) -> list[Line]:
     catalogue = build_catalogue(config.input, config.catalogue)
     units = [(name, tracks) for name, tracks in build_plan(catalogue, config).units()]
 
-    def job(output: Path) -> Job:
-        return Job(config.model_copy(update={"output": str(output)}).model_dump_json(), config.input, "benchmark")
+    def job(output: Path) -> CorpusJob:
+        return CorpusJob(config.model_copy(update={"output": str(output)}).model_dump_json(), config.input, "benchmark")
 
     with tempfile.TemporaryDirectory(dir=inputs.work) as scratch:
-        stages = job(Path(scratch) / "straight").build(tuple(STAGES))
-        run_stages(stages, Unit(*units[0]))  # warm caches
+        straight = job(Path(scratch) / "straight")
+        chain = straight.build([stage.name for stage in straight.stages()])
+        run_stages(chain, Unit(*units[0]))  # warm caches
         straight_s, pool_s, clips = [], [], 0
         for repeat in range(size.repeats):
             started = time.perf_counter()
             for name, tracks in units:
-                run_stages(stages, Unit(name, tracks))
+                run_stages(chain, Unit(name, tracks))
             straight_s.append(time.perf_counter() - started)
 
             begun: list[float] = []

@@ -17,9 +17,8 @@ from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig, SegmentConfig
 from ttmray.corpus.finalise import finalise
 from ttmray.corpus.plan import SCHEMA, Plan, pack_units
-from ttmray.corpus.stages import Context, Write
+from ttmray.corpus.stages import Write
 from ttmray.corpus.unit import Unit
-from ttmray.models.bundle import Models
 from ttmray.models.protocol import Protocol
 from ttmray.runs import RUN
 from ttmray.storage import Folder
@@ -60,12 +59,12 @@ def write_random_corpus(
     described |= {"config": config.model_dump(mode="json"), "note": "random numbers: they mean nothing"}
     run.write(RUN, json.dumps(described).encode())
     plan.save(run)
-    write = Write(Context(config, "", PROTOCOL, Models()))
+    write = Write(run)
     for number, (name, rows) in enumerate(plan.units()):
         if committed is not None and number >= committed:
             return run
         write(_unit(name, rows, latent, text, np.random.default_rng((seed, number))))
-    finalise(run, plan, config, described, {}, 0.0)
+    finalise(run, plan, described, {}, 0.0)
     return run
 
 

@@ -10,11 +10,11 @@ import pytest
 import soundfile
 
 from ttmray.config import load_config
+from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.corpus.plan import Plan, build_plan
-from ttmray.corpus.running import Job
 from ttmray.corpus.unit import Unit
 from ttmray.models.bundle import open_bundle
 
@@ -72,14 +72,14 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepare() -> Callable[[CorpusConfig], tuple[Job, Plan, list[Unit]]]:
+def prepare() -> Callable[[CorpusConfig], tuple[CorpusJob, Plan, list[Unit]]]:
     """Plan of a config, as the job makes it, without running anything."""
 
-    def prepare(config: CorpusConfig) -> tuple[Job, Plan, list[Unit]]:
+    def prepare(config: CorpusConfig) -> tuple[CorpusJob, Plan, list[Unit]]:
         plan = build_plan(build_catalogue(config.input, config.catalogue), config)
         bundle = open_bundle(config.bundle)
         protocol = f"{bundle.name}/{bundle.protocol(config.reward_text).id()}"
-        job = Job(config=config.model_dump_json(), root=plan.root, protocol=protocol)
+        job = CorpusJob(config=config.model_dump_json(), root=plan.root, protocol=protocol)
         return job, plan, [Unit(name, tracks) for name, tracks in plan.units()]
 
     return prepare

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttmray.corpus import index, pipeline
+from ttmray.corpus import index
+from ttmray.corpus.assembly import CorpusJob, stage_classes
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.corpus.pipeline import StageWorker, run_alone, run_local
@@ -18,7 +19,7 @@ from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 
-Prepare = Callable[[CorpusConfig], tuple[Job, Plan, list[Unit]]]
+Prepare = Callable[[CorpusConfig], tuple[CorpusJob, Plan, list[Unit]]]
 
 
 def contents(run: Path) -> dict[str, object]:
@@ -88,7 +89,7 @@ def test_the_layout_of_processes_does_not_change_the_index(
 def test_every_layout_runs_each_stage_once_and_in_order(make_config, scope, fuse):
     config = make_config("in", "out", f"runtime.fuse={fuse}", f"separation.scope={scope}")
     groups = layout(config, gpus=0)
-    assert [stage for _, stages in groups for stage in stages] == list(pipeline.STAGES)
+    assert [stage for _, stages in groups for stage in stages] == [stage.name for stage in stage_classes(config)]
     assert len({name for name, _ in groups}) == len(groups) <= 5
     if scope == "track":  # whole tracks are too large to travel
         (first,) = [stages for _, stages in groups if "decode" in stages]
@@ -123,8 +124,8 @@ def test_clips_that_run_alone_are_scaled_by_the_peak_of_their_track(songs, make_
         return decoded
 
     assert len(unit.tracks) < len(instrumentals().rows)
-    together = run_stages(job.build(("encode",)), instrumentals())
-    alone = run_alone(job, ("encode",), instrumentals(), timeout_s=120)
+    together = run_stages(job.build(("level", "encode")), instrumentals())
+    alone = run_alone(job, ("level", "encode"), instrumentals(), timeout_s=120)
     np.testing.assert_array_equal(alone.clips["latent_mean"], together.clips["latent_mean"])
 
 
@@ -134,7 +135,7 @@ def test_a_unit_that_runs_alone_through_all_stages_is_committed_with_the_same_by
 ):
     config = make_config(songs, tmp_path / "run")
     job, _, (unit, *_) = prepare(config)
-    run_alone(job, tuple(pipeline.STAGES), unit, timeout_s=120)
+    run_alone(job, [stage.name for stage in job.stages()], unit, timeout_s=120)
     assert contents(tmp_path / "run") == {unit.name: contents(finished_run)[unit.name]}
 
 
@@ -160,6 +161,7 @@ def test_a_job_travels_as_text(make_config, prepare: Prepare, songs, tmp_path):
     config = make_config(songs, tmp_path / "run")
     job, _, _ = prepare(config)
     again = Job.from_json(job.to_json())
+    assert isinstance(again, CorpusJob)
     assert again == job
     assert again.corpus == config
 

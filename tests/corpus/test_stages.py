@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,24 @@ import torch
 from ttmray.audio import io as audio_io
 from ttmray.config import load_config
 from ttmray.corpus import index, shards
+from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.running import run_stages
-from ttmray.corpus.stages import STAGES, Context
+from ttmray.corpus.running import Chain, run_stages
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import UserError
 from ttmray.models.bundle import ROLES, LoadOptions, Models, open_bundle
 from ttmray.storage import Folder
 
 SAMPLES = 441_000
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stages are made of, with models that are loaded once."""
+
+    config: CorpusConfig
+    root: str
+    models: Models
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def context(models: Models, tmp_path: Path) -> Context:
     """The config's defaults, songs and output below the test's own folder."""
     config = load_config(CorpusConfig, None, [f"input={tmp_path}/songs", f"output={tmp_path}/run"])
     (tmp_path / "songs").mkdir()
-    return Context(config, f"{tmp_path}/songs", "debug/test", models)
+    return Context(config, f"{tmp_path}/songs", models)
 
 
 def with_config(context: Context, *sets: str) -> Context:
@@ -58,8 +67,10 @@ def tone(seconds: float, rate: int, channels: int = 2, gain: float = 0.3) -> np.
     return np.stack([gain * np.sin(2 * np.pi * (220 + 110 * c) * t) for c in range(channels)], axis=1)
 
 
-def stages(context: Context, *names: str) -> list[Any]:
-    return [STAGES[name](context) for name in names]
+def stages(context: Context, *names: str) -> Chain:
+    """Stages of these names, in the order of the run; all where none is named."""
+    job = CorpusJob(context.config.model_dump_json(), context.root, "debug/test")
+    return job.build(names or [stage.name for stage in job.stages()], context.models)
 
 
 def decoded(context: Context, *tracks: dict[str, Any]) -> Unit:
@@ -207,7 +218,7 @@ def test_a_clip_whose_channels_cancel_is_silent_as_the_models_hear_their_mean(co
 def test_the_loudest_sample_that_is_music_is_a_setting(context):
     soundfile.write(f"{context.root}/loud.wav", 40 * tone(6, 44100), 44100, subtype="FLOAT")
     for peak, reason in ((10, "too_loud"), (20, "")):
-        (decode,) = stages(with_config(context, f"limits.max_peak={peak}"), "decode")
+        (decode,) = stages(with_config(context, f"limits.max_peak={peak}"), "decode").stages
         rows = decode(Unit("u000000", [track("loud.wav")])).rows
         assert {row["reason"] for row in rows} == {reason}
 
@@ -293,7 +304,7 @@ def test_a_float_file_far_beyond_full_scale_costs_its_own_clip_at_most(context, 
     soundfile.write(tmp_path / "songs/a.wav", tone(5, 44100), 44100)
     soundfile.write(tmp_path / "songs/b.wav", tone(5, 44100, gain=peak), 44100, subtype="FLOAT")
     unit = Unit("u000000", [track("a.wav"), track("b.wav")])
-    unit = run_stages(stages(context, *STAGES), unit)
+    unit = run_stages(stages(context), unit)
     assert unit.rows[0]["status"] == OK
     (table, _), *_ = index.read_units(Folder.at(context.config.output), ["u000000"])
     numbers = [value for row in table.to_pylist() for value in row.values() if isinstance(value, float)]
@@ -337,7 +348,7 @@ def test_the_reward_uses_the_caption_only_where_the_config_says_so(context):
 
 
 def test_a_caption_cache_does_not_change_scores(context):
-    (score,) = stages(context, "score")
+    (score,) = stages(context, "score").stages
     first = score(unit_of(mix_mono=waves(0.1, 0.2), instrumental=waves(0.1, 0.2))).rows
     again = score(unit_of(mix_mono=waves(0.1, 0.2), instrumental=waves(0.1, 0.2))).rows
     assert first == again
@@ -367,10 +378,10 @@ def test_the_level_of_the_latents_is_that_of_the_source_unless_a_peak_is_set(con
     seen = encoded_audio(monkeypatch, models)
     unit = unit_of_tracks((0.4, 0.1), (0.05,), (5e-5,))
     source = unit.clips["instrumental"].copy()
-    plain = run_stages(stages(context, "encode"), unit)
+    plain = run_stages(stages(context, "level", "encode"), unit)
     np.testing.assert_array_equal(seen.pop(), source)
     context = with_config(context, "latent_peak=0.95", "keep_audio=true")
-    scaled = run_stages(stages(context, "encode"), unit_of_tracks((0.4, 0.1), (0.05,), (5e-5,)))
+    scaled = run_stages(stages(context, "level", "encode"), unit_of_tracks((0.4, 0.1), (0.05,), (5e-5,)))
     factors = np.array([0.95 / 0.4, 0.95 / 0.4, 0.95 / 0.05, 1.0])  # the last one counts as silent
     (batch,) = seen
     np.testing.assert_allclose(batch, source * factors[:, None], rtol=1e-4, atol=1e-7)
@@ -383,7 +394,7 @@ def test_the_level_of_the_latents_is_that_of_the_source_unless_a_peak_is_set(con
 def test_clips_that_are_encoded_alone_have_the_peak_of_their_track(context, models, monkeypatch):
     context = with_config(context, "latent_peak=0.95")
     gains = ((0.4, 0.1), (0.2,))
-    whole = run_stages(stages(context, "encode"), unit_of_tracks(*gains))
+    whole = run_stages(stages(context, "level", "encode"), unit_of_tracks(*gains))
     real = models.latents.encode
 
     def one_at_most(waves: np.ndarray, *more: Any) -> Any:
@@ -392,7 +403,7 @@ def test_clips_that_are_encoded_alone_have_the_peak_of_their_track(context, mode
         return real(waves, *more)
 
     monkeypatch.setattr(models.latents, "encode", one_at_most)
-    alone = run_stages(stages(context, "encode"), unit_of_tracks(*gains))
+    alone = run_stages(stages(context, "level", "encode"), unit_of_tracks(*gains))
     assert [row["status"] for row in alone.rows] == [OK] * 3
     for name in ("latent_mean", "latent_std"):
         np.testing.assert_array_equal(alone.clips[name], whole.clips[name])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ttmray.corpus import worker as worker_module
-from ttmray.corpus.running import Job
+from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.corpus.worker import Worker, WorkerDied, WorkerError
 from ttmray.errors import UserError
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 
 @pytest.fixture
-def unit_and_job(songs, make_config, prepare, tmp_path) -> tuple[Unit, Job]:
+def unit_and_job(songs, make_config, prepare, tmp_path) -> tuple[Unit, CorpusJob]:
     job, _, (unit, *_) = prepare(make_config(songs, tmp_path / "run", "unit_clips=8"))
     return unit, job
 

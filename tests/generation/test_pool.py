@@ -17,6 +17,7 @@ from synthetic_corpus import write_random_corpus
 
 from ttmray.config import load_config
 from ttmray.corpus import index
+from ttmray.corpus.pipeline import StageWorker
 from ttmray.corpus.shards import read_samples
 from ttmray.corpus.unit import Unit
 from ttmray.corpus.upgrade import upgrade
@@ -24,7 +25,7 @@ from ttmray.corpus.verify import problems
 from ttmray.errors import UserError
 from ttmray.generation.filter import read_pool
 from ttmray.generation.pool import choose_prompts, generate_pool, most_similar, plan_pool
-from ttmray.generation.pool_worker import CandidatesConfig, Vocode, Worker
+from ttmray.generation.pool_worker import CandidatesConfig, Vocode
 from ttmray.generation.sampler import Draw, Sampler, noise
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
@@ -66,10 +67,10 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on no models may be loaded."""
 
-    def refuse(self: Worker, config: str, protocol: str) -> None:
+    def refuse(self: StageWorker, *_: object) -> None:
         raise AssertionError("models are loaded")
 
-    monkeypatch.setattr(Worker, "__init__", refuse)
+    monkeypatch.setattr(StageWorker, "__init__", refuse)
 
 
 def rows(run: Path) -> dict[str, dict[str, Any]]:
@@ -191,8 +192,8 @@ def test_only_what_is_not_committed_is_made_and_bytes_are_the_same(prompts, run,
     stray = run / "shards" / "u000001-000000000000.tar"  # of a writer that was killed before its commit
     stray.write_bytes(b"half")
     made = []
-    call = Worker.__call__
-    monkeypatch.setattr(Worker, "__call__", lambda self, unit: made.append(unit.name) or call(self, unit))
+    call = StageWorker.on_unit
+    monkeypatch.setattr(StageWorker, "on_unit", lambda self, unit: made.append(unit.name) or call(self, unit))
     assert generate_pool(make(prompts, run)) == 0
     assert made == ["u000001"]
     assert files(run) == files(finished)

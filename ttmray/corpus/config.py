@@ -158,6 +158,15 @@ class RuntimeConfig(Config):
         return value
 
 
+class ExtraStage(Config):
+    """A stage from outside of the package, which adds columns to the index (see corpus/stage.py)."""
+
+    stage: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """`module:Class`; the module must be importable on every node."""
+    options: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """What it is made with."""
+
+
 class CorpusConfig(Config):
     """`jobs/score_corpus.py` and `ttmray score-corpus`."""
 
@@ -186,6 +195,8 @@ class CorpusConfig(Config):
     does not say."""
     keep_audio: bool = False
     """Also store the instrumental of every clip as mono 16-bit FLAC."""
+    extra_stages: tuple[ExtraStage, ...] = added(())
+    """Stages of your own, each of which adds columns to the index. They run where what they read is there."""
     unit_clips: int = Field(MAX_UNIT_CLIPS, ge=1, le=MAX_UNIT_CLIPS)
     """Most clips per unit; a unit holds whole tracks and is what travels, is committed and is repeated."""
     max_failures: Annotated[int | str, Field(union_mode="left_to_right")] = execution("1%")
@@ -214,9 +225,3 @@ class CorpusConfig(Config):
         if self.limits.max_duration_s < self.segments.min_s:
             raise ValueError("limits.max_duration_s must not be shorter than segments.min_s")
         return self
-
-    def failures_allowed(self, planned: int) -> int:
-        """How many failed rows of `planned` still count as success."""
-        if isinstance(self.max_failures, int):
-            return self.max_failures
-        return int(planned * float(self.max_failures.rstrip("%")) / 100)

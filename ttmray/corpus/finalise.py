@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ttmray.corpus import index, shards
-from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import reward_statistics
@@ -19,20 +19,25 @@ from ttmray.errors import UserError
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
+More = Callable[[pa.Table, list[dict[str, Any]]], tuple[pa.Table, dict[str, Any]]]
+"""The rows and metadata of a whole run -> the rows with further columns, and further facts of the summary."""
+
 
 def finalise(
     run: Folder,
     plan: Plan,
-    config: CorpusConfig,
     described: dict[str, Any],
     timing: dict[str, list[float]],
     seconds: float,
+    more: More | None = None,
 ) -> dict[str, Any]:
     """Merge, check and sum up a run whose units are all committed; `_SUCCESS.json` is written last.
 
     Args:
         timing: stage -> [wall s, CPU s, clips] of this launch.
         seconds: wall time of this launch.
+        more: what the run has beside a corpus. Of its facts `of` is what its tracks are called, and `lines` are for
+            people.
 
     Raises:
         UserError: when rows and plan do not add up, naming the units.
@@ -49,6 +54,7 @@ def finalise(
     if problems:
         raise UserError("the index does not match the plan:\n    " + "\n    ".join(problems[:20]))
     table = located(run, table, metadata)
+    table, facts = more(table, metadata) if more is not None else (table, {})
     latents = latent_statistics(metadata)
     rewards = reward_statistics(table)
     run.write(index.MERGED, index.parquet_bytes(table))
@@ -73,9 +79,10 @@ def finalise(
         "swept_files": swept,
         "launch_seconds": round(seconds, 1),
         "stages": _stage_rates(timing),
+        **facts,
     }
     run.write("summary.json", json.dumps(summary, indent=1).encode())
-    markdown = ["# Corpus", "", *(f"- {line}" for line in summary_lines(summary, run))]
+    markdown = [f"# {described['kind'].capitalize()}", "", *(f"- {line}" for line in summary_lines(summary, run))]
     run.write("summary.md", ("\n".join(markdown) + "\n").encode())
     run.write(SUCCESS, json.dumps({"fingerprint": described["fingerprint"], "summary": summary}, indent=1).encode())
     return summary
@@ -164,7 +171,8 @@ def summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
     """The summary for people."""
     rows, launch = summary["rows"], summary.get("this_launch")
     lines = [
-        f"{rows[OK]} clips ok, {rows[REJECTED]} rejected, {rows[FAILED]} failed of {summary['tracks']} tracks; "
+        f"{rows[OK]} clips ok, {rows[REJECTED]} rejected, {rows[FAILED]} failed of {summary['tracks']} "
+        f"{summary.get('of', 'tracks')}; "
         f"{summary['clips_expected']} clips expected, {summary['clips_found']} found",
     ]
     if launch is not None:
@@ -178,6 +186,7 @@ def summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
         for stage, rate in summary["stages"].items()
     ]
     lines += [
+        *summary.get("lines", ()),
         f"{summary['units']} units, {summary['bytes'] / 1e6:.1f} MB, splits {summary['splits']}",
         f"scores by {summary['protocol']}" + (f" ({summary['note']})" if summary["note"] else ""),
         f"index: {run.path('index.parquet')}; quarantine: ttmray corpus ls {run} --status failed",

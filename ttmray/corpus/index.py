@@ -96,13 +96,19 @@ def new_row(track: dict[str, Any], unit: str, protocol: str) -> dict[str, Any]:
     return row
 
 
-def to_bytes(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> bytes:
-    """Rows as a Parquet file. The same rows give the same bytes (with one version of pyarrow)."""
+def to_bytes(
+    rows: list[dict[str, Any]], metadata: dict[str, Any], columns: Mapping[str, pa.DataType] | None = None
+) -> bytes:
+    """Rows as a Parquet file. The same rows give the same bytes (with one version of pyarrow).
+
+    Args:
+        columns: beside those of `SCHEMA`.
+    """
     for row in rows:
         for name, value in row.items():
             if isinstance(value, float) and math.isnan(value):
                 raise AssertionError(f"{row['key']}: {name} is NaN; a stage must quarantine such a clip")
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *(columns or {}).items()]))
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     return parquet_bytes(table)
 
@@ -127,14 +133,17 @@ def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
         raise _unreadable(name, error) from error
 
 
-def _table(data: bytes, name: str, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
-    """Columns of an index file. Those of `PLACES` are null where an older version wrote it."""
+def _table(data: bytes, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of an index file, by default all, first those of `SCHEMA`. Those of `PLACES` are null where an older
+    version wrote it."""
     try:
         table = parquet_table(data, columns)
         for column in PLACES:
-            if column in columns and column not in table.column_names:
+            if column in (columns or PLACES) and column not in table.column_names:
                 nulls = pa.nulls(table.num_rows, SCHEMA.field(column).type)
                 table = table.append_column(SCHEMA.field(column), nulls)
+        if columns is None:
+            columns = [*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)]
         table = table.select(columns)
         table.validate(full=True)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -170,17 +179,20 @@ def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, 
         return list(pool.map(one, units))
 
 
-def read_index(run: Folder, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
-    """All rows that are committed so far, with some columns (default: all): those of the merged file of a finished run,
-    else of the units' files."""
+def read_index(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows that are committed so far: those of the merged file of a finished run, else of the units' files.
+
+    Args:
+        columns: only these; default: all, those of `SCHEMA` first.
+    """
     if run.exists(MERGED):
         return read_merged(run, columns)
     units = read_units(run, committed_units(run))
     rows = pa.concat_tables([table for table, _ in units]) if units else SCHEMA.empty_table()
-    return with_text_places(rows, [metadata for _, metadata in units]).select(columns)
+    return with_text_places(rows, [metadata for _, metadata in units]).select(columns or rows.column_names)
 
 
-def read_merged(run: Folder, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+def read_merged(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:
     """The merged index of a finished run; only some of its columns where they are named.
 
     Raises:

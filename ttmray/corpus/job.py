@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from ttmray.console import console, meter
 from ttmray.corpus import index
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.finalise import finalise, summary_lines
+from ttmray.corpus.finalise import More, finalise, summary_lines
 from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference, replaced
 from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
@@ -59,11 +60,7 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
         console.print(f"[yellow]{bundle.note}[/yellow]")
     if retry_failed:
         _forget_failed(run)
-    committed = set(index.committed_units(run))
-    units = [Unit(name, tracks) for name, tracks in plan.units()]
-    todo = [unit for unit in units if unit.name not in committed]
-    timing: dict[str, list[float]] = {}
-    counts: Counter[str] = Counter()
+    todo = not_committed(run, plan)
     if todo:
         if max(plan.table["size"].to_pylist(), default=-1) < 0:
             raise UserError(
@@ -72,18 +69,79 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
             )
         # also when the songs have moved: the saved plan says where they are
         _show_plan(plan, config, run, save=True)
-        if committed:
-            console.print(f"resuming: {len(committed)} of {len(units)} units are committed, {len(todo)} to do")
-        _run(config, plan, described["protocol_id"], todo, timing, counts)
+
+    def work(units: Sequence[Unit], done: Done) -> None:
+        from ttmray.corpus.assembly import CorpusJob
+        from ttmray.corpus.pipeline import run_local, run_ray
+
+        job = CorpusJob(config.model_dump_json(), plan.root, described["protocol_id"])
+        (run_ray if config.runtime.runner == "ray" else run_local)(job, units, done)
+
+    return carry_out(run, plan, described, todo, work, config.max_failures, started)
+
+
+def not_committed(run: Folder, plan: Plan) -> list[Unit]:
+    """The units of a plan that are still to be made."""
+    committed = set(index.committed_units(run))
+    return [Unit(name, tracks) for name, tracks in plan.units() if name not in committed]
+
+
+Done = Callable[[Unit], None]
+Work = Callable[[Sequence[Unit], Done], None]
+
+
+def carry_out(
+    run: Folder,
+    plan: Plan,
+    described: dict[str, Any],
+    todo: Sequence[Unit],
+    work: Work,
+    max_failures: int | str,
+    started: float,
+    more: More | None = None,
+    way_out: str = "Mend the cause and start again with --retry-failed.",
+) -> int:
+    """Make what is not committed, end the run and say how it went; returns the exit code.
+
+    Args:
+        described: `run.json`.
+        todo: units that are not committed.
+        work: makes units, and gives each one to its second argument once it is committed.
+        max_failures: rows that may fail: a count, or a share such as `1%`.
+        started: time at which the launch began, as of `time.time`.
+        more: see `finalise`.
+        way_out: where most rows fail.
+
+    Raises:
+        UserError: most rows fail, rows and plan do not add up, or what `work` raises.
+    """
+    timing: dict[str, list[float]] = {}
+    counts: Counter[str] = Counter()
+    units = len(plan.table["unit"].unique())
+    if todo:
+        if len(todo) < units:
+            console.print(f"resuming: {units - len(todo)} of {units} units are committed, {len(todo)} to do")
+        with meter("clips", plan.expected_clips({unit.name for unit in todo})) as progress:
+
+            def done(unit: Unit) -> None:
+                counts.update(row["status"] for row in unit.rows)
+                for stage, values in unit.timing.items():
+                    total = timing.setdefault(stage, [0.0, 0.0, 0.0])
+                    timing[stage] = [a + b for a, b in zip(total, values, strict=True)]
+                note = f"{counts[REJECTED]} rejected, {counts[FAILED]} failed"
+                progress.advance(sum(row["segment"] >= 0 for row in unit.rows), note)
+                _stop_if_hopeless(unit, counts, way_out)
+
+            work(todo, done)
     if todo or not run.exists(SUCCESS):
-        summary = finalise(run, plan, config, described, timing, time.time() - started)
+        summary = finalise(run, plan, described, timing, time.time() - started, more)
     else:
         summary = json.loads(run.read(SUCCESS))["summary"]
-        console.print(f"nothing to do: all {len(units)} units of {run} are committed, 0 clips to process")
+        console.print(f"nothing to do: all {units} units of {run} are committed, 0 clips to process")
     summary["this_launch"] = {"clips": counts[OK], "rejected": counts[REJECTED], "failed": counts[FAILED]}
     for line in summary_lines(summary, run):
-        console.print(line)
-    allowed = config.failures_allowed(summary["rows"]["total"])
+        console.print(line, markup=False)
+    allowed = _failures_allowed(max_failures, summary["rows"]["total"])
     if summary["rows"][FAILED] > allowed:
         console.print(f"[red]{summary['rows'][FAILED]} rows failed, {allowed} are allowed (max_failures)[/red]")
         return EXIT_TOO_MANY_FAILURES
@@ -133,6 +191,10 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
         "separation": SEPARATION,
         "protocol": json.loads(json.dumps(asdict(protocol))),
     }
+    if config.extra_stages:
+        from ttmray.corpus.assembly import stage_classes
+
+        what["stages"] = {stage.name: stage.version for stage in stage_classes(config) if stage.version}
     packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyarrow")
     return runs.describe(
         "corpus", what, config, packages, protocol_id=f"{bundle.name}/{protocol.id()}", note=bundle.note
@@ -161,40 +223,16 @@ def _forget_failed(run: Folder) -> None:
             console.print(f"retrying {name}")
 
 
-def _run(
-    config: CorpusConfig,
-    plan: Plan,
-    protocol: str,
-    todo: list[Unit],
-    timing: dict[str, list[float]],
-    counts: Counter[str],
-) -> None:
-    from ttmray.corpus.pipeline import run_local, run_ray
-    from ttmray.corpus.running import Job
-
-    job = Job(config=config.model_dump_json(), root=plan.root, protocol=protocol)
-    expected = plan.expected_clips({unit.name for unit in todo})
-    with meter("clips", expected) as progress:
-
-        def done(unit: Unit) -> None:
-            for row in unit.rows:
-                counts[row["status"]] += 1
-            for stage, values in unit.timing.items():
-                total = timing.setdefault(stage, [0.0, 0.0, 0.0])
-                timing[stage] = [a + b for a, b in zip(total, values, strict=True)]
-            note = f"{counts[REJECTED]} rejected, {counts[FAILED]} failed"
-            progress.advance(sum(row["segment"] >= 0 for row in unit.rows), note)
-            _stop_if_hopeless(unit, counts)
-
-        (run_ray if config.runtime.runner == "ray" else run_local)(job, todo, done)
+def _failures_allowed(bound: int | str, rows: int) -> int:
+    return bound if isinstance(bound, int) else int(rows * float(bound.rstrip("%")) / 100)
 
 
-def _stop_if_hopeless(unit: Unit, counts: Counter[str]) -> None:
+def _stop_if_hopeless(unit: Unit, counts: Counter[str], way_out: str) -> None:
     total = sum(counts.values())
     if total >= ABORT_AFTER and counts[FAILED] > total / 2:
         row = next((row for row in unit.rows if row["status"] == FAILED), None)
         example = f" The last: {row['key']} in {row['stage']}: {row['message']}" if row else ""
         raise UserError(
             f"{counts[FAILED]} of {total} rows failed, so the job stopped.{example}",
-            "What was committed stays. Mend the cause and start again with --retry-failed.",
+            f"What was committed stays. {way_out}",
         )

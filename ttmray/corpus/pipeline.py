@@ -13,11 +13,12 @@ from typing import Any
 
 from ttmray.cluster import connect
 from ttmray.corpus import index
+from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
 from ttmray.corpus.placement import least_cpus, place
-from ttmray.corpus.running import TRACK_STAGES, WHOLE_UNIT_STAGES, Job, run_stages
-from ttmray.corpus.stages import STAGES, note_gains
+from ttmray.corpus.running import Job, run_stages
+from ttmray.corpus.stage import AT_HOME, Stage, alive, reads
 from ttmray.corpus.unit import FAILED, Unit, merge
 from ttmray.corpus.worker import Worker, WorkerDied
 from ttmray.errors import ClipError, UserError
@@ -25,28 +26,37 @@ from ttmray.storage import Folder
 
 
 def run_alone(job: Job, names: Sequence[str], unit: Unit, timeout_s: float) -> Unit:
-    """Run stages on one track or clip at a time in a child process; whoever kills or hangs it is quarantined."""
-    left = list(names)
+    """Run stages on one track or clip at a time in a child process; whoever kills or hangs it is quarantined.
+
+    Stages of whole units cannot run alone: they run here.
+    """
+    everything = job.stages()
+    left = job.stages(names)
     while left:
-        if left[0] in WHOLE_UNIT_STAGES:
-            return run_stages(job.build(left), unit)
-        if left[0] == "encode" and unit.ok_rows():
-            note_gains(unit, job.corpus)
-        # whole tracks must not leave their process: they are decoded where they are separated
-        whole_tracks = left[0] in TRACK_STAGES and job.corpus.separation.scope == "track"
-        together = left[: left.index("separate") + 1] if whole_tracks else left[:1]
-        worker = Worker(job.to_json(), together)
-        try:
-            parts = [_survivor(job, worker, together[0], part, timeout_s) for part in _suspects(together[0], unit)]
-        finally:
-            worker.kill()
-        unit = merge(unit, parts)
-        left = left[len(together) :]
+        count = 1
+        if left[0].scope == "unit":
+            unit = run_stages(job.build([left[0].name]), unit)
+        else:
+            # whole tracks must not leave their process: they are decoded where they are separated
+            while AT_HOME & alive(everything, everything.index(left[count - 1]) + 1):
+                count += 1
+            unit = _one_by_one(job, left[:count], unit, timeout_s)
+            unit.keep(reads(everything[everything.index(left[count - 1]) + 1 :]))
+        left = left[count:]
     return unit
 
 
-def _suspects(stage: str, unit: Unit) -> Iterator[Unit]:
-    if stage in TRACK_STAGES:
+def _one_by_one(job: Job, stages: Sequence[type[Stage]], unit: Unit, timeout_s: float) -> Unit:
+    worker = Worker(job.to_json(), [stage.name for stage in stages])
+    try:
+        parts = [_survivor(job, worker, stages[0], part, timeout_s) for part in _suspects(stages[0], unit)]
+    finally:
+        worker.kill()
+    return merge(unit, parts)
+
+
+def _suspects(stage: type[Stage], unit: Unit) -> Iterator[Unit]:
+    if stage.scope == "track":
         for track in unit.tracks:
             yield Unit(unit.name, [track])
     else:
@@ -54,19 +64,19 @@ def _suspects(stage: str, unit: Unit) -> Iterator[Unit]:
             yield unit.part({row["track_id"]}, {row["key"]})
 
 
-def _survivor(job: Job, worker: Worker, stage: str, part: Unit, timeout_s: float) -> Unit:
+def _survivor(job: Job, worker: Worker, stage: type[Stage], part: Unit, timeout_s: float) -> Unit:
     before = [dict(row) for row in part.rows]
     try:
         return worker.run(part, timeout_s)
     except WorkerDied as death:
         error = ClipError(FAILED, "killed", f"its process {death.how} in {MAX_ATTEMPTS} attempts, and once more alone")
-        if stage in TRACK_STAGES:
+        if stage.scope == "track":
             (track,) = part.tracks
             row = index.new_row(track, part.name, job.protocol)
-            row.update(status=error.status, stage=stage, reason=error.reason, message=error.message)
+            row.update(status=error.status, stage=stage.name, reason=error.reason, message=error.message)
             return Unit(part.name, [track], [row])
         part.rows = before
-        part.drop({0: error}, stage)
+        part.drop({0: error}, stage.name)
         return part
 
 
@@ -76,18 +86,16 @@ class StageWorker:
     def __init__(self, job: str, name: str, stages: Sequence[str]) -> None:
         self.job = Job.from_json(job)
         self.name, self.names = name, tuple(stages)
-        config = self.job.corpus
-        self.run = Folder.at(config.output)
-        self.timeout_s = config.runtime.clip_timeout_s
-        self.stages = self.job.build(stages)
+        self.run = Folder.at(self.job.output)
+        self.chain = self.job.build(stages)
 
     def on_unit(self, unit: Unit) -> Unit:
         return guarded(
             self.run,
             self.name,
             unit,
-            lambda it: run_stages(self.stages, it),
-            lambda it: run_alone(self.job, self.names, it, self.timeout_s),
+            lambda it: run_stages(self.chain, it),
+            lambda it: run_alone(self.job, self.names, it, self.job.clip_timeout_s),
         )
 
     def __call__(self, table: Any) -> Any:
@@ -98,28 +106,32 @@ class StageWorker:
 Done = Callable[[Unit], None]
 
 
-def run_local(job: Job, units: Sequence[Unit], done: Done) -> None:
+def whole_worker(job: str) -> Callable[[Unit], Unit]:
+    """What runs all stages of a job on a unit in this process: as Ray actors outside of Ray Data do."""
+    return StageWorker(job, "all", [stage.name for stage in Job.from_json(job).stages()]).on_unit
+
+
+def run_local(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     """Run units in this process (`workers: 0`) or in child processes; `done` gets each committed unit."""
     config = job.corpus
-    names = tuple(STAGES)
     workers = config.runtime.workers
     count = (os.cpu_count() or 1) if workers == "auto" else workers
     if count == 0:
-        group = StageWorker(job.to_json(), "all", names)
+        work = whole_worker(job.to_json())
         for unit in units:
-            done(group.on_unit(unit))
+            done(work(unit))
         return
-    _run_pool(job, names, units, min(count, max(len(units), 1)), done)
+    _run_processes(job, units, min(count, max(len(units), 1)), done)
 
 
-def _run_pool(job: Job, names: Sequence[str], units: Sequence[Unit], count: int, done: Done) -> None:
+def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done) -> None:
     waiting: queue.SimpleQueue[Unit] = queue.SimpleQueue()
     for unit in units:
         waiting.put(unit)
     finished: queue.SimpleQueue[Unit | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
     config = job.corpus
-    run = Folder.at(config.output)
+    run, names = Folder.at(config.output), [stage.name for stage in job.stages()]
     workers = [Worker(job.to_json(), names) for _ in range(count)]
 
     def until_committed(worker: Worker, unit: Unit) -> Unit:
@@ -165,7 +177,7 @@ def _run_pool(job: Job, names: Sequence[str], units: Sequence[Unit], count: int,
             worker.kill()
 
 
-def run_ray(job: Job, units: Sequence[Unit], done: Done) -> None:
+def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     """Run units on Ray Data: one row per unit, one operator per group of stages."""
     import ray
 

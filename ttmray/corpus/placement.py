@@ -6,53 +6,59 @@ grow into the place of a worker that died, the dead one could not restart, and t
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
+from ttmray.corpus.assembly import stage_classes
 from ttmray.corpus.config import CorpusConfig, StageResources
+from ttmray.corpus.stage import AT_HOME, Stage, alive
 from ttmray.errors import UserError
 
-MODEL_STAGES = ("separate", "score", "encode", "text")
 DECODE_SHARE = 0.15
 """Of the CPUs that are left for CPU groups where models run on CPUs too: decoding costs far less than they do."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Stages that share a process. `fewest` to `most` workers with `cpus` and `gpus` each."""
+    """Stages that share a process. `fewest` to `most` workers with `cpus` and `gpus` each; `heavy`: it holds models."""
 
     name: str
     stages: tuple[str, ...]
+    heavy: bool
     cpus: float
     gpus: float
     fewest: int = 1
     most: int = 1
 
-    @property
-    def heavy(self) -> bool:
-        """It holds models."""
-        return any(stage in MODEL_STAGES for stage in self.stages)
-
 
 def layout(config: CorpusConfig, gpus: float) -> list[tuple[str, tuple[str, ...]]]:
     """(name, stages) of every process boundary.
 
-    `fuse: auto` puts all stages in one process where there is no GPU: nothing then travels. Whole tracks are too
-    large to travel, so with `separation.scope: track` they are decoded where they are separated.
+    `fuse: auto` puts all stages in one process where there is no GPU: nothing then travels. Stages between which an
+    array is alive that must not travel share a process.
     """
-    head, fuse = ("decode", "measure"), config.runtime.fuse
+    stages, fuse = stage_classes(config), config.runtime.fuse
     if fuse == "auto":
         fuse = "models" if gpus else "all"
-    if fuse == "all":
-        return [("all", (*head, *MODEL_STAGES, "write"))]
-    whole_tracks = config.separation.scope == "track"
+    names = ["all"] * len(stages) if fuse == "all" else _resource_names(stages)
     if fuse == "models":
-        if whole_tracks:
-            return [("models", (*head, *MODEL_STAGES)), ("write", ("write",))]
-        return [("decode", head), ("models", MODEL_STAGES), ("write", ("write",))]
-    spread = [("score", ("score",)), ("encode", ("encode", "text")), ("write", ("write",))]
-    if whole_tracks:
-        return [("separate", (*head, "separate")), *spread]
-    return [("decode", head), ("separate", ("separate",)), *spread]
+        names = [name if name in ("decode", "write") else "models" for name in names]
+    for position in range(len(stages) - 1, 0, -1):
+        if AT_HOME & alive(stages, position):
+            names[position - 1] = names[position]
+    pairs = groupby(zip(names, stages, strict=True), key=lambda pair: pair[0])
+    return [(name, tuple(stage.name for _, stage in members)) for name, members in pairs]
+
+
+def _resource_names(stages: Sequence[type[Stage]]) -> list[str]:
+    """Field of `runtime` of every stage; one without joins the next stage, or the one before where that one writes."""
+    names = [stage.resources for stage in stages]
+    for i in range(len(names) - 1, -1, -1):
+        if not names[i]:
+            before = next(name for name in reversed(names[:i]) if name)
+            names[i] = before if names[i + 1] == "write" else names[i + 1]
+    return names
 
 
 def place(config: CorpusConfig, cpus: float, gpus: float, units: int) -> list[Group]:
@@ -61,10 +67,9 @@ def place(config: CorpusConfig, cpus: float, gpus: float, units: int) -> list[Gr
     Raises:
         UserError: not even one worker of each group fits.
     """
-    wanted = layout(config, gpus)
-    heavy_count = sum(any(stage in MODEL_STAGES for stage in stages) for _, stages in wanted)
-    groups = [_group(config, name, stages, gpus, heavy_count) for name, stages in wanted]
-    explicit = _given(config)  # a cluster may still have to grow to what the user asked for
+    groups = _groups(config, gpus)
+    explicit = {group.name for group in groups if _resources(config, group.name).workers is not None}
+    # what the user has asked for is not measured: a cluster may still have to grow to it
     needed_cpus = sum(group.cpus for group in groups if group.name not in explicit)
     needed_gpus = sum(group.gpus for group in groups if group.name not in explicit)
     if needed_cpus > cpus + 1e-6 or needed_gpus > gpus + 1e-6:
@@ -72,9 +77,9 @@ def place(config: CorpusConfig, cpus: float, gpus: float, units: int) -> list[Gr
             f"The stages need {needed_cpus:g} CPUs and {needed_gpus:g} GPUs at least; Ray has {cpus:g} and {gpus:g}.",
             "Lower runtime.<stage>.cpus, gpus or workers, or set runtime.fuse=all.",
         )
-    given = [group for group in groups if group.name in explicit]
-    spare_cpus = max(0.0, cpus - needed_cpus - sum(group.cpus * group.most for group in given))
-    spare_gpus = max(0.0, gpus - needed_gpus - sum(group.gpus * group.most for group in given))
+    asked = [group for group in groups if group.name in explicit]
+    spare_cpus = max(0.0, cpus - needed_cpus - sum(group.cpus * group.most for group in asked))
+    spare_gpus = max(0.0, gpus - needed_gpus - sum(group.gpus * group.most for group in asked))
     # Groups on GPUs first: what they can use bounds everybody else.
     for i, group in enumerate(groups):
         if group.name in explicit or not group.gpus:
@@ -98,42 +103,30 @@ def place(config: CorpusConfig, cpus: float, gpus: float, units: int) -> list[Gr
 
 def least_cpus(config: CorpusConfig) -> int:
     """Logical CPUs that one worker of each group needs, GPU or not: what a Ray of our own must at least offer."""
-    needs = []
-    for gpus in (0, 1):
-        wanted = layout(config, gpus)
-        needs.append(sum(g.cpus * g.fewest for g in (_group(config, n, s, gpus, 1) for n, s in wanted)))
+    needs = [sum(group.cpus * group.fewest for group in _groups(config, gpus)) for gpus in (0, 1)]
     return math.ceil(max(needs))
 
 
-def _group(config: CorpusConfig, name: str, stages: tuple[str, ...], gpus: float, heavy_count: int) -> Group:
-    resources = _resources(config, name)
-    holds_models = any(stage in MODEL_STAGES for stage in stages)
-    own_gpus = resources.gpus
-    if own_gpus is None:
-        own_gpus = (math.floor(100 / heavy_count) / 100 if gpus else 0.0) if holds_models else 0.0
-    fewest, most = resources.workers or (1, 1)
-    return Group(name, stages, resources.cpus, own_gpus, fewest, most)
+def _groups(config: CorpusConfig, gpus: float) -> list[Group]:
+    """The groups with the fewest workers."""
+    wanted = layout(config, gpus)
+    with_models = {stage.name for stage in stage_classes(config) if stage.model_roles}
+    heavy = [not with_models.isdisjoint(stages) for _, stages in wanted]
+    share = math.floor(100 / max(sum(heavy), 1)) / 100 if gpus else 0.0
+    groups = []
+    for (name, stages), holds_models in zip(wanted, heavy, strict=True):
+        resources = _resources(config, name)
+        own_gpus = resources.gpus if resources.gpus is not None else share * holds_models
+        groups.append(Group(name, stages, holds_models, resources.cpus, own_gpus, *(resources.workers or (1, 1))))
+    return groups
 
 
 def _with_workers(group: Group, count: int, units: int) -> Group:
     count = max(1, min(count, units))
-    return Group(group.name, group.stages, group.cpus, group.gpus, count, count)
+    return replace(group, fewest=count, most=count)
 
 
 def _resources(config: CorpusConfig, group: str) -> StageResources:
-    runtime = config.runtime
-    return {
-        "decode": runtime.decode,
-        "models": runtime.models,
-        "all": runtime.models,
-        "separate": runtime.separate or runtime.models,
-        "score": runtime.score or runtime.models,
-        "encode": runtime.encode or runtime.models,
-        "write": runtime.write,
-    }[group]
-
-
-def _given(config: CorpusConfig) -> set[str]:
-    """Groups whose worker counts the user has given."""
-    names = ("decode", "models", "all", "separate", "score", "encode", "write")
-    return {name for name in names if _resources(config, name).workers is not None}
+    """Of a group, by the field of `runtime` that it is called by; those of `models` where that says nothing."""
+    own: StageResources | None = None if group == "all" else getattr(config.runtime, group)
+    return own or config.runtime.models

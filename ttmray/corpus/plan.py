@@ -345,16 +345,17 @@ FLAC_RATIO = 0.6
 LATENT_BYTES = 430 * 40 * 2
 
 
-def derived_numbers(
-    plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str, float] | None = None
-) -> list[tuple[str, int | float | str, str]]:
+Number = tuple[str, int | float | str, str]
+"""Name with its unit, value, reason."""
+
+
+def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str, float] | None = None) -> list[Number]:
     """Everything that follows from a plan, as (name, value, reason); names carry the unit.
 
     Args:
         bundle_costs: TFLOP per forward of one clip by model, `PAPER_COSTS` by default. A model called
             `separator` is scaled to whole tracks where `separation.scope` is `track`.
     """
-    costs = PAPER_COSTS if bundle_costs is None else bundle_costs
     table, segments = plan.table, config.segments
     usable = table.filter(pc.equal(table["status"], "ok"))
     duration = usable["duration_s"].to_numpy()
@@ -367,11 +368,8 @@ def derived_numbers(
     unheaded = int((np.isnan(duration) & (size >= 0) & (usable["clips"].to_numpy() == 1)).sum())
     captions = int(pc.sum(table["caption_owner"]).as_py() or 0)
     written = [_clip_bytes(config) * int(count) + 10240 for count in unit_clips]
-    longest = float(np.nanmax(duration)) if unknown < len(duration) else config.limits.max_duration_s
-    decoded = min(longest * DECODED_BYTES_PER_S, config.limits.max_decoded_bytes)
-    carried = int(unit_clips.max(initial=0)) * segments.clip_s * DECODED_BYTES_PER_S
 
-    numbers: list[tuple[str, int | float | str, str]] = [
+    numbers: list[Number] = [
         ("tracks", table.num_rows, "rows of the catalogue"),
         ("usable tracks", usable.num_rows, "catalogue status ok; decoding may still reject or fail some"),
     ]
@@ -419,29 +417,46 @@ def derived_numbers(
             f"audio hours / {DECODE_REALTIME:g}: MP3 through libsndfile, times real time per core",
         ),
     ]
+    separated_h = clip_h if config.separation.scope == "clip" else audio_h
+    numbers += _model_costs(PAPER_COSTS if bundle_costs is None else bundle_costs, clip_h, separated_h)
+    return [*numbers, _decoder_memory(duration, int(unit_clips.max(initial=0)), config)]
+
+
+def _decoder_memory(duration: np.ndarray, most_clips: int, config: CorpusConfig) -> Number:
+    """For the longest of some tracks (seconds, NaN unknown) and the clips of the largest unit."""
+    known = duration[~np.isnan(duration)]
+    longest = float(known.max()) if len(known) else config.limits.max_duration_s
+    decoded = min(longest * DECODED_BYTES_PER_S, config.limits.max_decoded_bytes)
+    carried = most_clips * config.segments.clip_s * DECODED_BYTES_PER_S
+    return (
+        "decoder memory, bytes",
+        int(decoded + carried),
+        f"longest track ({longest:.0f} s) and the clips of a full unit as float32 stereo at 44.1 kHz"
+        + ("; lengths unknown, so limits.max_duration_s" if len(duration) and not len(known) else ""),
+    )
+
+
+def _model_costs(costs: Mapping[str, float], clip_h: float, separated_h: float) -> list[Number]:
+    """FLOPs of every model and of all, for hours of clips, and of what the separator hears."""
+    numbers: list[Number] = []
     total = 0.0
     for model, tflop in costs.items():
-        scale = clip_h if model != "separator" or config.separation.scope == "clip" else audio_h
+        scale = separated_h if model == "separator" else clip_h
         forwards = FORWARDS.get(model, 1)
         spent = tflop * forwards * scale * 360  # 360 clips of 10 s per hour
         total += spent
         over = "clips" if scale is clip_h else "whole tracks"
         numbers.append((f"{model}, PFLOP", round(spent / 1000, 3), f"{tflop:g} TFLOP x {forwards} per 10 s of {over}"))
-    numbers += [
+    hours = round(total / PAPER_TFLOPS / 3600, 2)
+    return [
+        *numbers,
         ("models, PFLOP", round(total / 1000, 3), "sum of the models"),
         (
             "models, accelerator-h",
-            round(total / PAPER_TFLOPS / 3600, 2),
+            hours,
             f"at {PAPER_TFLOPS:g} TFLOP/s, the rate of the paper's Stage 1 on an RTX A5000",
         ),
-        (
-            "decoder memory, bytes",
-            int(decoded + carried),
-            f"longest track ({longest:.0f} s) and the clips of a full unit as float32 stereo at 44.1 kHz"
-            + ("; lengths unknown, so limits.max_duration_s" if unknown and unknown == len(duration) else ""),
-        ),
     ]
-    return numbers
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

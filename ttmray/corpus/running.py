@@ -1,71 +1,118 @@
 """Stages in one process: building them with their models, and running them over a unit."""
 
 import json
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
 
-from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.stages import STAGES, Context, Stage
+import pyarrow as pa
+
+from ttmray.corpus.stage import Stage, reads
 from ttmray.corpus.unit import Unit, merge
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, Models, open_bundle
-from ttmray.models.scoring import SAMPLE_RATE
+from ttmray.models.bundle import Models
 from ttmray.quarantine import together
 
-TRACK_STAGES = ("decode",)
-WHOLE_UNIT_STAGES = ("text", "write")
-"""Stages that do not work clip by clip and therefore never run alone."""
+Makers = Mapping[type[Stage], Callable[[Models], Stage]]
+"""The stages of a run in order: the class, which declares, and how it is made of loaded models."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What any process needs to rebuild the stages; small, plain and printable."""
+class Chain:
+    """Stages of one process in order, and the arrays that stages of other processes read after them."""
+
+    stages: Sequence[Stage]
+    read_later: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """What any process needs to rebuild the stages of a run; small, plain and printable.
+
+    Attributes:
+        config: of the run, as JSON.
+        root: folder of the songs; empty where there are none.
+        protocol: name of the scores' protocol.
+    """
 
     config: str
     root: str
     protocol: str
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({"job": f"{type(self).__module__}:{type(self).__qualname__}", **asdict(self)})
 
-    @classmethod
-    def from_json(cls, text: str) -> "Job":
-        return cls(**json.loads(text))
+    @staticmethod
+    def from_json(text: str) -> "Job":
+        fields = json.loads(text)
+        job: Job = named(fields.pop("job"))(**fields)
+        return job
 
     @property
-    def corpus(self) -> CorpusConfig:
-        return CorpusConfig.model_validate_json(self.config)
+    @abstractmethod
+    def output(self) -> str:
+        """The run folder."""
 
-    def build(self, names: Sequence[str]) -> list[Stage]:
-        """Stages with their models loaded, and this process limited to its share of threads."""
-        config = self.corpus
-        roles = {role for name in names for role in STAGES[name].model_roles}
-        options = LoadOptions(
-            device=config.runtime.device,
-            batch=config.runtime.batch,
-            threads=config.runtime.threads,
-            clip_samples=round(config.segments.clip_s * SAMPLE_RATE),
-            instrumental=config.separation.instrumental,
-            overlap=config.separation.overlap,
-            precision=config.separation.precision,
-        )
-        models = open_bundle(config.bundle).load(roles, options) if roles else Models()
-        one_thread()
-        context = Context(config, self.root, self.protocol, models)
-        return [STAGES[name](context) for name in names]
+    @property
+    @abstractmethod
+    def clip_timeout_s(self) -> float:
+        """A clip (or track) that runs alone longer than this is quarantined."""
+
+    @abstractmethod
+    def makers(self) -> Makers:
+        """The stages of the run."""
+
+    @abstractmethod
+    def load(self, roles: Collection[str]) -> Models:
+        """The models of some roles."""
+
+    def stages(self, names: Sequence[str] | None = None) -> list[type[Stage]]:
+        """Classes of the stages of some names, in the order of the run; default: all."""
+        return [stage for stage in self.makers() if names is None or stage.name in names]
+
+    def build(self, names: Sequence[str], models: Models | None = None) -> Chain:
+        """Some stages with their models, and this process limited to its share of threads.
+
+        Args:
+            models: default: those that the stages need, loaded.
+        """
+        makers, chosen, everything = self.makers(), self.stages(names), self.stages()
+        if models is None:
+            roles = {role for stage in chosen for role in stage.model_roles}
+            models = self.load(roles) if roles else Models()
+            one_thread()
+        later = everything[everything.index(chosen[-1]) + 1 :]
+        return Chain([makers[stage](models) for stage in chosen], reads(later))
 
 
-def run_stages(stages: Sequence[Stage], unit: Unit) -> Unit:
-    """Stages in order. Where a whole batch fails, its clips are tried one by one to find the bad ones."""
-    for stage in stages:
+def named(path: str) -> Any:
+    """What `module:Name` names.
+
+    Raises:
+        ImportError, AttributeError: there is no such module, or nothing of that name in it.
+    """
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def run_stages(chain: Chain, unit: Unit) -> Unit:
+    """Stages in order; an array goes as soon as no later stage reads it.
+
+    Where a whole batch of a clip stage fails, its clips are tried one by one to find the bad ones.
+    """
+    for position, stage in enumerate(chain.stages, 1):
         with unit.timed(stage.name):
             unit = _run_stage(stage, unit)
+        unit.keep(chain.read_later | {name for later in chain.stages[position:] for name in later.reads})
     return unit
 
 
 def _run_stage(stage: Stage, unit: Unit) -> Unit:
-    if stage.name in TRACK_STAGES or stage.name in WHOLE_UNIT_STAGES:
-        return stage(unit)
+    if stage.scope != "clip":
+        return _filled(stage, stage(unit))
     if not unit.ok_rows():  # where every clip failed in one stage, there are no arrays for the next one
         unit.clips, unit.track_audio = {}, {}
         return unit
@@ -79,7 +126,7 @@ def _run_stage(stage: Stage, unit: Unit) -> Unit:
         return alone
 
     def run(some: Sequence[tuple[str, str]]) -> Unit:
-        return stage(unit if len(some) == len(suspects) else part(*some[0]))
+        return _filled(stage, stage(unit if len(some) == len(suspects) else part(*some[0])))
 
     outcomes = together(suspects, run, "Lower runtime.batch or runtime.models.workers.")
     if len(outcomes) == 1 and isinstance(outcomes[0][1], Unit):
@@ -94,3 +141,18 @@ def _run_stage(stage: Stage, unit: Unit) -> Unit:
             bad.drop({0: outcome}, stage.name)
             parts.append(bad)
     return merge(unit, parts)
+
+
+def _filled(stage: Stage, unit: Unit) -> Unit:
+    """The unit with plain values in the columns that the stage adds to the index.
+
+    Raises:
+        ValueError, pa.ArrowException: a value that is not finite, or not of the column's type.
+    """
+    for name, kind in stage.columns.items():
+        for row in unit.ok_rows():
+            value = pa.scalar(row.get(name), kind).as_py()
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} of {row['key']} is {value}")
+            row[name] = value
+    return unit

@@ -57,11 +57,12 @@ def table_names(run: Folder) -> list[str]:
 
 def columns(run: Folder) -> list[str]:
     """Every score column of a run: numbers of the index, then those of its tables."""
-    return OWN + [f"{name}/{column}" for name in table_names(run) for column in REWARDS]
+    own = [field.name for field in index.read_index(run).schema if pa.types.is_floating(field.type)]
+    return own + [f"{name}/{column}" for name in table_names(run) for column in REWARDS]
 
 
 def with_columns(run: Folder, rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Rows of the index with some score columns of tables beside their own; null where a row is not ok.
+    """Rows of the index with some score columns beside their own; null where a row is not ok.
 
     Args:
         rows: with the columns key, status and shard.
@@ -76,7 +77,7 @@ def with_columns(run: Folder, rows: pa.Table, names: Sequence[str]) -> pa.Table:
             require_column(run, name)
             table, _, column = name.rpartition("/")
             if table not in tables:
-                tables[table] = _looked_up(run, rows, table)
+                tables[table] = _looked_up(run, rows, table) if table else _of_index(run, rows)
             rows = rows.append_column(name, tables[table][column])
     return rows
 
@@ -90,8 +91,11 @@ def require_column(run: Folder, name: str) -> None:
     table, _, column = name.rpartition("/")
     if (not table and name in OWN) or (table and column in REWARDS and run.exists(f"{SCORES}/{table}/{SUCCESS}")):
         return
+    known = columns(run)  # reads the index: stages from outside and pools add columns to it
+    if name in known:
+        return
     raise UserError(
-        f"{run} has no score column {name!r}. It has: {', '.join(columns(run))}.",
+        f"{run} has no score column {name!r}. It has: {', '.join(known)}.",
         "Take one of them, or make a table: ttmray corpus rescore RUN --head HEAD --name NAME",
     )
 
@@ -142,6 +146,12 @@ def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[st
             for values in [part[name].to_numpy()]
         }
     return statistics
+
+
+def _of_index(run: Folder, rows: pa.Table) -> pa.Table:
+    """All columns of the index for some of its rows, in their order."""
+    table = index.read_index(run)
+    return table.take(pc.index_in(rows["key"].combine_chunks(), table["key"].combine_chunks()))
 
 
 def _looked_up(run: Folder, rows: pa.Table, name: str) -> pa.Table:

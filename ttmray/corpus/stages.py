@@ -1,6 +1,9 @@
 """The stages of the corpus pipeline. Each takes a unit and returns it; none knows who runs it.
 
-decode -> measure -> separate -> score -> encode -> text -> write
+decode -> measure -> separate -> score -> (level ->) encode -> text -> write
+
+They take plain arguments: `corpus/assembly.py` makes those of a corpus run, `generation/pool_worker.py` those of a
+pool.
 
 A stage never raises for a bad clip: that clip becomes a quarantined row. It raises only for what no other
 clip would survive either (missing weights, a full disk, no memory).
@@ -10,82 +13,58 @@ import hashlib
 import io
 import json
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
 from ttmray.audio.clip import levels
 from ttmray.audio.level import require_audible
 from ttmray.corpus import index, shards
-from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.stage import Stage
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.errors import ClipError, UserError
-from ttmray.models.bundle import Models, open_bundle
-from ttmray.models.cache import EmbeddingCache
+from ttmray.models.bundle import Models
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder, explained
 
+if TYPE_CHECKING:
+    from ttmray.models.separator import Separator
+    from ttmray.models.vae import LatentEncoder
+
+Segments = Sequence[tuple[int, int]]
+"""First sample, and the one behind the last."""
 MIN_PEAK = 1e-6
 """What is below is never scaled up: the public loader rejects files of such a peak."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What stages are built from: the config, the folder of the songs, the protocol's name, loaded models."""
-
-    config: CorpusConfig
-    root: str
-    protocol: str
-    models: Models
-
-
-class Stage(ABC):
-    """What a runner needs to know of a stage. `model_roles` are the models that it uses."""
-
-    name: str
-    model_roles: tuple[str, ...]
-
-    @abstractmethod
-    def __init__(self, context: Context) -> None: ...
-
-    @abstractmethod
-    def __call__(self, unit: Unit) -> Unit: ...
 
 
 class Decode(Stage):
     """Source files -> `mix` (n, 2, samples) float32 at 44.1 kHz, one row per clip.
 
-    A track is decoded once, cut by the paper's rule in native-rate samples, and each clip is resampled
-    once. With `separation.scope: track` the whole track is resampled instead and handed on for separation;
-    clips then start at the nearest 44.1 kHz sample.
+    A track is decoded once, cut by the paper's rule in native-rate samples, and each clip is resampled once.
+
+    Args:
+        folder: of the songs.
+        protocol: name of the scores' protocol, for the rows.
     """
 
-    name = "decode"
-    model_roles = ()
+    name, scope, resources = "decode", "track", "decode"
+    writes: ClassVar[tuple[str, ...]] = ("mix",)
 
-    def __init__(self, context: Context) -> None:
-        config = context.config
-        self.folder = Folder(context.root)
-        self.protocol = context.protocol
-        self.rule = segment.SegmentRule(config.segments.clip_s, config.segments.min_s, config.segments.max_clips)
-        limits = config.limits
-        self.limits = audio_io.AudioLimits(
-            min_duration_s=config.segments.min_s,
-            max_duration_s=limits.max_duration_s,
-            max_channels=limits.max_channels,
-            min_sample_rate=limits.min_sample_rate,
-            max_sample_rate=limits.max_sample_rate,
-            max_decoded_bytes=limits.max_decoded_bytes,
-            max_peak=limits.max_peak,
-        )
-        self.max_file_bytes = limits.max_file_bytes
-        self.whole_tracks = config.separation.scope == "track"
-        self.samples = round(config.segments.clip_s * SAMPLE_RATE)
+    def __init__(
+        self,
+        folder: Folder,
+        protocol: str,
+        rule: segment.SegmentRule,
+        limits: audio_io.AudioLimits,
+        max_file_bytes: int,
+    ) -> None:
+        self.folder, self.protocol = folder, protocol
+        self.rule, self.limits, self.max_file_bytes = rule, limits, max_file_bytes
+        self.samples = round(rule.clip_s * SAMPLE_RATE)
 
     def __call__(self, unit: Unit) -> Unit:
         # Clips are written where they stay: a further copy costs a fifth of the decoding. Pages that no clip
@@ -146,17 +125,8 @@ class Decode(Stage):
         segments = segment.partition(frames, rate, self.rule)
         if not segments:
             raise ClipError("rejected", "too_short", f"{frames / rate:.2f} s, shorter than {self.rule.min_s:g} s")
-        if self.whole_tracks:
-            whole = _stereo(audio_io.resample(audio, rate, SAMPLE_RATE))
-            unit.track_audio[track["track_id"]] = whole
-        for i, (start, end) in enumerate(segments):
-            if self.whole_tracks:
-                first = round(start * SAMPLE_RATE / rate)
-                clip = whole[:, first : first + self.samples]
-            elif rate == SAMPLE_RATE:
-                clip = audio[:, start:end]
-            else:
-                clip = audio_io.resample(segment.cut(audio, rate, start, end), rate, SAMPLE_RATE)
+        clips = self._cut(unit, track["track_id"], audio, rate, segments)
+        for i, ((start, end), clip) in enumerate(zip(segments, clips, strict=True)):
             yield (
                 clip,
                 {
@@ -167,15 +137,36 @@ class Decode(Stage):
                 },
             )
 
+    def _cut(self, unit: Unit, track: str, audio: np.ndarray, rate: int, segments: Segments) -> Iterator[np.ndarray]:
+        """(channels, samples) at 44.1 kHz of each segment of a decoded track."""
+        for start, end in segments:
+            same = rate == SAMPLE_RATE
+            cut = audio[:, start:end] if same else segment.cut(audio, rate, start, end)
+            yield cut if same else audio_io.resample(cut, rate, SAMPLE_RATE)
+
+
+class DecodeTracks(Decode):
+    """Also `track_audio`: whole tracks (2, samples) at 44.1 kHz, from which clips start at the nearest sample."""
+
+    writes = ("mix", "track_audio")
+
+    def _cut(self, unit: Unit, track: str, audio: np.ndarray, rate: int, segments: Segments) -> Iterator[np.ndarray]:
+        whole = audio_io.resample(audio, rate, SAMPLE_RATE)
+        whole = np.repeat(whole, 2 // len(whole), axis=0)
+        unit.track_audio[track] = whole
+        for start, _ in segments:
+            first = round(start * SAMPLE_RATE / rate)
+            yield whole[:, first : first + self.samples]
+
 
 class Measure(Stage):
-    """Loudness, true peak and silence of the mix; silent clips are rejected here."""
+    """Loudness, true peak and silence of `mix` (n, channels, samples); silent clips are rejected here."""
 
-    name = "measure"
-    model_roles = ()
+    name, resources = "measure", "decode"
+    reads = ("mix",)
 
-    def __init__(self, context: Context) -> None:
-        self.silence_dbfs = context.config.silence_dbfs
+    def __init__(self, silence_dbfs: float) -> None:
+        self.silence_dbfs = silence_dbfs
 
     def __call__(self, unit: Unit) -> Unit:
         mix, rows = unit.clips["mix"], unit.ok_rows()
@@ -192,60 +183,62 @@ class Measure(Stage):
 
 
 class Separate(Stage):
-    """`mix` -> `mix_mono` and `instrumental` (n, samples) float32, and each clip's vocal ratio."""
+    """`mix` -> `mix_mono` and `instrumental` (n, samples) float32, and each clip's vocal ratio.
 
-    name = "separate"
+    Where there is `track_audio`, whole tracks are separated and cut afterwards.
+    """
+
+    name, resources = "separate", "separate"
     model_roles = ("separator",)
+    reads = ("mix", "track_audio")
+    writes = ("mix_mono", "instrumental")
 
-    def __init__(self, context: Context) -> None:
-        self.models = context.models
-        self.whole_tracks = context.config.separation.scope == "track"
-        self.samples = round(context.config.segments.clip_s * SAMPLE_RATE)
+    def __init__(self, separator: "Separator") -> None:
+        self.separator = separator
 
     def __call__(self, unit: Unit) -> Unit:
         mix, rows = unit.clips["mix"], unit.ok_rows()
-        if self.whole_tracks:
-            instrumental, vocals = self._tracks(unit, rows)
+        samples = mix.shape[-1]
+        if unit.track_audio:
+            instrumental, vocals = self._tracks(unit, rows, samples)
         else:
-            results = self.models.separator.separate(list(mix))
+            results = self.separator.separate(list(mix))
             instrumental = [result.instrumental for result in results]
             vocals = [result.vocals for result in results]
-        samples = self.samples
         mono = np.zeros((len(rows), samples), np.float32)
         backing = np.zeros((len(rows), samples), np.float32)
         for i, row in enumerate(rows):
             mono[i] = mix[i].mean(axis=0)
             backing[i] = instrumental[i].mean(axis=0)
             row.update(stage=self.name, vocal_ratio=_energy(vocals[i]) / max(_energy(mix[i]), 1e-20))
-        unit.clips = {"mix_mono": mono, "instrumental": backing}
-        unit.track_audio = {}
+        unit.clips |= {"mix_mono": mono, "instrumental": backing}
         return unit
 
-    def _tracks(self, unit: Unit, rows: list[dict[str, Any]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _tracks(
+        self, unit: Unit, rows: list[dict[str, Any]], samples: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         needed = list(dict.fromkeys(row["track_id"] for row in rows))
-        results = self.models.separator.separate([unit.track_audio[track] for track in needed])
+        results = self.separator.separate([unit.track_audio[track] for track in needed])
         by_track = dict(zip(needed, results, strict=True))
         instrumental, vocals = [], []
         for row in rows:
             first = round(row["start_s"] * SAMPLE_RATE)
             result = by_track[row["track_id"]]
-            instrumental.append(segment.cut(result.instrumental, SAMPLE_RATE, first, first + self.samples))
-            vocals.append(segment.cut(result.vocals, SAMPLE_RATE, first, first + self.samples))
+            instrumental.append(segment.cut(result.instrumental, SAMPLE_RATE, first, first + samples))
+            vocals.append(segment.cut(result.vocals, SAMPLE_RATE, first, first + samples))
         return instrumental, vocals
 
 
 class Score(Stage):
     """CLAP and MERT embeddings and the reward of mix and instrumental; CLAP scores against the caption."""
 
-    name = "score"
+    name, resources = "score", "score"
     model_roles = Scorer.roles
+    reads = ("mix_mono", "instrumental")
+    writes = ("clap_audio", "mert")
 
-    def __init__(self, context: Context) -> None:
-        protocol = open_bundle(context.config.bundle).protocol(context.config.reward_text)
-        runtime = context.config.runtime
-        kept = runtime.embedding_cache
-        cache = EmbeddingCache(kept, int(runtime.embedding_cache_gib * 2**30)) if kept else None
-        self.scorer = Scorer(context.models, protocol, runtime.threads, cache)
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
 
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()
@@ -263,50 +256,71 @@ class Score(Stage):
             if row["caption"]:
                 row["clap_score"] = float(mix.clap[i] @ texts[i])
                 row["instrumental_clap_score"] = float(instrumental.clap[i] @ texts[i])
-        unit.clips = {
-            "instrumental": unit.clips["instrumental"],
+        unit.clips |= {
             "clap_audio": np.stack([mix.clap, instrumental.clap], axis=1),
             "mert": np.stack([mix.mert, instrumental.mert], axis=1),
         }
         return unit
 
 
-class Encode(Stage):
-    """`instrumental` -> posterior `latent_mean` and `latent_std` (n, 430, 40) float16, optionally FLAC."""
+class Level(Stage):
+    """`gain` (n,) float32 of the instrumentals, by which they have the sample peak `peak`: one factor per track.
 
-    name = "encode"
-    model_roles = ("latents",)
+    A stage of its own, because it follows from all ok clips of a track and `Encode` may see them one by one.
+    """
 
-    def __init__(self, context: Context) -> None:
-        self.models = context.models
-        self.batch = context.config.runtime.batch
-        self.keep_audio = context.config.keep_audio
-        self.config = context.config
+    name, scope, resources = "level", "unit", "encode"
+    reads = ("instrumental",)
+    writes = ("gain",)
+
+    def __init__(self, peak: float, silence_dbfs: float) -> None:
+        self.peak, self.silence_dbfs = peak, silence_dbfs
 
     def __call__(self, unit: Unit) -> Unit:
-        rows = unit.ok_rows()
-        note_gains(unit, self.config)
+        if not unit.ok_rows():
+            return unit
+        tracks = np.array([row["track_id"] for row in unit.ok_rows()])
+        peaks = np.array([np.abs(clip).max(initial=0.0) for clip in unit.clips["instrumental"]])
+        gain = np.ones(len(tracks), np.float32)
+        for track in set(tracks):
+            own = float(peaks[tracks == track].max())
+            if own >= max(10 ** (self.silence_dbfs / 20), MIN_PEAK):
+                gain[tracks == track] = self.peak / own
+        unit.clips["gain"] = gain
+        return unit
+
+
+class Encode(Stage):
+    """`instrumental`, times `gain` where there is one -> `latent_mean` and `latent_std` (n, 430, 40) float16."""
+
+    name, resources = "encode", "encode"
+    model_roles = ("latents",)
+    reads = ("instrumental", "gain")
+    writes = ("latent_mean", "latent_std")
+
+    def __init__(self, latents: "LatentEncoder", batch: int) -> None:
+        self.latents, self.batch = latents, batch
+
+    def __call__(self, unit: Unit) -> Unit:
         audio = unit.clips["instrumental"]
         if "gain" in unit.clips:
             audio = audio * unit.clips["gain"][:, None]
-        mean, std = self.models.latents.encode(audio, self.batch)
-        for row in rows:
+        mean, std = self.latents.encode(audio, self.batch)
+        for row in unit.ok_rows():
             row["stage"] = self.name
-        clips = {name: array for name, array in unit.clips.items() if name not in ("instrumental", "gain")}
-        if self.keep_audio:
-            clips["instrumental"] = unit.clips["instrumental"]
-        unit.clips = clips | {"latent_mean": mean.astype(np.float16), "latent_std": std.astype(np.float16)}
+        unit.clips |= {"latent_mean": mean.astype(np.float16), "latent_std": std.astype(np.float16)}
         return unit
 
 
 class Text(Stage):
     """Text features of the captions that this unit is the first to hold: T5 rows and the two CLAP vectors."""
 
-    name = "text"
+    name, scope, resources = "text", "unit", "encode"
     model_roles = ("text", "clap", "clap_condition")
+    writes = ("texts",)
 
-    def __init__(self, context: Context) -> None:
-        self.models = context.models
+    def __init__(self, models: Models) -> None:
+        self.models = models
 
     def __call__(self, unit: Unit) -> Unit:
         owned = {track["caption_id"]: track["caption"] for track in unit.tracks if track["caption_owner"]}
@@ -322,14 +336,19 @@ class Text(Stage):
 
 
 class Write(Stage):
-    """Commit the unit: shard, captions, and last its index file. Leaves only rows in the unit."""
+    """Commit the unit: shard, captions, and last its index file.
 
-    name = "write"
-    model_roles = ()
+    Args:
+        run: the run folder.
+        columns: of the index beside its own.
+    """
 
-    def __init__(self, context: Context) -> None:
-        self.run = Folder.at(context.config.output)
-        self.keep_audio = context.config.keep_audio
+    name, scope, resources = "write", "unit", "write"
+    arrays = ("clap_audio", "latent_mean", "latent_std", "mert")
+    reads: ClassVar[tuple[str, ...]] = (*arrays, "texts")
+
+    def __init__(self, run: Folder, columns: Mapping[str, pa.DataType] | None = None) -> None:
+        self.run, self.further = run, columns
 
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()
@@ -364,41 +383,26 @@ class Write(Stage):
                 **shards.text_places(io.BytesIO(data)),
             }
         # The commit. If another worker was faster, its files stand and ours are swept when the run ends.
-        self.run.create(f"{index.INDEX}/{unit.name}.parquet", index.to_bytes(unit.rows, metadata))
-        unit.clips, unit.texts, unit.caption_ids = {}, {}, []
+        self.run.create(f"{index.INDEX}/{unit.name}.parquet", index.to_bytes(unit.rows, metadata, self.further))
         return unit
 
     def _members(self, unit: Unit, i: int, row: dict[str, Any]) -> dict[str, bytes]:
         left_out = {"shard", "status", "reason", "message", *index.PLACES}
         facts = {name: value for name, value in row.items() if name not in left_out}
         members = {"json": json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()}
-        for name in ("clap_audio", "latent_mean", "latent_std", "mert"):
+        for name in self.arrays:
             members[f"{name}.npy"] = shards.npy_bytes(unit.clips[name][i])
-        if self.keep_audio:
-            members["flac"] = audio_io.encode_flac(unit.clips["instrumental"][i][None], SAMPLE_RATE)
         return members
 
 
-STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (Decode, Measure, Separate, Score, Encode, Text, Write)
-}
+class WriteAudio(Write):
+    """Also every clip's `instrumental` as mono 16-bit FLAC."""
 
+    reads = (*Write.reads, "instrumental")
 
-def note_gains(unit: Unit, config: CorpusConfig) -> None:
-    """With `latent_peak`: `gain` (n,) float32 of the instrumentals, one factor per track, unless it is there.
-
-    It follows from all ok clips of a track, so it is noted before `Encode` may see them one by one.
-    """
-    if config.latent_peak is None or "gain" in unit.clips:
-        return
-    tracks = np.array([row["track_id"] for row in unit.ok_rows()])
-    peaks = np.array([np.abs(clip).max(initial=0.0) for clip in unit.clips["instrumental"]])
-    gain = np.ones(len(tracks), np.float32)
-    for track in set(tracks):
-        own = float(peaks[tracks == track].max())
-        if own >= max(10 ** (config.silence_dbfs / 20), MIN_PEAK):
-            gain[tracks == track] = config.latent_peak / own
-    unit.clips["gain"] = gain
+    def _members(self, unit: Unit, i: int, row: dict[str, Any]) -> dict[str, bytes]:
+        flac = audio_io.encode_flac(unit.clips["instrumental"][i][None], SAMPLE_RATE)
+        return super()._members(unit, i, row) | {"flac": flac}
 
 
 def _check_unchanged(track: dict[str, Any], size: int, version: str) -> None:
@@ -412,10 +416,6 @@ def _check_unchanged(track: dict[str, Any], size: int, version: str) -> None:
         raise ClipError(FAILED, "changed", f"{size} bytes, {planned} when the run was planned: it was replaced")
     if version and track.get("version") and version != track["version"]:
         raise ClipError(FAILED, "changed", "written to after the run was planned; start again with --retry-failed")
-
-
-def _stereo(audio: np.ndarray) -> np.ndarray:
-    return np.repeat(audio, 2, axis=0) if audio.shape[0] == 1 else audio
 
 
 def _energy(audio: np.ndarray) -> float:

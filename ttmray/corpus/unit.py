@@ -9,7 +9,7 @@ nor merge a unit.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +60,14 @@ class Unit:
             ok[position].update(status=error.status, stage=stage, reason=error.reason, message=error.message)
         keep = np.array([position for position in range(len(ok)) if position not in errors], dtype=np.int64)
         self.clips = {name: array[keep] for name, array in self.clips.items()}
+
+    def keep(self, names: Collection[str]) -> None:
+        """Let go of all arrays but those of these names: of `clips`, or `texts` or `track_audio` as a whole."""
+        self.clips = {name: array for name, array in self.clips.items() if name in names}
+        if "track_audio" not in names:
+            self.track_audio = {}
+        if "texts" not in names:
+            self.texts, self.caption_ids = {}, []
 
     def one_by_one(self, stage: str, work: Callable[[int], Any]) -> list[Any]:
         """Apply `work` to every ok row by position; a ClipError quarantines that row only.
@@ -166,4 +174,5 @@ def merge(whole: Unit, parts: list[Unit]) -> Unit:
         caption_ids=whole.caption_ids,
         texts=whole.texts,
         timing=whole.timing,
+        track_audio=whole.track_audio,
     )

@@ -20,7 +20,7 @@ from ttmray.corpus import index, shards
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, explained, parquet_table
+from ttmray.storage import Folder, explained
 
 T = TypeVar("T")
 _THREADS = 16  # that read files side by side
@@ -37,17 +37,10 @@ def upgrade(run: Folder) -> int:
         raise UserError(
             f"{run} is not a finished corpus or pool.", "Start its job again: its end adds what is missing."
         )
-    try:
-        whole = parquet_table(run.read(index.MERGED))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{run.path(index.MERGED)} is damaged: {error}", shards.VERIFY) from error
     rows = index.read_merged(run)
     lacking = lacking_places(rows)
     if lacking:
         rows = located(run, rows, [metadata for _, metadata in index.read_units(run, index.committed_units(run))])
-        for field in whole.schema:  # pools have more columns
-            if field.name not in index.SCHEMA.names:
-                rows = rows.append_column(field, whole[field.name])
         run.write(index.MERGED, index.parquet_bytes(rows))
     return lacking
 

@@ -63,7 +63,7 @@ def problems(run: Folder) -> Iterator[str]:
         yield f"{SUCCESS} is missing: the run is not finished"
         return
     try:
-        merged = index.read_merged(run)
+        merged = index.read_merged(run, table.column_names)
         if not merged.drop_columns(index.PLACES).equals(table.drop_columns(index.PLACES)):
             yield f"{index.MERGED} differs from the units' index files"
         else:

@@ -143,15 +143,15 @@ def _receive(pipe: Connection, timeout_s: float) -> bytes:
 def _serve(pipe: Connection, job: str, names: Sequence[str]) -> None:
     """The child: answers units until the parent is gone or done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us by closing the pipe
-    stages = None
+    chain = None
     try:
         pipe.send_bytes(_READY)
         while True:
             unit = Unit.from_table(pa.ipc.open_stream(pipe.recv_bytes()).read_all())
             try:
-                if stages is None:
-                    stages = Job.from_json(job).build(names)
-                answer = run_stages(stages, unit).to_table()
+                if chain is None:
+                    chain = Job.from_json(job).build(names)
+                answer = run_stages(chain, unit).to_table()
             except UserError as error:
                 answer = _error("UserError", error.message, error.hint)
             except Exception:

@@ -23,7 +23,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
 from ttmray.runs import RUN
-from ttmray.storage import Folder, parquet_table
+from ttmray.storage import Folder
 
 KEPT, WEIGHTED, REPORT = "kept.txt", "weights.csv", "selection.json"
 PERCENTILES = (5, 25, 50, 75, 90, 95)
@@ -143,12 +143,9 @@ def read_pool(folder: str, columns: Sequence[str] = ()) -> tuple[pa.Table, str]:
     if not run.exists(index.MERGED):
         raise UserError(f"{folder} is not a finished pool: it has no {index.MERGED}.", "Finish its generation.")
     table = index.read_merged(run)
-    whole = parquet_table(run.read(index.MERGED))
-    missing = [name for name in COLUMNS.names if name not in whole.column_names]
+    missing = [name for name in COLUMNS.names if name not in table.column_names]
     if missing:
         raise UserError(f"{folder} is no pool: its index has no column {missing[0]}.", "Make one with `ttmray pool`.")
-    for name in COLUMNS.names:
-        table = table.append_column(name, whole[name])
     table = with_columns(run, table, columns)
     try:
         return table, str(json.loads(run.read(RUN))["fingerprint"])

@@ -11,7 +11,6 @@ is that of the latents. The merged `index.parquet` has more columns than the uni
 """
 
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,24 +24,22 @@ import pyarrow.compute as pc
 from ttmray import runs
 from ttmray.cluster import each
 from ttmray.config import identity
-from ttmray.console import console, meter
+from ttmray.console import console
 from ttmray.corpus import index, shards
-from ttmray.corpus.finalise import check_rows, latent_statistics, sweep
+from ttmray.corpus.job import Done, carry_out, not_committed
+from ttmray.corpus.pipeline import whole_worker
 from ttmray.corpus.plan import SCHEMA, Plan, pack_units, plan_difference
 from ttmray.corpus.scores import reward_statistics
-from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
-from ttmray.corpus.upgrade import located
-from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
-from ttmray.generation.pool_worker import CandidatesConfig, Worker
+from ttmray.corpus.unit import OK, Unit
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.generation.pool_worker import CandidatesConfig, PoolJob, candidates
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
-from ttmray.runs import RUN, SUCCESS
+from ttmray.runs import RUN
 from ttmray.storage import Folder, absolute
 
-ABORT_AFTER = 50
-"""Once this many candidates are done and more than half of them failed, the job stops."""
 COLUMNS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -63,7 +60,7 @@ def generate_pool(config: CandidatesConfig) -> int:
     Raises:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
-    started = time.perf_counter()
+    started = time.time()
     names = ("prompts", "corpus", "held_out", "output", "checkpoint")  # Ray's workers run in another folder
     paths = {name: absolute(getattr(config, name)) for name in names if getattr(config, name) is not None}
     config = config.model_copy(update=paths)
@@ -79,31 +76,28 @@ def generate_pool(config: CandidatesConfig) -> int:
         console.print(f"{_left_out(prompts.held_out)}: {config.held_out}", markup=False)
     if bundle.note:
         console.print(f"[yellow]{bundle.note}[/yellow]")
-    committed = set(index.committed_units(run))
-    units = [Unit(name, tracks) for name, tracks in plan.units()]
-    todo = [unit for unit in units if unit.name not in committed]
-    if not todo and run.exists(SUCCESS):
-        summary = json.loads(run.read(SUCCESS))["summary"]
-        console.print(f"nothing to do: all {len(units)} units of {run} are committed")
-    else:
-        run.sweep_temporary()
-        if existing is None:
-            plan.save(run)
-            runs.write(run, described)
-        if committed:
-            console.print(f"resuming: {len(committed)} of {len(units)} units are committed, {len(todo)} to do")
-        timing: dict[str, list[float]] = {}
-        try:
-            _make(config, described["protocol_id"], todo, timing)
-        except UserError:
-            if existing is None and not index.committed_units(run):
-                run.delete(RUN)  # settings that made nothing shall not bind the folder
-                run.delete("plan.parquet")
-            raise
-        summary = _finalise(run, plan, config, described, timing, time.perf_counter() - started)
-    for line in _summary_lines(summary, run):
-        console.print(line, markup=False)
-    return EXIT_TOO_MANY_FAILURES if summary["rows"][FAILED] > config.max_failures else EXIT_OK
+    run.sweep_temporary()
+    if existing is None:
+        plan.save(run)
+        runs.write(run, described)
+    job = PoolJob(config.model_dump_json(), "", described["protocol_id"])
+    todo = not_committed(run, plan)
+    for unit in todo:
+        unit.rows = candidates(config, unit, job.protocol)
+
+    def work(units: Sequence[Unit], done: Done) -> None:
+        for unit in each(partial(whole_worker, job.to_json()), units, config.runtime.pool):
+            done(unit)
+
+    way_out = "Mend the cause and start with a new output folder."
+    more = partial(_more, run, config, prompts.held_out)
+    try:
+        return carry_out(run, plan, described, todo, work, config.max_failures, started, more, way_out)
+    except UserError:
+        if existing is None and not index.committed_units(run):
+            run.delete(RUN)  # settings that made nothing shall not bind the folder
+            run.delete("plan.parquet")
+        raise
 
 
 def sample_pool(config: CandidatesConfig, weights: str, output: str) -> None:
@@ -240,114 +234,46 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: in
     )
 
 
-def _make(config: CandidatesConfig, protocol: str, todo: Sequence[Unit], timing: dict[str, list[float]]) -> None:
-    counts: Counter[str] = Counter()
-    with meter("clips", len(todo) and sum(len(unit.tracks) for unit in todo) * config.candidates) as progress:
-        for unit in each(partial(Worker, config.model_dump_json(), protocol), todo, config.runtime.pool):
-            counts.update(row["status"] for row in unit.rows)
-            for stage, values in unit.timing.items():
-                total = timing.setdefault(stage, [0.0, 0.0, 0.0])
-                timing[stage] = [a + b for a, b in zip(total, values, strict=True)]
-            progress.advance(len(unit.rows), f"{counts[REJECTED]} rejected, {counts[FAILED]} failed")
-            if counts.total() >= ABORT_AFTER and counts[FAILED] > counts.total() / 2:
-                row = next(row for row in unit.rows if row["status"] == FAILED)
-                raise UserError(
-                    f"{counts[FAILED]} of {counts.total()} clips failed, so the job stopped. The last: {row['key']}: "
-                    f"{row['message']}",
-                    "What was committed stays; mend the cause and start with a new output folder.",
-                )
+def _more(
+    run: Folder, config: CandidatesConfig, left_out: int, table: pa.Table, units: Sequence[dict[str, Any]]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows of all units with `COLUMNS`, and what the summary says beside that of a corpus.
 
-
-def _finalise(
-    run: Folder,
-    plan: Plan,
-    config: CandidatesConfig,
-    described: dict[str, Any],
-    timing: dict[str, list[float]],
-    seconds: float,
-) -> dict[str, Any]:
-    """Merge, check and sum up a pool whose units are all committed; `_SUCCESS.json` is written last.
+    What was measured is read from the shards.
 
     Raises:
-        UserError: rows and plan do not add up, a shard is damaged, or there is no usable clip.
+        UserError: there is no usable clip, or a shard is damaged.
     """
-    units = index.read_units(run, [name for name, _ in plan.units()])
-    table = pa.concat_tables([rows for rows, _ in units])
-    problems = check_rows(table, plan)
-    if problems:
-        raise UserError("the index does not match the plan:\n    " + "\n    ".join(problems[:20]))
-    statuses = Counter(table["status"].to_pylist())
-    bad = table.filter(pc.not_equal(table["status"], OK)).select(["status", "stage", "reason"]).to_pylist()
-    reasons = [
-        {"status": status, "stage": stage, "reason": reason, "count": count}
-        for (status, stage, reason), count in sorted(Counter(tuple(row.values()) for row in bad).items())
-    ]
-    if not statuses[OK]:
-        why = ", ".join(f"{entry['reason']} {entry['count']}" for entry in reasons)
-        raise UserError(f"{run}: none of the {table.num_rows} clips is usable ({why}).", "Choose another checkpoint.")
-    described_units = [data for _, data in units]
-    table = located(run, table, described_units)
-    added = _more_columns(run, table, described_units, config)
-    for name in COLUMNS.names:
-        table = table.append_column(COLUMNS.field(name), added[name])
-    run.write(index.MERGED, index.parquet_bytes(table))
-    rewards = reward_statistics(table)
-    run.write("stats/latents.json", json.dumps(latent_statistics(described_units), indent=1).encode())
-    scored = {"protocol": described["protocol_id"], "splits": rewards}
-    run.write("stats/rewards.json", json.dumps(scored, indent=1).encode())
-    similar = np.array([value for value in added["similarity"].to_pylist() if value is not None])
-    summary = {
-        "rows": {"total": table.num_rows} | {status: statuses[status] for status in (OK, REJECTED, FAILED)},
-        "reasons": reasons,
-        "tracks": len(plan.table),
-        "held_out": described["held_out"],
-        "clips_expected": plan.expected_clips(),
-        "clips_found": table.num_rows,
-        "splits": {"train": statuses[OK]},
-        "units": len(units),
-        "bytes": sum(file["bytes"] for data in described_units for file in data["files"].values()),
-        "rewards": rewards,
-        "similarity": dict(zip(("p50", "p95", "max"), np.percentile(similar, (50, 95, 100)).tolist(), strict=True))
-        if len(similar)
-        else None,
-        "protocol": described["protocol_id"],
-        "note": described["note"],
-        "swept_files": sweep(run, described_units),
-        "launch_seconds": round(seconds, 1),
-        "stages": {
-            stage: {"wall_ms_per_clip": 1000 * wall / max(clips, 1), "cpu_ms_per_clip": 1000 * cpu / max(clips, 1)}
-            for stage, (wall, cpu, clips) in timing.items()
-        },
-    }
-    run.write("summary.json", json.dumps(summary, indent=1).encode())
-    markdown = ["# Pool", "", *(f"- {line}" for line in _summary_lines(summary, run))]
-    run.write("summary.md", ("\n".join(markdown) + "\n").encode())
-    run.write(SUCCESS, json.dumps({"fingerprint": described["fingerprint"], "summary": summary}, indent=1).encode())
-    return summary
-
-
-def _more_columns(
-    run: Folder, table: pa.Table, units: Sequence[dict[str, Any]], config: CandidatesConfig
-) -> dict[str, pa.Array]:
-    """`COLUMNS` of every row; what was measured is read from the shards."""
+    keys = table["key"].to_pylist()
+    if OK not in table["status"].to_pylist():
+        why = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(table["reason"].to_pylist()).items()))
+        raise UserError(f"{run}: none of the {len(keys)} clips is usable ({why}).", "Choose another checkpoint.")
     clipping: dict[str, float] = {}
     vectors: dict[str, np.ndarray] = {}
     for name in [name for data in units for name in data["files"] if name.startswith(shards.SHARDS)]:
         for key, sample in shards.read_samples(run.read(name), run.path(name)):
             clipping[key], vectors[key] = sample["json"]["clipping"], sample["clap_audio.npy"][0]
     nearest = most_similar(vectors)
-    keys = table["key"].to_pylist()
-    ok = [key if status == OK else "" for key, status in zip(keys, table["status"].to_pylist(), strict=True)]
     columns: dict[str, list[Any]] = {
         "prompt_id": table["track_id"].to_pylist(),
         "candidate": table["segment"].to_pylist(),
         "pool_seed": [config.seed] * len(keys),
         "input_score": [config.sampler.score] * len(keys),
-        "clipping": [clipping.get(key) for key in ok],
-        "similarity": [nearest[key][0] if key in nearest else None for key in ok],
-        "similar_to": [nearest[key][1] if key in nearest else None for key in ok],
+        "clipping": [clipping.get(key) for key in keys],
+        "similarity": [nearest[key][0] if key in nearest else None for key in keys],
+        "similar_to": [nearest[key][1] if key in nearest else None for key in keys],
     }
-    return {name: pa.array(columns[name], COLUMNS.field(name).type) for name in COLUMNS.names}
+    for field in COLUMNS:
+        table = table.append_column(field, pa.array(columns[field.name], field.type))
+    lines, similarity = [f"  {_left_out(left_out)}"] if left_out else [], None
+    if nearest:
+        percentiles = np.percentile([cosine for cosine, _ in nearest.values()], (50, 95, 100)).tolist()
+        similarity = dict(zip(("p50", "p95", "max"), percentiles, strict=True))
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in similarity.items())
+        lines.append(f"CLAP cosine with the most similar other clip: {shown}")
+    reward = reward_statistics(table, ["reward_score"])["train"]["reward_score"]
+    lines.append(f"reward: mean {reward['mean']:+.3f}, std {reward['std']:.3f}, max {reward['max']:+.3f}")
+    return table, {"of": "prompts", "held_out": left_out, "similarity": similarity, "lines": lines}
 
 
 def most_similar(vectors: dict[str, np.ndarray]) -> dict[str, tuple[float, str]]:
@@ -368,20 +294,3 @@ def most_similar(vectors: dict[str, np.ndarray]) -> dict[str, tuple[float, str]]
         other = int(cosines.argmax())
         found[key] = (float(cosines[other]), keys[other])
     return found
-
-
-def _summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
-    rows = summary["rows"]
-    lines = [
-        f"{rows[OK]} clips ok, {rows[REJECTED]} rejected, {rows[FAILED]} failed; {summary['tracks']} prompts",
-        *([f"  {_left_out(summary['held_out'])}"] if summary.get("held_out") else []),
-        *(f"  {r['status']} in {r['stage']}: {r['reason']} x {r['count']}" for r in summary["reasons"]),
-        *(f"  {stage}: {rate['wall_ms_per_clip']:.0f} ms per clip" for stage, rate in summary["stages"].items()),
-    ]
-    if summary["similarity"]:
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in summary["similarity"].items())
-        lines.append(f"CLAP cosine with the most similar other clip: {shown}")
-    reward = summary["rewards"]["train"]["reward_score"]
-    lines.append(f"reward: mean {reward['mean']:+.3f}, std {reward['std']:.3f}, max {reward['max']:+.3f}")
-    lines.append(f"scores by {summary['protocol']}" + (f" ({summary['note']})" if summary["note"] else ""))
-    return [*lines, f"index: {run.path(index.MERGED)}"]

@@ -1,6 +1,8 @@
 """What a pool is made by: its config, and the models of one process as stages over units."""
 
 import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -8,18 +10,19 @@ from pydantic import Field, model_validator
 
 from ttmray.config import Address, Config, execution
 from ttmray.corpus import index
-from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.running import run_stages
-from ttmray.corpus.stages import Context, Measure, Stage, Text, Write
+from ttmray.corpus.running import Job, Makers
+from ttmray.corpus.stage import Stage
+from ttmray.corpus.stages import Measure, Text, Write, WriteAudio
 from ttmray.corpus.unit import REJECTED, Unit
 from ttmray.errors import ClipError, UserError
 from ttmray.generation.config import RuntimeConfig
 from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
-from ttmray.models import one_thread, require_finite, side_by_side
+from ttmray.models import require_finite, side_by_side
 from ttmray.models.backbone_weights import load_backbone
-from ttmray.models.bundle import BundleName, LoadOptions, open_bundle, resolve_device
+from ttmray.models.bundle import BundleName, LoadOptions, Models, open_bundle, resolve_device
 from ttmray.models.score_heads import Head, Null
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.storage import Folder
 
 FULL_SCALE = 0.999
 """Samples from here on count as clipped."""
@@ -100,73 +103,94 @@ class CandidatesConfig(Config):
         return self
 
 
-class Worker:
-    """The models of one process. A call makes, scores and commits all candidates of a unit.
+def candidates(config: CandidatesConfig, unit: Unit, protocol: str) -> list[dict[str, Any]]:
+    """The rows of a unit that is still to be made: all candidates of its prompts."""
+    return [
+        index.new_row(track, unit.name, protocol)
+        | {"key": f"{track['track_id']}_{k}", "segment": k, "start_s": 0.0}
+        | {"prompt_id": track["track_id"], "candidate": k, "pool_seed": config.seed}
+        | {"input_score": config.sampler.score}
+        for track in unit.tracks
+        for k in range(config.candidates)
+    ]
 
-    Raises:
-        UserError: models that are not there, or do not fit each other or the config.
-    """
 
-    def __init__(self, config: str, protocol: str) -> None:
-        self.config, self.protocol = CandidatesConfig.model_validate_json(config), protocol
-        runtime, bundle = self.config.runtime, open_bundle(self.config.bundle)
-        device, threads = resolve_device(runtime.device), runtime.thread_count
-        roles = {"text", "clap_condition", "latents", "vocoder", *Scorer.roles}
-        roles |= {"backbone"} if self.config.checkpoint is None else set()
-        models = bundle.load(roles, LoadOptions(device=device, batch=runtime.batch, threads=threads))
-        backbone = models.backbone
-        if self.config.checkpoint is not None:
-            how: dict[str, Any] = {"head": self.config.head, "null": self.config.null}
-            backbone = load_backbone(self.config.checkpoint, **how, force=self.config.force_head, device=device)
-        if backbone.config.latent_dim != models.latents.channels:
+@dataclass(frozen=True)
+class PoolJob(Job):
+    """The stages of the pool of a `CandidatesConfig`. Its units come with the rows of `candidates`."""
+
+    clip_timeout_s = 3600.0  # a full-size clip on one core takes minutes
+
+    @property
+    def pool(self) -> CandidatesConfig:
+        return CandidatesConfig.model_validate_json(self.config)
+
+    @property
+    def output(self) -> str:
+        return self.pool.output
+
+    def makers(self) -> Makers:
+        config, threads = self.pool, self.pool.runtime.thread_count
+        protocol = open_bundle(config.bundle).protocol(config.reward_text)
+        write = WriteAudio if config.keep_audio else Write
+        return {
+            Sample: lambda models: Sample(config, _sampler(config, models)),
+            Vocode: lambda models: Vocode(config, models.latents, threads),
+            Measure: lambda _: Measure(config.silence_dbfs),
+            Judge: lambda models: Judge(config, Scorer(models, protocol, threads)),
+            Text: Text,
+            write: lambda _: write(Folder.at(config.output)),
+        }
+
+    def load(self, roles: Collection[str]) -> Models:
+        """The models, and the backbone of the config's checkpoint.
+
+        Raises:
+            UserError: models that are not there, or do not fit each other or the config.
+        """
+        config, runtime = self.pool, self.pool.runtime
+        own = config.checkpoint is not None and "backbone" in roles
+        device = resolve_device(runtime.device)
+        options = LoadOptions(device=device, batch=runtime.batch, threads=runtime.thread_count)
+        models = open_bundle(config.bundle).load(set(roles) - ({"backbone"} if own else set()), options)
+        if own:
+            how: dict[str, Any] = {"head": config.head, "null": config.null, "force": config.force_head}
+            models.backbone = load_backbone(str(config.checkpoint), **how, device=device)
+        if "latents" not in roles:
+            return models
+        if "backbone" in roles and models.backbone.config.latent_dim != models.latents.channels:
             raise UserError(
-                f"checkpoint: the backbone makes {backbone.config.latent_dim} latent channels, the VAE of the bundle "
-                f"has {models.latents.channels}.",
+                f"checkpoint: the backbone makes {models.backbone.config.latent_dim} latent channels, the VAE of the "
+                f"bundle has {models.latents.channels}.",
                 "Name the bundle that it was trained with.",
             )
         if (rate := models.latents.sample_rate) != SAMPLE_RATE:
             raise UserError(
-                f"bundle {self.config.bundle} makes audio of {rate} Hz, a pool has {SAMPLE_RATE} Hz.",
+                f"bundle {config.bundle} makes audio of {rate} Hz, a pool has {SAMPLE_RATE} Hz.",
                 "Name the bundle of a model that makes it.",
             )
-        sampler = Sampler(
-            [backbone],
-            models.text,
-            models.clap_condition,
-            self.config.sampler,
-            batch=runtime.batch,
-            threads=threads,
-            compile=runtime.compile,
-        )
-        scorer = Scorer(models, bundle.protocol(self.config.reward_text), threads)
-        shared = {name: getattr(self.config, name) for name in ("bundle", "silence_dbfs", "keep_audio", "reward_text")}
-        context = Context(CorpusConfig(input="none", output=self.config.output, **shared), "", protocol, models)
-        self.stages: list[Stage] = [
-            Sample(self.config, sampler),
-            Vocode(self.config, models.latents, threads),
-            Measure(context),
-            Judge(self.config, scorer),
-            Text(context),
-            Write(context),
-        ]
-        one_thread()
+        return models
 
-    def __call__(self, unit: Unit) -> Unit:
-        unit.rows = [
-            index.new_row(track, unit.name, self.protocol)
-            | {"key": f"{track['track_id']}_{k}", "segment": k, "start_s": 0.0}
-            | {"prompt_id": track["track_id"], "candidate": k, "pool_seed": self.config.seed}
-            | {"input_score": self.config.sampler.score}
-            for track in unit.tracks
-            for k in range(self.config.candidates)
-        ]
-        return run_stages(self.stages, unit)
+
+def _sampler(config: CandidatesConfig, models: Models) -> Sampler:
+    runtime = config.runtime
+    return Sampler(
+        [models.backbone],
+        models.text,
+        models.clap_condition,
+        config.sampler,
+        batch=runtime.batch,
+        threads=runtime.thread_count,
+        compile=runtime.compile,
+    )
 
 
 class Sample(Stage):
     """Rows -> `latent_mean` (n, N, C) float16, what the VAE decodes, and `latent_std`, zeros."""
 
-    name, model_roles = "sample", ()
+    name, resources = "sample", "models"
+    model_roles = ("backbone", "text", "clap_condition")
+    writes = ("latent_mean", "latent_std")
 
     def __init__(self, config: CandidatesConfig, sampler: Sampler) -> None:
         self.config, self.sampler = config, sampler
@@ -186,7 +210,10 @@ class Sample(Stage):
 class Vocode(Stage):
     """`latent_mean` -> `mix` (n, 1, samples) float32 at 44.1 kHz, without clips that are clipped."""
 
-    name, model_roles = "vocode", ()
+    name, resources = "vocode", "models"
+    model_roles = ("latents", "vocoder")
+    reads = ("latent_mean",)
+    writes = ("mix",)
 
     def __init__(self, config: CandidatesConfig, latents: Any, threads: int) -> None:
         self.config, self.latents, self.threads = config, latents, threads
@@ -214,9 +241,15 @@ class Vocode(Stage):
 
 
 class Judge(Stage):
-    """CLAP and MERT embeddings, the reward and the cosine with the prompt, of the clips as they are."""
+    """CLAP and MERT embeddings, the reward and the cosine with the prompt, of the clips as they are.
 
-    name, model_roles = "score", ()
+    `instrumental` (n, samples) is the clip itself.
+    """
+
+    name, resources = "score", "models"
+    model_roles = Scorer.roles
+    reads = ("mix",)
+    writes = ("clap_audio", "mert", "instrumental")
 
     def __init__(self, config: CandidatesConfig, scorer: Scorer) -> None:
         self.config, self.scorer = config, scorer
@@ -224,17 +257,16 @@ class Judge(Stage):
     def __call__(self, unit: Unit) -> Unit:
         rows, mix = unit.ok_rows(), unit.clips["mix"][:, 0]
         texts = self.scorer.texts([_prompt(row, self.config) for row in rows])
-        found = self.scorer.embed(mix)
-        for i, (row, reward) in enumerate(zip(rows, self.scorer.rewards(found, texts).tolist(), strict=True)):
-            clap = float(found.clap[i] @ texts[i])
+        embedded = self.scorer.embed(mix)
+        for i, (row, reward) in enumerate(zip(rows, self.scorer.rewards(embedded, texts).tolist(), strict=True)):
+            clap = float(embedded.clap[i] @ texts[i])
             row.update(stage=self.name, reward_score=reward, instrumental_reward_score=reward)
             row.update(clap_score=clap, instrumental_clap_score=clap)
-        unit.clips = {name: unit.clips[name] for name in ("latent_mean", "latent_std")} | {
-            "clap_audio": np.repeat(found.clap[:, None], 2, axis=1),
-            "mert": np.repeat(found.mert[:, None], 2, axis=1),
+        unit.clips |= {
+            "clap_audio": np.repeat(embedded.clap[:, None], 2, axis=1),
+            "mert": np.repeat(embedded.mert[:, None], 2, axis=1),
+            "instrumental": mix,
         }
-        if self.config.keep_audio:
-            unit.clips["instrumental"] = mix
         return unit
 
 
