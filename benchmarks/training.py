@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class Duel:
     def sample(self, folder: Folder, step: int) -> None:
         raise AssertionError("no samples are asked for")
 
-    def note(self, start: int, stop: int) -> dict[str, Any]:
+    def note(self, start: int, stop: int, lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {}
 
     def run(self, device_batch: int) -> None:
