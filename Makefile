@@ -1,12 +1,14 @@
 # Two commands on a fresh machine, each does all its own set-up in .venv:
 #   make demo   build a small set of songs and turn it into a scored corpus
 #   make test   lint, type-check and run the test suite
+# and one in an environment of its own, .venv-laion, with 7 GB of packages:
+#   make test-laion-clap   compare our CLAP with LAION's package, on seeded weights of full size
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-laion-clap lint bench clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +30,15 @@ test: lint
 test-slow: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+# LAION's package holds numpy below 2, and its torchvision fits only the build of torch from the same index.
+.venv-laion/.installed: pyproject.toml constraints-laion-clap.txt
+	test -x .venv-laion/bin/python || $(PYTHON) -m venv .venv-laion
+	.venv-laion/bin/pip install --quiet --disable-pip-version-check -c constraints-laion-clap.txt -e '.[laion-clap]' pytest pytest-timeout hypothesis 'moto[server]'
+	touch $@
+
+test-laion-clap: .venv-laion/.installed
+	OMP_NUM_THREADS=1 .venv-laion/bin/python -m pytest -s tests/models/test_laion_clap.py
+
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/corpus.py --output benchmarks/results/corpus.json
 	$(BIN)/python benchmarks/loudness.py --output benchmarks/results/loudness.json
@@ -43,4 +54,4 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/evaluation.py --output benchmarks/results/evaluation.json
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-laion build *.egg-info .pytest_cache .ruff_cache .mypy_cache

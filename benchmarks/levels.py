@@ -3,8 +3,8 @@
     python benchmarks/levels.py [--output FILE.json]
 
 Every clip below $TTMRAY_DATA/clips (default ../shared/data/clips) goes through `ttmray postprocess --no-separation`.
-The independent meter is pyloudnorm with its ITU-exact (DeMan) filters and the peak of an 8x polyphase oversampling,
-both on the files as written. Exit code 1 if a clip that is not silent misses -16.5 +/- 0.1 LUFS or exceeds -1 dBTP
+The other meter is pyloudnorm on float64 samples and the peak of an 8x polyphase oversampling, both on the files as
+written. Exit code 1 if a clip that is not silent misses -16.5 +/- 0.1 LUFS or exceeds -1 dBTP
 (the other peak meter may read 0.1 dB more).
 """
 

@@ -3,17 +3,16 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyloudnorm
 import pytest
 import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from scipy.signal import sosfilt
 
 from ttmray.audio.io import AudioLimits, decode
 from ttmray.audio.loudness import (
     integrated_loudness,
-    k_weighting,
     silence_ratio,
     true_peak,
     true_peak_per_channel,
@@ -32,6 +31,31 @@ def music(seed: int, seconds: float, rate: int, channels: int = 2) -> np.ndarray
 def sine(frequency: float, rate: int, seconds: float, phase: float = 0.0) -> np.ndarray:
     t = np.arange(int(seconds * rate)) / rate
     return np.sin(2 * np.pi * frequency * t + phase).astype(np.float32)[None]
+
+
+def k_weighting(rate: int) -> np.ndarray:
+    """Second-order sections (2, 6) of the standard's two filters at any rate, from their analogue prototypes."""
+    k, q = math.tan(math.pi * 1681.974450955533 / rate), 0.7071752369554196
+    high = 10 ** (3.999843853973347 / 20)
+    band = high**0.4996667741545416
+    a0 = 1 + k / q + k * k
+    numerator = [(high + band * k / q + k * k) / a0, 2 * (k * k - high) / a0, (high - band * k / q + k * k) / a0]
+    shelf = [*numerator, 1.0, 2 * (k * k - 1) / a0, (1 - k / q + k * k) / a0]
+    k, q = math.tan(math.pi * 38.13547087602444 / rate), 0.5003270373238773
+    a0 = 1 + k / q + k * k
+    return np.array([shelf, [1.0, -2.0, 1.0, 1.0, 2 * (k * k - 1) / a0, (1 - k / q + k * k) / a0]])
+
+
+def by_the_standard(x: np.ndarray, rate: int) -> float:
+    """Integrated loudness in float64, for rates that are a multiple of 10 Hz (BS.1770-4, Annex 1)."""
+    hop = rate // 10
+    weights = np.array([1.0, 1.0, 1.0, 1.41, 1.41])[: len(x)]
+    y = sosfilt(k_weighting(rate), x[:, : x.shape[1] // hop * hop].astype(np.float64)).reshape(len(x), -1, hop)
+    energy = weights @ np.square(y).sum(axis=-1)
+    blocks = np.convolve(energy, np.ones(4), mode="valid") / (4 * hop)
+    gated = blocks[-0.691 + 10 * np.log10(blocks) > -70]
+    gated = gated[gated > gated.mean() / 10]
+    return -0.691 + 10 * math.log10(gated.mean())
 
 
 def test_golden_loudness_and_true_peak_agree_with_libebur128(golden_dir: Path) -> None:
@@ -54,26 +78,23 @@ def test_filters_at_48_khz_are_those_tabulated_in_the_standard() -> None:
 
 
 @pytest.mark.parametrize("rate", [16000, 22050, 44100, 48000, 96000, 192000])
-def test_loudness_agrees_with_pyloudnorm_at_any_rate(rate: int) -> None:
+def test_loudness_follows_the_standard_at_any_rate(rate: int) -> None:
     x = music(rate, 3.0, rate)
-    oracle = pyloudnorm.Meter(rate, filter_class="DeMan").integrated_loudness(x.T.astype(np.float64))
-    assert integrated_loudness(x, rate) == pytest.approx(oracle, abs=0.001)
+    assert integrated_loudness(x, rate) == pytest.approx(by_the_standard(x, rate), abs=1e-6)
 
 
-def test_loudness_agrees_with_pyloudnorm_on_real_tracks(data_dir: Path) -> None:
+def test_loudness_follows_the_standard_on_real_tracks(data_dir: Path) -> None:
     paths = sorted((data_dir / "tracks").rglob("*.mp3"))[:4]
     assert paths
     for path in paths:
         x, rate = decode(path, AudioLimits())
         x = x[:, : rate * 10]
-        oracle = pyloudnorm.Meter(rate, filter_class="DeMan").integrated_loudness(x.T.astype(np.float64))
-        assert integrated_loudness(x, rate) == pytest.approx(oracle, abs=0.001)
+        assert integrated_loudness(x, rate) == pytest.approx(by_the_standard(x, rate), abs=1e-6)
 
 
 def test_surround_channels_weigh_more_than_front_channels() -> None:
     x = music(0, 2.0, 48000, channels=5)
-    oracle = pyloudnorm.Meter(48000, filter_class="DeMan").integrated_loudness(x.T.astype(np.float64))
-    assert integrated_loudness(x, 48000) == pytest.approx(oracle, abs=0.001)
+    assert integrated_loudness(x, 48000) == pytest.approx(by_the_standard(x, 48000), abs=1e-6)
 
 
 @pytest.mark.parametrize("rate", [44100, 48000])
@@ -102,10 +123,17 @@ def test_a_quiet_passage_below_the_relative_gate_does_not_count() -> None:
     assert integrated_loudness(both, rate) > -10
 
 
-def test_an_incomplete_last_block_is_discarded() -> None:
-    x = music(3, 2.0, 44100)
-    loud_tail = np.full((2, 4409), 0.9, dtype=np.float32)
-    assert integrated_loudness(np.concatenate([x, loud_tail], axis=1), 44100) == integrated_loudness(x, 44100)
+@pytest.mark.parametrize("rate", [11025, 44100, 48000])
+@pytest.mark.parametrize("share", [0.01, 0.51, 0.99])
+def test_an_incomplete_last_block_is_discarded(rate: int, share: float) -> None:
+    x = music(3, 2.0, rate)
+    loud_tail = np.full((2, int(share * rate / 10)), 0.9, dtype=np.float32)
+    assert integrated_loudness(np.concatenate([x, loud_tail], axis=1), rate) == integrated_loudness(x, rate)
+
+
+def test_half_precision_samples_are_measured_in_single_precision() -> None:
+    x = music(5, 1.0, 44100).astype(np.float16)
+    assert integrated_loudness(x, 44100) == integrated_loudness(x.astype(np.float32), 44100)
 
 
 def test_loudness_does_not_depend_on_the_memory_layout() -> None:

@@ -66,7 +66,7 @@ def undisturbed(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-KILLER = str(Path(__file__).parent / "killer")
+KILLER = os.pathsep.join((str(Path(__file__).parent / "killer"), str(REPO)))
 
 
 def assert_equal_runs(disturbed: Job, undisturbed: Job) -> None:

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from synthetic_corpus import write_random_corpus
 
 from ttmray.config import load_config
-from ttmray.corpus import index
-from ttmray.corpus.pipeline import StageWorker
+from ttmray.corpus import index, pipeline
+from ttmray.corpus.guard import MAX_ATTEMPTS
+from ttmray.corpus.pipeline import StageWorker, run_alone
 from ttmray.corpus.shards import read_samples
 from ttmray.corpus.unit import Unit
 from ttmray.corpus.upgrade import upgrade
@@ -205,6 +206,21 @@ def test_a_pool_that_was_killed_before_its_end_is_finished_without_models(prompt
     assert generate_pool(make(prompts, run)) == 0
     assert files(run) == files(finished)
     assert (run / "_SUCCESS.json").exists()
+
+
+@pytest.mark.slow
+def test_a_unit_that_killed_each_process_runs_alone_and_has_the_same_bytes(prompts, run, finished, monkeypatch):
+    for name in ("index/u000001.parquet", "index.parquet", "_SUCCESS.json"):
+        (run / name).unlink()
+    (run / "attempts").mkdir(exist_ok=True)
+    for n in range(MAX_ATTEMPTS):
+        (run / f"attempts/u000001.all.{n}").write_bytes(b"")
+    alone = []
+    monkeypatch.setattr(pipeline, "run_alone", lambda *given: alone.append(given[2].name) or run_alone(*given))
+    assert generate_pool(make(prompts, run)) == 0
+    assert alone == ["u000001"]
+    assert files(run) == files(finished)
+    assert not list((run / "attempts").iterdir())
 
 
 def test_captions_can_have_the_prefix_and_scores_stay_those_of_the_prompt(finished, prompts, tmp_path):

@@ -30,11 +30,12 @@ from ttmray.models.bigvgan import debug_bigvgan
 from ttmray.models.bundle import ROLES, LoadOptions, open_bundle, resolve_device
 from ttmray.models.clap import Clap, debug_clap
 from ttmray.models.clap_weights import laion_key_map
+from ttmray.models.latents import LatentEncoder
 from ttmray.models.mert import Mert
 from ttmray.models.separator import Separator, save_separator
 from ttmray.models.t5 import TextEncoder, debug_text_encoder
 from ttmray.models.tunejury import TuneJury, TuneJuryHead
-from ttmray.models.vae import LatentEncoder, MelVAE, MelVAEConfig
+from ttmray.models.vae import MelVAE, MelVAEConfig
 from ttmray.models.weights import released
 from ttmray.storage import Folder
 

@@ -1,5 +1,7 @@
 """Convolution by minimal filtering and by products: the same numbers and gradients as the library's."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,15 +80,72 @@ def test_low_precision_goes_by_products_and_agrees_within_its_rounding():
     torch.testing.assert_close(conv.bfloat16()(x.bfloat16()), low)
 
 
-def test_the_kept_kernel_of_a_frozen_weight_follows_its_changes():
-    conv, x = SameConv1d(4, 4, 3).requires_grad_(False), torch.randn(1, 8, 4)
-    before = conv(x)
+def through_data_in_place(conv):
+    conv.weight.data.mul_(2)
+
+
+def through_data_one_number(conv):
+    conv.weight.data[1, 2, 0] += 1
+
+
+def through_new_data(conv):
+    conv.weight.data = conv.weight.data + 1
+
+
+def through_shared_memory(conv):
+    conv.weight.detach().numpy()[:] = 0
+
+
+def in_place(conv):
     conv.weight.mul_(2)
-    torch.testing.assert_close(conv(x) - conv.bias, 2 * (before - conv.bias))
-    conv.load_state_dict({"weight": torch.zeros_like(conv.weight), "bias": torch.zeros_like(conv.bias)})
-    assert conv(x).abs().max() == 0
-    conv.weight = torch.nn.Parameter(torch.ones_like(conv.weight))
-    assert conv(x).abs().max() > 0
+
+
+def by_loading(conv):
+    conv.load_state_dict({"weight": torch.zeros_like(conv.weight), "bias": conv.bias})
+
+
+def by_another_parameter(conv):
+    conv.weight = torch.nn.Parameter(torch.ones_like(conv.weight), requires_grad=False)
+
+
+def by_another_type(conv):
+    conv.double()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        through_data_in_place,
+        through_data_one_number,
+        through_new_data,
+        through_shared_memory,
+        in_place,
+        by_loading,
+        by_another_parameter,
+        by_another_type,
+    ],
+)
+def test_the_kept_kernel_of_a_frozen_weight_follows_every_change(change, inference):
+    conv, x = SameConv1d(4, 4, 3).requires_grad_(False), torch.randn(1, 8, 4)
+    with torch.inference_mode(inference):
+        before = conv(x)
+        torch.testing.assert_close(conv(x), before, rtol=0, atol=0)
+    change(conv)
+    x = x.to(conv.weight.dtype)
+    with torch.inference_mode(inference):
+        after = conv(x)
+        torch.testing.assert_close(after, library(conv, x))
+    assert after.dtype != before.dtype or not torch.equal(after, before)
+
+
+def test_a_copy_has_a_kernel_of_its_own():
+    conv, x = SameConv1d(4, 4, 3).requires_grad_(False), torch.randn(1, 8, 4)
+    conv(x)
+    other = copy.deepcopy(conv)
+    other.weight.data.zero_()
+    torch.testing.assert_close(other(x), library(other, x))
+    torch.testing.assert_close(conv(x), library(conv, x))
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -14,14 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ttmray.errors import ClipError, UserError
-from ttmray.models.separator import (
-    Separator,
-    content_key,
-    debug_separator,
-    draw_offset,
-    load_separator,
-    save_separator,
-)
+from ttmray.models.separator import Separator, debug_separator, load_separator, save_separator
 
 FOUR = ("drums", "bass", "other", "vocals")
 
@@ -85,37 +78,16 @@ def test_a_bag_respects_its_weights_per_source_at_any_overlap(bag, overlap):
     np.testing.assert_allclose(result.instrumental, without_vocals(stems, piece), rtol=0, atol=1e-6)
 
 
-def draws(monkeypatch, offsets):
-    """Lets demucs draw these offsets instead of its own."""
-    iterator = iter(offsets)
-    monkeypatch.setattr("demucs.apply.random.randint", lambda _low, _high: next(iterator))
-
-
-def test_shifts_are_those_of_demucs_once_the_draws_are_the_same(bag, monkeypatch):
-    piece = noise(50_000)
-    result = Separator(bag, shifts=3, seed=7).separate([piece])[0]
-    key = content_key(7, piece)
-    offsets = [draw_offset(key, 0, model, shift) for model in range(2) for shift in range(3)]
-    assert len(set(offsets)) == 6
-    draws(monkeypatch, offsets)
-    stems = upstream(bag, piece, shifts=3, overlap=0.25)
-    np.testing.assert_allclose(result.vocals, stems[3], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(result.instrumental, without_vocals(stems, piece), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", ["sum", "residual"])
 @pytest.mark.parametrize("offset", [0.1, -0.02])
 def test_a_dc_offset_of_the_mix_stays_as_it_is_in_the_instrumental_after_every_pass(bag, kind, offset):
     piece = noise(60_000)
     piece -= piece.mean()
-    plain, moved = Separator(bag, instrumental=kind, passes=2).separate([piece, piece + np.float32(offset)])
-    np.testing.assert_allclose(moved.instrumental, plain.instrumental + offset, rtol=0, atol=1e-5)
+    separator = Separator(bag, instrumental=kind)
+    plain, moved = separator.separate([piece, piece + np.float32(offset)])
     np.testing.assert_allclose(moved.vocals, plain.vocals, rtol=0, atol=1e-5)
-
-
-@given(key=st.binary(min_size=16, max_size=16))
-def test_offsets_are_within_half_a_second(key):
-    assert 0 <= draw_offset(key, 0, 0, 0) <= 22_050
+    plain, moved = separator.separate([plain.instrumental, moved.instrumental])
+    np.testing.assert_allclose(moved.instrumental, plain.instrumental + offset, rtol=0, atol=1e-5)
 
 
 def test_residual_is_the_mix_minus_the_vocals_and_spares_models_without_a_say_on_them(bag):
@@ -131,9 +103,8 @@ def test_residual_is_the_mix_minus_the_vocals_and_spares_models_without_a_say_on
     np.testing.assert_allclose(summed.vocals, result.vocals, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"shifts": 2, "seed": 4}])
-def test_a_piece_gets_the_same_bits_alone_in_a_batch_and_in_any_order(bag, options):
-    separator = Separator(bag, batch=8, **options)
+def test_a_piece_gets_the_same_bits_alone_in_a_batch_and_in_any_order(bag):
+    separator = Separator(bag, batch=8)
     pieces = [noise(30_000, 1), noise(20_000, 2), noise(30_000, 3)]
     for piece in pieces:
         piece.flags.writeable = False  # as arrays from a shared object store are
@@ -145,46 +116,20 @@ def test_a_piece_gets_the_same_bits_alone_in_a_batch_and_in_any_order(bag, optio
         assert_same(one, separator.separate([piece])[0])
 
 
-def test_shifts_depend_on_the_seed_and_on_the_samples_only(model):
-    piece = noise(50_000)
-    first = Separator(model, shifts=1, seed=1).separate([piece])[0]
-    random.seed(99)
-    torch.manual_seed(99)
-    assert_same(first, Separator(model, shifts=1, seed=1).separate([piece])[0])
-    other = Separator(model, shifts=1, seed=2).separate([piece])[0]
-    assert not np.array_equal(first.vocals, other.vocals)
-
-
 @pytest.mark.parametrize("kind", ["htdemucs", "hdemucs"])
 def test_building_and_separating_leave_the_global_generators_alone(kind):
     random.seed(1)
     torch.manual_seed(1)
     before = random.getstate(), torch.get_rng_state()
-    Separator(debug_separator(0, kind), shifts=1).separate([noise(30_000)])
+    Separator(debug_separator(0, kind)).separate([noise(30_000)])
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-
-
-def test_three_passes_of_the_paper_equal_its_script_once_the_draws_are_the_same(bag, monkeypatch):
-    piece = noise(60_000, channels=1)
-    result = Separator.paper_three_pass(bag, seed=3).separate([piece])[0]
-    key = content_key(3, np.repeat(piece, 2, axis=0))
-    draws(monkeypatch, [draw_offset(key, index, model, 0) for index in range(3) for model in range(2)])
-    mix = torch.from_numpy(piece)
-    for _ in range(3):
-        stems = apply_model(bag, mix.expand(2, -1)[None])[0]
-        mix = stems[:3].sum(0).mean(0, keepdim=True)
-        mix = mix / (mix.abs().max() + 1e-8) * 0.95
-    np.testing.assert_allclose(result.instrumental, mix.expand(2, -1).numpy(), rtol=0, atol=2e-5)
-    first = Separator(bag, shifts=1, seed=3, normalise=False).separate([piece])[0]
-    assert np.array_equal(first.vocals, result.vocals)
-    assert first.vocal_ratio == result.vocal_ratio
 
 
 def test_silence_stays_silence_without_a_forward_pass(model):
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(0))
-    separator = Separator(model, peak=0.95)
+    separator = Separator(model)
     silent = separator.separate([np.zeros((1, 1000), np.float32)])[0]
     assert not calls
     assert silent.vocal_ratio == 0.0
@@ -241,7 +186,7 @@ def test_bf16_on_a_cpu_stays_close_to_fp32(kind):
         ({"precision": "int8"}, "unknown separator precision"),
         ({"instrumental": "difference"}, "unknown separator precision"),
         ({"overlap": 1.0}, "out of range"),
-        ({"passes": 0}, "out of range"),
+        ({"overlap": -0.1}, "out of range"),
     ],
 )
 def test_options_that_cannot_work_are_refused(model, options, message):
@@ -266,7 +211,7 @@ def test_windows_cover_every_sample_whatever_the_lengths(samples, segment, overl
     model.segment = Fraction(segment, 44_100)
     model.forward = lambda mix: mix[:, None].expand(-1, 2, -1, -1)
     piece = noise(samples)
-    result = Separator(model, overlap=overlap, shifts=1).separate([piece])[0]
+    result = Separator(model, overlap=overlap).separate([piece])[0]
     np.testing.assert_allclose(result.vocals, piece - piece.mean(), rtol=0, atol=1e-6)
     np.testing.assert_allclose(result.instrumental, piece, rtol=0, atol=1e-6)
 

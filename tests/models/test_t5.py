@@ -1,5 +1,8 @@
 """T5 caption features: all 77 rows, masks, precision, loading a full checkpoint."""
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +106,20 @@ def test_the_encoder_of_a_full_checkpoint_is_loaded_without_its_decoder(checkpoi
     np.testing.assert_allclose(loaded.encode(["choir"]), expected.numpy(), atol=1e-6)
     with pytest.raises(UserError, match="float16"):
         load_text_encoder(folder, dtype=torch.float16)
+
+
+def test_a_tokenizer_json_is_read_without_sentencepiece_and_nothing_else_is(checkpoint, monkeypatch):
+    folder, _ = checkpoint
+    find = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "sentencepiece" else find(name, *rest)
+    )
+    load_text_encoder(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="sentencepiece") as caught:
+        load_text_encoder(folder)
+    assert "ttmray[sentencepiece]" in caught.value.hint
 
 
 def test_incomplete_folders_are_refused(checkpoint):

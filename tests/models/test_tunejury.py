@@ -1,4 +1,4 @@
-"""TuneJury: layouts of released heads, variants, feature order, protocol names, anchor calibration."""
+"""TuneJury: layouts of released heads, variants, feature order, protocol names."""
 
 import json
 
@@ -13,11 +13,9 @@ from ttmray.errors import UserError
 from ttmray.models.tunejury import (
     RELEASED_WIDTHS,
     VARIANTS,
-    Comparison,
     TuneJury,
     TuneJuryHead,
     debug_tunejury,
-    fit_system_biases,
     load_tunejury,
 )
 
@@ -61,57 +59,6 @@ def test_golden_parameter_counts_of_the_released_heads(widths, parameters):
     keys = made.state_dict().keys()
     assert len(keys) == 30
     assert {int(key.split(".")[1]) for key in keys} == {0, 1, 4, 5, 8, 9, 12, 13, 16}
-
-
-def test_golden_calibration_biases():
-    records = [(0.5, 0.1, "A", "B", 0), (0.2, 0.4, "B", "C", 1), (1.0, 0.3, "A", "C", 0),
-               (0.0, 0.6, "C", "B", 1), (0.7, 0.2, "A", "B", 1)]  # fmt: skip
-    biases = fit_system_biases([Comparison(*record) for record in records], pinned="B")
-    assert biases == pytest.approx({"A": 0.30405, "B": 0.0, "C": -0.25454}, abs=1e-5)
-
-
-# ---- calibration -----------------------------------------------------------------------------------------
-
-comparisons = st.builds(
-    Comparison,
-    st.floats(-5, 5),
-    st.floats(-5, 5),
-    st.sampled_from("ABCD"),
-    st.sampled_from("ABCD"),
-    st.integers(0, 1),
-)
-
-
-@given(records=st.lists(comparisons, max_size=30), weight=st.floats(0.05, 10))
-@settings(max_examples=50, deadline=None)
-def test_calibration_is_at_the_minimum(records, weight):
-    def loss(biases):
-        total = weight * sum(b * b for b in biases.values())
-        for r in records:
-            margin = (r.score_a - biases[r.system_a]) - (r.score_b - biases[r.system_b])
-            total += np.logaddexp(0, -margin if r.outcome else margin)
-        return total
-
-    found = fit_system_biases(records, weight=weight)
-    for system in found:
-        for step in (-1e-3, 1e-3):
-            assert loss(found) <= loss(found | {system: found[system] + step}) + 1e-12
-
-
-def test_comparisons_within_one_system_move_nothing():
-    decided = [Comparison(0.5, 0.1, "A", "B", 0), Comparison(0.3, 0.2, "A", "B", 1)]
-    within = [Comparison(2.0, -1.0, "A", "A", 0)] * 50
-    assert fit_system_biases(decided + within) == pytest.approx(fit_system_biases(decided), abs=1e-8)
-    assert fit_system_biases(within) == pytest.approx({"A": 0.0}, abs=1e-9)
-
-
-def test_calibration_handles_only_the_pinned_system_and_refuses_ties_and_no_weight():
-    assert fit_system_biases([Comparison(1.0, 0.0, "A", "A", 1)], pinned="A") == {"A": 0.0}
-    assert fit_system_biases([]) == {}
-    with pytest.raises(ValueError, match="ties"):
-        fit_system_biases([Comparison(1.0, 0.0, "A", "B", 2)])
-    with pytest.raises(ValueError, match="positive"):
-        fit_system_biases([], weight=0.0)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------

@@ -8,11 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from ttmray.errors import UserError
 from ttmray.models.bigvgan import debug_bigvgan
+from ttmray.models.latents import LatentEncoder
 from ttmray.models.vae import (
-    LatentEncoder,
     MelVAE,
     MelVAEConfig,
-    debug_latent_encoder,
     debug_vae,
     load_vae,
     normalise_channels,
@@ -199,7 +198,7 @@ def noise(batch, samples, seed=0):
 
 
 def test_ten_second_clips_have_430_latent_frames_of_40_channels():
-    encoder = debug_latent_encoder(0)
+    encoder = LatentEncoder(debug_vae(0), vocoder=debug_bigvgan(0))
     assert (encoder.frames, encoder.channels, encoder.decoded_samples) == (430, 40, 440_320)
     mean, std = encoder.encode(noise(1, 441_000))
     assert mean.shape == std.shape == (1, 430, 40)

@@ -195,7 +195,7 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
         from ttmray.corpus.assembly import stage_classes
 
         what["stages"] = {stage.name: stage.version for stage in stage_classes(config) if stage.version}
-    packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyarrow")
+    packages = ("torch", "transformers", "demucs", "ray", "numpy", "soundfile", "soxr", "pyloudnorm", "pyarrow")
     return runs.describe(
         "corpus", what, config, packages, protocol_id=f"{bundle.name}/{protocol.id()}", note=bundle.note
     )

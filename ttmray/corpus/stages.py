@@ -33,7 +33,7 @@ from ttmray.storage import Folder, explained
 
 if TYPE_CHECKING:
     from ttmray.models.separator import Separator
-    from ttmray.models.vae import LatentEncoder
+    from ttmray.models.latents import LatentEncoder
 
 Segments = Sequence[tuple[int, int]]
 """First sample, and the one behind the last."""

@@ -131,13 +131,12 @@ class PoolJob(Job):
 
     def makers(self) -> Makers:
         config, threads = self.pool, self.pool.runtime.thread_count
-        protocol = open_bundle(config.bundle).protocol(config.reward_text)
         write = WriteAudio if config.keep_audio else Write
         return {
             Sample: lambda models: Sample(config, _sampler(config, models)),
             Vocode: lambda models: Vocode(config, models.latents, threads),
             Measure: lambda _: Measure(config.silence_dbfs),
-            Judge: lambda models: Judge(config, Scorer(models, protocol, threads)),
+            Judge: lambda models: Judge(config, _scorer(config, models, threads)),
             Text: Text,
             write: lambda _: write(Folder.at(config.output)),
         }
@@ -170,6 +169,10 @@ class PoolJob(Job):
                 "Name the bundle of a model that makes it.",
             )
         return models
+
+
+def _scorer(config: CandidatesConfig, models: Models, threads: int) -> Scorer:
+    return Scorer(models, open_bundle(config.bundle).protocol(config.reward_text), threads)
 
 
 def _sampler(config: CandidatesConfig, models: Models) -> Sampler:

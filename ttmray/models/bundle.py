@@ -26,11 +26,11 @@ from ttmray.storage import absolute
 if TYPE_CHECKING:
     from ttmray.models.backbone import FluxAudio
     from ttmray.models.clap import Clap
+    from ttmray.models.latents import LatentEncoder
     from ttmray.models.mert import Mert
     from ttmray.models.separator import Separator
     from ttmray.models.t5 import TextEncoder
     from ttmray.models.tunejury import TuneJury
-    from ttmray.models.vae import LatentEncoder
 
 
 @dataclass(kw_only=True)
@@ -139,11 +139,12 @@ class DebugBundle(Bundle):
         from ttmray.models.backbone_weights import debug_backbone
         from ttmray.models.bigvgan import debug_bigvgan
         from ttmray.models.clap import debug_clap
+        from ttmray.models.latents import LatentEncoder
         from ttmray.models.mert import debug_mert
         from ttmray.models.separator import debug_separator
         from ttmray.models.t5 import debug_text_encoder
         from ttmray.models.tunejury import debug_tunejury
-        from ttmray.models.vae import LatentEncoder, debug_vae
+        from ttmray.models.vae import debug_vae
 
         seed, width, batch, threads = self.seed, self.width, options.batch, options.threads
 
@@ -218,11 +219,12 @@ class ReleasedBundle(Bundle):
 
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
         from ttmray.models.bigvgan import PUBLIC_16K, load_bigvgan
+        from ttmray.models.latents import LatentEncoder
         from ttmray.models.mert import load_mert
         from ttmray.models.separator import load_separator
         from ttmray.models.t5 import load_text_encoder
         from ttmray.models.tunejury import load_tunejury
-        from ttmray.models.vae import LatentEncoder, load_vae
+        from ttmray.models.vae import load_vae
 
         store = open_store()
         entries = self._entries(store)
@@ -367,7 +369,7 @@ def resolve_device(device: str) -> str:
 
 def _decoder_16k(vae: Any, device: str, options: LoadOptions, vocoder: Any) -> "LatentEncoder":
     from ttmray.audio.mel import PUBLIC_16K
-    from ttmray.models.vae import LatentEncoder
+    from ttmray.models.latents import LatentEncoder
 
     samples = round(options.clip_samples * PUBLIC_16K.sample_rate / 44_100)
     return LatentEncoder(vae, samples, device, vocoder, PUBLIC_16K, decodes_only=True)

@@ -3,8 +3,9 @@
 85 % of the backbone's arithmetic is convolution with 3 or 7 taps. Where it runs decides how:
 
 - float32 on a CPU: minimal filtering (Winograd 1980; Lavin and Gray 2016), here F(4, 3) and F(2, 7). Four outputs of
-  3 taps need 6 products instead of 12, so the same machine does 1.8 times the convolutions per second. Rounding is
-  1e-6 of the output (RMS), up to six times that of a direct convolution; how good that one is depends on the CPU.
+  3 taps need 6 products instead of 12. A forward of the full-size backbone is 1.2 to 1.3 times as fast as with the
+  library's, a training step 1.3 times (docs/performance.md). Rounding is 1e-6 of the output (RMS), up to six times that
+  of a direct convolution; how good that one is depends on the CPU.
 - float16 or bfloat16 on a CPU: one matrix product per tap. Matrix units are reached by products, not by convolutions.
 - elsewhere: the library's convolution.
 
@@ -26,28 +27,28 @@ class SameConv1d(nn.Conv1d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-        self._spectrum: tuple[object, Tensor] | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None  # copy of the weight, its transformed kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, in) -> (B, N, out)."""
         return convolve(x, self)[0]
 
     def spectrum(self) -> Tensor:
-        """The transformed kernel (points, in, out); kept where the weight is frozen, until it is replaced or changed.
+        """The transformed kernel (points, in, out).
 
-        A change through `weight.data` is not seen, because it counts up no version: write to the weight itself.
+        Kept for a frozen weight, with a copy of it: no change of the weight, not even one through `weight.data`, which
+        counts up no version, goes unseen. Comparing costs a twentieth of a forward, transforming a fifth.
         """
-        # weights that are trained have none: a fused optimiser changes them without counting up their version
-        if torch.compiler.is_compiling() or self.weight.requires_grad or self.weight.is_inference():
-            return _spectrum(self.weight)
-        state = (self.weight.data_ptr(), self.weight._version)
-        if self._spectrum is None or self._spectrum[0] != state:
+        weight = self.weight
+        if torch.compiler.is_compiling() or weight.requires_grad or weight.is_inference():
+            return _spectrum(weight)
+        if self._kept is None or self._kept[0].dtype != weight.dtype or not torch.equal(self._kept[0], weight):
             with torch.inference_mode(False), torch.no_grad():  # may meet autograd later, under a trained head
-                self._spectrum = (state, _spectrum(self.weight))
-        return self._spectrum[1]
+                self._kept = (weight.detach().clone(), _spectrum(weight))
+        return self._kept[1]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_spectrum": None}  # copies and pickles need no cache
+        return {**self.__dict__, "_kept": None}  # copies and pickles need it not
 
 
 def convolve(x: Tensor, *convs: SameConv1d) -> list[Tensor]:

@@ -6,7 +6,6 @@ windows, their context and their triangular weights are those of `demucs.apply.a
 window at a time; here one forward pass takes windows of several pieces.
 """
 
-import hashlib
 import inspect
 import json
 import random
@@ -38,22 +37,21 @@ Instrumental = Literal["sum", "residual"]
 Model = HTDemucs | HDemucs
 
 SAMPLE_RATE = 44100  # Hz, of every Demucs model
-MAX_SHIFT = SAMPLE_RATE // 2  # samples; range of the random shifts, as in demucs
 
 
 @dataclass(frozen=True)
 class SeparationResult:
     """One separated piece, stereo at 44.1 kHz, as long as the input."""
 
-    instrumental: np.ndarray  # (2, T) float32, after the last pass, with the DC offset of the mix
-    vocals: np.ndarray  # (2, T) float32, of the first pass, without it
-    vocal_ratio: float  # energy of the first pass's vocals over the mix's; 0 for silence, may exceed 1
+    instrumental: np.ndarray  # (2, T) float32, with the DC offset of the mix
+    vocals: np.ndarray  # (2, T) float32, without it
+    vocal_ratio: float  # energy of the vocals over the mix's; 0 for silence, may exceed 1
 
 
 @dataclass(frozen=True)
 class _Window:
     piece: int
-    start: int  # may be negative: everything outside of a piece is silence
+    start: int
     length: int
 
 
@@ -73,34 +71,24 @@ class Separator:
         device: str | torch.device = "cpu",
         batch: int = 16,
         *,
-        shifts: int = 0,
-        seed: int = 0,
         overlap: float = 0.25,
         precision: Precision = "fp32",
         instrumental: Instrumental = "sum",
-        passes: int = 1,
-        peak: float | None = None,
-        normalise: bool = True,
-        mono: bool = False,
     ) -> None:
-        """
+        """The mix goes in with zero mean and unit deviation (of its mono mix), as in demucs' own interface.
+
+        The deviation is undone in every stem. The mean (a DC offset, which no source makes) comes back in the
+        instrumental alone, so that it has the mix's offset whichever way it is made; demucs adds it to each stem, and
+        a sum of three then has it three times. Demucs' random shifts are left out.
+
         Args:
             model: HTDemucs, HDemucs, or a bag of them.
             device: of all computation.
             batch: windows per forward pass on an accelerator.
-            shifts: predictions averaged per sub-model under random shifts of up to 0.5 s; 0 is none.
-            seed: of the shifts; each piece draws its own from the seed and its samples.
             overlap: of neighbouring windows, a fraction of the window, [0, 1).
             precision: bf16 and fp16 run the network under autocast.
             instrumental: sum of the other stems, or mix minus vocals. The residual keeps what the model calls
                 nothing, and needs only those sub-models of a bag that have a say on vocals.
-            passes: each further pass separates the instrumental of the one before.
-            peak: sample peak that the instrumental is scaled to after every pass; None leaves it alone.
-            normalise: zero mean and unit deviation (of the mono mix) before the model, as in demucs' own
-                interface. The deviation is undone in every stem. The mean (a DC offset, which no source makes) comes
-                back in the instrumental alone, so that it has the mix's offset whichever way it is made; demucs adds
-                it to each stem, and a sum of three then has it three times.
-            mono: average the instrumental's channels after every pass; both output channels are then equal.
 
         Raises:
             UserError: a model or precision that does not serve.
@@ -120,12 +108,10 @@ class Separator:
             raise UserError(f"unknown separator precision {precision!r} or instrumental {instrumental!r}")
         if precision == "fp16" and self.device.type == "cpu":
             raise UserError("fp16 separation needs an accelerator", "Use fp32 or bf16 on a CPU.")
-        if shifts < 0 or passes < 1 or not 0 <= overlap < 1:
-            raise UserError(f"separator: shifts {shifts}, passes {passes} or overlap {overlap} out of range")
+        if not 0 <= overlap < 1:
+            raise UserError(f"separator: overlap {overlap} is out of range, it must be at least 0 and below 1")
         self._batch = micro_batch(self.device, batch)
-        self._shifts, self._seed, self._overlap = shifts, seed, overlap
-        self._residual, self._passes, self._peak = instrumental == "residual", passes, peak
-        self._normalise, self._mono = normalise, mono
+        self._overlap, self._residual = overlap, instrumental == "residual"
         self._autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         # Per sub-model a matrix (outputs, sources) from its stems to vocals and, unless residual, the others.
         shares = np.asarray(source_weights, dtype=np.float64)
@@ -136,34 +122,6 @@ class Separator:
         self._mixing = [torch.tensor(matrix, dtype=torch.float32, device=self.device) for matrix in mixing]
         for sub_model in self._models:
             sub_model.to(self.device).eval().requires_grad_(False)
-
-    @classmethod
-    def paper_three_pass(
-        cls,
-        model: Model | BagOfModels,
-        device: str | torch.device = "cpu",
-        batch: int = 16,
-        *,
-        seed: int = 0,
-        precision: Precision = "fp32",
-    ) -> "Separator":
-        """Post-processing of the paper's submission, for the bag mdx_extra.
-
-        Three passes, sum of the other stems, averaged to mono, sample peak 0.95 after every pass, one random
-        shift, no mean and deviation normalisation. The released script's shifts are unseeded; these are not.
-        """
-        return cls(
-            model,
-            device,
-            batch,
-            shifts=1,
-            seed=seed,
-            precision=precision,
-            passes=3,
-            peak=0.95,
-            normalise=False,
-            mono=True,
-        )
 
     @torch.inference_mode()
     def separate(self, pieces: Sequence[np.ndarray]) -> list[SeparationResult]:
@@ -183,76 +141,48 @@ class Separator:
         mixes = [_checked(i, piece) for i, piece in enumerate(pieces)]
         audible = [i for i, mix in enumerate(mixes) if mix.any()]
         originals = [torch.from_numpy(mixes[i]).to(self.device) for i in audible]
-        keys = [content_key(self._seed, mixes[i]) if self._shifts else b"" for i in audible]
-        current, vocals = originals, []
-        for index in range(self._passes):
-            stems = self._separate_once(current, keys, index)
-            if index == 0:
-                vocals = [stem[0] for stem in stems]
-            current = [self._instrumental(mix, stem) for mix, stem in zip(current, stems, strict=True)]
         results = [SeparationResult(np.zeros_like(mix), np.zeros_like(mix), 0.0) for mix in mixes]
-        for i, mix, vocal, rest in zip(audible, originals, vocals, current, strict=True):
+        for i, mix, stems in zip(audible, originals, self._stems(originals), strict=True):
+            vocal, rest = stems[0], mix - stems[0] if self._residual else stems[1]
             ratio = float(vocal.double().square().sum() / mix.double().square().sum())
             results[i] = SeparationResult(rest.cpu().numpy(), vocal.cpu().numpy(), ratio)
             if not (np.isfinite(ratio) and np.isfinite(results[i].instrumental).all()):
                 raise ClipError("failed", "non_finite_output", f"piece {i}: the model gave NaN or infinity")
         return results
 
-    def _instrumental(self, mix: torch.Tensor, stems: torch.Tensor) -> torch.Tensor:
-        rest = mix - stems[0] if self._residual else stems[1]
-        if self._mono:
-            rest = rest.mean(0, keepdim=True).expand(2, -1)
-        if self._peak is not None:
-            rest = rest / (rest.abs().max() + 1e-8) * self._peak
-        return rest.contiguous()
-
-    def _separate_once(self, mixes: list[torch.Tensor], keys: list[bytes], pass_index: int) -> list[torch.Tensor]:
+    def _stems(self, mixes: list[torch.Tensor]) -> list[torch.Tensor]:
         """(2, T_i) -> (outputs, 2, T_i): vocals and, unless residual, the sum of the other stems."""
-        scales = [self._scale(mix) for mix in mixes]
+        scales = [_scale(mix) for mix in mixes]
         inputs = [(mix - mean) / std for mix, (mean, std) in zip(mixes, scales, strict=True)]
         outputs = len(self._mixing[0])
         totals = [mix.new_zeros(outputs, *mix.shape) for mix in mixes]
-        for index, (model, mixing) in enumerate(zip(self._models, self._mixing, strict=True)):
-            if not mixing.any():
-                continue
-            for shift in range(max(1, self._shifts)):
-                # A shift by `offset` is silence of MAX_SHIFT - offset samples before the piece.
-                begins = [draw_offset(key, pass_index, index, shift) - MAX_SHIFT if self._shifts else 0 for key in keys]
-                estimates = self._overlap_add(model, mixing, inputs, begins)
-                for total, estimate, begin in zip(totals, estimates, begins, strict=True):
-                    total += estimate[..., -begin or None :] / max(1, self._shifts)
+        for model, mixing in zip(self._models, self._mixing, strict=True):
+            if mixing.any():
+                for total, estimate in zip(totals, self._overlap_add(model, mixing, inputs), strict=True):
+                    total += estimate
         # The mean goes to the instrumental, once: as what is left of the mix (residual), or here (sum).
         shares = torch.tensor([0.0, 1.0][:outputs], device=self.device).view(-1, 1, 1)
         return [total * std + mean * shares for total, (mean, std) in zip(totals, scales, strict=True)]
 
-    def _scale(self, mix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._normalise:
-            return mix.new_zeros(()), mix.new_ones(())
-        reference = mix.mean(0)
-        return reference.mean(), reference.std() + 1e-8
-
-    def _overlap_add(
-        self, model: Model, mixing: torch.Tensor, mixes: list[torch.Tensor], begins: list[int]
-    ) -> list[torch.Tensor]:
-        """Estimates (outputs, 2, T_i - begin_i) of each piece from its sample `begin_i` <= 0 on."""
+    def _overlap_add(self, model: Model, mixing: torch.Tensor, mixes: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Estimates (outputs, 2, T_i) of each piece."""
         segment = int(SAMPLE_RATE * model.segment)
         stride = max(1, int((1 - self._overlap) * segment))
         weight = _triangle(segment, self.device)
         windows = [
             _Window(i, start, min(segment, mix.shape[1] - start))
-            for i, (mix, begin) in enumerate(zip(mixes, begins, strict=True))
-            for start in range(begin, mix.shape[1], stride)
+            for i, mix in enumerate(mixes)
+            for start in range(0, mix.shape[1], stride)
         ]
-        sums = [mix.new_zeros(len(mixing), 2, mix.shape[1] - b) for mix, b in zip(mixes, begins, strict=True)]
-        weights = [mix.new_zeros(mix.shape[1] - begin) for mix, begin in zip(mixes, begins, strict=True)]
+        sums = [mix.new_zeros(len(mixing), *mix.shape) for mix in mixes]
+        weights = [mix.new_zeros(mix.shape[1]) for mix in mixes]
         for batch in _batches(windows, model, self._batch):
             size = _input_length(model, batch[0].length)
             stems = self._forward(model, torch.stack([_read(mixes[w.piece], w, size) for w in batch]))
             stems = torch.einsum("os,bsct->boct", mixing, stems)
             for window, stem in zip(batch, stems, strict=True):
                 margin = (size - window.length) // 2
-                at = window.start - begins[window.piece]
-                span = slice(at, at + window.length)
+                span = slice(window.start, window.start + window.length)
                 taper = weight[: window.length]
                 sums[window.piece][..., span] += taper * stem[..., margin : margin + window.length]
                 weights[window.piece][span] += taper
@@ -286,16 +216,9 @@ def _checked(index: int, piece: np.ndarray) -> np.ndarray:
     return np.array(np.broadcast_to(piece, (2, piece.shape[1])), dtype=np.float32, order="C")
 
 
-def content_key(seed: int, mix: np.ndarray) -> bytes:
-    """Key of a piece's random draws: the seed and its (2, T) float32 samples, not its place in a batch."""
-    return hashlib.blake2b(mix.tobytes(), key=str(seed).encode(), digest_size=16).digest()
-
-
-def draw_offset(key: bytes, pass_index: int, model: int, shift: int) -> int:
-    """Offset in [0, MAX_SHIFT] samples, what demucs draws from Python's global generator at this point."""
-    place = f" pass {pass_index} model {model} shift {shift}".encode()
-    digest = hashlib.blake2b(key + place, digest_size=8).digest()
-    return int.from_bytes(digest, "big") % (MAX_SHIFT + 1)
+def _scale(mix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    reference = mix.mean(0)
+    return reference.mean(), reference.std() + 1e-8
 
 
 def _triangle(length: int, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ MeanAudio's convention: captions are padded to 77 tokens, the mask goes to the e
 kept, padded ones included as the encoder gives them.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,18 @@ def load_text_encoder(
         max_length: tokens per caption.
 
     Raises:
-        UserError: files are missing, float16 was asked for, or weights of the encoder are missing.
+        UserError: files are missing, float16 was asked for, weights of the encoder are missing, or only sentencepiece,
+            which is not here, can read the tokenizer.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}", "Copy google/flan-t5-large there.")
+    if not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder} has no tokenizer.json, and sentencepiece, which reads spiece.model, is not installed.",
+            "Copy tokenizer.json of google/flan-t5-large there, or: pip install 'ttmray[sentencepiece]'",
+        )
     loaded: Any = T5EncoderModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
     )

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import nn
 
 from ttmray.errors import UserError
@@ -252,81 +250,6 @@ def _variant(dim: int, exclude: Collection[str] | None, block_dims: tuple[int, i
             f"{_input_dim(by_blocks[used], block_dims)}"
         )
     return by_blocks[used]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One decided vote between two clips of known systems.
-
-    Attributes:
-        score_a: TuneJury score of clip a.
-        score_b: of clip b.
-        system_a: name of the system that made a.
-        system_b: that made b.
-        outcome: 1 if a was preferred, 0 if b. Ties are left out.
-    """
-
-    score_a: float
-    score_b: float
-    system_a: str
-    system_b: str
-    outcome: int
-
-
-def fit_system_biases(
-    records: Sequence[Comparison], pinned: str | None = None, weight: float = 1.0
-) -> dict[str, float]:
-    """Additive bias of TuneJury per system ("anchor calibration").
-
-    Minimises the negative log likelihood of P(a preferred) = sigmoid((s_a - bias_a) - (s_b - bias_b)) plus
-    `weight` times the sum of squared biases, by a Newton method (the problem is convex). A comparison within
-    one system says nothing about that system's bias (the released code got a sign wrong there).
-
-    Args:
-        records: decided comparisons.
-        pinned: system whose bias is fixed to 0.
-        weight: of the squared biases, > 0 (not halved).
-
-    Returns:
-        Bias per system, to be subtracted from its scores; 0 for `pinned`.
-
-    Raises:
-        ValueError: an outcome other than 0 or 1, or a weight that is not positive.
-    """
-    if weight <= 0:
-        raise ValueError(f"weight must be positive, not {weight}")
-    if any(record.outcome not in (0, 1) for record in records):
-        raise ValueError("outcomes must be 0 or 1; leave ties out")
-    systems = sorted({s for r in records for s in (r.system_a, r.system_b)} - {pinned})
-    if not systems:
-        return {} if pinned is None else {pinned: 0.0}
-    columns = {system: i for i, system in enumerate(systems)}
-    design = np.zeros((len(records), len(systems)))  # logit = margin - design @ biases
-    for row, record in enumerate(records):
-        for system, step in ((record.system_a, 1.0), (record.system_b, -1.0)):
-            if system != pinned:
-                design[row, columns[system]] += step  # both steps of one system cancel
-    margin = np.array([record.score_a - record.score_b for record in records])
-    sign = np.array([1.0 if record.outcome == 1 else -1.0 for record in records])
-
-    # A preferred or not as a sign: each comparison costs log(1 + exp(-sign * logit)).
-    def loss_and_gradient(biases: np.ndarray) -> tuple[float, np.ndarray]:
-        signed = sign * (margin - design @ biases)
-        loss = np.logaddexp(0.0, -signed).sum() + weight * biases @ biases
-        return float(loss), design.T @ (sign * expit(-signed)) + 2.0 * weight * biases
-
-    def hessian(biases: np.ndarray) -> np.ndarray:
-        logit = margin - design @ biases
-        curvature = expit(logit) * expit(-logit)
-        return (design.T * curvature) @ design + 2.0 * weight * np.eye(len(systems))
-
-    start = np.zeros(len(systems))
-    found = minimize(loss_and_gradient, start, jac=True, hess=hessian, method="trust-exact", tol=1e-9)
-    # Not `found.success`: scipy reports failure when rounding stops the last step at the minimum.
-    if np.abs(found.jac).max() > 1e-6 * max(len(records), 1):
-        raise RuntimeError(f"bias calibration did not converge: {found.message}")
-    biases = dict(zip(systems, found.x.tolist(), strict=True))
-    return biases if pinned is None else biases | {pinned: 0.0}
 
 
 def debug_tunejury(seed: int, mert_dim: int = 64, device: str | torch.device = "cpu", variant: str = "A7") -> TuneJury:

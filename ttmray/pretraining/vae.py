@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ttmray.audio.mel import LogMel
 from ttmray.models import seeded
-from ttmray.models.vae import LatentEncoder, MelVAE, MelVAEConfig
+from ttmray.models.latents import LatentEncoder
+from ttmray.models.vae import MelVAE, MelVAEConfig
 from ttmray.pretraining.clips import ClipSet, place
 from ttmray.pretraining.fidelity import mean_of, mel_errors
 from ttmray.pretraining.loop import Part, PartConfig, weights_of
