@@ -12,8 +12,8 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "ttmray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
-LONG_FILES = {"ttmray/cli.py", "ttmray/models/vae.py"}
-LONG_FUNCTIONS = {"ttmray/corpus/plan.py:derived_numbers"}
+LONG_FILES = {"ttmray/cli.py"}
+LONG_FUNCTIONS: set[str] = set()
 """Known to be too long."""
 TWICE = {
     "Clip",

@@ -32,8 +32,8 @@ from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder, explained
 
 if TYPE_CHECKING:
-    from ttmray.models.separator import Separator
     from ttmray.models.latents import LatentEncoder
+    from ttmray.models.separator import Separator
 
 Segments = Sequence[tuple[int, int]]
 """First sample, and the one behind the last."""
