@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from common import machine
 from safetensors.torch import save_file
+from synthetic_corpus import write_random_corpus
 
 from ttmray.cluster import leave
 from ttmray.corpus.rescore import RescoreConfig, RescoreRuntime, rescore
 from ttmray.models import one_thread, seeded
 from ttmray.models.tunejury import RELEASED_WIDTHS, TuneJury, TuneJuryHead
-from ttmray.synth.corpus import write_random_corpus
 
 CLIPS_PER_TRACK = 10
 SAMPLE = 2000

@@ -135,11 +135,6 @@ def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str
         raise UserError(f"{source} is not a valid {kind.__name__}:\n  " + "\n  ".join(problems)) from error
 
 
-def to_yaml(config: Config) -> str:
-    """The complete config, defaults included, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]

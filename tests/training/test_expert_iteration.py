@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from synthetic_pool import Candidate, write_pool
 
 from ttmray.config import load_config
 from ttmray.errors import UserError
@@ -19,7 +20,6 @@ from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import load_backbone
 from ttmray.statistics import paired
 from ttmray.storage import Folder
-from ttmray.synth.pool import Candidate, write_pool
 from ttmray.training import expert_iteration as expert_iteration_module
 from ttmray.training.clips import read_keys
 from ttmray.training.config import CheckpointConfig, EmaConfig, ModelConfig, RuntimeConfig, ValidationConfig

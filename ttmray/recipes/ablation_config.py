@@ -12,7 +12,7 @@ from ttmray.models.score_heads import Head
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class CheckpointConfig(Config):
+class CellCheckpointConfig(Config):
     """Weights under a name: a file, or a training run of this job."""
 
     path: str | None = None
@@ -155,7 +155,7 @@ class AblateConfig(Config):
     """`generate`."""
     evaluate: dict[str, Any] = Field(default_factory=dict)
     """`evaluate`."""
-    checkpoints: dict[str, CheckpointConfig]
+    checkpoints: dict[str, CellCheckpointConfig]
     """All weights by name; an `init` must stand before what starts from it."""
     heads: HeadsConfig | None = None
     """Table I."""

@@ -53,7 +53,7 @@ class Step:
     needs: tuple[Need, ...] = ()
 
 
-class Row(NamedTuple):
+class StepCost(NamedTuple):
     """What a step has cost so far: all its launches, killed ones included."""
 
     step: Step
@@ -201,16 +201,16 @@ def _held(runtime: Any) -> float:
     return float(runtime.workers * on_cuda)
 
 
-def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> list[Row]:
+def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> list[StepCost]:
     rows = []
     for step in steps:
         record = _record(root, step.name)
         state = "done" if is_done(root, step, prints[step.name]) else "begun" if record["launches"] else "to do"
-        rows.append(Row(step, state, record["seconds"], record["gpu_seconds"] / 3600))
+        rows.append(StepCost(step, state, record["seconds"], record["gpu_seconds"] / 3600))
     return rows
 
 
-def _totals(rows: Sequence[Row]) -> str:
+def _totals(rows: Sequence[StepCost]) -> str:
     everything, in_paper = sum(row.gpu_hours for row in rows), [row for row in rows if row.step.in_paper]
     text = f"{everything:.2f} GPU-hours in all"
     if in_paper:

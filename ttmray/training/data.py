@@ -316,9 +316,9 @@ def require_one_protocol(sources: Sequence[SourceConfig]) -> None:
 
 def draws(seed: int, number: int, shape: tuple[int, int]) -> Draws:
     """The draws of training sample `number` for latents of `shape` (frames, channels); scalars are (1,)."""
-    made = Draws(*(np.empty(1, np.float32) for _ in range(3)), *(np.empty((1, *shape), np.float32) for _ in range(2)))
-    _draw(seed, (_TRAINING, number), made)
-    return made._replace(posterior_noise=made.posterior_noise[0], noise=made.noise[0])
+    one = Draws(*(np.empty(1, np.float32) for _ in range(3)), *(np.empty((1, *shape), np.float32) for _ in range(2)))
+    _draw(seed, (_TRAINING, number), one)
+    return one._replace(posterior_noise=one.posterior_noise[0], noise=one.noise[0])
 
 
 def loader(
