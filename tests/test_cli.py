@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear message for everything a user can mend, and what each look shows."""
 
+import inspect
 import json
 import os
 import re
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttmray.cli import main
+from ttmray.cli import COMMANDS, main
+from ttmray.cli.command import Command, imported
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES
+from ttmray.generation.config import GenerateConfig
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -220,7 +223,7 @@ def test_a_negative_count_is_a_wrong_command_line(finished, option, capsys):
 
 
 def test_a_reader_that_stops_reading_is_no_error(finished):
-    command = [sys.executable, "-m", "ttmray.cli", "corpus", "ls", str(finished), "--json"]
+    command = [sys.executable, "-m", "ttmray", "corpus", "ls", str(finished), "--json"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     child.stdout.close()
@@ -263,3 +266,64 @@ def test_damage_that_verification_finds_is_exit_code_2(songs, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-1])
     assert main(["corpus", "verify", str(tmp_path / "run")]) == EXIT_BAD_INPUT
     assert shard.name in capsys.readouterr().out
+
+
+def _names(command: Command) -> set[str]:
+    """Arguments that the function of a command always gets."""
+    always = {
+        flag.dest
+        for flag in command.flags
+        if not flag.in_config
+        and (
+            "default" in flag.options
+            or flag.options.get("required")
+            or (flag.names[0][0] != "-" and flag.options.get("nargs") != "*")
+        )
+    }
+    return always | ({command.config_as} if command.config else set()) | set(command.fixed)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_a_command_of_the_table_fits_its_function_and_its_config(command):
+    """Tables name functions, parameters and fields by text, which no type checker follows."""
+    parameters = inspect.signature(imported(command.run)).parameters
+    passed = {flag.dest for flag in command.flags if not flag.in_config} | _names(command)
+    assert passed <= parameters.keys()
+    required = {name for name, one in parameters.items() if one.default is one.empty}
+    assert required <= _names(command), "a flag that may be left out needs a default, here or there"
+    fields = {flag.dest for flag in command.flags if flag.in_config}
+    if command.config:
+        assert fields | set(command.exclusive) <= imported(command.config).model_fields.keys()
+    else:
+        assert not fields
+
+
+def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch):
+    configs = []
+
+    def generate(config: GenerateConfig, **options: object) -> int:
+        configs.append((config, options))
+        return EXIT_OK
+
+    monkeypatch.setattr("ttmray.generation.generate.generate", generate)
+    file = tmp_path / "g.yaml"
+    file.write_text("prompts: prompts.csv\nseed: 1\nsamples: 2\nformat: flac")
+    command = ["generate", "--config", str(file), "--set", "seed=2", "--set", "samples=3"]
+    texts = ["a # b", "1", "\N{MUSICAL KEYBOARD}", "[x"]
+    typed = [part for text in texts for part in ("--prompt", text)]
+    assert main([*command, *typed, "--seed", "4", "--play-page"]) == EXIT_OK
+    (config, options) = configs.pop()
+    assert (config.seed, config.samples, config.format) == (4, 3, "flac")
+    assert (list(config.texts), config.prompts) == (texts, None), "prompts that are typed are all there are"
+    assert options == {"retry_failed": False, "zip_to": None, "play_page": True}
+    assert main(command) == EXIT_OK
+    assert configs.pop()[0].prompts == os.path.abspath("prompts.csv")
+
+
+def test_a_wrong_flag_is_named_as_its_field(capsys):
+    assert "samples: Input should be greater than or equal to 1" in refused(
+        capsys, "generate", "--prompt", "x", "--samples", "0"
+    )
+    assert "checkpoint: '' names no place" in refused(capsys, "generate", "--prompt", "x", "--checkpoint", "")
+    text = refused(capsys, "postprocess", "x", "--output", "y", "--device", "tpu")
+    assert "device" in text

@@ -54,9 +54,9 @@ FINGERPRINTS = {
 }
 STEPS = {
     "debug/reproduce": "59e525853d6ef1bf7d2f1bde0a2ea5440d1203cf899082bfd6306d5693478977",
-    "debug/ablate": "5c2342fc033403e6af83b83a51f94f9be08cebd8dfde4ff3c2f5d39c6fc23dc2",
+    "debug/ablate": "99cf864bbefcd80ca97546333fb059282cde783b1ee34206073672b9a717ac38",
     "paper/reproduce": "a09f0f9dd4f76bf606ae06e7f7548e81b41b50343f4eb114c79769e3b27a9ff9",
-    "paper/ablate": "853bbc38251c11a4d51f664274d829fb908805498c05fb1c03080d68bb34f67e",
+    "paper/ablate": "9ddb21272e1221bc16c6bf959aae2cc9d76db90fa675207e7e43e556a6067a78",
 }
 
 
@@ -88,4 +88,6 @@ def test_the_steps_of_a_shipped_chain_stay(name):
     else:
         assert isinstance(config, AblateConfig)
         plan = Plan(config)
-        assert fingerprint(plan.fingerprints(plan.steps())) == STEPS[name]
+        prints = plan.fingerprints(plan.steps())
+        del prints["tables"]  # holds the address of the prompts
+        assert fingerprint(prints) == STEPS[name]

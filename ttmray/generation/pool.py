@@ -39,7 +39,7 @@ from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, absolute
+from ttmray.storage import Folder
 
 ABORT_AFTER = 50
 """Once this many candidates are done and more than half of them failed, the job stops."""
@@ -64,9 +64,6 @@ def generate_pool(config: CandidatesConfig) -> int:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
     started = time.perf_counter()
-    names = ("prompts", "corpus", "held_out", "output", "checkpoint")  # Ray's workers run in another folder
-    paths = {name: absolute(getattr(config, name)) for name in names if getattr(config, name) is not None}
-    config = config.model_copy(update=paths)
     run, bundle = Folder.at(config.output), open_bundle(config.bundle)
     prompts = choose_prompts(config)
     plan = plan_pool(prompts.chosen, config)
@@ -243,7 +240,7 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: in
 def _make(config: CandidatesConfig, protocol: str, todo: Sequence[Unit], timing: dict[str, list[float]]) -> None:
     counts: Counter[str] = Counter()
     with meter("clips", len(todo) and sum(len(unit.tracks) for unit in todo) * config.candidates) as progress:
-        for unit in each(partial(Worker, config.model_dump_json(), protocol), todo, config.runtime.pool):
+        for unit in each(partial(Worker, config.model_dump_json(), protocol), todo, config.runtime):
             counts.update(row["status"] for row in unit.rows)
             for stage, values in unit.timing.items():
                 total = timing.setdefault(stage, [0.0, 0.0, 0.0])
