@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from ttmray import __version__
 from ttmray.cli import COMMANDS, main
 from ttmray.cli.command import Command, imported
+from ttmray.config_docs import field_lines
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES
 from ttmray.generation.config import GenerateConfig
+from ttmray.presets import presets
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -80,7 +83,7 @@ def test_the_commands_are_these(capsys):
     models = {"train-sft", "train-ranker", "train-micro", "generate", "postprocess", "params", "checkpoint"}
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card"}
-    assert shown_commands(capsys) == corpus | models | chain | evaluation
+    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config"}
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
     assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "upgrade"}
 
@@ -327,3 +330,53 @@ def test_a_wrong_flag_is_named_as_its_field(capsys):
     assert "checkpoint: '' names no place" in refused(capsys, "generate", "--prompt", "x", "--checkpoint", "")
     text = refused(capsys, "postprocess", "x", "--output", "y", "--device", "tpu")
     assert "device" in text
+
+
+def test_a_preset_is_found_from_any_folder_and_a_file_of_that_name_counts(songs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["plan", "--config", "debug/corpus", *arguments(songs, tmp_path / "run")]
+    assert main(command) == EXIT_OK
+    assert (tmp_path / "run/plan.json").exists()
+    (tmp_path / "debug").mkdir()
+    (tmp_path / "debug/corpus").write_text("bundel: debug")
+    assert "bundel" in refused(capsys, *command)
+    text = refused(capsys, "plan", "--config", "debug/corpse")
+    assert "debug/corpse: there is no such file" in text
+    assert "debug/stage1" in text
+    assert "../secret" in refused(capsys, "plan", "--config", "../secret")
+
+
+def test_presets_are_the_configs_of_the_repository():
+    configs = REPO / "configs"
+    there = {
+        path.relative_to(configs).with_suffix("").as_posix(): path.read_bytes() for path in configs.rglob("*.yaml")
+    }
+    assert {name: path.read_bytes() for name, path in presets().items()} == there
+
+
+def test_what_can_be_set_is_told_with_type_limit_default_and_description(capsys):
+    assert main(["config", "train-sft"]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert "output: path (required)" in text
+    assert "data.sources.N.repeat: number, >= 0 = 1.0" in text
+    assert 'model.size: "s_44k" | "l_44k"' in text
+    assert "Samples per update, over all workers" in text
+    assert "debug/stage1" in text
+    assert main(["config", "corpus rescore", "--schema"]) == EXIT_OK
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"]["head"]["format"] == "path"
+    assert schema["additionalProperties"] is False
+    assert "train-sft" in refused(capsys, "config", "train")
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.config], ids=lambda command: command.name)
+def test_every_field_of_every_config_is_listed_once(command):
+    kind = imported(command.config)
+    places = [line.partition(":")[0] for line, _ in field_lines(kind.model_json_schema())]
+    assert {place.partition(".")[0] for place in places} == kind.model_fields.keys()
+    assert len(places) == len(set(places))
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "ttmray", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(__version__)

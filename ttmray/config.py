@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ttmray.errors import UserError
+from ttmray.presets import config_file
 from ttmray.storage import absolute, read_file
 from ttmray.yaml_text import read_override, read_yaml
 
@@ -58,7 +59,7 @@ def _located(value: str) -> str:
         raise ValueError(f"{error.message} {error.hint}") from error
 
 
-Location = Annotated[str, AfterValidator(_located)]
+Location = Annotated[str, AfterValidator(_located), WithJsonSchema({"type": "string", "format": "path"})]
 """Where a file or folder is: a local path or a URI; absolute once it is in a config, because workers run elsewhere.
 
 What is relative is so to the folder in which the command runs, wherever it was written; `~` is the home folder. Empty
@@ -120,7 +121,8 @@ def load_config(
 
     Args:
         kind: the config class.
-        path: local path or URI of a YAML mapping; None starts from the defaults.
+        path: local path or URI of a YAML mapping, or the name of a preset (`debug/stage1`); None starts from the
+            defaults.
         sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work, but a `#` is part of
             it and begins no comment. Positions of a list count from 0: `sources.0.split=all`.
         given: field -> value, such as the flags of a command; these count before all others.
@@ -131,7 +133,7 @@ def load_config(
     plain: Any = {}
     if path is not None:
         try:
-            plain = read_yaml(read_file(path))
+            plain = read_yaml(read_file(config_file(path)))
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {error}", "Mend it near that line.") from error
         if plain is None:

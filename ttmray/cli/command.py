@@ -86,7 +86,11 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
         for flag in command.flags:
             parser.add_argument(*flag.names, **{"default": argparse.SUPPRESS, **flag.options})
         if command.config:
-            parser.add_argument("--config", metavar="FILE", help="YAML config (default: the defaults of every field)")
+            parser.add_argument(
+                "--config",
+                metavar="FILE",
+                help="YAML, or a preset such as debug/corpus (default: defaults)",
+            )
             parser.add_argument(
                 "--set",
                 action="append",

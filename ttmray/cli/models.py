@@ -1,10 +1,19 @@
-"""Weights and sizes."""
+"""Weights and sizes, and what configs hold."""
 
 from ttmray.cli.command import Command, argument, switch
 
 WEIGHTS = "ttmray.models.weights_cli"
 GROUPS = {"weights": "released weights: list, pull, verify, where, convert"}
 COMMANDS = (
+    Command(
+        "config",
+        "what can be set for a command: fields, types, defaults, descriptions",
+        "ttmray.cli.acts:config",
+        (
+            argument("name", metavar="COMMAND", help="such as train-sft"),
+            switch("--schema", "the JSON schema, for editors that complete and check YAML"),
+        ),
+    ),
     Command(
         "params",
         "parameters per part of a backbone, against the challenge's limit",
