@@ -45,7 +45,7 @@ from torch import Tensor
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.bundle import resolve_device
 from ttmray.storage import Folder
-from ttmray.training.config import RuntimeConfig, TrainConfig, ValidationConfig
+from ttmray.training.config import TrainConfig, TrainRuntime, ValidationConfig
 from ttmray.training.data import DataConfig, Samples, SourceConfig
 from ttmray.training.flow_matching import Batch, flow_losses
 from ttmray.training.loop import train
@@ -161,7 +161,7 @@ def train_config(folder: str, batch: int, precision: str, compile: bool) -> Trai
         batch=batch,
         precision=precision,
         validation=ValidationConfig(clips=0),
-        runtime=RuntimeConfig(compile=compile, log_every=10**9, tensorboard=False),
+        runtime=TrainRuntime(compile=compile, log_every=10**9, tensorboard=False),
     )
 
 

@@ -1,16 +1,17 @@
 """Reading, overriding and identifying run configs."""
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray.config import Config, added, differences, fingerprint, identity, load_config
+from ttmray.config import Config, IdentityPart, added, differences, fingerprint, identity, load_config
 from ttmray.corpus.config import CorpusConfig
 from ttmray.errors import UserError
+from ttmray.generation.config import GenerateConfig
 from ttmray.training.config import ModelConfig
 
 PATHS = ("input=songs", "output=run")
@@ -128,6 +129,55 @@ def test_what_names_no_place_is_no_folder(field, value):
     text = message(f"{field}={value}")
     assert f"  {field}: " in text
     assert "names no" in text or "at least 1 character" in text
+
+
+def test_a_location_is_absolute_whatever_it_comes_from(tmp_path, monkeypatch):
+    """Workers run in other folders, so that nobody has to make paths absolute later on."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/corpus.yaml").write_text("input: songs\noutput: ~/run\ncatalogue: {exclude: left-out.txt}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config(CorpusConfig, "runs/corpus.yaml", ["catalogue.audio_root=audio"], {"input": "mine"})
+    assert (config.input, config.output) == (f"{tmp_path}/mine", "/home/someone/run"), "not relative to the file"
+    assert (config.catalogue.exclude, config.catalogue.audio_root) == (f"{tmp_path}/left-out.txt", f"{tmp_path}/audio")
+    assert config.catalogue.captions == "auto"
+    assert load("catalogue.captions=s3://bucket/c.csv").catalogue.captions == "s3://bucket/c.csv"
+    assert GenerateConfig(texts=("x",)).output == f"{tmp_path}/runs/generate", "defaults too"
+    again = CorpusConfig.model_validate_json(config.model_dump_json())
+    assert again == config, "a worker that reads it in another folder has the same"
+
+
+def test_values_that_are_there_already_are_taken_as_they_are_and_count_last(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("texts: [from the file]\nseed: 1\nsamples: 2")
+    texts = ["1", "null", "a: b # c", "\N{GRINNING FACE}", "[x]"]
+    config = load_config(GenerateConfig, str(path), ["seed=2", "samples=3"], {"texts": texts, "seed": 4})
+    assert (list(config.texts), config.seed, config.samples) == (texts, 4, 3)
+    texts.append("later")
+    assert "later" not in config.texts
+    with pytest.raises(UserError, match=r"did you mean sampler\?"):
+        load_config(GenerateConfig, given={"sampelr": {}})
+
+
+def test_actors_of_older_files_lie_in_a_mapping_of_their_own():
+    new = load_config(GenerateConfig, None, ["texts=[x]", "runtime={runner: ray, workers: 4, gpus: 0.5, batch: 2}"])
+    old = ["texts=[x]", "runtime.batch=2", "runtime.pool={runner: ray, workers: 4, gpus: 0.5}"]
+    assert load_config(GenerateConfig, None, old) == new
+    with pytest.raises(UserError, match=r"pool\.workers is the old name of workers"):
+        load_config(GenerateConfig, None, [*old, "runtime.workers=2"])
+    with pytest.raises(UserError, match=r"did you mean runtime\.workers\?"):
+        load_config(GenerateConfig, None, ["texts=[x]", "runtime.pool.workrs=2"])
+
+
+def test_a_mark_inside_of_a_union_decides_the_identity():
+    Length = Annotated[int | Literal["auto"], IdentityPart(lambda value: 10 if value == "auto" else value)]
+
+    class Clips(Config):
+        length: Length = "auto"
+        pad_to: Length | None = "auto"
+
+    assert identity(Clips()) == {"length": 10, "pad_to": 10}
+    assert identity(Clips(pad_to=None)) == {"length": 10, "pad_to": None}
 
 
 @pytest.mark.parametrize(

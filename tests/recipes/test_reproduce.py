@@ -182,7 +182,7 @@ def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
         "round-1/finetune.safetensors"
     )
     own = steps(tmp_path, "pool={prompts: mine.csv}")["pool"].config
-    assert (own.prompts, own.corpus) == ("mine.csv", None)
+    assert (own.prompts, own.corpus) == (str(Path("mine.csv").absolute()), None)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from synthetic_pool import Candidate, write_pool
 
-from ttmray.cluster import PoolConfig
+from ttmray.cluster import ActorsConfig
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.generation.steering import LOST, SteeringConfig
@@ -33,8 +33,8 @@ from ttmray.training.config import (
     CheckpointConfig,
     EmaConfig,
     ModelConfig,
-    RuntimeConfig,
     TrainConfig,
+    TrainRuntime,
     ValidationConfig,
 )
 from ttmray.training.crpo import (
@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps=60,
         precision="fp32",
         validation=ValidationConfig(clips=0),
-        runtime=RuntimeConfig(device="cpu", threads=1, device_batch=32, tensorboard=False),
+        runtime=TrainRuntime(device="cpu", threads=1, device_batch=32, tensorboard=False),
     )
     assert launch("sft", config, SftTask) == 0
     export(config.output, str(folder / "v1.safetensors"))
@@ -119,7 +119,7 @@ def configure(folder: Path, tmp_path: Path) -> Configure:
             "steps": 4,
             "precision": "fp32",
             "checkpoint": CheckpointConfig(every=1000),
-            "runtime": RuntimeConfig(device="cpu", threads=1, device_batch=batch, log_every=2, tensorboard=False),
+            "runtime": TrainRuntime(device="cpu", threads=1, device_batch=batch, log_every=2, tensorboard=False),
         }
         return CrpoConfig(**(usual | fields))
 
@@ -212,7 +212,7 @@ def test_at_the_start_policy_and_reference_agree_to_the_bit(configure):
 
 @pytest.mark.slow
 def test_a_compiled_policy_in_bf16_agrees_with_its_reference_to_the_bit(configure):
-    runtime = RuntimeConfig(device="cpu", threads=1, device_batch=4, tensorboard=False, compile=True)
+    runtime = TrainRuntime(device="cpu", threads=1, device_batch=4, tensorboard=False, compile=True)
     task = CrpoTask(configure(precision="bf16", gradients_every=1, runtime=runtime), CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # what starts at zero hides roundings
@@ -389,12 +389,12 @@ def test_reference_losses_made_ahead_give_the_same_bits_and_are_shared_by_a_swee
 
 @pytest.mark.parametrize(("device", "gpus"), [("cuda", 1.0), ("cpu", 0.0)])
 def test_the_reference_runs_where_the_workers_train(configure, tmp_path, monkeypatch, device, gpus):
-    runtime = RuntimeConfig(runner="ray", workers=2, cpus=2, device="auto", device_batch=2)
+    runtime = TrainRuntime(runner="ray", workers=2, cpus=2, device="auto", device_batch=2)
     config = configure(runtime=runtime, reference_losses=str(tmp_path / "shared"))
     asked = []
     monkeypatch.setattr(crpo, "each", lambda make, todo, pool: asked.append((make.args[1:], todo, pool)) or [])
     crpo._precompute(config, CrpoTask(config, CPU), 2, torch.device(device))  # the driver of workers has it on its CPU
-    assert asked == [((device, 2), [0], PoolConfig(runner="ray", workers=2, cpus=2, gpus=gpus))]
+    assert asked == [((device, 2), [0], ActorsConfig(runner="ray", workers=2, cpus=2, gpus=gpus))]
 
 
 def test_damaged_reference_losses_are_named(configure, tmp_path, monkeypatch):
@@ -445,7 +445,7 @@ def test_a_resumed_run_notices_what_an_undisturbed_one_does(configure, tmp_path)
     rises = {}
     for name, stops in (("whole", [30]), ("resumed", [7, 16, 23, 30])):
         for steps in stops:
-            runtime = RuntimeConfig(device="cpu", threads=1, device_batch=4, log_every=1, tensorboard=False)
+            runtime = TrainRuntime(device="cpu", threads=1, device_batch=4, log_every=1, tensorboard=False)
             wild: dict[str, Any] = {"optimizer": CrpoOptimizer(lr=3e-3, warmup=0), "score": "own"}  # so it unlearns
             config = configure(output=str(tmp_path / name), steps=steps, runtime=runtime, gradients_every=0, **wild)
             assert train_crpo(config) == 0

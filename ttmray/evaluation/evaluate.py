@@ -23,7 +23,7 @@ from rich.markup import escape
 from safetensors.numpy import save as save_tensors
 
 from ttmray import __version__, runs
-from ttmray.config import Address, Config, added, execution, fingerprint, identity
+from ttmray.config import Config, Location, added, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.compare import COMPARED, ClipScore, comparisons, legend, plain, show, show_pairs
@@ -49,7 +49,7 @@ from ttmray.models.bundle import Bundle, BundleName, open_bundle
 from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import SUCCESS
 from ttmray.statistics import Seeds, hierarchical_bootstrap
-from ttmray.storage import Folder, absolute
+from ttmray.storage import Folder
 
 EMBEDDINGS = "embeddings.safetensors"
 KIND = "evaluation"
@@ -79,7 +79,7 @@ class EvaluateConfig(Config):
 
     folders: tuple[str, ...] = execution(min_length=1)
     """Systems: folders of audio, local or s3://, made by `ttmray generate` or not; `NAME=FOLDER` names one."""
-    prompts: str | None = execution(None)
+    prompts: Location | None = execution(None)
     """File of prompts with their ids (CSV, TSV, JSON, JSON lines). Clips are matched to them by the manifest of a
     generation run, else by name: `<id>.wav`, or `<id>_<k>.wav` and `<id>_s<k>.wav` for several samples."""
     texts: tuple[str, ...] = execution(())
@@ -90,9 +90,9 @@ class EvaluateConfig(Config):
     """What the reference set must be of; another one is refused. The paper's are instrumental. null: either."""
     training: str | None = execution(None)
     """Corpus run or reference set that the systems were trained on: near-duplicates and leaks are looked for there."""
-    references: str = execution(STORE)
+    references: Location = execution(STORE)
     """Folder of the reference sets, local or s3://."""
-    output: Address = execution("runs/evaluation", min_length=1)
+    output: Location = execution("runs/evaluation")
     """Folder of the results: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
@@ -135,7 +135,7 @@ def evaluate(config: EvaluateConfig) -> int:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
     started = time.perf_counter()
-    prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(absolute(config.prompts))
+    prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts)
     systems = find_systems(config.folders, prompts)
     _check_names(config, systems)
     bundle = open_bundle(config.bundle)
@@ -168,7 +168,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "bundle": bundle.name,
         "note": bundle.note,
         "config": identity(config),
-        "prompts": {"file": config.prompts and absolute(config.prompts), "count": len(prompts)},
+        "prompts": {"file": config.prompts, "count": len(prompts)},
         "systems": described,
         "comparisons": cells,
         "alpha": config.alpha,

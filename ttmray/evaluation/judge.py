@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 
 from ttmray.audio import io as audio_io
 from ttmray.audio.clip import LIMITS
-from ttmray.config import Config, execution, fingerprint
+from ttmray.config import Config, Device, execution, fingerprint
 from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
 from ttmray.storage import Folder, read_file
@@ -64,7 +64,7 @@ class JudgeConfig(Config):
     """Base address of the API, e.g. `http://localhost:8000/v1`; `/chat/completions` is added. null: a local model."""
     model: str
     """Name of the model at that endpoint; without one, a folder or the Hub id of a model that is already fetched."""
-    device: str = execution("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = execution("auto")
     """Of a local model; `auto` is cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of a local model's weights; `auto` is what its files have."""

@@ -37,7 +37,7 @@ from rich.table import Table
 from ttmray.audio import io as audio_io
 from ttmray.audio.limiter import Levels, to_loudness
 from ttmray.audio.loudness import integrated_loudness, true_peak
-from ttmray.config import Config, execution, fingerprint, identity
+from ttmray.config import Config, Device, execution, fingerprint, identity
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
@@ -80,7 +80,7 @@ class PostprocessConfig(Config):
     target (its row says `missed`). 0: never limit."""
     format: Literal["wav", "wav16", "flac"] = "wav"
     """`wav` is float32; `wav16` and `flac` have 16 bits with triangular dither (`paper`: rounded, without)."""
-    device: str = execution("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = execution("auto")
     """Device of the separator; `auto` is cuda where there is one."""
     workers: int | Literal["auto"] = execution("auto")
     """Files worked on at the same time, each in one thread; `auto` is one per CPU."""

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from ttmray.audio import clip
 from ttmray.audio import io as audio_io
-from ttmray.cluster import PoolConfig, each
-from ttmray.config import fingerprint
+from ttmray.cluster import ActorsConfig, each
+from ttmray.config import Location, fingerprint
 from ttmray.console import meter
 from ttmray.corpus import index, shards
 from ttmray.errors import ClipError, UserError
@@ -34,14 +34,12 @@ FEATURES = "features"
 PART_CLIPS = 64
 
 
-class EncodingConfig(PoolConfig):
+class EncodingConfig(ActorsConfig):
     """Where clips are encoded."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Device of the encoders."""
     batch: int = Field(8, ge=1, le=256)
     """Clips per model forward on a GPU."""
-    embedding_cache: str | None = None
+    embedding_cache: Location | None = None
     """Local folder that keeps embeddings by content, shared with the corpus job."""
     embedding_cache_gib: float = Field(8.0, gt=0)
     """Bound of that folder."""

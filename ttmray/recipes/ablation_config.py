@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ttmray.config import Address, Config, execution
+from ttmray.config import Config, Location, execution
 from ttmray.models.bundle import BundleName
 from ttmray.models.score_heads import Head
 
@@ -135,7 +135,7 @@ class SweepConfig(Config):
 class AblateConfig(Config):
     """`jobs/ablate.py` and `ttmray ablate`. Sections are configs of their jobs without what is filled in here."""
 
-    output: Address = execution("runs/ablations", min_length=1)
+    output: Location = execution("runs/ablations")
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Models of all steps."""

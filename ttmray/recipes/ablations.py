@@ -51,7 +51,7 @@ from ttmray.recipes.needs import (
 )
 from ttmray.recipes.sweep import readings, sweep_notes
 from ttmray.storage import Folder, absolute, local_file
-from ttmray.training.config import TrainConfig, with_absolute_paths
+from ttmray.training.config import TrainConfig
 
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 PAGE = "tables/index.html"
@@ -182,7 +182,7 @@ class AblationPlan:
         if self.config.stage1 is None:
             raise UserError(f"checkpoints.{name} is trained here.", "Add the section stage1.")
         section = merged(self.config.stage1, checkpoint.train or {})
-        config = with_absolute_paths(fill(TrainConfig, f"checkpoints.{name}.train", section, links))
+        config = fill(TrainConfig, f"checkpoints.{name}.train", section, links)
         if checkpoint.init is not None and (own := self._own_head(checkpoint.init)) is not None:
             cross_load(own, config.model.head, f"checkpoints.{name}: {checkpoint.init}", force=config.model.force_head)
         place = f"checkpoints/{name}"

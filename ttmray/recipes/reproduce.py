@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Address, Config, ConfigT, execution, fingerprint, identity
+from ttmray.config import Config, ConfigT, Location, execution, fingerprint, identity
 from ttmray.corpus.scores import COLUMN, SCORES
 from ttmray.errors import UserError
 from ttmray.evaluation.systems import SYSTEM_NAME
@@ -30,7 +30,7 @@ from ttmray.recipes.chain import Step, fill, merged, run_chain
 from ttmray.recipes.needs import Need, needs_of, plots, problem, text_if_there
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
-from ttmray.training.config import ModelConfig, TrainConfig, with_absolute_paths
+from ttmray.training.config import ModelConfig, TrainConfig
 
 Stage = Literal["stage1", "stage2", "control", "stage3"]
 RANKER = "ranker"
@@ -84,11 +84,11 @@ class ReproduceConfig(Config):
     """`jobs/reproduce.py` and `ttmray reproduce`. The sections are configs of the jobs without what the chain fills in:
     outputs, checkpoints, pools, pairs, corpora and prompts."""
 
-    output: Address = execution("runs/reproduce", min_length=1)
+    output: Location = execution("runs/reproduce")
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Models of all steps."""
-    prompts: str | None = execution(None)
+    prompts: Location | None = execution(None)
     """File of the prompts of the evaluation. Pools and pairs must not use them."""
     weights: str = Field("raw", pattern=r"^(raw|ema:[0-9.]+)$")
     """Weights that go from stage to stage: `raw` as in the released chain, or `ema:0.05`."""
@@ -153,8 +153,6 @@ def reproduce(
         UserError: for everything that the user can mend; all sections, and everything that a step to do needs from
             outside of the run folder, are checked before the first step runs.
     """
-    if config.prompts is not None:
-        config = config.model_copy(update={"prompts": absolute(config.prompts)})
     steps = build_steps(config)
     root = Folder.at(config.output)
     return run_chain(root, steps, _fingerprints(config, steps), first=first, last=last, plan_only=plan_only)
@@ -239,7 +237,6 @@ class _Chain:
         from ttmray.corpus.job import score_corpus
 
         corpus = self.section(CorpusConfig, "corpus", self.config.corpus, output=self.path("corpus"))
-        corpus = corpus.model_copy(update={"input": absolute(corpus.input)})
         self.add("corpus", corpus, lambda: score_corpus(corpus), "corpus/_SUCCESS.json", page="corpus/summary.md")
 
     def add_ranker(self) -> None:
@@ -278,7 +275,7 @@ class _Chain:
         from ttmray.training.sft import train_sft
 
         place, links = self.path("stage1"), {"output": self.path("stage1"), "data": self.data}
-        stage1 = with_absolute_paths(self.section(TrainConfig, "stage1", self.config.stage1, **links))
+        stage1 = self.section(TrainConfig, "stage1", self.config.stage1, **links)
         self.weights["stage1"], self.models["stage1"] = "stage1/weights.safetensors", stage1.model
         files = ("stage1/_SUCCESS.json", self.weights["stage1"])
 

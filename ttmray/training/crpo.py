@@ -22,16 +22,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ttmray.cluster import PoolConfig, alone, each
-from ttmray.config import execution, fingerprint
+from ttmray.cluster import ActorsConfig, alone, each
+from ttmray.config import Location, execution, fingerprint
 from ttmray.console import console, meter
 from ttmray.errors import UserError
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import read_config, tidy
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
-from ttmray.storage import Folder, absolute
-from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig, with_absolute_paths
+from ttmray.storage import Folder
+from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from ttmray.training.data import Samples, loader
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
 from ttmray.training.loop import fast_kernels, unsynchronised
@@ -70,7 +70,7 @@ class CrpoOptimizer(OptimizerConfig):
 class CrpoConfig(TrainConfig):
     """`jobs/train_crpo.py` and `ttmray train-crpo`: Stage 3. `data.sources` is the pool of the pairs."""
 
-    pairs: str = execution()
+    pairs: Location = execution()
     """`pairs.parquet` of `ttmray pairs`. What it holds is part of the identity."""
     beta: float = Field(2000.0, gt=0)
     """Of DPO (paper). Losses are means over frames and channels; for sums it would be divided by their number."""
@@ -87,7 +87,7 @@ class CrpoConfig(TrainConfig):
     answers to the same prompt and score. With `own` they have different scores, so the head, which learned what clips
     of those rewards look like, can explain the preference by s, and what is left to learn is another thing: to fit
     winners at high scores and to unfit losers at low ones."""
-    reference_losses: str | None = execution(None)
+    reference_losses: Location | None = execution(None)
     """Folder (local or s3://) where the reference's losses are computed ahead, unless they are there: runs that differ
     in beta, rates, lambda or length share them (`training/reference_losses.py`). null: the reference runs beside the
     policy."""
@@ -358,11 +358,7 @@ def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = Fal
     """Stage 3 from start to end, or from where it was; returns the exit code."""
     from ttmray.training.launch import launch
 
-    paths = {"pairs": absolute(config.pairs)}
-    if config.reference_losses is not None:
-        paths["reference_losses"] = absolute(config.reference_losses)
-    ready = with_absolute_paths(config).model_copy(update=paths)
-    return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
+    return launch("crpo", config, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
 
 
 def _reference_key(
@@ -391,7 +387,7 @@ def _precompute(config: TrainConfig, task: Task, device_batch: int, device: torc
     todo = table.missing(config.steps * config.batch)
     runtime = config.runtime
     gpus = float(device.type == "cuda")
-    pool = PoolConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=gpus)
+    pool = ActorsConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=gpus)
     make = partial(_ReferencePart, config.model_dump_json(), str(device), device_batch)
     with alone(), meter("reference, pairs", len(todo) * ReferenceLosses.PART) as progress:
         for part, losses in each(make, todo, pool):

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from ttmray.config import Config, differences, execution, identity
+from ttmray.config import Config, Location, differences, execution, identity
 from ttmray.console import console
 from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.corpus.unit import OK
@@ -63,7 +63,7 @@ class PairsConfig(Config):
     per_prompt: int = Field(1, ge=1)
     """Pairs of one prompt: the best with the worst, the second best with the second worst, ... The paper does not say
     how many candidates or pairs a prompt has."""
-    held_out: str | None = execution(None)
+    held_out: Location | None = execution(None)
     """File of prompts that are never used (format of `ttmray generate`), by id or by text: those of the evaluation.
     What it holds is part of the identity of the pairs."""
     held_out_share: float = Field(0.0, ge=0, lt=1)
