@@ -249,7 +249,7 @@ def test_configs_are_frozen():
         load().bundle = "other"
 
 
-paths = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1)
+paths = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1).filter(str.strip)
 resources = st.fixed_dictionaries(
     {
         "cpus": st.floats(0, 64),
@@ -319,7 +319,7 @@ def test_what_changes_results_changes_the_identity_and_is_shown_as_a_difference(
 
 
 def test_every_field_is_either_identity_or_execution():
-    flat = identity(load("latent_peak=0.95"))
+    flat = identity(load("latent_peak=0.95", "extra_stages=[{stage: 'module:Stage'}]"))
     assert set(flat) | {"input", "output", "max_failures", "runtime"} == set(CorpusConfig.model_fields)
     assert set(flat) & {"input", "output", "max_failures", "runtime"} == set()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ttmray.config import Config, fingerprint, identity, load_config
-from ttmray.recipes.ablations import AblateConfig, Plan
+from ttmray.recipes.ablations import AblateConfig, AblationPlan
 from ttmray.recipes.reproduce import ReproduceConfig, build_steps
 from ttmray.recipes.reproduce import _fingerprints as chain_fingerprints
 
@@ -87,7 +87,7 @@ def test_the_steps_of_a_shipped_chain_stay(name):
         assert fingerprint(chain_fingerprints(config, build_steps(config))) == STEPS[name]
     else:
         assert isinstance(config, AblateConfig)
-        plan = Plan(config)
+        plan = AblationPlan(config)
         prints = plan.fingerprints(plan.steps())
         del prints["tables"]  # holds the address of the prompts
         assert fingerprint(prints) == STEPS[name]

@@ -12,25 +12,24 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "ttmray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
-LONG_FILES = {"ttmray/cli.py"}
+LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 """Known to be too long."""
 TWICE = {
     "Clip",
     "Comparison",
     "DataConfig",
-    "Entry",
     "Job",
     "Level",
     "Note",
     "Part",
     "Piece",
-    "RuntimeConfig",
     "Track",
     "Worker",
 }
 """Class names that still mean two things; the list only gets shorter."""
 LAYERS = (
+    ("__main__",),
     ("cli",),
     ("recipes",),
     ("pretraining",),
@@ -44,7 +43,8 @@ LAYERS = (
     ("cluster",),
     ("runs", "parts"),
     ("config", "tables"),
-    ("storage", "pages", "plugins", "quarantine", "statistics", "yaml_text"),
+    ("presets",),
+    ("config_docs", "storage", "pages", "plugins", "quarantine", "statistics", "yaml_text"),
     ("console", "errors", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""
