@@ -53,10 +53,10 @@ FINGERPRINTS = {
     "paper/stage3": "1366f791082b856f0e376207123465a0914399e858848bd75fef6b86d05f60e4",
 }
 STEPS = {
-    "debug/reproduce": "59e525853d6ef1bf7d2f1bde0a2ea5440d1203cf899082bfd6306d5693478977",
-    "debug/ablate": "99cf864bbefcd80ca97546333fb059282cde783b1ee34206073672b9a717ac38",
+    "debug/reproduce": "4c0305aa16addccdc216f1586e4a2a4c45a6b52ee1df03b8d884c083bd4c79c0",
+    "debug/ablate": "87c5754340ade7253cf43f53c1ad2a982036276d7a45d2fe11f38bbe813e0560",
     "paper/reproduce": "a09f0f9dd4f76bf606ae06e7f7548e81b41b50343f4eb114c79769e3b27a9ff9",
-    "paper/ablate": "9ddb21272e1221bc16c6bf959aae2cc9d76db90fa675207e7e43e556a6067a78",
+    "paper/ablate": "35254ef83541766c687a2b213255991ba22ff77f69ef7d9799ae9e6c57515e31",
 }
 
 
@@ -88,6 +88,6 @@ def test_the_steps_of_a_shipped_chain_stay(name):
     else:
         assert isinstance(config, AblateConfig)
         plan = AblationPlan(config)
-        prints = plan.fingerprints(plan.steps())
-        del prints["tables"]  # holds the address of the prompts
+        placed = ("evaluate", "reference", "tables")  # hold the addresses of the reference set and of the prompts
+        prints = {name: one for name, one in plan.fingerprints(plan.steps()).items() if not name.startswith(placed)}
         assert fingerprint(prints) == STEPS[name]
