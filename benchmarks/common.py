@@ -7,6 +7,7 @@ import platform
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -19,6 +20,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # what makes made-up corpora
 
 MARKER = "TTMRAY_BENCHMARK"
 TICKS = os.sysconf("SC_CLK_TCK")

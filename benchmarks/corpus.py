@@ -321,7 +321,7 @@ def plan_lines(inputs: Inputs, size: Size) -> list[Line]:
     wall, cpu = [], []
     for repeat in range(max(size.repeats, 2)):
         output = inputs.work / f"plan{repeat}"
-        command = [sys.executable, "-m", "ttmray.cli", "plan", "--set", f"input={table}", "--set", f"output={output}"]
+        command = [sys.executable, "-m", "ttmray", "plan", "--set", f"input={table}", "--set", f"output={output}"]
         seconds = _timed(command)
         wall.append(seconds[0])
         cpu.append(seconds[1])

@@ -39,10 +39,10 @@ from typing import Any
 import numpy as np
 import torch
 from common import Line, machine, report, run_measured, spread
+from synthetic_corpus import write_random_corpus
 
 from ttmray.corpus.index import read_index
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 from ttmray.training import data
 
 BATCH = 64

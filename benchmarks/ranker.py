@@ -3,7 +3,7 @@
     python benchmarks/ranker.py [--output FILE.json] [--seconds S] [--threads N]
 
 17,554 pairs over 12,000 clips of random features (2,000 prompts). Short epochs in the code of the job alternate with
-the plain way (torch's own dropout, unfused AdamW), `--seconds` in all per head; 100 epochs follow from the time per
+the plain way (unfused AdamW), `--seconds` in all per head; 100 epochs follow from the time per
 pair, plus the validation pass of every epoch. Beside it stand the FLOP/s of the matrix products, as a share of what one
 large fp32 matrix product reaches here.
 
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from common import Line, machine, report, spread
-from torch import nn
 
 from ttmray.models.tunejury import RELEASED_WIDTHS
 from ttmray.ranker import heads as ranker
@@ -74,9 +73,6 @@ def pair_times(pairs: PackedPairs, config: HeadConfig, device: str, seconds: flo
     ways = []
     for plain in (False, True):
         head = new_head(pairs.clips.shape[1] + pairs.texts.shape[1], config, 0)
-        for i, layer in enumerate(head.net):
-            if plain and isinstance(layer, ranker._ByteDropout):
-                head.net[i] = nn.Dropout(config.dropout)
         head.to(device)
         decay = config.weight_decay
         optimizer = torch.optim.AdamW(head.parameters(), config.lr, weight_decay=decay, fused=not plain, foreach=False)

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from common import machine
 from safetensors.torch import save_file
+from synthetic_corpus import write_random_corpus
 
-from ttmray.cluster import leave
-from ttmray.corpus.rescore import RescoreConfig, RescoreRuntime, rescore
+from ttmray.cluster import ActorsConfig, leave
+from ttmray.corpus.rescore import RescoreConfig, rescore
 from ttmray.models import one_thread, seeded
 from ttmray.models.tunejury import RELEASED_WIDTHS, TuneJury, TuneJuryHead
-from ttmray.synth.corpus import write_random_corpus
 
 CLIPS_PER_TRACK = 10
 SAMPLE = 2000
@@ -67,7 +67,7 @@ def measure(folder: Path, clips: int, workers: int) -> dict[str, float]:
     save_file(network.net.state_dict(), head / "tunejury.safetensors")
     (head / "tunejury.json").write_text(json.dumps({"exclude": ["text"]}))
     bound_s = bound(TuneJury(network, "A4")) * 2 * clips
-    runtime = RescoreRuntime(runner="ray", workers=workers) if workers else RescoreRuntime()
+    runtime = ActorsConfig(runner="ray", workers=workers) if workers else ActorsConfig()
     name = f"bench-{time.time_ns()}"
     before, cpu, started = peak(), cpu_s(), time.perf_counter()
     rescore(RescoreConfig(corpus=str(corpus), head=str(head), name=name, runtime=runtime))

@@ -43,10 +43,10 @@ def cells(problem: ScoreProblem, seed: int, updates: int) -> dict[str, FluxAudio
     """`weights/forward` -> model."""
     found = {}
     for weights, forwards in (("v1", ("v1", "v4", "v2")), ("v2", ("v2", "v1"))):
-        model = new_model(problem, weights, seed=seed)  # type: ignore[arg-type]
+        model = new_model(problem, weights, seed=seed)
         train(model, problem, updates, seed=seed)
         for forward in forwards:
-            found[f"{weights}/{forward}"] = with_head(model, forward, force=True)[0]  # type: ignore[arg-type]
+            found[f"{weights}/{forward}"] = with_head(model, forward, force=True)[0]
     after, _ = with_head(found["v1/v2"], "v2")
     train(after, problem, 1000, lr=5e-6, seed=seed + 1)
     return found | {"v1/v2, trained on": after}

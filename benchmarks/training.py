@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,13 @@ from torch import Tensor
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.bundle import resolve_device
 from ttmray.storage import Folder
-from ttmray.training.config import RuntimeConfig, TrainConfig, ValidationConfig
+from ttmray.training.config import TrainConfig, TrainRuntime, ValidationConfig
 from ttmray.training.data import DataConfig, Samples, SourceConfig
 from ttmray.training.flow_matching import Batch, flow_losses
-from ttmray.training.loop import Losses, Ranks, train
+from ttmray.training.loop import train
 from ttmray.training.memory import peak_flops, split_batch, step_flops
 from ttmray.training.schedule import learning_rate
+from ttmray.training.task import Losses, Ranks
 
 FP32_TARGET, BF16_TARGET, MFU_TARGET = 1.15, 2.5, 45.0
 MEMORY_GB = 24.0
@@ -108,7 +109,7 @@ class Duel:
     def sample(self, folder: Folder, step: int) -> None:
         raise AssertionError("no samples are asked for")
 
-    def note(self, start: int, stop: int) -> dict[str, Any]:
+    def note(self, start: int, stop: int, lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {}
 
     def run(self, device_batch: int) -> None:
@@ -160,7 +161,7 @@ def train_config(folder: str, batch: int, precision: str, compile: bool) -> Trai
         batch=batch,
         precision=precision,
         validation=ValidationConfig(clips=0),
-        runtime=RuntimeConfig(compile=compile, log_every=10**9, tensorboard=False),
+        runtime=TrainRuntime(compile=compile, log_every=10**9, tensorboard=False),
     )
 
 

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from ttmray.cluster import PoolConfig, each, leave
+from ttmray.cluster import ActorsConfig, each, leave
 from ttmray.errors import UserError
 
 pytestmark = pytest.mark.slow  # Ray starts for every test
-ON_RAY = PoolConfig(runner="ray", workers=2)
+ON_RAY = ActorsConfig(runner="ray", workers=2)
 
 
 @pytest.fixture(autouse=True)

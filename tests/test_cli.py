@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear message for everything a user can mend, and what each look shows."""
 
+import inspect
 import json
 import os
 import re
@@ -14,8 +15,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttmray.cli import main
+from ttmray import __version__
+from ttmray.cli import COMMANDS, main
+from ttmray.cli.command import Command, imported
+from ttmray.config_docs import field_lines
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES
+from ttmray.generation.config import GenerateConfig
+from ttmray.presets import presets
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -77,7 +83,7 @@ def test_the_commands_are_these(capsys):
     models = {"train-sft", "train-ranker", "train-micro", "generate", "postprocess", "params", "checkpoint"}
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card"}
-    assert shown_commands(capsys) == corpus | models | chain | evaluation
+    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config"}
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
     assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "upgrade"}
 
@@ -220,7 +226,7 @@ def test_a_negative_count_is_a_wrong_command_line(finished, option, capsys):
 
 
 def test_a_reader_that_stops_reading_is_no_error(finished):
-    command = [sys.executable, "-m", "ttmray.cli", "corpus", "ls", str(finished), "--json"]
+    command = [sys.executable, "-m", "ttmray", "corpus", "ls", str(finished), "--json"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     child.stdout.close()
@@ -263,3 +269,114 @@ def test_damage_that_verification_finds_is_exit_code_2(songs, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-1])
     assert main(["corpus", "verify", str(tmp_path / "run")]) == EXIT_BAD_INPUT
     assert shard.name in capsys.readouterr().out
+
+
+def _names(command: Command) -> set[str]:
+    """Arguments that the function of a command always gets."""
+    always = {
+        flag.dest
+        for flag in command.flags
+        if not flag.in_config
+        and (
+            "default" in flag.options
+            or flag.options.get("required")
+            or (flag.names[0][0] != "-" and flag.options.get("nargs") != "*")
+        )
+    }
+    return always | ({command.config_as} if command.config else set()) | set(command.fixed)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_a_command_of_the_table_fits_its_function_and_its_config(command):
+    """Tables name functions, parameters and fields by text, which no type checker follows."""
+    parameters = inspect.signature(imported(command.run)).parameters
+    passed = {flag.dest for flag in command.flags if not flag.in_config} | _names(command)
+    assert passed <= parameters.keys()
+    required = {name for name, one in parameters.items() if one.default is one.empty}
+    assert required <= _names(command), "a flag that may be left out needs a default, here or there"
+    fields = {flag.dest for flag in command.flags if flag.in_config}
+    if command.config:
+        assert fields | set(command.exclusive) <= imported(command.config).model_fields.keys()
+    else:
+        assert not fields
+
+
+def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch):
+    configs = []
+
+    def generate(config: GenerateConfig, **options: object) -> int:
+        configs.append((config, options))
+        return EXIT_OK
+
+    monkeypatch.setattr("ttmray.generation.generate.generate", generate)
+    file = tmp_path / "g.yaml"
+    file.write_text("prompts: prompts.csv\nseed: 1\nsamples: 2\nformat: flac")
+    command = ["generate", "--config", str(file), "--set", "seed=2", "--set", "samples=3"]
+    texts = ["a # b", "1", "\N{MUSICAL KEYBOARD}", "[x"]
+    typed = [part for text in texts for part in ("--prompt", text)]
+    assert main([*command, *typed, "--seed", "4", "--play-page"]) == EXIT_OK
+    (config, options) = configs.pop()
+    assert (config.seed, config.samples, config.format) == (4, 3, "flac")
+    assert (list(config.texts), config.prompts) == (texts, None), "prompts that are typed are all there are"
+    assert options == {"retry_failed": False, "zip_to": None, "play_page": True}
+    assert main(command) == EXIT_OK
+    assert configs.pop()[0].prompts == os.path.abspath("prompts.csv")
+
+
+def test_a_wrong_flag_is_named_as_its_field(capsys):
+    assert "samples: Input should be greater than or equal to 1" in refused(
+        capsys, "generate", "--prompt", "x", "--samples", "0"
+    )
+    assert "checkpoint: '' names no place" in refused(capsys, "generate", "--prompt", "x", "--checkpoint", "")
+    text = refused(capsys, "postprocess", "x", "--output", "y", "--device", "tpu")
+    assert "device" in text
+
+
+def test_a_preset_is_found_from_any_folder_and_a_file_of_that_name_counts(songs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["plan", "--config", "debug/corpus", *arguments(songs, tmp_path / "run")]
+    assert main(command) == EXIT_OK
+    assert (tmp_path / "run/plan.json").exists()
+    (tmp_path / "debug").mkdir()
+    (tmp_path / "debug/corpus").write_text("bundel: debug")
+    assert "bundel" in refused(capsys, *command)
+    text = refused(capsys, "plan", "--config", "debug/corpse")
+    assert "debug/corpse: there is no such file" in text
+    assert "debug/stage1" in text
+    assert "../secret" in refused(capsys, "plan", "--config", "../secret")
+
+
+def test_presets_are_the_configs_of_the_repository():
+    configs = REPO / "configs"
+    there = {
+        path.relative_to(configs).with_suffix("").as_posix(): path.read_bytes() for path in configs.rglob("*.yaml")
+    }
+    assert {name: path.read_bytes() for name, path in presets().items()} == there
+
+
+def test_what_can_be_set_is_told_with_type_limit_default_and_description(capsys):
+    assert main(["config", "train-sft"]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert "output: path (required)" in text
+    assert "data.sources.N.repeat: number, >= 0 = 1.0" in text
+    assert 'model.size: "s_44k" | "l_44k"' in text
+    assert "Samples per update, over all workers" in text
+    assert "debug/stage1" in text
+    assert main(["config", "corpus rescore", "--schema"]) == EXIT_OK
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"]["head"]["format"] == "path"
+    assert schema["additionalProperties"] is False
+    assert "train-sft" in refused(capsys, "config", "train")
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.config], ids=lambda command: command.name)
+def test_every_field_of_every_config_is_listed_once(command):
+    kind = imported(command.config)
+    places = [line.partition(":")[0] for line, _ in field_lines(kind.model_json_schema())]
+    assert {place.partition(".")[0] for place in places} == kind.model_fields.keys()
+    assert len(places) == len(set(places))
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "ttmray", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(__version__)

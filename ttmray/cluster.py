@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from ttmray.config import Config
+from ttmray.config import Config, Device
 from ttmray.console import console
 from ttmray.errors import UserError
 
@@ -25,20 +25,32 @@ RETRIES = 3
 """How often a worker is started again, and the work that it died of."""
 
 
-class PoolConfig(Config):
-    """Where work runs; none of it changes a result beyond last bits of a device."""
+class RuntimeConfig(Config):
+    """Where a job runs, in the words that all jobs share; none of it changes a result beyond last bits of a device."""
 
     runner: Literal["local", "ray"] = "local"
-    """`ray` joins the cluster that RAY_ADDRESS names, else starts one on this machine."""
+    """`local`: on this machine without Ray. `ray` joins the cluster that RAY_ADDRESS names, else starts one here."""
+    device: Device = "auto"
+    """Of the models; `auto` is cuda where there is one."""
+
+
+class ActorsConfig(RuntimeConfig):
+    """Where work over many items runs: in this process, or in Ray actors."""
+
     workers: int = Field(1, ge=1)
     """Ray actors; at most one per item."""
     cpus: float = Field(1.0, gt=0)
     """CPUs per actor."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs per actor."""
+    """GPUs per actor, which has none unless this says so."""
+
+    @property
+    def process_cpus(self) -> int:
+        """CPUs that one process has: all of this machine, or an actor's share."""
+        return (os.cpu_count() or 1) if self.runner == "local" else max(1, int(self.cpus))
 
 
-def each(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: PoolConfig) -> Iterator[Result]:
+def each(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: ActorsConfig) -> Iterator[Result]:
     """Results in any order. `make` builds the work once per process, e.g. loads models; it must pickle.
 
     Raises:

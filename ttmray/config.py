@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ttmray.errors import UserError
+from ttmray.presets import config_file
 from ttmray.storage import absolute, read_file
 from ttmray.yaml_text import read_override, read_yaml
 
@@ -51,16 +52,23 @@ def added(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"added": True}, **constraints)
 
 
-def _address(value: str) -> str:
+def _located(value: str) -> str:
     try:
-        absolute(value)
+        return absolute(value)
     except UserError as error:
         raise ValueError(f"{error.message} {error.hint}") from error
-    return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
-"""A local path or a URI: not empty, and not a scheme alone."""
+Location = Annotated[str, AfterValidator(_located), WithJsonSchema({"type": "string", "format": "path"})]
+"""Where a file or folder is: a local path or a URI; absolute once it is in a config, because workers run elsewhere.
+
+What is relative is so to the folder in which the command runs, wherever it was written; `~` is the home folder. Empty
+text, and a scheme alone, are refused.
+"""
+
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+"""`cpu`, `cuda`, `cuda:1`, or `auto`: cuda where there is one."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -71,8 +79,8 @@ def identity(config: Config) -> dict[str, Any]:
         value = getattr(config, name)
         if isinstance(extra, dict) and (extra.get("execution") or (extra.get("added") and value == field.default)):
             continue
-        for mark in field.metadata:
-            value = mark.of(value) if isinstance(mark, IdentityPart) else value
+        for mark in (*field.metadata, *_marks(field.annotation)):
+            value = mark.of(value) if isinstance(mark, IdentityPart) and value is not None else value
         plain[name] = identity(value) if isinstance(value, Config) else _plain(value)
     return plain
 
@@ -103,14 +111,21 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
 
 
-def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str] = ()) -> ConfigT:
-    """Read a YAML file, apply `a.b=value` overrides in order, and validate.
+def load_config(
+    kind: type[ConfigT],
+    path: str | None = None,
+    sets: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> ConfigT:
+    """Read a YAML file, apply `a.b=value` overrides in order, then values that are there already, and validate.
 
     Args:
         kind: the config class.
-        path: local path or URI of a YAML mapping; None starts from the defaults.
+        path: local path or URI of a YAML mapping, or the name of a preset (`debug/stage1`); None starts from the
+            defaults.
         sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work, but a `#` is part of
             it and begins no comment. Positions of a list count from 0: `sources.0.split=all`.
+        given: field -> value, such as the flags of a command; these count before all others.
 
     Raises:
         UserError: naming the file, each wrong field and the way out.
@@ -118,7 +133,7 @@ def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str
     plain: Any = {}
     if path is not None:
         try:
-            plain = read_yaml(read_file(path))
+            plain = read_yaml(read_file(config_file(path)))
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {error}", "Mend it near that line.") from error
         if plain is None:
@@ -127,6 +142,7 @@ def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str
             raise UserError(f"{path} holds a {type(plain).__name__}, not a mapping of fields.", "Write `field: value`.")
     for assignment in sets:
         plain = _with_override(plain, assignment)
+    plain |= copy.deepcopy(dict(given or {}))
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
@@ -135,9 +151,10 @@ def load_config(kind: type[ConfigT], path: str | None = None, sets: Sequence[str
         raise UserError(f"{source} is not a valid {kind.__name__}:\n  " + "\n  ".join(problems)) from error
 
 
-def to_yaml(config: Config) -> str:
-    """The complete config, defaults included, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def _marks(annotation: Any) -> list[Any]:
+    """What stands beside the types inside of a union: `Annotated[str, mark] | None`."""
+    inside = list(get_args(annotation))
+    return [mark for one in inside for mark in (*getattr(one, "__metadata__", ()), *_marks(one))]
 
 
 def _plain(value: Any) -> Any:

@@ -100,7 +100,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedFile:
     """One listed file: its name relative to the listed folder, and its size in bytes (-1 for a broken link).
 
     `version` changes with the content: the ETag of an object, the time of the last change of a local file. It is empty
@@ -158,7 +158,7 @@ class Folder:
         with explained(self.path(name)):
             return bool(fs.exists(f"{root}/{safe_relative(name)}"))
 
-    def files(self, under: str = "", sizes: bool = True) -> list[Entry]:
+    def files(self, under: str = "", sizes: bool = True) -> list[ListedFile]:
         """All files below `under`, in sorted order; empty where the folder does not exist.
 
         Temporary files of writers are left out. Names are as they are there, also those that `safe_relative` refuses.
@@ -169,7 +169,7 @@ class Folder:
                 fs, root = self._filesystem()
                 base = f"{root}/{under}" if under else root
                 found = [
-                    Entry(
+                    ListedFile(
                         full[len(base) :].removeprefix("/"),
                         int(info.get("size") or 0),
                         str(info.get("ETag") or "").strip('"'),
@@ -318,7 +318,7 @@ def _is_ours(name: str) -> bool:
     return not name.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
 
 
-def _walk(base: str, sizes: bool) -> Iterator[Entry]:
+def _walk(base: str, sizes: bool) -> Iterator[ListedFile]:
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
@@ -330,17 +330,17 @@ def _walk(base: str, sizes: bool) -> Iterator[Entry]:
             full = os.path.join(folder, name)
             relative = name if prefix == "." else f"{prefix}/{name}"
             if os.path.isfile(full):
-                yield _entry(relative, full) if sizes else Entry(relative, -1)
+                yield _entry(relative, full) if sizes else ListedFile(relative, -1)
             elif os.path.islink(full) and not os.path.exists(full):
-                yield Entry(relative, -1)
+                yield ListedFile(relative, -1)
 
 
-def _entry(name: str, full: str) -> Entry:
+def _entry(name: str, full: str) -> ListedFile:
     try:
         status = os.stat(full)
     except FileNotFoundError:  # gone since it was listed
-        return Entry(name, -1)
-    return Entry(name, status.st_size, str(status.st_mtime_ns))
+        return ListedFile(name, -1)
+    return ListedFile(name, status.st_size, str(status.st_mtime_ns))
 
 
 def _leads_back(folder: str, name: str) -> bool:

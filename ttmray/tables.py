@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from ttmray.errors import UserError
 from ttmray.storage import parquet_table, read_file
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+READERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {}
+"""Further formats of text, by their suffix with its dot: a function from the text of a file to its rows, cells by
+column. It raises ValueError where the text is not of that format. A program of one's own adds to it."""
 _SEPARATORS = ",;\t|"
 
 
@@ -91,13 +94,14 @@ class Table:
 def is_table(path: str) -> bool:
     """True where the name says table: .csv, .tsv, .json, .jsonl (each also with .gz) or .parquet."""
     name = path.lower()
-    return name.endswith(SUFFIXES) or (name.endswith(".gz") and name[:-3].endswith(SUFFIXES[:-1]))
+    texts = (*SUFFIXES[:-1], *READERS)
+    return name.endswith((*texts, SUFFIXES[-1])) or (name.endswith(".gz") and name[:-3].endswith(texts))
 
 
 def read_table(source: str, known: Collection[str], only_known: bool = False) -> Table:
     """The table in a file; see `parse_table`."""
     if not is_table(source):
-        raise UserError(f"{source} is not a table.", f"Known: {', '.join(SUFFIXES)}; text also as .gz.")
+        raise UserError(f"{source} is not a table.", f"Known: {', '.join((*SUFFIXES, *READERS))}; text also as .gz.")
     return parse_table(source, read_file(source), known, only_known)
 
 
@@ -136,7 +140,10 @@ def parse_table(
         raise UserError(
             f"{source} cannot be read: line {line}: not UTF-8 ({error.reason}).", "Save it as UTF-8."
         ) from error
-    if name.endswith((".json", ".jsonl")):
+    own = next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
+    if own is not None:
+        table = _own(source, text, own, known)
+    elif name.endswith((".json", ".jsonl")):
         table = _json(source, text, name.endswith(".jsonl"), bare, known)
     else:
         table = _delimited(source, text, delimiter(text, "\t" if name.endswith(".tsv") else ",", known), short, known)
@@ -208,6 +215,18 @@ def _other_width(source: str, line: int, cells: int, width: int, word: str) -> U
         f"{source}, line {line}: {cells} cells, {word} cells than the header (number of cells: {width}).",
         "Put text that holds the separator in double quotes.",
     )
+
+
+def _own(source: str, text: str, reader: Callable[[str], list[dict[str, Any]]], known: Collection[str]) -> Table:
+    try:
+        rows = reader(text)
+    except ValueError as error:
+        raise UserError(f"{source} cannot be read: {error}", "Look at the place that is named.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{source} holds no list of rows.", "A reader of tables returns a list of dictionaries.")
+    header = list(dict.fromkeys(str(key) for row in rows for key in row))
+    cells = [[row.get(key) for row in rows] for key in header]
+    return _table(source, header, cells, range(1, len(rows) + 1), "row", known)
 
 
 def _json(source: str, text: str, lines: bool, bare: str, known: Collection[str]) -> Table:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from ttmray.config import to_yaml
 from ttmray.corpus import index, pipeline
 from ttmray.corpus.job import ABORT_AFTER, score_corpus
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
@@ -42,7 +42,7 @@ def test_a_run_writes_the_tree_that_the_documentation_shows(finished_run):
 
 def test_a_second_launch_processes_nothing_says_so_and_does_not_start_ray(songs, run, make_config, tmp_path):
     config = make_config(songs, run, "runtime.runner=ray")
-    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     before = snapshot(run)
     code = (
         "import sys; from ttmray.cli import main; "

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_corpus import write_random_corpus
 
 from ttmray.cli import main
 from ttmray.corpus import index, shards
@@ -20,7 +21,6 @@ from ttmray.corpus.upgrade import latent_places, upgrade
 from ttmray.corpus.verify import problems
 from ttmray.errors import UserError
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 
 SIZES = {"latent": (5, 4), "text": (3, 8), "clips_per_track": 3}
 

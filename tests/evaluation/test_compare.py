@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from ttmray.errors import UserError
-from ttmray.evaluation.compare import Score, compare, comparisons, paired_table, plain, read_scores, render
+from ttmray.evaluation.compare import ClipScore, compare, comparisons, paired_table, plain, read_scores, render
 from ttmray.generation import manifest
 from ttmray.storage import Folder
 
@@ -33,8 +33,8 @@ def finished_pair(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in ("x", "y")]
 
 
-def scores(**systems: list[float]) -> list[Score]:
-    return [Score(name, str(i), "reward", v) for name, values in systems.items() for i, v in enumerate(values)]
+def scores(**systems: list[float]) -> list[ClipScore]:
+    return [ClipScore(name, str(i), "reward", v) for name, values in systems.items() for i, v in enumerate(values)]
 
 
 def table(path: Path, rows: list[dict[str, object]]) -> str:
@@ -97,7 +97,7 @@ def test_holm_covers_every_cell_of_the_table():
 def test_samples_of_a_prompt_count_as_one_observation():
     once = scores(a=[0.0, 1.0, 2.0, 4.0], b=[0.5, 1.0, 3.0, 3.5])
     # the same means from two samples each; eight "observations" would halve p
-    twice = [Score(s.system, s.prompt_id, s.metric, s.value + d) for s in once for d in (-0.25, 0.25)]
+    twice = [ClipScore(s.system, s.prompt_id, s.metric, s.value + d) for s in once for d in (-0.25, 0.25)]
     (one,), _ = comparisons(once)
     (two,), _ = comparisons(twice)
     assert two["n"] == 4
@@ -106,8 +106,8 @@ def test_samples_of_a_prompt_count_as_one_observation():
 
 
 def test_only_common_prompts_are_paired_and_the_others_are_said():
-    a = [Score("a", str(i), "reward", float(i)) for i in range(5)]
-    b = [Score("b", str(i), "reward", 1.5 * i) for i in range(2, 9)]
+    a = [ClipScore("a", str(i), "reward", float(i)) for i in range(5)]
+    b = [ClipScore("b", str(i), "reward", 1.5 * i) for i in range(2, 9)]
     (cell,), (warning,) = comparisons([*a, *b])
     assert cell["n"] == 3
     assert cell["mean_a"] == 3.0

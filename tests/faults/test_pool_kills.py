@@ -111,7 +111,7 @@ def test_a_relaunch_after_the_job_was_killed_gives_the_pool_of_an_undisturbed_ru
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ray_actors_give_the_same_pool_although_one_of_them_is_killed(undisturbed, tmp_path, workers):
-    job = Job(tmp_path, "runtime.pool.runner=ray", f"runtime.pool.workers={workers}")
+    job = Job(tmp_path, "runtime.runner=ray", f"runtime.workers={workers}")
     assert kill_at(job, 1, actors) == 0
     assert job.made() == undisturbed.made()
     assert selected(job) == selected(undisturbed)

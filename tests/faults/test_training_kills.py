@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from synthetic_corpus import write_random_corpus
 
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.checkpoint import committed, load
 from ttmray.training.state import TrainingState
 

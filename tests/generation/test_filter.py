@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_corpus import write_random_corpus
+from synthetic_pool import Candidate, write_pool
 
 from ttmray.errors import UserError
 from ttmray.generation.filter import FilterConfig, Selection, blend, filter_pool, markdown, read_pool, select, z_scores
-from ttmray.synth.corpus import write_random_corpus
-from ttmray.synth.pool import Candidate, write_pool
 
 PROMPTS = {f"p{i}": (f"prompt {i}", np.zeros((3, 8))) for i in range(5)}
 

@@ -159,7 +159,7 @@ def test_order_threads_and_company_do_not_change_a_clip(finished, tmp_path):
 def test_two_ray_actors_give_the_same_bytes(prompts, finished, tmp_path):
     import ray
 
-    sets = ("runtime.pool.runner=ray", "runtime.pool.workers=2")
+    sets = ("runtime.runner=ray", "runtime.workers=2")
     try:
         assert generate(make(prompts, tmp_path / "run", FINISH, "scores=true", *sets)) == 0
     finally:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from synthetic_corpus import write_random_corpus
 
 from ttmray.config import load_config
 from ttmray.corpus import index, pipeline
@@ -32,7 +33,6 @@ from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.score_support import ScoreSupport
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.data import DataConfig, SourceConfig, open_mixture
 
 PROMPTS = {"a": "a calm piano", "b_1": "driving drums", "c": "A calm  piano"}

@@ -184,17 +184,6 @@ def test_batches_hold_every_pair_once_and_never_one_alone(count, size):
     assert all(2 <= end - start <= size + 1 for start, end in batches)
 
 
-def test_byte_dropout_keeps_the_share_and_the_mean():
-    for p in (0.0, 0.1, 0.5, 0.9):
-        layer = ranker._ByteDropout(p).train()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            out = layer(torch.ones(300, 1001))
-        assert float((out == 0).float().mean()) == pytest.approx(p, abs=0.005)
-        assert float(out.mean()) == pytest.approx(1, abs=0.02)
-        assert torch.equal(layer.eval()(torch.ones(5)), torch.ones(5))
-
-
 @pytest.mark.parametrize("widths", [(1024, 512, 256, 128), (64,)])
 def test_the_stated_flops_are_those_that_torch_counts(widths):
     head = TuneJuryHead((512, *widths))

@@ -38,7 +38,7 @@ from ttmray.recipes.ablation_tables import (
     render_table,
     sweep_table,
 )
-from ttmray.recipes.ablations import AblateConfig, Plan, ablate
+from ttmray.recipes.ablations import AblateConfig, AblationPlan, ablate
 from ttmray.recipes.published import CHAIN, FACTORIAL, SWEEP, Published
 from ttmray.recipes.reproduce import ReproduceConfig, build_steps
 from ttmray.recipes.sweep import readings, sweep_notes
@@ -290,7 +290,7 @@ SMALL = (
 
 
 def test_a_cell_that_stands_in_several_tables_is_made_once(given, tmp_path):
-    plan = Plan(configure(given, tmp_path / "run", *SMALL))
+    plan = AblationPlan(configure(given, tmp_path / "run", *SMALL))
     names = [step.name for step in plan.steps()]
     assert len(names) == len(set(names))
     assert (names[0], names[-1]) == ("reference-tones", "tables")
@@ -309,17 +309,17 @@ def test_a_cell_that_stands_in_several_tables_is_made_once(given, tmp_path):
 
 
 def test_the_factorial_alone_forces_v2_weights_under_v1(given, tmp_path):
-    plan = Plan(configure(given, tmp_path / "run", *SMALL))
+    plan = AblationPlan(configure(given, tmp_path / "run", *SMALL))
     forced = {name for name, step in plan.cells.items() if step.config.force_head}  # type: ignore[attr-defined]
     assert plan.factorial["SFT-only", "v2", "v1"] in forced
     assert plan.contrasts["conditioning"]["text"] not in forced
     row = "chain=[{label: a, checkpoint: two, head: v1, generate: {force_head: true}}]"
-    assert Plan(configure(given, tmp_path / "run", row)).chain["a"] == plan.factorial["SFT-only", "v2", "v1"]
+    assert AblationPlan(configure(given, tmp_path / "run", row)).chain["a"] == plan.factorial["SFT-only", "v2", "v1"]
 
 
 def test_what_a_cell_is_made_of_decides_its_name_and_nothing_else(given, tmp_path):
     def names(*sets: str) -> set[str]:
-        return set(Plan(configure(given, tmp_path / "run", *SMALL, *sets)).cells)
+        return set(AblationPlan(configure(given, tmp_path / "run", *SMALL, *sets)).cells)
 
     usual = names()
     assert names("generate.runtime.batch=3") == usual
@@ -340,7 +340,7 @@ def test_another_reference_set_under_a_known_name_is_noticed(given, tmp_path):
         for i in range(count):
             (music / f"{i}.flac").write_bytes((given / f"music/{i}.flac").read_bytes())
         assert build_reference("tones", str(music), store=f"{tmp_path}/store") == 0
-        plan = Plan(configure(given, tmp_path / "run", *sets))
+        plan = AblationPlan(configure(given, tmp_path / "run", *sets))
         prints.append(plan.fingerprints(plan.steps()))
         shutil.rmtree(tmp_path / "store")
     changed = {name for name in prints[0] if prints[0][name] != prints[1][name]}
@@ -349,7 +349,7 @@ def test_another_reference_set_under_a_known_name_is_noticed(given, tmp_path):
 
 def test_a_silent_clip_stops_nothing_within_the_share_and_stands_in_the_notes(given, tmp_path):
     output, contrast = tmp_path / "run", SMALL[-1]
-    cell = Plan(configure(given, output, contrast)).contrasts["conditioning"]["score"]
+    cell = AblationPlan(configure(given, output, contrast)).contrasts["conditioning"]["score"]
     assert ablate(configure(given, output, contrast), last=f"generate-{cell}") == 0
     clip = next(path for path in (output / f"cells/{cell}/clips").rglob("a.*") if path.suffix in (".wav", ".flac"))
     soundfile.write(clip, np.zeros(441_000, np.float32), 44_100)
@@ -531,10 +531,10 @@ def test_cells_from_and_in_a_bucket_are_those_of_folders(given, bucket, tmp_path
 
 def test_other_weights_under_a_known_name_are_noticed(given, tmp_path, capsys):
     output = tmp_path / "run"
-    plan = Plan(configure(given, output, *SMALL))
+    plan = AblationPlan(configure(given, output, *SMALL))
     own = tmp_path / "own.safetensors"
     own.write_bytes((given / "two.safetensors").read_bytes())
-    other = Plan(configure(given, output, *SMALL, f"checkpoints.one.path={own}"))
+    other = AblationPlan(configure(given, output, *SMALL, f"checkpoints.one.path={own}"))
     prints = [one.fingerprints(one.steps()) for one in (plan, other)]
     changed = {name for name in prints[0] if prints[0][name] != prints[1].get(name)}
     assert {name for name in changed if name.startswith("generate-")} == {

@@ -213,7 +213,7 @@ VOTES = ("output=x", "sources=[{name: a, path: x}]")
         (load_config(TrainConfig, None, [*TRAIN, "runtime={runner: ray, workers: 4, device: cuda}"]), 4),
         (load_config(TrainConfig, None, [*TRAIN, "runtime.device=cpu"]), 0),
         (load_config(TrainConfig, None, [*TRAIN, "runtime.device=cuda:0"]), 1),
-        (load_config(GenerateConfig, None, ["texts=[x]", "runtime.pool={runner: ray, workers: 4, gpus: 0.5}"]), 2),
+        (load_config(GenerateConfig, None, ["texts=[x]", "runtime={runner: ray, workers: 4, gpus: 0.5}"]), 2),
         (load_config(GenerateConfig, None, ["texts=[x]", "runtime.device=cuda"]), 1),
         (load_config(RankerConfig, None, [*VOTES, "encoding={runner: ray, workers: 3, gpus: 1}"]), 3),
         (Config(), 0),

@@ -21,7 +21,7 @@ from ttmray.evaluation.measure import embedding_protocol
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import open_bundle
 from ttmray.models.weights import open_store
-from ttmray.recipes.ablations import AblateConfig, Plan, ablate
+from ttmray.recipes.ablations import AblateConfig, AblationPlan, ablate
 from ttmray.recipes.chain import Step, run_chain
 from ttmray.recipes.needs import Need, refuse_missing
 from ttmray.recipes.reproduce import ReproduceConfig, reproduce
@@ -256,7 +256,7 @@ def test_a_reference_that_is_built_here_is_of_the_stem_that_evaluations_ask_for(
     built = f"{{sdd-706: {machine}/data/sdd, jamendo-100: {machine}/data/sdd}}"
     sets = [f"output={machine}/run", f"prompts={machine}/prompts.csv", f"references={built}"]
     config = load_config(AblateConfig, str(machine / "ablate.yaml"), sets)
-    steps = {step.name: step for step in Plan(config).steps()}
+    steps = {step.name: step for step in AblationPlan(config).steps()}
     assert steps["reference-sdd-706"].config.stem == "instrumental"  # type: ignore[attr-defined]
     assert steps["reference-sdd-706"].run.keywords["stem"] == "instrumental"  # type: ignore[attr-defined]
     shutil.rmtree(machine / "weights/mdx_extra")

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
+from synthetic_corpus import write_random_corpus
 
 from ttmray.config import load_config
 from ttmray.corpus.index import read_index
@@ -24,7 +25,6 @@ from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.bundle import open_bundle
 from ttmray.recipes.reproduce import ReproduceConfig, build_steps, reproduce
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.data import open_mixture
 
 REPO = Path(__file__).resolve().parents[2]
@@ -182,7 +182,7 @@ def test_sections_win_over_what_is_filled_in_and_keep_the_rest(tmp_path):
         "round-1/finetune.safetensors"
     )
     own = steps(tmp_path, "pool={prompts: mine.csv}")["pool"].config
-    assert (own.prompts, own.corpus) == ("mine.csv", None)
+    assert (own.prompts, own.corpus) == (str(Path("mine.csv").absolute()), None)
 
 
 @pytest.mark.parametrize(

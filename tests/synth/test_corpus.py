@@ -1,9 +1,10 @@
 """The random corpus is a sound corpus, the same every time."""
 
+from synthetic_corpus import write_random_corpus
+
 from ttmray.corpus.index import read_index
 from ttmray.corpus.verify import problems
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 
 SMALL = {"tracks": 5, "clips_per_track": 2, "captions": 2, "validation": 1, "test": 1, "unit_clips": 4}
 SHAPES = {"latent": (5, 4), "text": (3, 8)}

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from synthetic_corpus import write_random_corpus
 
 from ttmray.config import load_config
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.checkpoint import load, newest_valid
 from ttmray.training.config import TrainConfig
 from ttmray.training.sft import train_sft

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from ttmray.training.config import TrainConfig
-from ttmray.training.loop import Ranks, train
+from ttmray.training.loop import train
 from ttmray.training.sft import SftTask
+from ttmray.training.task import Ranks
 
 
 def main(rank: int, world: int, rendezvous: str, paths: list[str]) -> None:

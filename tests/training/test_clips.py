@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from synthetic_corpus import write_random_corpus
 
 from ttmray.cli import main
 from ttmray.corpus import index, shards
 from ttmray.errors import UserError
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.clips import read_keys
 from ttmray.training.data import DataConfig, Samples, SourceConfig, loader, open_mixture, open_with_held_out
 

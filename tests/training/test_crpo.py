@@ -1,5 +1,6 @@
 """Stage 3: the loss and its closed form, pairs that share their draws, a reference that stays, a toy that learns."""
 
+import itertools
 import json
 import math
 import shutil
@@ -17,23 +18,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from synthetic_pool import Candidate, write_pool
 
-from ttmray.cluster import PoolConfig
+from ttmray.cluster import ActorsConfig
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.generation.steering import LOST, SteeringConfig
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.score_heads import Head
 from ttmray.storage import Folder
-from ttmray.synth.pool import Candidate, write_pool
 from ttmray.training import crpo
 from ttmray.training import pairs as preference_pairs
 from ttmray.training.config import (
     CheckpointConfig,
     EmaConfig,
     ModelConfig,
-    RuntimeConfig,
     TrainConfig,
+    TrainRuntime,
     ValidationConfig,
 )
 from ttmray.training.crpo import (
@@ -41,15 +42,15 @@ from ttmray.training.crpo import (
     CrpoFlow,
     CrpoOptimizer,
     CrpoTask,
-    LoserWatch,
     crpo_losses,
-    open_pairs,
+    losers_rise,
     train_crpo,
 )
 from ttmray.training.data import DataConfig, SourceConfig, draws, loader
 from ttmray.training.export import export
 from ttmray.training.flow_matching import flow_losses
 from ttmray.training.launch import launch
+from ttmray.training.pair_mixture import open_pairs
 from ttmray.training.pairs import PairsConfig, build_pairs
 from ttmray.training.reference_losses import ReferenceLosses
 from ttmray.training.sft import DEBUG, SftTask
@@ -96,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps=60,
         precision="fp32",
         validation=ValidationConfig(clips=0),
-        runtime=RuntimeConfig(device="cpu", threads=1, device_batch=32, tensorboard=False),
+        runtime=TrainRuntime(device="cpu", threads=1, device_batch=32, tensorboard=False),
     )
     assert launch("sft", config, SftTask) == 0
     export(config.output, str(folder / "v1.safetensors"))
@@ -118,7 +119,7 @@ def configure(folder: Path, tmp_path: Path) -> Configure:
             "steps": 4,
             "precision": "fp32",
             "checkpoint": CheckpointConfig(every=1000),
-            "runtime": RuntimeConfig(device="cpu", threads=1, device_batch=batch, log_every=2, tensorboard=False),
+            "runtime": TrainRuntime(device="cpu", threads=1, device_batch=batch, log_every=2, tensorboard=False),
         }
         return CrpoConfig(**(usual | fields))
 
@@ -211,7 +212,7 @@ def test_at_the_start_policy_and_reference_agree_to_the_bit(configure):
 
 @pytest.mark.slow
 def test_a_compiled_policy_in_bf16_agrees_with_its_reference_to_the_bit(configure):
-    runtime = RuntimeConfig(device="cpu", threads=1, device_batch=4, tensorboard=False, compile=True)
+    runtime = TrainRuntime(device="cpu", threads=1, device_batch=4, tensorboard=False, compile=True)
     task = CrpoTask(configure(precision="bf16", gradients_every=1, runtime=runtime), CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # what starts at zero hides roundings
@@ -388,12 +389,12 @@ def test_reference_losses_made_ahead_give_the_same_bits_and_are_shared_by_a_swee
 
 @pytest.mark.parametrize(("device", "gpus"), [("cuda", 1.0), ("cpu", 0.0)])
 def test_the_reference_runs_where_the_workers_train(configure, tmp_path, monkeypatch, device, gpus):
-    runtime = RuntimeConfig(runner="ray", workers=2, cpus=2, device="auto", device_batch=2)
+    runtime = TrainRuntime(runner="ray", workers=2, cpus=2, device="auto", device_batch=2)
     config = configure(runtime=runtime, reference_losses=str(tmp_path / "shared"))
     asked = []
     monkeypatch.setattr(crpo, "each", lambda make, todo, pool: asked.append((make.args[1:], todo, pool)) or [])
     crpo._precompute(config, CrpoTask(config, CPU), 2, torch.device(device))  # the driver of workers has it on its CPU
-    assert asked == [((device, 2), [0], PoolConfig(runner="ray", workers=2, cpus=2, gpus=gpus))]
+    assert asked == [((device, 2), [0], ActorsConfig(runner="ray", workers=2, cpus=2, gpus=gpus))]
 
 
 def test_damaged_reference_losses_are_named(configure, tmp_path, monkeypatch):
@@ -406,42 +407,45 @@ def test_damaged_reference_losses_are_named(configure, tmp_path, monkeypatch):
         train_crpo(configure(output=str(tmp_path / "again"), reference_losses=str(tmp_path / "shared")))
 
 
-def test_the_watch_speaks_once_per_occurrence():
-    rng = np.random.default_rng(0)
-    watch = LoserWatch()
+def line_of(winner: float, loser: float) -> dict[str, float]:
+    """A log line with these differences of losses to the reference's."""
+    ours = {"winner_loss": 1 + winner, "loser_loss": 1 + loser}
+    return ours | {"reference_winner_loss": 1.0, "reference_loser_loss": 1.0}
+
+
+def test_losers_that_rise_without_better_winners_are_noticed_and_noise_is_not():
+    def noticed(*sides: tuple[float, float]) -> list[bool]:
+        lines = [line_of(*side) for side in sides]
+        return [losers_rise(lines[: i + 1]) for i in range(len(lines))]
+
     healthy = [(-0.01 * i, 0.01 * i) for i in range(30)]  # winners get better, losers worse
-    assert not any(watch.add(*line) for line in healthy)
-    spoken = [watch.add(-0.3 + 0.001 * i, 0.3 + 0.01 * i) for i in range(30)]
-    assert sum(spoken) == 1
-    assert watch.bad
-    assert not any(watch.add(-0.3 - 0.01 * i, 0.6) for i in range(30))
-    assert not watch.bad
-    assert sum(watch.add(-0.6, 0.6 + 0.01 * i) for i in range(30)) == 1
-    still = LoserWatch()  # noise alone
-    alarms = sum(still.add(*(0.001 * rng.standard_normal(2))) for _ in range(2000))
-    assert alarms < 100
+    assert not any(noticed(*healthy))
+    bad = noticed(*healthy, *((-0.3 + 0.001 * i, 0.3 + 0.01 * i) for i in range(30)))
+    assert bad[-1]
+    assert sum(now and not before for before, now in itertools.pairwise(bad)) == 1
+    again = noticed(*((-0.3 - 0.01 * i, 0.6) for i in range(30)), *((-0.6, 0.6 + 0.01 * i) for i in range(30)))
+    assert not any(again[:30])
+    assert again[-1]
+    rng = np.random.default_rng(0)
+    quiet = noticed(*(tuple(0.001 * rng.standard_normal(2)) for _ in range(2000)))  # noise alone
+    assert sum(now and not before for before, now in itertools.pairwise(quiet)) < 100
 
 
-def test_a_run_that_unlearns_is_told_so(configure, capsys):
-    config = configure()
-    out, task, text = Folder.at(config.output), CrpoTask(config, CPU), ""
-    for i in range(1, 13):
-        assert not task.note(4 * (i - 1), 4 * i)["loser_rises"] or i > 10
-        rises = {"winner_loss": 1 + 0.01 * i, "loser_loss": 1 + 0.1 * i}
-        line = {"step": i, "reference_winner_loss": 1.0, "reference_loser_loss": 1.0, **rises}
-        text += json.dumps(line) + "\n"
-        out.write("metrics.jsonl", text.encode())
-    assert task.note(48, 52) == {"loser_rises": True}
-    assert capsys.readouterr().out.count("unlearns losers") == 1
-    assert CrpoTask(config, CPU).note(48, 52) == {"loser_rises": True}  # a new process knows what was before it
-    assert CrpoTask(config, CPU).note(36, 40) == {"loser_rises": False}
+def test_a_run_that_unlearns_is_told_so_once(configure, capsys):
+    task = CrpoTask(configure(), CPU)
+    lines = [line_of(0.01 * i, 0.1 * i) for i in range(12)]
+    noted = [task.note(4 * i, 4 * i + 4, lines[: i + 1])["loser_rises"] for i in range(12)]
+    assert noted == [False] * 9 + [True] * 3
+    told = capsys.readouterr().out
+    assert told.count("unlearns losers") == 1
+    assert "update 10" in told
 
 
 def test_a_resumed_run_notices_what_an_undisturbed_one_does(configure, tmp_path):
     rises = {}
     for name, stops in (("whole", [30]), ("resumed", [7, 16, 23, 30])):
         for steps in stops:
-            runtime = RuntimeConfig(device="cpu", threads=1, device_batch=4, log_every=1, tensorboard=False)
+            runtime = TrainRuntime(device="cpu", threads=1, device_batch=4, log_every=1, tensorboard=False)
             wild: dict[str, Any] = {"optimizer": CrpoOptimizer(lr=3e-3, warmup=0), "score": "own"}  # so it unlearns
             config = configure(output=str(tmp_path / name), steps=steps, runtime=runtime, gradients_every=0, **wild)
             assert train_crpo(config) == 0

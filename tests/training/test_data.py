@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from synthetic_corpus import write_random_corpus
 
 from ttmray.config import identity
 from ttmray.corpus import index, shards
 from ttmray.errors import UserError
 from ttmray.storage import Folder
-from ttmray.synth.corpus import write_random_corpus
 from ttmray.training.data import (
     DataConfig,
     Mixture,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from synthetic_pool import Candidate, write_pool
 
 from ttmray.config import load_config
 from ttmray.errors import UserError
@@ -19,10 +20,9 @@ from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import load_backbone
 from ttmray.statistics import paired
 from ttmray.storage import Folder
-from ttmray.synth.pool import Candidate, write_pool
 from ttmray.training import expert_iteration as expert_iteration_module
 from ttmray.training.clips import read_keys
-from ttmray.training.config import CheckpointConfig, EmaConfig, ModelConfig, RuntimeConfig, ValidationConfig
+from ttmray.training.config import CheckpointConfig, EmaConfig, ModelConfig, TrainRuntime, ValidationConfig
 from ttmray.training.data import DataConfig, SourceConfig, open_mixture
 from ttmray.training.expert_iteration import (
     ExpertIterationConfig,
@@ -104,7 +104,7 @@ def configure(corpus: Path, output: Path, init: str, **fields: object) -> Expert
             "precision": "fp32",
             "checkpoint": CheckpointConfig(every=1000),
             "validation": ValidationConfig(clips=0),
-            "runtime": RuntimeConfig(device="cpu", threads=1, device_batch=batch, log_every=20, tensorboard=False),
+            "runtime": TrainRuntime(device="cpu", threads=1, device_batch=batch, log_every=20, tensorboard=False),
             **fields,
         }
     )
@@ -273,7 +273,7 @@ def test_the_fine_tuning_does_not_feel_how_its_pool_was_sampled(corpus, start, t
 
     monkeypatch.setattr(expert_iteration_module, "launch", noted)
     before = torch.get_num_threads()
-    free = RuntimeConfig(device="cpu", threads=None, device_batch=4, tensorboard=False)
+    free = TrainRuntime(device="cpu", threads=None, device_batch=4, tensorboard=False)
     try:
         torch.set_num_threads(2)
         config = configure(corpus, tmp_path, start, runtime=free, polish=PolishConfig(steps=0))

@@ -21,9 +21,11 @@ from ttmray.training.checkpoint import committed
 from ttmray.training.ema import PowerEMA
 from ttmray.training.flow_matching import Batch
 from ttmray.training.logbook import Logbook
-from ttmray.training.loop import Ranks, Tally, validation
+from ttmray.training.loop import validation
 from ttmray.training.schedule import learning_rate
 from ttmray.training.sft import SftTask, train_sft
+from ttmray.training.tally import NotFinite, Tally
+from ttmray.training.task import Losses, Ranks
 
 CPU = torch.device("cpu")
 ORDER_OF_SUMS = 2e-5
@@ -233,7 +235,7 @@ def test_no_update_is_applied_from_a_bad_gradient_on_although_the_host_looks_lat
     def watched(log: Tally, checkpoints) -> None:
         try:
             require_finite(log, checkpoints)
-        except loop.NotFinite:
+        except NotFinite:
             at_the_end.append({name: tensor.clone() for name, tensor in log.task.model.state_dict().items()})
             raise
 
@@ -255,7 +257,7 @@ def test_the_worst_clips_are_those_that_are_not_finite(make_train_config, tmp_pa
     log = Tally(task, task.config, Ranks(), CPU, 0)
     samples = next(task.batches(0, 3, 0, 1, False))
     losses = torch.tensor([5.0, float("nan"), 7.0])
-    log.add(samples, loop.Losses(losses, torch.rand(3)))
+    log.add(samples, Losses(losses, torch.rand(3)))
     first, second, third = samples.keys
     assert log.suspects(log.update) == f"{second} (loss nan), {third} (loss 7), {first} (loss 5)"
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_pool import Candidate, write_pool
 
 from ttmray.errors import UserError
 from ttmray.generation.filter import read_pool
-from ttmray.synth.pool import Candidate, write_pool
 from ttmray.training.pairs import PairsConfig, build_pairs, make_pairs, read_pairs
 
 Scores = dict[str, list[float | None]]

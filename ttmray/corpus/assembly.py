@@ -10,7 +10,7 @@ from ttmray.audio import io as audio_io
 from ttmray.audio.segment import SegmentRule
 from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig, ExtraStage
-from ttmray.corpus.running import Job, Makers, named
+from ttmray.corpus.running import Job, Makers
 from ttmray.corpus.stage import Stage
 from ttmray.corpus.stages import (
     Decode,
@@ -29,6 +29,7 @@ from ttmray.errors import UserError
 from ttmray.models.bundle import LoadOptions, Models, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
+from ttmray.plugins import named
 from ttmray.storage import Folder
 
 

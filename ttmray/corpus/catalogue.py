@@ -24,7 +24,7 @@ from ttmray.corpus.captions import (
 from ttmray.corpus.config import CatalogueConfig
 from ttmray.corpus.track import Track
 from ttmray.errors import UserError
-from ttmray.storage import Entry, Folder, absolute, read_file, safe_relative, split_path
+from ttmray.storage import Folder, ListedFile, absolute, read_file, safe_relative, split_path
 from ttmray.tables import is_table
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -235,7 +235,7 @@ def _from_table(source: str, config: CatalogueConfig) -> _Found:
     ids = _ids([paths[row] for row in order], problems)
     for track_id, row in zip(ids, order, strict=True):
         path = paths[row]
-        entry = there.get(path, Entry(path, -1))
+        entry = there.get(path, ListedFile(path, -1))
         track = Track(
             track_id=track_id,
             path=_path(path, problems),

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Address, Config, added, execution
+from ttmray.cluster import RuntimeConfig
+from ttmray.config import Config, Location, added, execution
 from ttmray.models.bundle import BundleName
 
 MAX_UNIT_CLIPS = 32
@@ -15,12 +16,12 @@ MAX_UNIT_CLIPS = 32
 class CatalogueConfig(Config):
     """Which songs, which captions, what is left out."""
 
-    captions: str | None = execution("auto")
+    captions: Literal["auto"] | Location | None = execution("auto", union_mode="left_to_right")
     """Caption table (JSON list of {path, caption}, CSV, TSV, Parquet), joined by track id. `auto` takes the
     caption column of the input table, or a file `captions.*` or `tracks.*` at the root of the input folder."""
-    audio_root: str | None = execution(None)
+    audio_root: Location | None = execution(None)
     """Folder or bucket that the paths of an input table are relative to; default: the table's own folder."""
-    exclude: str | None = execution(None)
+    exclude: Location | None = execution(None)
     """Text file with one track id per line that must never enter the corpus (evaluation references)."""
     duplicates: Literal["reject", "keep"] = "reject"
     """What to do with a file whose bytes equal those of an earlier track."""
@@ -109,7 +110,7 @@ class StageResources(Config):
         return value
 
 
-class RuntimeConfig(Config):
+class CorpusRuntime(RuntimeConfig):
     """Where and how fast; none of it changes a result."""
 
     runner: Literal["local", "ray"] = "ray"
@@ -117,8 +118,6 @@ class RuntimeConfig(Config):
     workers: int | Literal["auto"] = Field("auto")
     """Processes of the local runner (0: in this process); `auto` is one per CPU. For Ray, the CPUs of a
     cluster that this job starts itself; ignored when it joins one."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Device of the models; `auto` is cuda where there is one."""
     batch: int = Field(8, ge=1, le=256)
     """Clips per model forward. On a CPU models always see one clip at a time: larger batches are not faster
     there and change last bits."""
@@ -141,7 +140,7 @@ class RuntimeConfig(Config):
     """Workers of the encoding stage where `fuse` is `none`."""
     write: StageResources = StageResources(cpus=0.5)
     """Workers that write shards."""
-    embedding_cache: str | None = None
+    embedding_cache: Location | None = None
     """Local folder that keeps CLAP and MERT embeddings by content, shared by jobs on one machine."""
     embedding_cache_gib: float = Field(8.0, gt=0)
     """Bound of that folder; the least recently used go first."""
@@ -172,9 +171,9 @@ class ExtraStage(Config):
 class CorpusConfig(Config):
     """`jobs/score_corpus.py` and `ttmray score-corpus`."""
 
-    input: Address = execution()
+    input: Location = execution()
     """Folder or bucket of songs, or a table of tracks (CSV, TSV, Parquet, JSON; MTG-Jamendo's TSV as it is)."""
-    output: Address = execution(min_length=1)
+    output: Location = execution()
     """Run folder: a local path or s3:// prefix."""
     catalogue: CatalogueConfig = CatalogueConfig()
     splits: SplitConfig = SplitConfig()
@@ -203,7 +202,7 @@ class CorpusConfig(Config):
     """Most clips per unit; a unit holds whole tracks and is what travels, is committed and is repeated."""
     max_failures: Annotated[int | str, Field(union_mode="left_to_right")] = execution("1%")
     """Exit code 3 when more clips and tracks than this failed: a count, or a share such as `1%`."""
-    runtime: RuntimeConfig = execution(RuntimeConfig())
+    runtime: CorpusRuntime = execution(CorpusRuntime())
 
     @field_validator("max_failures")
     @classmethod

@@ -18,11 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from ttmray import runs
-from ttmray.cluster import PoolConfig, each
-from ttmray.config import Config, execution
+from ttmray.cluster import ActorsConfig, each
+from ttmray.config import Config, Location, execution
 from ttmray.console import console, meter
 from ttmray.corpus import index, scores, shards
 from ttmray.corpus.plan import Plan
@@ -43,25 +42,18 @@ UNITS_PER_PART = 64
 COLUMNS = ("key", "track_id", "shard", "unit", "caption_id", "caption")
 
 
-class RescoreRuntime(PoolConfig):
-    """Where heads run."""
-
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Device of the head."""
-
-
 class RescoreConfig(Config):
     """`ttmray corpus rescore`."""
 
-    corpus: str = execution(min_length=1)
+    corpus: Location = execution()
     """Run folder of a finished corpus or pool, local or s3://."""
-    head: str = execution(min_length=1)
+    head: Location = execution()
     """Weights of the head, or the run folder of `train-ranker`."""
     name: str = execution(min_length=1)
     """Of the table."""
     text: Literal["empty", "caption"] | None = None
     """What the head sees as text; null: what the rewards of the corpus saw."""
-    runtime: RescoreRuntime = execution(RescoreRuntime())
+    runtime: ActorsConfig = execution(ActorsConfig())
     """Where, and on how many workers."""
 
 

@@ -5,8 +5,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from typing import Any
 
 import pyarrow as pa
 
@@ -14,6 +12,7 @@ from ttmray.corpus.stage import Stage, reads
 from ttmray.corpus.unit import Unit, merge
 from ttmray.models import one_thread
 from ttmray.models.bundle import Models
+from ttmray.plugins import named
 from ttmray.quarantine import together
 
 Makers = Mapping[type[Stage], Callable[[Models], Stage]]
@@ -86,16 +85,6 @@ class Job(ABC):
             one_thread()
         later = everything[everything.index(chosen[-1]) + 1 :]
         return Chain([makers[stage](models) for stage in chosen], reads(later))
-
-
-def named(path: str) -> Any:
-    """What `module:Name` names.
-
-    Raises:
-        ImportError, AttributeError: there is no such module, or nothing of that name in it.
-    """
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 def run_stages(chain: Chain, unit: Unit) -> Unit:

@@ -13,7 +13,7 @@ class Track:
         path: relative to the audio root, with forward slashes.
         size: bytes, -1 where unknown.
         duration_s: seconds as a table says, NaN where unknown.
-        version: changes with the content of the file (see `storage.Entry`); "" where unknown.
+        version: changes with the content of the file (see `storage.ListedFile`); "" where unknown.
         status: `ok`, or `rejected` with the reason `excluded`, `duplicate`, `missing` or `bad_name`.
         message: the details of a rejection.
     """

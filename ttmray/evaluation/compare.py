@@ -52,7 +52,7 @@ TERMINAL = {
 
 
 @dataclass(frozen=True)
-class Score:
+class ClipScore:
     """A metric of one clip."""
 
     system: str
@@ -61,7 +61,7 @@ class Score:
     value: float
 
 
-def prompt_means(scores: Iterable[Score]) -> dict[tuple[str, str], dict[str, float]]:
+def prompt_means(scores: Iterable[ClipScore]) -> dict[tuple[str, str], dict[str, float]]:
     """(metric, system) -> prompt id -> mean over the samples."""
     values: dict[tuple[str, str], dict[str, list[float]]] = {}
     for score in scores:
@@ -70,7 +70,7 @@ def prompt_means(scores: Iterable[Score]) -> dict[tuple[str, str], dict[str, flo
 
 
 def comparisons(
-    scores: Iterable[Score],
+    scores: Iterable[ClipScore],
     baseline: str | None = None,
     alpha: float = ALPHA,
     seed: int = 0,
@@ -128,17 +128,17 @@ def compare(
     Raises:
         UserError: sources without scores, scores under several protocols, or fewer than two systems.
     """
-    scores: list[Score] = []
+    scores: list[ClipScore] = []
     protocols: dict[str, dict[str, str]] = {}
     """Metric -> protocol -> the first source that has it."""
     for source in sources:
-        found, made_by = read_scores(source)
-        names = {score.system for score in found}
+        of_source, made_by = read_scores(source)
+        names = {score.system for score in of_source}
         if names & {score.system for score in scores}:
             end = absolute(source).rpartition("/")[2]
-            found = [Score(f"{end}/{s.system}", s.prompt_id, s.metric, s.value) for s in found]
-        scores += found
-        for metric in dict.fromkeys(score.metric for score in found):
+            of_source = [ClipScore(f"{end}/{s.system}", s.prompt_id, s.metric, s.value) for s in of_source]
+        scores += of_source
+        for metric in dict.fromkeys(score.metric for score in of_source):
             protocols.setdefault(metric, {}).setdefault(made_by.get(metric, ""), source)
     for metric, known in protocols.items():
         if len(known) > 1:
@@ -164,14 +164,14 @@ def compare(
     else:
         console.print(written, markup=False, end="")
     if out is not None or format == "table":
-        made = dict.fromkeys(protocol or "an unknown protocol" for known in protocols.values() for protocol in known)
-        console.print(f"scores by {', '.join(made)}; {legend(alpha)}", markup=False)
+        scorers = dict.fromkeys(protocol or "an unknown protocol" for known in protocols.values() for protocol in known)
+        console.print(f"scores by {', '.join(scorers)}; {legend(alpha)}", markup=False)
         for warning in warnings:
             console.print(f"[yellow]{escape(warning)}[/yellow]")
     return EXIT_OK
 
 
-def read_scores(source: str) -> tuple[list[Score], dict[str, str]]:
+def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
     """Scores of the ok clips of one source, and metric -> protocol where the source says it.
 
     Args:
@@ -189,15 +189,15 @@ def read_scores(source: str) -> tuple[list[Score], dict[str, str]]:
             protocols = dict.fromkeys(COMPARED, str(results["protocol"]))
             judged = [one["metrics"]["ccs"]["protocol"] for one in results["systems"] if "ccs" in one["metrics"]]
             protocols |= {"ccs": str(judged[0]) if judged else ""}
-            kept = [(f"{folder.path(CLIPS)}, row {i}", row) for i, row in enumerate(rows, 1)]
-            places = [(place, row) for place, row in kept if row["status"] == "ok"]
+            numbered = [(f"{folder.path(CLIPS)}, row {i}", row) for i, row in enumerate(rows, 1)]
+            places = [(place, row) for place, row in numbered if row["status"] == "ok"]
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} holds no evaluation: {error}", "Run `ttmray evaluate` again.") from error
     elif folder.exists("run.json"):
-        made = [row for row in manifest.read_rows(folder).values() if row["status"] == manifest.OK]
+        generated = [row for row in manifest.read_rows(folder).values() if row["status"] == manifest.OK]
         name = folder.uri.rpartition("/")[2]
-        places = [(f"{folder}: {row['name']}", row | {"system": name}) for row in made]
-        known = {row["protocol"] or "" for row in made}
+        places = [(f"{folder}: {row['name']}", row | {"system": name}) for row in generated]
+        known = {row["protocol"] or "" for row in generated}
         protocols = dict.fromkeys(COMPARED, known.pop() if len(known) == 1 else "")
     else:
         places, protocols = read_rows(absolute(source), KNOWN), {}
@@ -308,7 +308,7 @@ def _cell(
     return cell | {"boot_low": boot.low, "boot_high": boot.high}, warning
 
 
-def _row_scores(row: Mapping[str, Any], place: str, default: str) -> list[Score]:
+def _row_scores(row: Mapping[str, Any], place: str, default: str) -> list[ClipScore]:
     identifier = row.get("prompt_id", row.get("id"))
     if identifier is None or identifier == "":
         raise UserError(f"{place}: no prompt_id.", "Every row needs the id of its prompt.")
@@ -324,7 +324,7 @@ def _row_scores(row: Mapping[str, Any], place: str, default: str) -> list[Score]
             raise UserError(f"{place}: {metric} is {cell!r}, not a number.") from error
         if not math.isfinite(value):
             raise UserError(f"{place}: {metric} is {cell!r}.", "Leave the cell empty where there is no score.")
-        scores.append(Score(system, str(identifier), metric, value))
+        scores.append(ClipScore(system, str(identifier), metric, value))
     return scores
 
 

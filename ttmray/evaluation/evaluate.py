@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -22,10 +23,10 @@ from rich.markup import escape
 from safetensors.numpy import save as save_tensors
 
 from ttmray import __version__, runs
-from ttmray.config import Address, Config, execution, fingerprint, identity
+from ttmray.config import Config, Location, added, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
-from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, plain, show, show_pairs
+from ttmray.evaluation.compare import COMPARED, ClipScore, comparisons, legend, plain, show, show_pairs
 from ttmray.evaluation.fad import fad, fad_inf, half_distances
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
 from ttmray.evaluation.measure import FACTS, FAILED, OK, MeasureConfig, embedding_protocol, measure
@@ -41,18 +42,17 @@ from ttmray.evaluation.metrics import (
 )
 from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_training
 from ttmray.evaluation.results import CLIPS, RESULTS
-from ttmray.evaluation.systems import System, find_systems
+from ttmray.evaluation.systems import SystemFolder, find_systems
+from ttmray.evaluation.warnings import file_warnings, judge_warnings, unjudged
 from ttmray.generation.prompts import given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, BundleName, open_bundle
+from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import SUCCESS
 from ttmray.statistics import Seeds, hierarchical_bootstrap
-from ttmray.storage import Folder, absolute
+from ttmray.storage import Folder
 
 EMBEDDINGS = "embeddings.safetensors"
 KIND = "evaluation"
-CLIP_S = 10.0
-FULL_BAND_HZ = 32_000
-"""Files of a lower rate lack sound that others have; FAD and the scores see that."""
 SCHEMA = pa.schema(
     [
         ("system", pa.string()),
@@ -64,6 +64,8 @@ SCHEMA = pa.schema(
         ("ccs", pa.float64()),
     ]
 )
+SETS = ("fad", "fad_inf", "kad", "diversity", "near_duplicates")
+"""Metrics of a system's clips together."""
 LEVELS = {
     "lufs": ("lufs", "ITU-R BS.1770-4"),
     "true_peak": ("true_peak_db", "dBTP, ITU-R BS.1770-4 annex 2"),
@@ -77,7 +79,7 @@ class EvaluateConfig(Config):
 
     folders: tuple[str, ...] = execution(min_length=1)
     """Systems: folders of audio, local or s3://, made by `ttmray generate` or not; `NAME=FOLDER` names one."""
-    prompts: str | None = execution(None)
+    prompts: Location | None = execution(None)
     """File of prompts with their ids (CSV, TSV, JSON, JSON lines). Clips are matched to them by the manifest of a
     generation run, else by name: `<id>.wav`, or `<id>_<k>.wav` and `<id>_s<k>.wav` for several samples."""
     texts: tuple[str, ...] = execution(())
@@ -88,9 +90,9 @@ class EvaluateConfig(Config):
     """What the reference set must be of; another one is refused. The paper's are instrumental. null: either."""
     training: str | None = execution(None)
     """Corpus run or reference set that the systems were trained on: near-duplicates and leaks are looked for there."""
-    references: str = execution(STORE)
+    references: Location = execution(STORE)
     """Folder of the reference sets, local or s3://."""
-    output: Address = execution("runs/evaluation", min_length=1)
+    output: Location = execution("runs/evaluation")
     """Folder of the results: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
@@ -112,6 +114,9 @@ class EvaluateConfig(Config):
     of mean scores and levels cover other such seeds as well. Paired tests use the means of prompts in both cases."""
     judge: JudgeConfig | None = None
     """Judge of the concept coverage score; null: none."""
+    metrics: tuple[Annotated[str, Field(pattern=ENTRY)], ...] = added(())
+    """Metrics of your own, `module:function`: of a system's clips that are ok it is given the CLAP embeddings (n, 512)
+    and the rows of `clips.parquet` as dictionaries, and returns a number. The function's name is the metric's."""
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
     """Exit code 3 when more clips than this are missing, cannot be measured, or get no answer of the judge."""
     runtime: MeasureConfig = execution(MeasureConfig())
@@ -130,13 +135,9 @@ def evaluate(config: EvaluateConfig) -> int:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
     started = time.perf_counter()
-    prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(absolute(config.prompts))
+    prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts)
     systems = find_systems(config.folders, prompts)
-    if config.baseline is not None and config.baseline not in [system.name for system in systems]:
-        names = ", ".join(system.name for system in systems)
-        raise UserError(f"baseline: there is no system {config.baseline!r}.", f"Systems: {names}.")
-    if config.seeds == "crossed":
-        _check_crossed(systems)
+    _check_names(config, systems)
     bundle = open_bundle(config.bundle)
     protocol = bundle.protocol(config.reward_text)
     audio_protocol = embedding_protocol(bundle.name, protocol)
@@ -152,41 +153,12 @@ def evaluate(config: EvaluateConfig) -> int:
     if bundle.note:
         console.print(f"[yellow]{escape(bundle.note)}[/yellow]")
     rows, claps, seconds = _clip_rows(systems, config, out)
-    warnings = [warning for system in systems for warning in system.warnings] + _file_warnings(rows)
-    warnings += _judge_warnings(rows) if config.judge else []
-    leaks = Leaks((), ())
-    if reference and training:
-        leaks = find_leaks(
-            reference.tracks, training.tracks, reference.rows(), iter(training.clap), config.near_duplicate
-        )
-        if leaks.by_id or leaks.by_embedding:
-            warnings.append(
-                f"the reference shares {len(leaks.by_id)} tracks with the training split by id, and "
-                f"{len(leaks.by_embedding)} clips by sound: FAD is too good for a model that was trained on them."
-            )
-        if not leaks.ids_alike:
-            warnings.append(
-                f"no id of the reference, such as {reference.tracks[0]}, has the form of the training split's, such as "
-                f"{training.tracks[0]}: the check by id says nothing, only the one by sound does."
-            )
-    scores = [
-        Score(row["system"], row["prompt_id"], metric, row[metric])
-        for row in rows
-        for metric in COMPARED
-        if row["status"] == OK and row[metric] is not None
-    ]
-    described = []
-    for system in systems:
-        metrics, more = _system_metrics(system.name, rows, claps, config, bundle, reference, training)
-        ok = [row for row in rows if row["system"] == system.name and row["status"] == OK]
-        counts = {"clips": len(ok), "failed": sum(row["system"] == system.name for row in rows) - len(ok)}
-        counts["prompts"] = len({row["prompt_id"] for row in ok})
-        described.append({"name": system.name, "folder": system.folder, **counts, "metrics": metrics})
-        warnings += more
-    if reference and len({system["clips"] for system in described}) > 1:
-        warnings.append("systems have other numbers of clips: their FAD cannot be compared, KAD can.")
-    cells, more = comparisons(scores, config.baseline, config.alpha, config.seed)
-    total = time.perf_counter() - started
+    warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows)
+    warnings += judge_warnings(rows) if config.judge else []
+    leaks, leak_warnings = _leaks(reference, training, config.near_duplicate)
+    described, metric_warnings = _described(systems, rows, claps, config, bundle, reference, training)
+    cells, pair_warnings = comparisons(_compared(rows), config.baseline, config.alpha, config.seed)
+    warnings += leak_warnings + metric_warnings + pair_warnings
     results = {
         "kind": KIND,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -196,21 +168,96 @@ def evaluate(config: EvaluateConfig) -> int:
         "bundle": bundle.name,
         "note": bundle.note,
         "config": identity(config),
-        "prompts": {"file": config.prompts and absolute(config.prompts), "count": len(prompts)},
+        "prompts": {"file": config.prompts, "count": len(prompts)},
         "systems": described,
         "comparisons": cells,
         "alpha": config.alpha,
         "reference": reference.about if reference else {},
         "leaks": _plain_leaks(leaks, training, config.near_duplicate) if training else {},
-        "warnings": list(dict.fromkeys(warnings + more)),
+        "warnings": list(dict.fromkeys(warnings)),
         "license_notes": list(bundle.licence_notes),
-        "timing": {"wall_s": total, **seconds},
+        "timing": {"wall_s": time.perf_counter() - started, **seconds},
     }
     _write(out, results, rows, claps)
     return _report(out, results, rows, config)
 
 
-def _check_crossed(systems: Sequence[System]) -> None:
+def _check_names(config: EvaluateConfig, systems: Sequence[SystemFolder]) -> None:
+    """Systems and metrics that the config names are there.
+
+    Raises:
+        UserError: one is not, two metrics have one name, or crossed seeds have one sample.
+    """
+    names = [system.name for system in systems]
+    if config.baseline is not None and config.baseline not in names:
+        raise UserError(f"baseline: there is no system {config.baseline!r}.", f"Systems: {', '.join(names)}.")
+    if config.seeds == "crossed":
+        _check_crossed(systems)
+    metrics = [*SETS, *COMPARED, *LEVELS]
+    for entry in config.metrics:
+        name = function_named(entry, "metrics").__name__
+        if name in metrics:
+            raise UserError(f"metrics: {entry}: there is a metric {name} already.", "Call the function otherwise.")
+        metrics.append(name)
+
+
+def _leaks(reference: Embedded | None, training: Embedded | None, threshold: float) -> tuple[Leaks, list[str]]:
+    """What the reference shares with the training split, and what a reader must know of it."""
+    if not reference or not training:
+        return Leaks((), ()), []
+    leaks = find_leaks(reference.tracks, training.tracks, reference.rows(), iter(training.clap), threshold)
+    warnings = []
+    if leaks.by_id or leaks.by_embedding:
+        warnings.append(
+            f"the reference shares {len(leaks.by_id)} tracks with the training split by id, and "
+            f"{len(leaks.by_embedding)} clips by sound: FAD is too good for a model that was trained on them."
+        )
+    if not leaks.ids_alike:
+        warnings.append(
+            f"no id of the reference, such as {reference.tracks[0]}, has the form of the training split's, such as "
+            f"{training.tracks[0]}: the check by id says nothing, only the one by sound does."
+        )
+    return leaks, warnings
+
+
+def _compared(rows: Sequence[Mapping[str, Any]]) -> list[ClipScore]:
+    """Scores of single clips by which systems are compared."""
+    return [
+        ClipScore(row["system"], row["prompt_id"], metric, row[metric])
+        for row in rows
+        for metric in COMPARED
+        if row["status"] == OK and row[metric] is not None
+    ]
+
+
+def _described(
+    systems: Sequence[SystemFolder],
+    rows: Sequence[Mapping[str, Any]],
+    claps: np.ndarray,
+    config: EvaluateConfig,
+    bundle: Bundle,
+    reference: Embedded | None,
+    training: Embedded | None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Counts and metrics of every system, and warnings.
+
+    Args:
+        claps: (len(rows), 512), NaN where a clip is not ok.
+    """
+    described, warnings = [], []
+    for system in systems:
+        metrics, of_metrics = _system_metrics(system.name, rows, claps, config, bundle, reference, training)
+        ok = [row for row in rows if row["system"] == system.name and row["status"] == OK]
+        counts = {"clips": len(ok), "failed": sum(row["system"] == system.name for row in rows) - len(ok)}
+        counts["prompts"] = len({row["prompt_id"] for row in ok})
+        described.append({"name": system.name, "folder": system.folder, **counts, "metrics": metrics})
+        warnings += of_metrics
+    if reference and len({system["clips"] for system in described}) > 1:
+        warnings.append("systems have other numbers of clips: their FAD cannot be compared, KAD can.")
+    return described, warnings
+
+
+def _check_crossed(systems: Sequence[SystemFolder]) -> None:
     for system in systems:
         if len({clip.sample for clip in system.clips if clip.path is not None}) < 2:
             raise UserError(
@@ -227,7 +274,7 @@ def _claim(out: Folder) -> None:
 
 
 def _clip_rows(
-    systems: Sequence[System], config: EvaluateConfig, out: Folder
+    systems: Sequence[SystemFolder], config: EvaluateConfig, out: Folder
 ) -> tuple[list[dict[str, Any]], np.ndarray, Counter[str]]:
     """Rows of clips.parquet, their (n, 512) embeddings with NaN where there is none, and the seconds of `measure`."""
     clips = [clip for system in systems for clip in system.clips]
@@ -251,54 +298,6 @@ def _clip_rows(
         if row["status"] == OK:
             claps[i] = row["clap"]
     return rows, claps, seconds
-
-
-def _file_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the numbers must know about the files."""
-    warnings = []
-    same: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["sha256"]:
-            same.setdefault(row["sha256"], []).append(row)
-    copies = [[f"{row['system']}: {row['path'].rpartition('/')[2]}" for row in some] for some in same.values()]
-    copies = [some for some in copies if len(some) > 1]
-    if copies:
-        shown = "; ".join(" = ".join(some[:4]) for some in copies[:3]) + ("; ..." if len(copies) > 3 else "")
-        warnings.append(f"{len(copies)} files occur more than once, byte by byte: {shown}.")
-    for system in dict.fromkeys(row["system"] for row in rows):
-        mine = [row for row in rows if row["system"] == system and row["status"] == OK]
-        rates = Counter(row["sample_rate"] for row in mine if row["sample_rate"] < FULL_BAND_HZ)
-        for rate, count in sorted(rates.items()):
-            warnings.append(
-                f"{system}: {count} files have a sample rate of {rate} Hz and hold nothing above {rate / 2000:g} kHz, "
-                "which lowers their scores and raises FAD."
-            )
-        for odd, what in (
-            ([row for row in mine if row["duration_s"] > CLIP_S + 0.05], "longer than 10 s: CLAP sees the middle"),
-            ([row for row in mine if row["duration_s"] < CLIP_S / 2], "shorter than 5 s: scored as they are"),
-        ):
-            if odd:
-                warnings.append(f"{system}: {len(odd)} clips are {what}.")
-        reasons = Counter(row["reason"] for row in rows if row["system"] == system and row["status"] != OK)
-        if reasons:
-            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            warnings.append(f"{system}: {sum(reasons.values())} clips are in no metric ({counts}).")
-    return warnings
-
-
-def _unjudged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["status"] == OK and row["ccs"] is None]
-
-
-def _judge_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How many clips of each system the judge gave no score, and the most frequent reason."""
-    warnings = []
-    for system in dict.fromkeys(row["system"] for row in rows):
-        mine = [row for row in rows if row["system"] == system and row["status"] == OK]
-        if silent := _unjudged(mine):
-            ((reason, _),) = Counter(row["message"] for row in silent).most_common(1)
-            warnings.append(f"{system}: {len(silent)} of {len(mine)} clips have no CCS ({reason}).")
-    return warnings
 
 
 def _system_metrics(
@@ -334,6 +333,9 @@ def _system_metrics(
                 training_clips=training.about["n"],
             ),
         )
+    for entry in config.metrics:
+        function = function_named(entry, "metrics")
+        sets[function.__name__] = 1, partial(_own, function, clap, clips, audio)
     metrics = {metric: make() for metric, (least, make) in sets.items() if len(clips) >= least}
     warnings = [
         f"{name}: {len(clips)} clips are too few for {metric}, which needs {least}."
@@ -346,8 +348,20 @@ def _system_metrics(
         values = {(row["prompt_id"], row["sample"]): row[column] for row in clips if row[column] is not None}
         if values:
             metrics[metric] = _mean(metric, values, made_by, config)
-    warnings += [f"{name}: {metric}: {text}" for metric, made in metrics.items() for text in made.warnings]
-    return {metric: plain(asdict(made)) for metric, made in metrics.items()}, warnings
+    warnings += [f"{name}: {metric}: {text}" for metric, result in metrics.items() for text in result.warnings]
+    return {metric: plain(asdict(result)) for metric, result in metrics.items()}, warnings
+
+
+def _own(function: Callable[..., Any], clap: np.ndarray, rows: Sequence[Mapping[str, Any]], protocol: str) -> Metric:
+    """The number of a metric from outside, without an interval.
+
+    Raises:
+        UserError: it is no finite number.
+    """
+    value = float(function(clap, rows))
+    if not np.isfinite(value):
+        raise UserError(f"metrics: {function.__name__} gave {value} for {len(rows)} clips.", "Return a finite number.")
+    return Metric(function.__name__, value, len(rows), 0, clap.shape[1], protocol, None, None, 0.95)
 
 
 def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, config: EvaluateConfig) -> Metric:
@@ -379,9 +393,14 @@ def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, con
 
 
 def _plain_leaks(leaks: Leaks, training: Embedded, threshold: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"by_id": list(leaks.by_id), "ids_alike": leaks.ids_alike}
-    found["by_embedding"] = [list(leak) for leak in leaks.by_embedding]
-    return {"training": training.about["source"], "clips": training.about["n"], "threshold": threshold, **found}
+    return {
+        "training": training.about["source"],
+        "clips": training.about["n"],
+        "threshold": threshold,
+        "by_id": list(leaks.by_id),
+        "ids_alike": leaks.ids_alike,
+        "by_embedding": [list(leak) for leak in leaks.by_embedding],
+    }
 
 
 def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], claps: np.ndarray) -> None:
@@ -401,7 +420,7 @@ def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str,
     console.print(f"scores by {results['protocol']}", markup=False)
     for warning in results["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-    bad = [row for row in rows if row["status"] != OK] + (_unjudged(rows) if config.judge else [])
+    bad = [row for row in rows if row["status"] != OK] + (unjudged(rows) if config.judge else [])
     for row in bad[:5]:
         where = row["path"] or f"{row['system']}, prompt {row['prompt_id']}"
         console.print(f"  {where}: {row['reason'] or 'no CCS'}: {row['message']}", markup=False)

@@ -310,5 +310,5 @@ def _root(side: Gaussian) -> np.ndarray:
         return np.linalg.cholesky(side.cov)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(side.cov)
-        kept = values > max(values[-1], 0.0) * len(values) * np.finfo(float).eps
-        return vectors[:, kept] * np.sqrt(values[kept])
+        positive = values > max(values[-1], 0.0) * len(values) * np.finfo(float).eps
+        return vectors[:, positive] * np.sqrt(values[positive])

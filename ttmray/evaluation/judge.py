@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 
 from ttmray.audio import io as audio_io
 from ttmray.audio.clip import LIMITS
-from ttmray.config import Config, execution, fingerprint
+from ttmray.config import Config, Device, execution, fingerprint
 from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
 from ttmray.storage import Folder, read_file
@@ -64,7 +64,7 @@ class JudgeConfig(Config):
     """Base address of the API, e.g. `http://localhost:8000/v1`; `/chat/completions` is added. null: a local model."""
     model: str
     """Name of the model at that endpoint; without one, a folder or the Hub id of a model that is already fetched."""
-    device: str = execution("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = execution("auto")
     """Of a local model; `auto` is cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of a local model's weights; `auto` is what its files have."""
@@ -165,11 +165,11 @@ def check_judge(config: JudgeConfig, prompt_ids: Sequence[str]) -> dict[str, lis
         raise UserError(
             f"judge.endpoint {config.endpoint} would get the key of {config.key_variable} unencrypted.", "Use https."
         )
-    given = _given_concepts(config)
-    unknown = [one for one in prompt_ids if config.concepts is not None and one not in given]
+    concepts = _given_concepts(config)
+    unknown = [one for one in prompt_ids if config.concepts is not None and one not in concepts]
     if unknown:
         raise UserError(f"{config.concepts}: no concepts of prompt {unknown[0]}.", "Every prompt needs some.")
-    return given
+    return concepts
 
 
 def parse_verdicts(answer: str, count: int) -> list[bool]:
@@ -178,14 +178,14 @@ def parse_verdicts(answer: str, count: int) -> list[bool]:
     Raises:
         ValueError: one is missing, given twice with different words, or of an unknown number.
     """
-    found: dict[int, bool] = {}
+    verdicts: dict[int, bool] = {}
     for number, word in _VERDICT.findall(answer):
         heard = word.lower() == "yes"
-        if found.setdefault(int(number), heard) != heard:
+        if verdicts.setdefault(int(number), heard) != heard:
             raise ValueError(f"concept {number} has two verdicts")
-    if sorted(found) != list(range(1, count + 1)):
-        raise ValueError(f"verdicts of {sorted(found)}, not of 1 to {count}")
-    return [found[i] for i in range(1, count + 1)]
+    if sorted(verdicts) != list(range(1, count + 1)):
+        raise ValueError(f"verdicts of {sorted(verdicts)}, not of 1 to {count}")
+    return [verdicts[i] for i in range(1, count + 1)]
 
 
 def _concepts(answer: str, limit: int) -> list[str]:
@@ -200,16 +200,16 @@ def _concepts(answer: str, limit: int) -> list[str]:
 
 
 def _given_concepts(config: JudgeConfig) -> dict[str, list[str]]:
-    given: dict[str, list[str]] = {}
+    concepts: dict[str, list[str]] = {}
     if config.concepts is None:
-        return given
+        return concepts
     for place, row in read_rows(config.concepts, ("prompt_id", "id", "concepts")):
         one = str(row.get("prompt_id", row.get("id", ""))).strip()
         named = [part.strip() for part in str(row.get("concepts") or "").split(";") if part.strip()]
         if not one or not named:
             raise UserError(f"{place}: needs prompt_id and concepts.", "Separate concepts by semicolons.")
-        given[one] = named
-    return given
+        concepts[one] = named
+    return concepts
 
 
 def _local(config: JudgeConfig) -> Ask:
@@ -259,9 +259,9 @@ def _asked(
         except (ValueError, OSError, http.client.HTTPException, KeyError, IndexError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"[:300]
             continue
-        kept = {"question": question, "audio": audio, "audio_sha256": digest, "model": config.model}
-        kept |= {"endpoint": config.endpoint, "answer": answer}
-        output.write(name, json.dumps(kept, ensure_ascii=False, indent=1).encode())
+        record = {"question": question, "audio": audio, "audio_sha256": digest, "model": config.model}
+        record |= {"endpoint": config.endpoint, "answer": answer}
+        output.write(name, json.dumps(record, ensure_ascii=False, indent=1).encode())
         return parsed
     raise ClipError("failed", "judge", f"no usable answer in {attempts} tries; the last: {problem}")
 

@@ -7,7 +7,6 @@ or changed are the only ones that are measured again.
 
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ class MeasureConfig(EncodingConfig):
     @property
     def thread_count(self) -> int:
         if self.threads == "auto":
-            return (os.cpu_count() or 1) if self.runner == "local" else max(1, int(self.cpus))
+            return self.process_cpus
         return max(1, self.threads)
 
     @property

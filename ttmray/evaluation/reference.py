@@ -91,10 +91,10 @@ class Embedded:
 
     def digest(self) -> str:
         """SHA-256 of what results depend on: embeddings, track ids and protocol."""
-        made = hashlib.sha256(json.dumps([self.about["protocol"], self.tracks]).encode())
+        sha = hashlib.sha256(json.dumps([self.about["protocol"], self.tracks]).encode())
         for part in self.clap:
-            made.update(np.ascontiguousarray(part).data)
-        return made.hexdigest()
+            sha.update(np.ascontiguousarray(part).data)
+        return sha.hexdigest()
 
 
 def build_reference(
@@ -387,26 +387,28 @@ def _corpus_parts(
     if theirs != protocol:
         raise UserError(f"the corpus {run} was made under {theirs}, not under {protocol}.", "Name its bundle.")
     rows = index.read_index(run).select(["key", "track_id", "status", "split", "shard"]).to_pylist()
-    wanted: dict[str, dict[str, str]] = {}
+    of_shard: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["status"] == "ok" and split in ("all", row["split"]) and (chosen is None or row["key"] in chosen):
-            wanted.setdefault(row["shard"], {})[row["key"]] = row["track_id"]
-    absent_keys = sorted(set(chosen or ()).difference(*wanted.values()))
+            of_shard.setdefault(row["shard"], {})[row["key"]] = row["track_id"]
+    absent_keys = sorted(set(chosen or ()).difference(*of_shard.values()))
     if absent_keys:
         raise UserError(
             f"keys: {len(absent_keys)} of {len(chosen or ())} are not among the ok clips of {run}, split {split}, e.g. "
             f"{absent_keys[0]}.",
             "Remove them, or choose the corpus and split that they come from.",
         )
-    if not wanted:
+    if not of_shard:
         raise UserError(f"{run} has no ok clips in the split {split}.", "Choose another split, or finish the run.")
     with ThreadPoolExecutor(_READERS) as pool:
-        for (shard, clips), found in zip(wanted.items(), pool.map(partial(_embeddings, run), wanted), strict=True):
-            absent = clips.keys() - found.keys()
+        for (shard, clips), embeddings in zip(
+            of_shard.items(), pool.map(partial(_embeddings, run), of_shard), strict=True
+        ):
+            absent = clips.keys() - embeddings.keys()
             if absent:
                 raise UserError(f"{run.path(shard)} lacks the embedding of {min(absent)}.", "ttmray corpus verify")
             keys = list(clips) * len(stems)
-            arrays = [found[key][stem] for stem in stems for key in clips]
+            arrays = [embeddings[key][stem] for stem in stems for key in clips]
             yield keys, [clips[key] for key in keys], np.stack(arrays)
 
 
@@ -415,14 +417,14 @@ def _embeddings(run: Folder, shard: str) -> dict[str, np.ndarray]:
     suffix = ".clap_audio.npy"
     try:
         with run.open(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            found = {}
+            arrays = {}
             for member in tar:
                 if member.name.endswith(suffix) and (data := tar.extractfile(member)) is not None:
                     array = np.load(io.BytesIO(data.read()), allow_pickle=False)
                     if array.ndim != 2 or len(array) != 2 or array.dtype != np.float32:
                         raise ValueError(f"{member.name} is {array.dtype} {array.shape}")
-                    found[member.name.removesuffix(suffix)] = array
-            return found
+                    arrays[member.name.removesuffix(suffix)] = array
+            return arrays
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise UserError(f"{run.path(shard)} is damaged: {error}", "ttmray corpus verify") from error
 

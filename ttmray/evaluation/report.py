@@ -23,7 +23,7 @@ from ttmray.audio import io as audio_io
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.evaluation import plots
-from ttmray.evaluation.compare import COMPARED, Score, prompt_means
+from ttmray.evaluation.compare import COMPARED, ClipScore, prompt_means
 from ttmray.evaluation.results import (
     CLIPS,
     RESULTS,
@@ -174,7 +174,7 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
             text = "every clip, quartiles, and the mean with its 95 % interval"
             add(f"distribution-{column}", f"{label}: {text}", partial(plots.distributions, scores, label))
     means = prompt_means(
-        Score(r["system"], r["prompt_id"], column, r[column])
+        ClipScore(r["system"], r["prompt_id"], column, r[column])
         for r in rows
         for column in COMPARED
         if r[column] is not None

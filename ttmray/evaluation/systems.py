@@ -27,7 +27,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Clip:
+class SystemClip:
     """One clip that a system owes: sample `sample` of a prompt.
 
     `path` is the address of its file; None where there is none, and then `reason` and `message` say why.
@@ -43,16 +43,16 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class System:
+class SystemFolder:
     """Clips of a folder in the order of the prompts, then of the samples; `warnings` are sentences for people."""
 
     name: str
     folder: str
-    clips: tuple[Clip, ...]
+    clips: tuple[SystemClip, ...]
     warnings: tuple[str, ...]
 
 
-def find_systems(folders: Sequence[str], prompts: Sequence[Prompt]) -> list[System]:
+def find_systems(folders: Sequence[str], prompts: Sequence[Prompt]) -> list[SystemFolder]:
     """The systems of some folders, local or s3://; `NAME=FOLDER` gives one a name, else the end of its path does.
 
     Prompts without a file become clips without a path, because a system that fails on some prompts must not look better
@@ -64,8 +64,8 @@ def find_systems(folders: Sequence[str], prompts: Sequence[Prompt]) -> list[Syst
     """
     pairs = [match.groups() if (match := _NAMED.fullmatch(folder)) else ("", folder) for folder in folders]
     uris = [Folder.at(path).uri for _, path in pairs]
-    given = [name for name, _ in pairs]
-    names = [name or end for name, end in zip(given, _ends(uris), strict=True)]
+    own_names = [name for name, _ in pairs]
+    names = [name or end for name, end in zip(own_names, _ends(uris), strict=True)]
     for items, what in ((uris, "folder"), (names, "name")):
         twice = sorted({item for item in items if items.count(item) > 1})
         if twice:
@@ -80,11 +80,11 @@ def audio_files(folder: Folder) -> list[str]:
         UserError: there are none.
     """
     names = [entry.name for entry in folder.files(sizes=False)]
-    found = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_EXTENSIONS]
-    if not found:
+    audio = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_EXTENSIONS]
+    if not audio:
         known = ", ".join(sorted(AUDIO_EXTENSIONS))
         raise UserError(f"{folder}: no audio files.", f"Check the path; these endings count: {known}.")
-    return found
+    return audio
 
 
 def match_names(stems: Sequence[str], ids: Sequence[str]) -> list[tuple[str, int] | None]:
@@ -98,16 +98,16 @@ def match_names(stems: Sequence[str], ids: Sequence[str]) -> list[tuple[str, int
         other = by_key.setdefault(_key(one), one)
         if other != one:
             raise UserError(f"the prompt ids {other} and {one} are the same number.", "Give prompts distinct ids.")
-    found: list[tuple[str, int] | None] = []
+    matches: list[tuple[str, int] | None] = []
     for stem in stems:
         match = _SAMPLE.fullmatch(stem)
         if _key(stem) in by_key:
-            found.append((by_key[_key(stem)], 0))
+            matches.append((by_key[_key(stem)], 0))
         elif match and _key(match[1]) in by_key:
-            found.append((by_key[_key(match[1])], int(match[2])))
+            matches.append((by_key[_key(match[1])], int(match[2])))
         else:
-            found.append(None)
-    return found
+            matches.append(None)
+    return matches
 
 
 def _key(name: str) -> str:
@@ -122,7 +122,7 @@ def _ends(uris: Sequence[str]) -> list[str]:
     return ["/".join(part for part in p[-depth:] if part) for p in parts]
 
 
-def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> System:
+def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> SystemFolder:
     texts = {prompt.id: prompt.text for prompt in prompts}
     made_by_us = folder.exists("run.json") and folder.files(manifest.ROWS, sizes=False)
     found, extra = _by_manifest(name, folder, texts) if made_by_us else _by_name(name, folder, texts)
@@ -134,7 +134,7 @@ def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> System:
     have = {clip.prompt_id for clip in found.values()}
     missing = [one for one in texts if one not in have]
     for one in missing:
-        found[one, 0] = Clip(name, one, 0, texts[one], None, "missing", "the folder has no file for this prompt")
+        found[one, 0] = SystemClip(name, one, 0, texts[one], None, "missing", "the folder has no file for this prompt")
     warnings = []
     if missing:
         warnings.append(f"{name}: {len(missing)} of {len(texts)} prompts have no clip: {_some(missing)}.")
@@ -142,32 +142,34 @@ def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> System:
         warnings.append(f"{name}: {len(extra)} files belong to no prompt and are left out: {_some(extra)}.")
     place = {one: i for i, one in enumerate(texts)}
     clips = sorted(found.values(), key=lambda clip: (place[clip.prompt_id], clip.sample))
-    return System(name, folder.uri, tuple(clips), tuple(warnings))
+    return SystemFolder(name, folder.uri, tuple(clips), tuple(warnings))
 
 
-def _by_name(system: str, folder: Folder, texts: Mapping[str, str]) -> tuple[dict[tuple[str, int], Clip], list[str]]:
+def _by_name(
+    system: str, folder: Folder, texts: Mapping[str, str]
+) -> tuple[dict[tuple[str, int], SystemClip], list[str]]:
     names = audio_files(folder)
     stems = [os.path.splitext(name.rpartition("/")[2])[0] for name in names]
-    found: dict[tuple[str, int], Clip] = {}
+    clips: dict[tuple[str, int], SystemClip] = {}
     extra = []
     for file, match in zip(names, match_names(stems, list(texts)), strict=True):
         if match is None:
             extra.append(file)
             continue
-        clip = Clip(system, *match, texts[match[0]], folder.path(file))
-        other = found.setdefault(match, clip)
+        clip = SystemClip(system, *match, texts[match[0]], folder.path(file))
+        other = clips.setdefault(match, clip)
         if other is not clip:
             raise UserError(
                 f"{other.path} and {clip.path} are both sample {clip.sample} of prompt {clip.prompt_id}.",
                 "Keep one of them, or number them `<id>_0`, `<id>_1`, ...",
             )
-    return found, extra
+    return clips, extra
 
 
 def _by_manifest(
     system: str, folder: Folder, texts: Mapping[str, str]
-) -> tuple[dict[tuple[str, int], Clip], list[str]]:
-    found: dict[tuple[str, int], Clip] = {}
+) -> tuple[dict[tuple[str, int], SystemClip], list[str]]:
+    clips: dict[tuple[str, int], SystemClip] = {}
     extra = []
     for row in manifest.read_rows(folder).values():
         one, sample = row["prompt_id"], row["candidate"]
@@ -179,10 +181,12 @@ def _by_manifest(
                 f"{folder}: the clip {row['name']} was made for {row['prompt']!r}, prompt {one} is {texts[one]!r}.",
                 "Give the prompts that it was generated with.",
             )
-        made = row["status"] == manifest.OK
-        why = ("", "") if made else ("not_generated", f"{row['reason']}: {row['message']}")
-        found[one, sample] = Clip(system, one, sample, texts[one], folder.path(row["file"]) if made else None, *why)
-    return found, extra
+        generated = row["status"] == manifest.OK
+        why = ("", "") if generated else ("not_generated", f"{row['reason']}: {row['message']}")
+        clips[one, sample] = SystemClip(
+            system, one, sample, texts[one], folder.path(row["file"]) if generated else None, *why
+        )
+    return clips, extra
 
 
 def _some(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from ttmray.config import execution
+from ttmray.config import Location, execution
 from ttmray.console import console
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
@@ -29,7 +29,7 @@ class ScoreChoiceConfig(CandidatesConfig):
     included. Prompts must not be those of the comparison that the score is for (`held_out`), else it is fitted to
     them."""
 
-    output: str = execution("runs/score", min_length=1)
+    output: Location = execution("runs/score")
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
     candidates: int = Field(1, ge=1, le=256)
     """Clips per prompt and score."""

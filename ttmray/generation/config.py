@@ -1,12 +1,11 @@
 """The config of `jobs/generate.py` and `ttmray generate`: prompts in, audio files and a manifest out."""
 
-import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ttmray.cluster import PoolConfig
-from ttmray.config import Address, Config, IdentityPart, execution
+from ttmray.cluster import ActorsConfig
+from ttmray.config import Config, IdentityPart, Location, execution
 from ttmray.generation.postprocess import PostprocessConfig
 from ttmray.generation.sampler import SamplerConfig
 from ttmray.models.bundle import BundleName
@@ -20,22 +19,29 @@ OURS = ("bundle", "format")
 """Fields of post-processing that are those of the whole run."""
 
 
-class RuntimeConfig(Config):
+class GenerateRuntime(ActorsConfig):
     """Where and how fast. On CPUs none of it changes a byte; a GPU, its batch and `compile` change last bits."""
 
-    pool: PoolConfig = PoolConfig()
-    """In this process, or Ray actors. An actor has a GPU only if `pool.gpus` says so."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """`auto` is cuda where there is one."""
     batch: int = Field(16, ge=1, le=1024)
     """Clips per forward on a GPU. On a CPU models always see one clip at a time."""
     decode_batch: int = Field(4, ge=1, le=1024)
     """Clips per forward of VAE and vocoder on a GPU. BigVGAN keeps 0.42 GB of float32 activations per 10 s clip."""
     threads: int | Literal["auto"] = Field("auto")
     """Clips that a process makes side by side on a CPU, and finishes (loudness, files) side by side everywhere, each
-    in one thread; `auto` is one per CPU, for Ray actors as many as `pool.cpus`."""
+    in one thread; `auto` is one per CPU, for Ray actors as many as `cpus`."""
     compile: bool = False
     """Compile the backbone: minutes at the first batch, faster from then on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_pool(cls, value: Any) -> Any:
+        """Older files have runner, workers, cpus and gpus in a mapping `pool`."""
+        if not isinstance(value, dict) or not isinstance(value.get("pool"), dict):
+            return value
+        old, own = value["pool"], {name: item for name, item in value.items() if name != "pool"}
+        if twice := sorted(old.keys() & own.keys()):
+            raise ValueError(f"pool.{twice[0]} is the old name of {twice[0]}, and both are there; leave out one")
+        return old | own
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -45,27 +51,25 @@ class RuntimeConfig(Config):
 
     @property
     def thread_count(self) -> int:
-        if isinstance(self.threads, int):
-            return self.threads
-        return (os.cpu_count() or 1) if self.pool.runner == "local" else max(1, int(self.pool.cpus))
+        return self.threads if isinstance(self.threads, int) else self.process_cpus
 
 
 class GenerateConfig(Config):
     """What to generate, and how."""
 
-    prompts: str | None = execution(None)
+    prompts: Location | None = execution(None)
     """File of prompts (CSV, TSV, JSON, JSON lines, or text with one per line)."""
     texts: tuple[str, ...] = execution(())
     """Prompts, instead of a file."""
-    output: Address = execution("runs/generate", min_length=1)
+    output: Location = execution("runs/generate")
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
     added to a folder, other settings need another one."""
     bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
-    checkpoint: str | None = execution(None)
+    checkpoint: Location | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; its hash is part of the run's identity); default: the bundle's.
     On a cluster every node must see the file under this path; an s3:// address is copied to each."""
-    second_checkpoint: str | None = execution(None)
+    second_checkpoint: Location | None = execution(None)
     """For `sampler.mode` crossover, crossover_reverse and average."""
     head: Head | None = None
     """Forward that uses the checkpoint's score embedding; default: the one that the file names."""
@@ -95,7 +99,7 @@ class GenerateConfig(Config):
     """Also write reward and CLAP score (with the prompt, without prefix) of every clip into the manifest."""
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
     """Exit code 3 when more clips than this failed."""
-    runtime: RuntimeConfig = execution(RuntimeConfig())
+    runtime: GenerateRuntime = execution(GenerateRuntime())
 
     @model_validator(mode="before")
     @classmethod

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from ttmray import pages
-from ttmray.config import Config, differences, identity
+from ttmray.config import Config, added, differences, identity
 from ttmray.console import console
 from ttmray.corpus import index, shards
 from ttmray.corpus.scores import COLUMN, protocol_of, with_columns
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
+from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 
@@ -34,6 +35,9 @@ class FilterConfig(Config):
 
     reward: str = Field("instrumental_reward_score", pattern=COLUMN)
     """Column of the reward: of the index, or `<table>/<column>` of a table of `ttmray corpus rescore`."""
+    rule: str | None = added(None, pattern=ENTRY)
+    """Rule of one's own in place of the blend, `module:function`: of the clips that pass the gates it is given the rows
+    of the pool's index, ordered by key, and returns a number each, more for better clips. null: the blend (paper)."""
     reward_weight: float = Field(0.5, ge=0)
     """Of its z-score in the blend. Only the ratio of the weights counts."""
     clap_weight: float = Field(0.5, ge=0)
@@ -166,14 +170,14 @@ def read_embeddings(run: Folder, table: pa.Table) -> dict[str, np.ndarray]:
         UserError: a shard is missing or damaged.
     """
     rows = table.filter(pc.equal(table["status"], OK))
-    found = {}
+    embeddings = {}
     for name in sorted(set(rows["shard"].to_pylist())):
         for key, sample in shards.read_samples(run.read(name), run.path(name)):
-            found[key] = np.atleast_2d(sample["clap_audio.npy"])[0].astype(np.float64)
+            embeddings[key] = np.atleast_2d(sample["clap_audio.npy"])[0].astype(np.float64)
     for row in rows.select(["key", "shard"]).to_pylist():
-        if row["key"] not in found:
+        if row["key"] not in embeddings:
             raise UserError(f"{run.path(row['shard'])} is damaged: clip {row['key']} is not there.", shards.VERIFY)
-    return found
+    return embeddings
 
 
 def z_scores(values: np.ndarray, what: str) -> np.ndarray:
@@ -205,6 +209,21 @@ def blend(reward: np.ndarray, clap: np.ndarray, reward_weight: float, clap_weigh
         if weight:
             blended += weight / total * z_scores(values, name)
     return blended
+
+
+def by_rule(rows: pa.Table, rule: str) -> np.ndarray:
+    """(n,) float64 of what a rule of one's own says to the rows, see `FilterConfig.rule`.
+
+    Raises:
+        UserError: there is no such rule, or it does not give a finite number each.
+    """
+    values = np.asarray(function_named(rule, "rule")(rows), dtype=np.float64)
+    if values.shape != (rows.num_rows,) or not np.isfinite(values).all():
+        raise UserError(
+            f"rule: {rule} gave {values.shape} numbers, or some that are not finite, for {rows.num_rows} clips.",
+            "It must return one finite number per row.",
+        )
+    return values
 
 
 def excluded(table: pa.Table, config: FilterConfig) -> np.ndarray:
@@ -257,7 +276,10 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
     # sums must not depend on the order of the rows
     rows = rows.sort_by("key")
     reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
-    blended = blend(reward, clap, config.reward_weight, config.clap_weight)
+    if config.rule is None:
+        blended = blend(reward, clap, config.reward_weight, config.clap_weight)
+    else:
+        blended = by_rule(rows, config.rule)
     best_first = np.argsort(-blended, kind="stable")
     count = count if config.temperature is None else rows.num_rows
     kept, passed_over = _pick(rows, best_first, count, config, embeddings)
@@ -306,12 +328,12 @@ def _pick(
 ) -> tuple[list[int], dict[str, int]]:
     """Rows from the best on, but no near-duplicates of better ones and no more of a prompt than allowed."""
     keys, prompts = rows["key"].to_pylist(), rows["prompt_id"].to_pylist()
-    kept: list[int] = []
+    chosen: list[int] = []
     directions: list[np.ndarray] = []
     of_prompt: Counter[str] = Counter()
     passed_over = {"prompt has enough": 0, "near-duplicate": 0}
     for i in order.tolist():
-        if len(kept) == count:
+        if len(chosen) == count:
             break
         if config.per_prompt is not None and of_prompt[prompts[i]] >= config.per_prompt:
             passed_over["prompt has enough"] += 1
@@ -322,16 +344,16 @@ def _pick(
                 passed_over["near-duplicate"] += 1
                 continue
             directions.append(vector)
-        kept.append(i)
+        chosen.append(i)
         of_prompt[prompts[i]] += 1
-    return kept, passed_over
+    return chosen, passed_over
 
 
 def describe(values: np.ndarray) -> dict[str, float]:
     """Mean, standard deviation (ddof 1), extremes and percentiles."""
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    found = {"mean": float(values.mean()), "std": spread, "min": float(values.min()), "max": float(values.max())}
-    return found | {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+    summary = {"mean": float(values.mean()), "std": spread, "min": float(values.min()), "max": float(values.max())}
+    return summary | {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
 
 
 def train_rewards(corpus: str, column: str) -> np.ndarray:

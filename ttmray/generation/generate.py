@@ -29,7 +29,7 @@ from ttmray.models.bundle import Bundle, on_gpu, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
-from ttmray.storage import Folder, absolute
+from ttmray.storage import Folder
 
 ABORT_AFTER = 50
 """Once this many clips are done and more than half of them failed, the job stops."""
@@ -49,7 +49,6 @@ def generate(
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
     started = time.perf_counter()
-    config = _with_absolute_paths(config)
     if zip_to is not None:
         manifest.check_zip(zip_to)
     clips = plan_clips(given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts), config)
@@ -104,12 +103,6 @@ def plan_clips(prompts: Sequence[Prompt], config: GenerateConfig) -> list[Clip]:
         for prompt in prompts
         for k in range(config.samples)
     ]
-
-
-def _with_absolute_paths(config: GenerateConfig) -> GenerateConfig:
-    """Ray's workers run in another folder."""
-    paths = {name: getattr(config, name) for name in ("prompts", "output", "checkpoint", "second_checkpoint")}
-    return config.model_copy(update={name: absolute(path) for name, path in paths.items() if path is not None})
 
 
 def roles_with_separator(config: GenerateConfig) -> set[str]:
@@ -172,16 +165,16 @@ def _make(
     weights = json.dumps(described["identity"]["weights"])
     job = Job(config.model_dump_json(), described["fingerprint"], weights)
     runtime = config.runtime
-    local = runtime.pool.runner == "local"
-    batched = on_gpu(runtime.device, runtime.pool.runner, runtime.pool.gpus)
+    local = runtime.runner == "local"
+    batched = on_gpu(runtime.device, runtime.runner, runtime.gpus)
     # what one forward or all threads take: a kill costs no more, and with Ray every worker has some
     size = max(runtime.batch if batched else 1, runtime.thread_count)
-    size = size if local else min(size, -(-len(todo) // runtime.pool.workers))
+    size = size if local else min(size, -(-len(todo) // runtime.workers))
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     made: list[dict[str, Any]] = []
     failed = 0
     with meter("clips", len(todo)) as progress:
-        for rows, spent in each(partial(Worker, job), batches, runtime.pool):
+        for rows, spent in each(partial(Worker, job), batches, runtime):
             made += rows
             seconds.update(spent)
             failed += sum(row["status"] == FAILED for row in rows)

@@ -38,7 +38,7 @@ from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
-from ttmray.storage import Folder, absolute
+from ttmray.storage import Folder
 
 COLUMNS = pa.schema(
     [
@@ -61,9 +61,6 @@ def generate_pool(config: CandidatesConfig) -> int:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
     started = time.time()
-    names = ("prompts", "corpus", "held_out", "output", "checkpoint")  # Ray's workers run in another folder
-    paths = {name: absolute(getattr(config, name)) for name in names if getattr(config, name) is not None}
-    config = config.model_copy(update=paths)
     run, bundle = Folder.at(config.output), open_bundle(config.bundle)
     prompts = choose_prompts(config)
     plan = plan_pool(prompts.chosen, config)
@@ -86,7 +83,7 @@ def generate_pool(config: CandidatesConfig) -> int:
         unit.rows = candidates(config, unit, job.protocol)
 
     def work(units: Sequence[Unit], done: Done) -> None:
-        for unit in each(partial(whole_worker, job.to_json()), units, config.runtime.pool):
+        for unit in each(partial(whole_worker, job.to_json()), units, config.runtime):
             done(unit)
 
     way_out = "Mend the cause and start with a new output folder."

@@ -8,14 +8,14 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from ttmray.config import Address, Config, execution
+from ttmray.config import Config, Location, execution
 from ttmray.corpus import index
 from ttmray.corpus.running import Job, Makers
 from ttmray.corpus.stage import Stage
 from ttmray.corpus.stages import Measure, Text, Write, WriteAudio
 from ttmray.corpus.unit import REJECTED, Unit
 from ttmray.errors import ClipError, UserError
-from ttmray.generation.config import RuntimeConfig
+from ttmray.generation.config import GenerateRuntime
 from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
 from ttmray.models import require_finite, side_by_side
 from ttmray.models.backbone_weights import load_backbone
@@ -44,24 +44,24 @@ class PoolSampler(SamplerConfig):
 class CandidatesConfig(Config):
     """`ttmray pool`: the paper samples about 630 clips at s = 2.0; prompts and candidates per prompt are not named."""
 
-    prompts: str | None = execution(None)
+    prompts: Location | None = execution(None)
     """File of prompts, as for `ttmray generate`; ids have letters, digits, `_` and `-`, at most 64."""
-    corpus: str | None = execution(None)
+    corpus: Location | None = execution(None)
     """Corpus run whose training captions are the prompts, instead of a file. Captions that validation or test tracks
     have as well are left out."""
     prompt_count: int | None = Field(None, ge=1)
     """Only so many prompts: the first of a file, or a choice by `seed` of the captions of a corpus. null: all."""
-    held_out: str | None = execution(None)
+    held_out: Location | None = execution(None)
     """File of prompts that must not be among them, by id or by text (with or without the prefix, whatever the case):
     those of the evaluation. Captions of a corpus that are among them are left out and counted; in a file of prompts
     they are an error, because somebody has chosen them."""
     max_held_out: float = execution(0.5, ge=0, le=1)
     """Share of the captions of a corpus that may be held out: more of them are hardly the prompts of an evaluation."""
-    output: Address = execution("runs/pool", min_length=1)
+    output: Location = execution("runs/pool")
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
     bundle: BundleName = "debug"
     """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
-    checkpoint: str | None = execution(None)
+    checkpoint: Location | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; their hash is part of the run's identity); default: the bundle's.
     On a cluster every node must see the file under this path; an s3:// address is copied to each."""
     head: Head | None = None
@@ -92,7 +92,7 @@ class CandidatesConfig(Config):
     """Most clips per unit (but always whole prompts): what is committed, and repeated after a kill."""
     max_failures: int = execution(0, ge=0)
     """Exit code 3 when more clips than this failed."""
-    runtime: RuntimeConfig = execution(RuntimeConfig())
+    runtime: GenerateRuntime = execution(GenerateRuntime())
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -37,11 +37,11 @@ from rich.table import Table
 from ttmray.audio import io as audio_io
 from ttmray.audio.limiter import Levels, to_loudness
 from ttmray.audio.loudness import integrated_loudness, true_peak
-from ttmray.config import Config, execution, fingerprint, identity
+from ttmray.config import Config, Device, execution, fingerprint, identity
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, ReleasedBundle, open_bundle
+from ttmray.models.bundle import BundleName, LoadOptions, ReleasedBundle, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
 from ttmray.storage import Folder, is_remote, split_path
@@ -69,7 +69,7 @@ class PostprocessConfig(Config):
     """`paper` is the procedure of the paper's submission, which misses its own targets; see the module."""
     passes: int = Field(3, ge=0, le=10)
     """Separation passes, each on the result of the one before (paper III-E: 3); 0 keeps the vocals."""
-    bundle: str = "paper"
+    bundle: BundleName = "paper"
     """Set of models that the separator is from. The debug bundles are untrained and damage the sound."""
     lufs: float = Field(-16.5, ge=-60, le=0)
     """Target of integrated loudness, LUFS (paper III-E)."""
@@ -80,7 +80,7 @@ class PostprocessConfig(Config):
     target (its row says `missed`). 0: never limit."""
     format: Literal["wav", "wav16", "flac"] = "wav"
     """`wav` is float32; `wav16` and `flac` have 16 bits with triangular dither (`paper`: rounded, without)."""
-    device: str = execution("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = execution("auto")
     """Device of the separator; `auto` is cuda where there is one."""
     workers: int | Literal["auto"] = execution("auto")
     """Files worked on at the same time, each in one thread; `auto` is one per CPU."""

@@ -132,7 +132,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Sampled:
     """Latents (n, N, C) float32: `normalised` as the backbone sees them, `latents` as the VAE does."""
 
     normalised: np.ndarray
@@ -293,7 +293,7 @@ class Sampler:
         self._negatives: list[Conditions] = []
 
     @torch.inference_mode()
-    def sample(self, draws: Sequence[Draw]) -> Samples:
+    def sample(self, draws: Sequence[Draw]) -> Sampled:
         """Latents of draws, in order. Every distinct text is encoded once.
 
         Raises:
@@ -307,7 +307,7 @@ class Sampler:
         normalised = torch.cat([torch.empty(0, *self.shape), *parts])
         latents = self._backbones[0].unnormalise(normalised.to(self.device))
         shape = (len(draws), *self.shape)
-        result = Samples(to_float32(normalised, shape, "sampler"), to_float32(latents, shape, "sampler"))
+        result = Sampled(to_float32(normalised, shape, "sampler"), to_float32(latents, shape, "sampler"))
         require_finite(result.latents, "latents")
         return result
 

@@ -88,18 +88,18 @@ def steer(model: FluxAudio, text: Tensor, pooled: Tensor, config: SteeringConfig
     device = model.latent_mean.device
     shape = (model.latent_len, model.config.latent_dim)
     start = torch.stack([noise(0, str(i), shape) for i in range(len(text))]).to(device)
-    given = model.conditions(text.float().to(device), pooled.float().to(device))
+    conditions = model.conditions(text.float().to(device), pooled.float().to(device))
     empty = model.empty_conditions(len(text))
-    found = []
+    latents = []
     for score in config.scores:
-        branches = make_branches(model, given, empty, score)
+        branches = make_branches(model, conditions, empty, score)
 
         def velocity(x: Tensor, t: Tensor, step: int, branches: object = branches) -> Tensor:
             return guided(model.velocity, x, t, branches, (1.0,))  # type: ignore[arg-type]
 
-        found.append(integrate(velocity, start, time_grid(config.steps)))
-    decodable = torch.stack([model.unnormalise(x).cpu() for x in found])
-    return Steering(torch.stack([x.cpu() for x in found]), decodable)
+        latents.append(integrate(velocity, start, time_grid(config.steps)))
+    decodable = torch.stack([model.unnormalise(x).cpu() for x in latents])
+    return Steering(torch.stack([x.cpu() for x in latents]), decodable)
 
 
 def delta_out(bundle: str, runs: Sequence[Steering], device: str) -> list[dict[str, float]]:
@@ -117,15 +117,15 @@ def delta_out(bundle: str, runs: Sequence[Steering], device: str) -> list[dict[s
     if decoder.channels != channels:
         raise UserError(f"the weights make {channels} latent channels, the VAE of {bundle} has {decoder.channels}.")
     scorer = Scorer(source.load(Scorer.roles, options), source.protocol("empty"))
-    found = []
+    rows = []
     for run in runs:
         waves = decoder.to_audio(run.decodable.flatten(0, 1).numpy(), batch=1)
         waves = np.pad(waves, ((0, 0), (0, max(0, SECOND - waves.shape[1]))))
         low, high = scorer.rewards(scorer.embed(waves), scorer.texts([""] * len(waves))).reshape(2, -1)
         change = high - low
         numbers = {"low": low.mean(), "high": high.mean(), "delta_out": change.mean(), "sd": change.std()}
-        found.append({name: float(value) for name, value in numbers.items()})
-    return found
+        rows.append({name: float(value) for name, value in numbers.items()})
+    return rows
 
 
 def compare(
@@ -170,8 +170,8 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 
 def lost(report: Mapping[str, Any], forward: Head) -> bool:
     """Whether weights that were steered are not in that forward."""
-    kept = report["forwards"][forward]["kept"]
-    return kept is not None and kept < LOST
+    share = report["forwards"][forward]["kept"]
+    return share is not None and share < LOST
 
 
 def show_steering(

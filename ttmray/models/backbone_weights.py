@@ -21,7 +21,7 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio, Size, gated_width
 from ttmray.models.cross_load import CrossLoad, cross_load
-from ttmray.models.score_heads import HEADS, NAMES, Head, Null
+from ttmray.models.score_heads import HEADS, NAMES, OWN, Head, Null
 from ttmray.models.score_support import ScoreSupport
 from ttmray.models.state_dicts import load_exactly, read_state_dict
 from ttmray.models.weights import weights_file
@@ -292,8 +292,13 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     if wrong:
         raise UserError(f"{what}: its config and its tensors disagree: config {known}, tensors {wrong}.")
     scored = any(key.startswith(SCORE) for key in state)
-    if known.get("head") not in (None, *HEADS) or known.get("null") not in (None, *get_args(Null)):
-        raise UserError(f"{what}: unknown head {known.get('head')!r} or null {known.get('null')!r} in its config.")
+    if known.get("null") not in (None, *get_args(Null)):
+        raise UserError(f"{what}: unknown null {known.get('null')!r} in its config.")
+    if known.get("head") not in (None, *HEADS, *OWN):
+        raise UserError(
+            f"{what}: unknown head {known.get('head')!r} in its config.",
+            "Name a head of your own in the config too (sampler.head, model.head), if you trust its module.",
+        )
     learned = NULL_EMBEDDING in state
     defaults = {"latent_len": LATENT_LENGTHS.get(latent_dim, 430), "head": "v1" if scored else "none"}
     defaults |= {"null": "learned"} if learned else {}
@@ -460,4 +465,4 @@ def show_params(size: Size, head: Head, path: str | None = None) -> int:
 
 def head_label(config: BackboneConfig) -> str:
     """For logs and cards, e.g. `v2 InputAdd`."""
-    return NAMES["none"] if config.head == "none" else f"{config.head} {NAMES[config.head]}"
+    return NAMES["none"] if config.head == "none" else f"{config.head} {NAMES.get(config.head, 'from outside')}"

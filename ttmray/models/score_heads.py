@@ -22,14 +22,17 @@ starts at zero (as in LLaMA-Adapter, Zhang et al. 2023): a query adds gate * sig
 of a dropped score is read, too: "no score" is what training makes of it, not the absence of a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
-Head = Literal["none", "v1", "v2", "v3", "v4", "v5"]
-HEADS: tuple[Head, ...] = ("none", "v1", "v2", "v3", "v4", "v5")
+from ttmray.plugins import named
+
+HEADS: tuple[str, ...] = ("none", "v1", "v2", "v3", "v4", "v5")
 NAMES = {
     "none": "no score",
     "v1": "GlobalAdaLN",
@@ -39,6 +42,31 @@ NAMES = {
     "v5": "text token",
 }
 
+
+OWN: "dict[str, Callable[[Tensor], Injection]]" = {}
+"""Heads from outside that a config of this process names. A weights file alone makes nobody import anything."""
+
+
+def check_head(head: str) -> str:
+    """A head of `HEADS`, or `module:function`: one from outside, which is given the embedding (B, 1, D) and returns
+    where it goes. It has the tensors of v1.
+
+    Raises:
+        ValueError: there is no such head.
+    """
+    if head in HEADS or head in OWN:
+        return head
+    try:
+        function = named(head)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no head but {', '.join(HEADS)}, or module:function of one's own ({error})") from error
+    if not callable(function):
+        raise ValueError("no function of an embedding")
+    OWN[head] = function
+    return head
+
+
+Head = Annotated[str, AfterValidator(check_head)]
 Null = Literal["zero_embedding", "scalar_zero", "learned"]
 """What a dropped score is. The paper writes null = 0, which can be read as either of the first two: the embedding is
 zero, or the scalar is 0. The scalar 0 is a legal score close to the mean, so the embedding is the default. `learned` is
@@ -78,6 +106,7 @@ class ScoreEmbedding(nn.Module):
     def __init__(self, width: int, head: Head, null: Null = "zero_embedding", blocks: int = 0, heads: int = 0) -> None:
         super().__init__()
         self.head, self.null = head, null
+        self.own = OWN.get(head)
         steps = torch.linspace(0, 1, FREQUENCIES, dtype=torch.float64)
         self.register_buffer("freqs", (LOWEST * (HIGHEST / LOWEST) ** steps).float())
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -116,6 +145,8 @@ class ScoreEmbedding(nn.Module):
     def inject(self, score: Tensor, null: Tensor) -> Injection:
         """The embedding where the head puts it."""
         e = self(score, null)
+        if self.own is not None:
+            return self.own(e)
         if self.head == "v1":
             return Injection(audio_condition=e, text_condition=e)
         if self.head == "v2":

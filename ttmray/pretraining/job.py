@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from ttmray import runs
-from ttmray.config import Address, Config, execution, identity
+from ttmray.config import Config, Device, Location, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK
 from ttmray.models import one_thread
@@ -41,7 +41,7 @@ PARTS: tuple[PartName, ...] = ("clap", "mert", "clap_condition", "vae", "text", 
 class DataConfig(Config):
     """The synthetic clips."""
 
-    cache: Address = execution("runs/micro-clips", min_length=1)
+    cache: Location = execution("runs/micro-clips")
     """Local folder of composed clips; about 0.9 MB for 5 s, 4.4 MB where the stems are kept too."""
     seed: int = Field(0, ge=0)
     clips: int = Field(4096, ge=1)
@@ -59,11 +59,11 @@ class DataConfig(Config):
 class PartsConfig(Config):
     """What all parts share, and a section for each."""
 
-    output: Address = execution(min_length=1)
+    output: Location = execution()
     """Folder of the parts."""
     parts: tuple[PartName, ...] = execution(PARTS, min_length=1)
     """What is trained, in this order."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
     vae: VAEConfig = VAEConfig()
     vocoder: VocoderConfig = VocoderConfig()
     clap: CLAPConfig = CLAPConfig()
@@ -72,7 +72,7 @@ class PartsConfig(Config):
     separator: SeparatorConfig = SeparatorConfig()
     mert: MERTConfig = MERTConfig()
     text: TextConfig = TextConfig()
-    device: str = execution("cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = execution("cpu")
     """On a CPU one thread is used, so that a part's weights can be made again to the bit."""
     checkpoint_every_s: float = execution(60.0, gt=0)
     log_every: int = execution(20, ge=1)

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from ttmray.audio import clip
 from ttmray.audio import io as audio_io
-from ttmray.cluster import PoolConfig, each
-from ttmray.config import fingerprint
+from ttmray.cluster import ActorsConfig, each
+from ttmray.config import Location, fingerprint
 from ttmray.console import meter
 from ttmray.corpus import index, shards
 from ttmray.errors import ClipError, UserError
@@ -34,14 +34,12 @@ FEATURES = "features"
 PART_CLIPS = 64
 
 
-class EncodingConfig(PoolConfig):
+class EncodingConfig(ActorsConfig):
     """Where clips are encoded."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Device of the encoders."""
     batch: int = Field(8, ge=1, le=256)
     """Clips per model forward on a GPU."""
-    embedding_cache: str | None = None
+    embedding_cache: Location | None = None
     """Local folder that keeps embeddings by content, shared with the corpus job."""
     embedding_cache_gib: float = Field(8.0, gt=0)
     """Bound of that folder."""
@@ -111,11 +109,11 @@ def extract(clips: Iterable[str], prompts: Iterable[str], bundle: str, run: Fold
         known = _known(run, made_by)
     rows: dict[str, tuple[np.ndarray, np.ndarray]] = dict(from_corpus)
     for address, digest in files.items():
-        found = known["clip", digest]
-        if isinstance(found, str):
-            failed[address] = found
+        known_clip = known["clip", digest]
+        if isinstance(known_clip, str):
+            failed[address] = known_clip
         else:
-            rows[address] = found
+            rows[address] = known_clip
     failed |= {address: "not an ok clip of the corpus" for address in addresses if address not in rows | failed}
     usable = [address for address in addresses if address in rows]
     if not usable:
@@ -223,22 +221,24 @@ def _known(run: Folder, made_by: str) -> dict[tuple[str, str], Any]:
 
 def _from_corpora(addresses: Sequence[str], bundle: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Embeddings of the mix that a corpus run stored, for those addresses that are ok clips of it."""
-    wanted: dict[str, set[str]] = {}
+    keys_of: dict[str, set[str]] = {}
     for address in addresses:
         uri, _, key = address.rpartition("#")
-        wanted.setdefault(uri, set()).add(key)
-    found = {}
-    for uri, keys in wanted.items():
+        keys_of.setdefault(uri, set()).add(key)
+    features = {}
+    for uri, keys in keys_of.items():
         run = Folder.at(uri)
-        made = json.loads(run.read("run.json"))["identity"]["bundle"]
-        if encoders_of(made) != encoders_of(json.loads(json.dumps(open_bundle(bundle).identity()))):
-            raise UserError(f"{uri} was made by {made}, not by the bundle {bundle}.", "Name the bundle of the corpus.")
+        bundle_of_run = json.loads(run.read("run.json"))["identity"]["bundle"]
+        if encoders_of(bundle_of_run) != encoders_of(json.loads(json.dumps(open_bundle(bundle).identity()))):
+            raise UserError(
+                f"{uri} was made by {bundle_of_run}, not by the bundle {bundle}.", "Name the bundle of the corpus."
+            )
         rows = index.read_index(run).select(["key", "status", "shard"]).to_pylist()
         for shard in sorted({row["shard"] for row in rows if row["status"] == "ok" and row["key"] in keys}):
             for key, sample in shards.read_samples(run.read(shard), run.path(shard)):
                 if key in keys:
-                    found[f"{uri}#{key}"] = (sample["clap_audio.npy"][0], sample["mert.npy"][0])
-    return found
+                    features[f"{uri}#{key}"] = (sample["clap_audio.npy"][0], sample["mert.npy"][0])
+    return features
 
 
 def _chunks(items: Sequence[str], size: int) -> list[Sequence[str]]:

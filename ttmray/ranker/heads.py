@@ -114,22 +114,6 @@ def pack(
     return PackedPairs(*(x.to(device) for x in (clips.contiguous(), texts, *indices, target)))
 
 
-class _ByteDropout(nn.Module):
-    """Dropout whose mask costs one random byte per unit: torch's CPU dropout took 15 ns per unit, a fifth of a training
-    step, this one 3 ns. The probability is rounded to n/256, and the scale follows it."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.kept = 256 - round(256 * p)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.kept == 256:
-            return x
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-        noise = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape)
-        return x * ((noise < self.kept) * (256 / self.kept))
-
-
 @dataclass(frozen=True)
 class Trained:
     """The head of the best epoch, and what happened: per epoch `train_loss` and `validation_loss`."""
@@ -143,9 +127,9 @@ def new_head(inputs: int, config: HeadConfig, seed: int) -> TuneJuryHead:
     """An untrained head for training with `config`."""
     with seeded(seed):
         head = TuneJuryHead((inputs, *config.widths))
-    for i, layer in enumerate(head.net):
+    for layer in head.net:
         if isinstance(layer, nn.Dropout):
-            head.net[i] = _ByteDropout(config.dropout)
+            layer.p = config.dropout
     return head
 
 

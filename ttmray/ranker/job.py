@@ -18,8 +18,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ttmray import runs
-from ttmray.cluster import PoolConfig, each
-from ttmray.config import Address, Config, execution, fingerprint, identity
+from ttmray.cluster import ActorsConfig, each
+from ttmray.config import Config, Location, execution, fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import BundleName, open_bundle, resolve_device
@@ -33,11 +33,9 @@ from ttmray.storage import Folder
 PACKED, HEAD, METRICS = "packed.safetensors", "tunejury", "metrics.json"
 
 
-class TrainingConfig(PoolConfig):
+class TrainingConfig(ActorsConfig):
     """Where heads are trained: one actor trains one head at a time."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Device of the training."""
     threads: int | None = Field(None, ge=1)
     """Threads of torch; default: all cores of this process, or `cpus` of a Ray actor."""
     checkpoint_every: int = Field(10, ge=1)
@@ -49,7 +47,7 @@ class RankerConfig(Config):
 
     sources: tuple[PairSource, ...] = Field(min_length=1)
     """Tables of votes."""
-    output: Address = execution(min_length=1)
+    output: Location = execution()
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Encoders. Those of `debug` are seeded, tiny and untrained."""

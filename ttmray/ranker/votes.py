@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ttmray.config import Config, execution
+from ttmray.config import Config, Location, execution
 from ttmray.errors import UserError
 from ttmray.storage import Folder, read_file, split_path
 from ttmray.tables import read_rows
@@ -52,15 +52,15 @@ class PairSource(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """Source of the rows that do not name theirs."""
-    path: str = execution()
+    path: Location = execution()
     """Table: CSV, TSV, JSON list, JSON lines or Parquet; local or s3://."""
     format: Literal["pairs", "songs"] = "pairs"
     """`pairs`: one vote per row. `songs`: one rated song per row (SongEval), from which pairs are drawn."""
-    audio: str | None = execution(None)
+    audio: Location | None = execution(None)
     """Folder or bucket that the clips' names are relative to; default: the table's own folder."""
-    corpus: str | None = execution(None)
+    corpus: Location | None = execution(None)
     """Run folder of the corpus job: clips are then keys of its index, and nothing is encoded again."""
-    splits: str | dict[Literal["train", "validation", "test"], str] | None = execution(None)
+    splits: Location | dict[Literal["train", "validation", "test"], Location] | None = execution(None)
     """Released split: a JSON file with the lists train, valid and test, or one file of ids per split."""
     prompts: bool = True
     """Off: the text input is empty, for raters that did not see the prompt (MusicPrefs)."""

@@ -5,14 +5,14 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ttmray.config import Address, Config, execution
+from ttmray.config import Config, Location, execution
 from ttmray.models.bundle import BundleName
 from ttmray.models.score_heads import Head
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class CheckpointConfig(Config):
+class CellCheckpointConfig(Config):
     """Weights under a name: a file, or a training run of this job."""
 
     path: str | None = None
@@ -135,7 +135,7 @@ class SweepConfig(Config):
 class AblateConfig(Config):
     """`jobs/ablate.py` and `ttmray ablate`. Sections are configs of their jobs without what is filled in here."""
 
-    output: Address = execution("runs/ablations", min_length=1)
+    output: Location = execution("runs/ablations")
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Models of all steps."""
@@ -155,7 +155,7 @@ class AblateConfig(Config):
     """`generate`."""
     evaluate: dict[str, Any] = Field(default_factory=dict)
     """`evaluate`."""
-    checkpoints: dict[str, CheckpointConfig]
+    checkpoints: dict[str, CellCheckpointConfig]
     """All weights by name; an `init` must stand before what starts from it."""
     heads: HeadsConfig | None = None
     """Table I."""

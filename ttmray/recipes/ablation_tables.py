@@ -17,7 +17,7 @@ from scipy import stats
 
 from ttmray import pages
 from ttmray.errors import UserError
-from ttmray.evaluation.compare import COMPARED, Score, comparisons, legend, paired_table, prompt_means
+from ttmray.evaluation.compare import COMPARED, ClipScore, comparisons, legend, paired_table, prompt_means
 from ttmray.evaluation.results import Results
 from ttmray.recipes.published import Published
 from ttmray.statistics import Alternative, Paired, paired, pearson, pearson_interval
@@ -71,7 +71,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Table:
+class CellTable:
     """A table of one row per system.
 
     Attributes:
@@ -100,7 +100,7 @@ def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
     (system,) = results.systems
     ok = [row for row in clips if row["status"] == "ok"]
     rows = [
-        Score(system.name, row["prompt_id"], metric, row[metric])
+        ClipScore(system.name, row["prompt_id"], metric, row[metric])
         for row in ok
         for metric in COMPARED
         if row[metric] is not None
@@ -137,7 +137,7 @@ def head_table(
     unconditional: Mapping[str, Cell],
     at: float,
     steer: tuple[float, float],
-) -> Table:
+) -> CellTable:
     """Table I: FAD and CLAP score at one input score; how the reward of the output follows the input score.
 
     Score-r is Pearson's correlation of input score and reward over all clips of all input scores, its interval over
@@ -160,7 +160,7 @@ def head_table(
         effect = against(cells[steer[1]], cells[steer[0]], "reward")
         moved = Value(effect.difference, effect.low, effect.high) if effect else Value(None)
         lines.append(((name,), values_of(cells[at]) | {"score_r": Value(r, low, high), "delta_out": moved}))
-    return Table(
+    return CellTable(
         "heads",
         "Score-conditioning heads (Table I of the paper)",
         ("head",),
@@ -181,7 +181,7 @@ def head_table(
 
 def chain_table(
     rows: Mapping[str, Cell], baselines: Sequence[str], published: Mapping[str, Mapping[str, Published]]
-) -> Table:
+) -> CellTable:
     """Table II: steps of the chain in order; a dagger is a one-sided paired t test against the row before, p < 0.05.
 
     Daggers are as in the paper, not corrected for their number; the paired table beside it has Holm's correction.
@@ -203,7 +203,7 @@ def chain_table(
             pairs.append((name, before))
         lines.append(((str(i), name), values))
     compared, warnings = _pairs(rows, pairs)
-    return Table(
+    return CellTable(
         "chain",
         "Steps of the chain, one after the other (Table II of the paper)",
         ("row", "step"),
@@ -224,7 +224,7 @@ def factorial_table(
     rows: Mapping[tuple[str, str, str], Cell],
     submitted: tuple[str, str, str],
     published: Mapping[tuple[str, str, str], Mapping[str, Published]],
-) -> Table:
+) -> CellTable:
     """Table III: stage x weights x forward; an asterisk marks cells that are tied with the first submission.
 
     Args:
@@ -242,7 +242,7 @@ def factorial_table(
     named = {" ".join(part for part in key if part): cell for key, cell in rows.items()}
     first = " ".join(part for part in submitted if part)
     compared, warnings = _pairs(named, [(name, first) for name in named if name != first])
-    return Table(
+    return CellTable(
         "factorial",
         "Weights of one mechanism in the forward of another (Table III of the paper)",
         ("stage", "weights", "forward"),
@@ -262,14 +262,14 @@ def factorial_table(
 
 def contrast_table(
     name: str, rows: Mapping[str, Cell], published: Mapping[tuple[str, str], Mapping[str, Published]]
-) -> Table:
+) -> CellTable:
     """Any systems side by side, each compared with the first."""
     first, *others = rows
     lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = [
         ((row,), values_of(cell, published.get((name, row)))) for row, cell in rows.items()
     ]
     compared, warnings = _pairs(rows, [(other, first) for other in others])
-    return Table(
+    return CellTable(
         name,
         f"{name.capitalize()}, each against {first}",
         ("system",),
@@ -284,14 +284,14 @@ def sweep_table(
     curves: Mapping[str, Mapping[float, Cell]],
     published: Mapping[tuple[str, float], Mapping[str, Published]],
     notes: tuple[str, ...] = (),
-) -> Table:
+) -> CellTable:
     """The points of Figure 2."""
     lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = [
         ((name, f"{score:g}"), values_of(cell, published.get((name, score))))
         for name, cells in curves.items()
         for score, cell in cells.items()
     ]
-    return Table(
+    return CellTable(
         "sweep",
         "Input score against what comes out (Figure 2 of the paper)",
         ("checkpoint", "s"),
@@ -304,7 +304,7 @@ def sweep_table(
     )
 
 
-def render_table(table: Table, format: Literal["markdown", "latex", "csv", "html"]) -> str:
+def render_table(table: CellTable, format: Literal["markdown", "latex", "csv", "html"]) -> str:
     """A table as text that ends in a newline: with caption and notes, but as CSV, which has one number per field.
 
     The best value of a column is bold. The paper's figures have columns of their own, where any is known; `≈` marks
@@ -330,7 +330,7 @@ def render_table(table: Table, format: Literal["markdown", "latex", "csv", "html
     )
 
 
-def page(tables: Sequence[Table], figures: Sequence[str], protocols: Sequence[str], note: str) -> str:
+def page(tables: Sequence[CellTable], figures: Sequence[str], protocols: Sequence[str], note: str) -> str:
     """All tables on one page of HTML; the SVGs of the sweep, for a light and a dark page, go below its table."""
     drawings = [Markup(svg[svg.index("<svg") :]) for svg in figures]
     return pages.render(
@@ -343,7 +343,7 @@ def page(tables: Sequence[Table], figures: Sequence[str], protocols: Sequence[st
     )
 
 
-def _cells(table: Table, format: str) -> tuple[list[str], list[list[str]]]:
+def _cells(table: CellTable, format: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table; templates escape them, for LaTeX they are escaped here."""
     known = _known(table)
     header = [*table.labels, *(TITLES[metric] for metric in table.metrics)]
@@ -359,7 +359,7 @@ def _cells(table: Table, format: str) -> tuple[list[str], list[list[str]]]:
     return [escape(name) for name in header], rows
 
 
-def _csv(table: Table) -> str:
+def _csv(table: CellTable) -> str:
     known = _known(table)
     names = list(table.labels)
     for metric in table.metrics:
@@ -391,7 +391,7 @@ def _shown(value: Value, best: bool, format: str) -> str:
     return number + mark + interval
 
 
-def _notes(table: Table) -> list[str]:
+def _notes(table: CellTable) -> list[str]:
     notes = list(table.notes)
     if _known(table):
         notes.append(
@@ -401,7 +401,7 @@ def _notes(table: Table) -> list[str]:
     return notes
 
 
-def _known(table: Table) -> list[str]:
+def _known(table: CellTable) -> list[str]:
     """Metrics of which the paper has a figure in some row."""
     return [metric for metric in table.metrics if any(values[metric].paper for _, values in table.rows)]
 
@@ -421,7 +421,7 @@ def _latex(text: str) -> str:
     return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
 
 
-def _best(table: Table, values: Mapping[str, Value]) -> set[str]:
+def _best(table: CellTable, values: Mapping[str, Value]) -> set[str]:
     best = set()
     for metric in table.metrics:
         column = [row[metric].value for _, row in table.rows]
@@ -453,7 +453,7 @@ def _pairs(
 ) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
     """Two-sided comparisons with Holm's correction over all of them, and what a reader must know of their prompts."""
     scores = [
-        Score(name, prompt, metric, value)
+        ClipScore(name, prompt, metric, value)
         for name, cell in cells.items()
         for metric in TESTED
         for prompt, value in cell.scores.get(metric, {}).items()

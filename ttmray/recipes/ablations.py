@@ -28,7 +28,7 @@ from ttmray.recipes.ablation_config import AblateConfig, CellConfig, SweepConfig
 from ttmray.recipes.ablation_tables import (
     TITLES,
     Cell,
-    Table,
+    CellTable,
     chain_table,
     contrast_table,
     factorial_table,
@@ -51,7 +51,7 @@ from ttmray.recipes.needs import (
 )
 from ttmray.recipes.sweep import readings, sweep_notes
 from ttmray.storage import Folder, absolute, local_file
-from ttmray.training.config import TrainConfig, with_absolute_paths
+from ttmray.training.config import TrainConfig
 
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 PAGE = "tables/index.html"
@@ -59,7 +59,7 @@ MECHANISMS: tuple[Head, ...] = ("v1", "v2")
 """Of Table III."""
 
 
-class ReferenceConfig(Config):
+class TableReferenceConfig(Config):
     """A reference set that is built here."""
 
     source: str
@@ -82,12 +82,12 @@ def ablate(config: AblateConfig, *, first: str | None = None, last: str | None =
         UserError: for everything that the user can mend; all sections, and everything that a step to do needs from
             outside of the run folder, are checked before the first step runs.
     """
-    plan = Plan(config)
+    plan = AblationPlan(config)
     steps = plan.steps()
     return run_chain(plan.root, steps, plan.fingerprints(steps), first=first, last=last, plan_only=plan_only)
 
 
-class Plan:
+class AblationPlan:
     """The cells of every table, and the steps that make them.
 
     Raises:
@@ -127,13 +127,15 @@ class Plan:
         if config.heads is not None:
             table = config.heads
             for name, checkpoint in table.unconditional.items():
-                given = merged(table.generate, {"sampler": {"score": None}})
-                self.unconditional[name] = self._cell("heads", checkpoint, None, given, table.prompts, table.reference)
+                settings = merged(table.generate, {"sampler": {"score": None}})
+                self.unconditional[name] = self._cell(
+                    "heads", checkpoint, None, settings, table.prompts, table.reference
+                )
             for name, checkpoint in table.heads.items():
                 self.heads[name] = {}
                 for score in table.scores:
-                    given = merged(table.generate, {"sampler": {"score": score}})
-                    cell = self._cell("heads", checkpoint, None, given, table.prompts, table.reference)
+                    settings = merged(table.generate, {"sampler": {"score": score}})
+                    cell = self._cell("heads", checkpoint, None, settings, table.prompts, table.reference)
                     self.heads[name][score] = cell
         for row in config.chain:
             self.chain[row.label] = self._row("chain", row)
@@ -150,8 +152,8 @@ class Plan:
             for name, one in config.sweep.checkpoints.items():
                 self.sweep[name] = {}
                 for score in sorted(set(config.sweep.scores)):
-                    given = merged(one.generate, {"sampler": {"score": score}})
-                    self.sweep[name][score] = self._cell("sweep", one.checkpoint or "", one.head, given)
+                    settings = merged(one.generate, {"sampler": {"score": score}})
+                    self.sweep[name][score] = self._cell("sweep", one.checkpoint or "", one.head, settings)
         for name, rows in config.contrasts.items():
             self.contrasts[name] = {row.label: self._row(f"contrasts.{name}", row) for row in rows}
 
@@ -179,8 +181,8 @@ class Plan:
             after = (f"train-{checkpoint.init}",) if self.config.checkpoints[checkpoint.init].train is not None else ()
         if self.config.stage1 is None:
             raise UserError(f"checkpoints.{name} is trained here.", "Add the section stage1.")
-        given = merged(self.config.stage1, checkpoint.train or {})
-        config = with_absolute_paths(fill(TrainConfig, f"checkpoints.{name}.train", given, links))
+        section = merged(self.config.stage1, checkpoint.train or {})
+        config = fill(TrainConfig, f"checkpoints.{name}.train", section, links)
         if checkpoint.init is not None and (own := self._own_head(checkpoint.init)) is not None:
             cross_load(own, config.model.head, f"checkpoints.{name}: {checkpoint.init}", force=config.model.force_head)
         place = f"checkpoints/{name}"
@@ -240,11 +242,11 @@ class Plan:
         place, trained = f"cells/{name}/clips", self.config.checkpoints[checkpoint].train is not None
         clips = draft.model_copy(update={"output": self.root.path(place)})
         after = (f"train-{checkpoint}",) if trained else ()
-        made = (f"{place}/manifest.parquet",)
+        files = (f"{place}/manifest.parquet",)
         run = partial(generate, clips, play_page=True)
         needs = needs_of("generate", clips, self.root, weights_field=f"checkpoints.{checkpoint}.path")
         page = f"{place}/index.html"
-        self.cells[name] = Step(f"generate-{name}", clips, run, made, after, page=page, needs=needs)
+        self.cells[name] = Step(f"generate-{name}", clips, run, files, after, page=page, needs=needs)
         self.inputs[f"generate-{name}"] = {"prompts": texts, "weights": self._digest(checkpoint)}
         self._evaluation(table, name, self.root.path(place), prompts, reference, (f"generate-{name}",))
         return name
@@ -273,10 +275,10 @@ class Plan:
             judged = {key: value for key, value in judged.items() if key != "references"}
             after = (*after, f"reference-{asked}")
         evaluation = fill(EvaluateConfig, f"{table}: evaluate", judged, links)
-        made = (f"cells/{name}/evaluation/_SUCCESS.json",)
+        files = (f"cells/{name}/evaluation/_SUCCESS.json",)
         needs = needs_of("evaluate", evaluation, self.root)
         run = partial(evaluate, evaluation)
-        self.evaluations[name] = Step(f"evaluate-{name}", evaluation, run, made, after, needs=needs)
+        self.evaluations[name] = Step(f"evaluate-{name}", evaluation, run, files, after, needs=needs)
         against = self._sets(evaluation, asked in self.config.references)
         self.inputs[f"evaluate-{name}"] = {"prompts": self._texts(prompts), **against}
 
@@ -293,7 +295,7 @@ class Plan:
     def _sets(self, evaluation: EvaluateConfig, built_here: bool) -> dict[str, str]:
         """Hashes of the reference and training set of an evaluation, of those that are there: a reference that is
         built here is a step's result, others are needs of the evaluation."""
-        found = {}
+        digests = {}
         for what, address in (("reference", evaluation.reference), ("training", evaluation.training)):
             if address is None or (built_here and address in self.config.references):
                 continue
@@ -301,8 +303,8 @@ class Plan:
             if key not in self.digests:
                 self.digests[key] = _digest_of_set(what, address, evaluation)
             if (digest := self.digests[key]) is not None:
-                found[what] = digest
-        return found
+                digests[what] = digest
+        return digests
 
     def _own_head(self, checkpoint: str) -> Head | None:
         """The head that a checkpoint was trained with; None for a file that does not say it, or is not there."""
@@ -342,11 +344,11 @@ class Plan:
         for name, source in self.config.references.items():
             if f"reference-{name}" in used:
                 stem = self.config.evaluate.get("reference_stem")
-                config = ReferenceConfig(source=absolute(source), bundle=self.config.bundle, stem=stem)
+                config = TableReferenceConfig(source=absolute(source), bundle=self.config.bundle, stem=stem)
                 run = partial(build_reference, name, config.source, store=store, bundle=config.bundle, stem=stem)
-                made = (f"references/{name}/reference.json",)
+                files = (f"references/{name}/reference.json",)
                 needs = sources_of_reference(f"references.{name}", config.source, config.bundle, stem)
-                steps.append(Step(f"reference-{name}", config, run, made, needs=needs))
+                steps.append(Step(f"reference-{name}", config, run, files, needs=needs))
         steps += self.trainings
         for name, step in self.evaluations.items():
             steps += [self.cells[name], step] if name in self.cells else [step]
@@ -406,7 +408,7 @@ class Plan:
         results = read_results(folder)
         return read_cell(results, read_clips(folder, results))
 
-    def _write_sweep(self, cells: Mapping[str, Cell], config: SweepConfig) -> Table:
+    def _write_sweep(self, cells: Mapping[str, Cell], config: SweepConfig) -> CellTable:
         from ttmray.evaluation.plots import require_matplotlib, score_sweep
 
         require_matplotlib()
@@ -445,9 +447,9 @@ class Plan:
         factorial = {" ".join(part for part in key if part): cell for key, cell in self.factorial.items()}
         heads = {name: {f"{s:g}": cell for s, cell in row.items()} for name, row in self.heads.items()}
         sweep = {name: {f"{s:g}": cell for s, cell in row.items()} for name, row in self.sweep.items()}
-        found: dict[str, Any] = {"heads": heads | self.unconditional, "chain": self.chain, "factorial": factorial}
-        found |= {"sweep": sweep, **self.contrasts}
-        return {name: cells for name, cells in found.items() if cells}
+        tables: dict[str, Any] = {"heads": heads | self.unconditional, "chain": self.chain, "factorial": factorial}
+        tables |= {"sweep": sweep, **self.contrasts}
+        return {name: cells for name, cells in tables.items() if cells}
 
 
 def _digest_of_set(what: str, address: str, evaluation: EvaluateConfig) -> str | None:

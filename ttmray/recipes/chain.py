@@ -53,7 +53,7 @@ class Step:
     needs: tuple[Need, ...] = ()
 
 
-class Row(NamedTuple):
+class StepCost(NamedTuple):
     """What a step has cost so far: all its launches, killed ones included."""
 
     step: Step
@@ -188,29 +188,28 @@ def gpus(config: Config) -> float:
 
 
 def _held(runtime: Any) -> float:
-    pool = getattr(runtime, "pool", runtime)
-    here = pool.runner == "local"
+    here = runtime.runner == "local"
     any_gpu = torch.cuda.is_available() if here else connected_gpus() > 0
     on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and any_gpu)
     if here:
         return float(on_cuda)
-    if hasattr(pool, "gpus"):
-        return float(pool.workers * pool.gpus)
+    if hasattr(runtime, "gpus"):
+        return float(runtime.workers * runtime.gpus)
     if hasattr(runtime, "models"):  # the corpus job takes all that the cluster has
         return connected_gpus()
     return float(runtime.workers * on_cuda)
 
 
-def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> list[Row]:
+def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> list[StepCost]:
     rows = []
     for step in steps:
         record = _record(root, step.name)
         state = "done" if is_done(root, step, prints[step.name]) else "begun" if record["launches"] else "to do"
-        rows.append(Row(step, state, record["seconds"], record["gpu_seconds"] / 3600))
+        rows.append(StepCost(step, state, record["seconds"], record["gpu_seconds"] / 3600))
     return rows
 
 
-def _totals(rows: Sequence[Row]) -> str:
+def _totals(rows: Sequence[StepCost]) -> str:
     everything, in_paper = sum(row.gpu_hours for row in rows), [row for row in rows if row.step.in_paper]
     text = f"{everything:.2f} GPU-hours in all"
     if in_paper:
@@ -260,9 +259,7 @@ def fill(kind: type[ConfigT], name: str, given: Mapping[str, Any], links: Mappin
         raise UserError(f"{name}.output: every step has its own folder below output.", "Leave it out.")
     known = {field: value for field, value in links.items() if field in kind.model_fields and value is not None}
     try:
-        # as overrides, because their errors are explained; ensure_ascii=False: YAML reads escaped emoji as two halves
-        sets = [f"{field}={json.dumps(v, ensure_ascii=False)}" for field, v in merged(known, given).items()]
-        return load_config(kind, None, sets)
+        return load_config(kind, given=merged(known, given))
     except UserError as error:
         raise UserError(f"section {name}: {error.message}", error.hint) from error
 

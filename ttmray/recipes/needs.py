@@ -340,7 +340,7 @@ def _of_pool(section: str, config: Any, root: Folder) -> Iterable[Need]:
     yield from _forwards(config, config.sampler.scores, root)
     yield from _backbone(section, config)
     yield from weights(config.bundle)
-    yield from _device(section, config.runtime, "runtime", config.runtime.pool)
+    yield from _device(section, config.runtime, "runtime")
 
 
 def _of_generation(section: str, config: Any, root: Folder, weights_field: str) -> Iterable[Need]:
@@ -352,7 +352,7 @@ def _of_generation(section: str, config: Any, root: Folder, weights_field: str) 
     yield from _forwards(config, config.sampler.scores, root)
     yield from _backbone(section, config)
     yield from weights(config.bundle, roles_with_separator(config) - {"backbone"})
-    yield from _device(section, config.runtime, "runtime", config.runtime.pool)
+    yield from _device(section, config.runtime, "runtime")
 
 
 def _backbone(section: str, config: Any) -> Iterable[Need]:
@@ -454,9 +454,9 @@ def _package_there(name: str, extra: str) -> None:
         raise UserError(f"the package {name} is not installed.", f"pip install 'ttmray[{extra}]'")
 
 
-def _device(section: str, runtime: Any, field: str, pool: Any = None) -> Iterable[Need]:
+def _device(section: str, runtime: Any, field: str) -> Iterable[Need]:
     """A device of this machine that the config names; those of a cluster are Ray's to find."""
     from ttmray.models.bundle import resolve_device
 
-    if (pool or runtime).runner == "local":
+    if runtime.runner == "local":
         yield Need(resolve_device, (runtime.device,), f"Set {section}.{field}.device to auto or cpu.")

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Address, Config, ConfigT, execution, fingerprint, identity
+from ttmray.config import Config, ConfigT, Location, execution, fingerprint, identity
 from ttmray.corpus.scores import COLUMN, SCORES
 from ttmray.errors import UserError
 from ttmray.evaluation.systems import SYSTEM_NAME
@@ -30,7 +30,7 @@ from ttmray.recipes.chain import Step, fill, merged, run_chain
 from ttmray.recipes.needs import Need, needs_of, plots, problem, text_if_there
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
-from ttmray.training.config import ModelConfig, TrainConfig, with_absolute_paths
+from ttmray.training.config import ModelConfig, TrainConfig
 
 Stage = Literal["stage1", "stage2", "control", "stage3"]
 RANKER = "ranker"
@@ -84,11 +84,11 @@ class ReproduceConfig(Config):
     """`jobs/reproduce.py` and `ttmray reproduce`. The sections are configs of the jobs without what the chain fills in:
     outputs, checkpoints, pools, pairs, corpora and prompts."""
 
-    output: Address = execution("runs/reproduce", min_length=1)
+    output: Location = execution("runs/reproduce")
     """Run folder: a local path or s3:// prefix."""
     bundle: BundleName = "debug"
     """Models of all steps."""
-    prompts: str | None = execution(None)
+    prompts: Location | None = execution(None)
     """File of the prompts of the evaluation. Pools and pairs must not use them."""
     weights: str = Field("raw", pattern=r"^(raw|ema:[0-9.]+)$")
     """Weights that go from stage to stage: `raw` as in the released chain, or `ema:0.05`."""
@@ -153,8 +153,6 @@ def reproduce(
         UserError: for everything that the user can mend; all sections, and everything that a step to do needs from
             outside of the run folder, are checked before the first step runs.
     """
-    if config.prompts is not None:
-        config = config.model_copy(update={"prompts": absolute(config.prompts)})
     steps = build_steps(config)
     root = Folder.at(config.output)
     return run_chain(root, steps, _fingerprints(config, steps), first=first, last=last, plan_only=plan_only)
@@ -239,7 +237,6 @@ class _Chain:
         from ttmray.corpus.job import score_corpus
 
         corpus = self.section(CorpusConfig, "corpus", self.config.corpus, output=self.path("corpus"))
-        corpus = corpus.model_copy(update={"input": absolute(corpus.input)})
         self.add("corpus", corpus, lambda: score_corpus(corpus), "corpus/_SUCCESS.json", page="corpus/summary.md")
 
     def add_ranker(self) -> None:
@@ -256,8 +253,8 @@ class _Chain:
             return
         ranker = self.section(RankerConfig, "ranker", self.config.ranker, output=path("ranker"), sources=made_up)
         after = ["votes"] if made_up else []
-        made = ("ranker/metrics.json", "ranker/tunejury.safetensors")
-        self.add("ranker", ranker, lambda: train_ranker(ranker), *made, after=after, page="ranker/summary.md")
+        files = ("ranker/metrics.json", "ranker/tunejury.safetensors")
+        self.add("ranker", ranker, lambda: train_ranker(ranker), *files, after=after, page="ranker/summary.md")
 
     def add_rescoring(self) -> None:
         """From here on rewards are those of the ranker: of the corpus by a table of scores, of clips by the bundle."""
@@ -278,15 +275,15 @@ class _Chain:
         from ttmray.training.sft import train_sft
 
         place, links = self.path("stage1"), {"output": self.path("stage1"), "data": self.data}
-        stage1 = with_absolute_paths(self.section(TrainConfig, "stage1", self.config.stage1, **links))
+        stage1 = self.section(TrainConfig, "stage1", self.config.stage1, **links)
         self.weights["stage1"], self.models["stage1"] = "stage1/weights.safetensors", stage1.model
-        made = ("stage1/_SUCCESS.json", self.weights["stage1"])
+        files = ("stage1/_SUCCESS.json", self.weights["stage1"])
 
         def run() -> int:
             self.check_captions()
             return train_sft(stage1) or export_again(place, self.config.weights)
 
-        self.add("stage1", stage1, run, *made, after=["corpus", *self.scored_by])
+        self.add("stage1", stage1, run, *files, after=["corpus", *self.scored_by])
 
     def check_captions(self) -> None:
         """Whether the corpus has the prompts of the pools: it is known as soon as the corpus is, days before them.
@@ -349,8 +346,8 @@ class _Chain:
         self.weights[name], self.models[name] = f"{place}/round-{stage2.rounds}/{end}.safetensors", stage2.model
         page = "" if control else f"{place}/round-1/selection/selection.md"
         after = ["corpus", *self.scored_by, "stage1", *([] if control else ["pool"])]
-        made = (f"{place}/_SUCCESS.json", self.weights[name])
-        self.add(name, stage2, lambda: expert_iteration(stage2), *made, after=after, page=page, section="stage2")
+        files = (f"{place}/_SUCCESS.json", self.weights[name])
+        self.add(name, stage2, lambda: expert_iteration(stage2), *files, after=after, page=page, section="stage2")
 
     def add_pairs(self, given: Mapping[str, Any]) -> None:
         from ttmray.training.pairs import PairsConfig, build_pairs
@@ -373,12 +370,12 @@ class _Chain:
         stage3 = self.section(CrpoConfig, "stage3", given, **links)
         self._check_head("stage3", stage3.model, parent)
         self.weights["stage3"], self.models["stage3"] = "stage3/weights.safetensors", stage3.model
-        made = ("stage3/_SUCCESS.json", self.weights["stage3"])
+        files = ("stage3/_SUCCESS.json", self.weights["stage3"])
 
         def run() -> int:
             return train_crpo(stage3) or export_again(place, self.config.weights)
 
-        self.add("stage3", stage3, run, *made, after=["pairs", parent])
+        self.add("stage3", stage3, run, *files, after=["pairs", parent])
 
     def add_system(self, name: str, system: SystemConfig, given: Mapping[str, Any]) -> None:
         """The clips of a system, and before them the step that finds out at which of its scores it is best."""
@@ -435,13 +432,13 @@ class _Chain:
         links: dict[str, Any] = {"output": self.path("evaluation"), "prompts": self.config.prompts}
         links |= {"folders": [f"{name}={absolute(place)}" for name, place in places.items()]}
         evaluation = self.section(EvaluateConfig, "evaluate", given, training=self.path("corpus"), **links)
-        made = ("evaluation/_SUCCESS.json", "evaluation/report/index.html")
+        files = ("evaluation/_SUCCESS.json", "evaluation/report/index.html")
         after = [*self.scored_by, *(f"generate-{name}" for name, one in systems.items() if one.clips is None)]
 
         def run() -> int:
             return evaluate(evaluation) or report(evaluation.output)
 
-        self.add("evaluate", evaluation, run, *made, after=after, page=made[1], needs=[plots()])
+        self.add("evaluate", evaluation, run, *files, after=after, page=files[1], needs=[plots()])
 
 
 def _from_outside(config: ReproduceConfig, step: str) -> dict[str, str]:

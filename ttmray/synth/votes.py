@@ -51,23 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
         "--prefer", default="reward_score", metavar="COLUMN", help="score column (default reward_score)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
-    if given.count < 1:
-        raise UserError(f"--count is {given.count}, but a table needs at least one vote.", "Give 1 or more.")
-    runs.read(Folder.at(given.run), "corpus")
-    run = Folder.at(given.run)
-    table = with_columns(run, index.read_index(run), [given.prefer])
-    require_column(run, given.prefer)  # one of text is no score
-    rows = [row for row in table.to_pylist() if row["status"] == "ok" and row[given.prefer] is not None]
-    rewards = np.array([row[given.prefer] for row in rows], np.float64)
-    votes = draw_votes([row["key"] for row in rows], rewards, given.count, given.seed)
+    options = parser.parse_args(arguments)
+    if options.count < 1:
+        raise UserError(f"--count is {options.count}, but a table needs at least one vote.", "Give 1 or more.")
+    runs.read(Folder.at(options.run), "corpus")
+    run = Folder.at(options.run)
+    table = with_columns(run, index.read_index(run), [options.prefer])
+    require_column(run, options.prefer)  # one of text is no score
+    rows = [row for row in table.to_pylist() if row["status"] == "ok" and row[options.prefer] is not None]
+    rewards = np.array([row[options.prefer] for row in rows], np.float64)
+    votes = draw_votes([row["key"] for row in rows], rewards, options.count, options.seed)
     text = io.StringIO()
     writer = csv.DictWriter(text, ["a", "b", "label"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(votes)
-    folder, name = split_path(given.table)
+    folder, name = split_path(options.table)
     folder.write(name, text.getvalue().encode())
-    print(f"{len(votes)} votes about {len(rows)} clips: {given.table}")
+    print(f"{len(votes)} votes about {len(rows)} clips: {options.table}")
     return 0
 
 

@@ -140,8 +140,8 @@ def load(folder: Folder, name: str) -> TrainingState:
         data = where.read(file)
         _require(where.path(file), hashlib.sha256(data).hexdigest(), body["files"][file]["sha256"])
         tensors[part], _ = unpack(data, where.path(file))
-    kept = ("step", "samples", "config", "identity", "position", "rng", "ema_step", "optimizer_layout")
-    rest: dict[str, Any] = {key: body[key] for key in kept}
+    fields = ("step", "samples", "config", "identity", "position", "rng", "ema_step", "optimizer_layout")
+    rest: dict[str, Any] = {key: body[key] for key in fields}
     rest["facts"] = body.get("facts", {})  # checkpoints of earlier versions have none
     return TrainingState(**rest, **tensors)
 
@@ -171,12 +171,12 @@ def newest_valid(folder: Folder) -> str | None:
         UserError: there are checkpoints and none is valid. Starting over would replace them, so a person decides.
     """
     names = committed(folder)
-    found = _first_valid(folder, names)
-    if names and found is None:
+    newest = _first_valid(folder, names)
+    if names and newest is None:
         raise UserError(
             f"{folder}: none of the {len(names)} checkpoints is valid.", "Restore one or delete the folder."
         )
-    return found
+    return newest
 
 
 def _first_valid(folder: Folder, names: Sequence[str]) -> str | None:
@@ -221,10 +221,10 @@ def sweep(folder: Folder) -> list[str]:
         Names of the checkpoints that were never committed.
     """
     folder.sweep_temporary(older_than_s=0)
-    found = {entry.name.split("/")[0] for entry in folder.files(sizes=False)}
+    entries = {entry.name.split("/")[0] for entry in folder.files(sizes=False)}
     if not folder.remote and os.path.isdir(folder.uri):
-        found |= set(os.listdir(folder.uri))  # empty folders, too
-    left = sorted(name for name in found - set(committed(folder)) if _STEP.fullmatch(name))
+        entries |= set(os.listdir(folder.uri))  # empty folders, too
+    left = sorted(name for name in entries - set(committed(folder)) if _STEP.fullmatch(name))
     for name in left:
         _remove(folder, name)
     return left
@@ -274,10 +274,10 @@ class BackgroundSaver:
         copies = {}
         for name, tensor in tensors.items():
             place = f"{part}/{name}"
-            kept = self._copies.get(place)
-            if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
-                kept = self._copies[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[name] = kept.copy_(tensor.detach(), non_blocking=True)
+            buffer = self._copies.get(place)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = self._copies[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
         return copies
 
     def _write(self, state: TrainingState) -> None:

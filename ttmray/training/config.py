@@ -4,10 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.config import Address, Config, added, execution
+from ttmray.cluster import RuntimeConfig
+from ttmray.config import Config, Device, Location, added, execution
 from ttmray.generation.steering import SteeringConfig
 from ttmray.models.score_heads import Head, Null
-from ttmray.storage import absolute
 from ttmray.training.data import DataConfig
 from ttmray.training.flow_matching import FlowMatchingConfig
 from ttmray.training.schedule import Schedule
@@ -26,7 +26,7 @@ class ModelConfig(Config):
     """Pooled features of a dropped text, of training from scratch; weights from a file bring their own. `zeros`: what
     clips without a caption have, too. `clap`: CLAP's vector of the empty text, as in the public trainer. Token features
     are T5's of the empty text in both. The paper does not say."""
-    init: str | None = execution(None)
+    init: Location | None = execution(None)
     """Weights to start from: an exported or a released file, local or s3:// (copied to each machine). Default: from
     scratch. Their hash is part of the identity."""
     init_head: Head | None = execution(None)
@@ -105,15 +105,13 @@ class SampleConfig(Config):
     """Euler steps."""
 
 
-class RuntimeConfig(Config):
+class TrainRuntime(RuntimeConfig):
     """Where and how fast. None of it changes the trajectory beyond the order of sums."""
 
-    runner: Literal["local", "ray"] = "local"
-    """`local` trains in this process on one device; `ray` starts workers with Ray Train."""
     workers: int = Field(1, ge=1)
     """Ray Train workers, one device each."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Device of a worker; `auto` is cuda where there is one: in this machine, or under Ray in the cluster."""
+    device: Device = "auto"
+    """Of a worker; `auto` is cuda where there is one: in this machine, or under Ray in the cluster."""
     cpus: float = Field(1.0, gt=0)
     """CPUs that Ray reserves per worker."""
     threads: int | None = Field(None, ge=1)
@@ -140,7 +138,7 @@ class RuntimeConfig(Config):
 class TrainConfig(Config):
     """`jobs/train_sft.py` and `ttmray train-sft`: Stage 1, from scratch or from weights."""
 
-    output: Address = execution(min_length=1)
+    output: Location = execution()
     """Run folder: a local path or s3:// prefix."""
     data: DataConfig
     """Corpora and their mixture."""
@@ -162,7 +160,7 @@ class TrainConfig(Config):
     samples: SampleConfig = execution(SampleConfig())
     cross_load: SteeringConfig = execution(SteeringConfig())
     """What is measured at the start where `model.init` was trained with another head (training/cross_load.py)."""
-    runtime: RuntimeConfig = execution(RuntimeConfig())
+    runtime: TrainRuntime = execution(TrainRuntime())
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -182,16 +180,3 @@ class TrainConfig(Config):
         if self.runtime.runner == "ray" and ":" in self.runtime.device:
             raise ValueError("runtime.device: Ray chooses the GPUs, so it is cuda, cpu or auto")
         return self
-
-
-def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Ray workers run elsewhere: every path absolute."""
-    sources = tuple(
-        source.model_copy(
-            update={"corpus": absolute(source.corpus), "keys": absolute(source.keys) if source.keys else None}
-        )
-        for source in config.data.sources
-    )
-    model = config.model.model_copy(update={"init": absolute(config.model.init) if config.model.init else None})
-    data = config.data.model_copy(update={"sources": sources, "cache": absolute(config.data.cache)})
-    return config.model_copy(update={"output": absolute(config.output), "data": data, "model": model})

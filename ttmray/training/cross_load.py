@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ttmray.cluster import PoolConfig, alone, each
+from ttmray.cluster import ActorsConfig, alone, each
 from ttmray.console import console
 from ttmray.generation.steering import SteeringConfig, compare, lines, lost
 from ttmray.models.backbone_weights import read_config, tidy, with_head
@@ -45,7 +45,7 @@ def report_cross_load(config: TrainConfig, make_task: "MakeTask", device: torch.
     if report is None and config.cross_load.prompts:
         runtime = config.runtime
         gpus = float(device.type == "cuda")
-        pool = PoolConfig(runner=runtime.runner, workers=1, cpus=runtime.cpus, gpus=gpus)
+        pool = ActorsConfig(runner=runtime.runner, workers=1, cpus=runtime.cpus, gpus=gpus)
         make = partial(_Measure, type(config), config.model_dump_json(), make_task, str(device), crossed.weights)
         with alone():
             (measured,) = each(make, [config.cross_load], pool)

@@ -9,9 +9,7 @@ are as many forwards, a quarter of the work; they pay where several runs share t
 """
 
 import copy
-import json
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,25 +22,25 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ttmray.cluster import PoolConfig, alone, each
-from ttmray.config import execution, fingerprint
+from ttmray.cluster import ActorsConfig, alone, each
+from ttmray.config import Location, execution, fingerprint
 from ttmray.console import console, meter
 from ttmray.errors import UserError
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import read_config, tidy
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
-from ttmray.storage import Folder, absolute
-from ttmray.training.clips import Clips
-from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig, with_absolute_paths
-from ttmray.training.data import DataConfig, Mixture, Samples, loader, open_mixture
+from ttmray.storage import Folder
+from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from ttmray.training.data import Samples, loader
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.logbook import METRICS
-from ttmray.training.loop import Losses, Task, fast_kernels, unsynchronised
+from ttmray.training.loop import fast_kernels, unsynchronised
 from ttmray.training.memory import step_flops
-from ttmray.training.pairs import pool_score, read_pairs
+from ttmray.training.pair_mixture import open_pairs
+from ttmray.training.pairs import pool_score
 from ttmray.training.reference_losses import ReferenceLosses
 from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, score_facts, write_samples
+from ttmray.training.task import Losses, Task
 
 LogRatio = Literal["tangoflux", "equation_1"]
 FACTORS: dict[LogRatio, float] = {"tangoflux": 0.5, "equation_1": 1.0}
@@ -50,7 +48,7 @@ FACTORS: dict[LogRatio, float] = {"tangoflux": 0.5, "equation_1": 1.0}
 paper's Eq. 1 shows beta without it."""
 PairScore = float | Literal["pair", "own"] | None
 WATCHED = 10
-"""Log lines over which `LoserWatch` looks."""
+"""Log lines over which `losers_rise` looks."""
 
 
 class CrpoFlow(FlowMatchingConfig):
@@ -72,7 +70,7 @@ class CrpoOptimizer(OptimizerConfig):
 class CrpoConfig(TrainConfig):
     """`jobs/train_crpo.py` and `ttmray train-crpo`: Stage 3. `data.sources` is the pool of the pairs."""
 
-    pairs: str = execution()
+    pairs: Location = execution()
     """`pairs.parquet` of `ttmray pairs`. What it holds is part of the identity."""
     beta: float = Field(2000.0, gt=0)
     """Of DPO (paper). Losses are means over frames and channels; for sums it would be divided by their number."""
@@ -89,7 +87,7 @@ class CrpoConfig(TrainConfig):
     answers to the same prompt and score. With `own` they have different scores, so the head, which learned what clips
     of those rewards look like, can explain the preference by s, and what is left to learn is another thing: to fit
     winners at high scores and to unfit losers at low ones."""
-    reference_losses: str | None = execution(None)
+    reference_losses: Location | None = execution(None)
     """Folder (local or s3://) where the reference's losses are computed ahead, unless they are there: runs that differ
     in beta, rates, lambda or length share them (`training/reference_losses.py`). null: the reference runs beside the
     policy."""
@@ -146,89 +144,23 @@ def crpo_losses(
     return CrpoLosses(dpo + fm_weight * winner, dpo, inside)
 
 
-class PairMixture(Mixture):
-    """Pairs as an endless, reproducible sequence. A sample is a pair, read as two rows that share their draws; of B
-    pairs come first all winners, then all losers.
+def losers_rise(lines: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the margin grows by worse losers and not by better winners, over the last `WATCHED` log lines.
+
+    Both are losses less those of the reference at the same draws, which takes the noise of the draws out. It does where
+    from the older half of the lines to the newer one the loser's loss rises by more than two standard errors, and the
+    winner's does not fall.
 
     Args:
-        pool: clips that the pairs are of.
-        winners, losers: (n,) rows of the pool.
-        seed: of the order and the draws.
+        lines: means of `CrpoTask.losses`'s numbers over a log line each, the newest last; with too few of them: no.
     """
-
-    def __init__(self, pool: Clips, winners: np.ndarray, losers: np.ndarray, seed: int) -> None:
-        super().__init__([pool], [1.0], seed)
-        self._winners, self._losers = winners, losers
-
-    def __len__(self) -> int:
-        return len(self._winners)
-
-    def _permuted(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(len(self))
-
-    def read(
-        self, clips: np.ndarray, numbers: Sequence[int], streams: Sequence[tuple[int, int]], pin: bool = False
-    ) -> Samples:
-        """Winners and losers of the pairs `clips`; see `Mixture.read`."""
-        rows = np.concatenate([self._winners[clips], self._losers[clips]])
-        return super().read(rows, [*numbers, *numbers], [*streams, *streams], pin)
-
-    def scores(self) -> np.ndarray:
-        """(2, n) float32: rewards of all winners, and of all losers."""
-        return self.sources[0].score[np.stack([self._winners, self._losers])]
-
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of the pool and the pairs."""
-        pairs = [self._winners.tolist(), self._losers.tolist()]
-        return fingerprint({"pool": super().fingerprint(), "pairs": pairs})
-
-
-def open_pairs(path: str, data: DataConfig) -> PairMixture:
-    """The pairs of a file, read from the pool `data.sources`.
-
-    Raises:
-        UserError: another pool, or one that lacks a clip.
-    """
-    pool = open_mixture(data).sources[0]
-    table = read_pairs(path, pool.corpus)
-    row_of = {key: row for row, key in enumerate(pool.keys.to_pylist())}
-    absent = [key for side in ("winner", "loser") for key in table[side].to_pylist() if key not in row_of]
-    if absent:
-        source = data.sources[0]
-        raise UserError(
-            f"{path}: {len(absent)} clips are not among those of {source.corpus}, e.g. {absent[0]}.",
-            "Set split: all and keys: null for the pool in data.sources.",
-        )
-    winners, losers = (np.array([row_of[key] for key in table[side].to_pylist()]) for side in ("winner", "loser"))
-    return PairMixture(pool, winners, losers, data.seed)
-
-
-class LoserWatch:
-    """Notices when the margin grows by worse losers and not by better winners.
-
-    Both numbers are losses less those of the reference at the same draws, which takes the noise of the draws out.
-    """
-
-    def __init__(self, lines: int = WATCHED) -> None:
-        self.lines = lines
-        self.history: deque[tuple[float, float]] = deque(maxlen=lines)
-        self.bad = False
-
-    def add(self, winner: float, loser: float) -> bool:
-        """Means over a log line; true where the trouble begins, false while it lasts.
-
-        Trouble: from the older half of the window to the newer one the loser's loss rises by more than two standard
-        errors, and the winner's does not fall.
-        """
-        self.history.append((winner, loser))
-        if len(self.history) < self.lines:
-            return False
-        older, newer = np.split(np.array(self.history), [self.lines // 2])
-        rise = newer.mean(0) - older.mean(0)
-        error = np.sqrt(newer.var(0, ddof=1) / len(newer) + older.var(0, ddof=1) / len(older))
-        bad = bool(rise[1] > 2 * error[1] and rise[0] >= 0)
-        begins, self.bad = bad and not self.bad, bad
-        return begins
+    if len(lines) < WATCHED:
+        return False
+    sides = [[line[f"{side}_loss"] - line[f"reference_{side}_loss"] for side in ("winner", "loser")] for line in lines]
+    older, newer = np.split(np.array(sides[-WATCHED:]), 2)
+    rise = newer.mean(0) - older.mean(0)
+    error = np.sqrt(newer.var(0, ddof=1) / len(newer) + older.var(0, ddof=1) / len(older))
+    return bool(rise[1] > 2 * error[1] and rise[0] >= 0)
 
 
 class CrpoTask:
@@ -272,9 +204,6 @@ class CrpoTask:
         # two clips forward and backward, and forward through the reference
         self.clips_per_sample, self.frozen_models = 2, int(self.reference is not None)
         self.flops_per_sample = step_flops(self.model.config) * (2 + 2 / 3 * self.frozen_models)
-        self.watch = LoserWatch()
-        self.watched = 0
-        """Update of the last log line that the watch has seen."""
         self.rank = 0
 
     def open_table(self, device_batch: int, device: torch.device) -> ReferenceLosses | None:
@@ -294,17 +223,17 @@ class CrpoTask:
         samples = self.scored(samples)
         every, update = self.config.gradients_every, int(samples.numbers[0]) // self.config.batch
         measured = self.gradient_norms(samples, forward) if every and update % every == 0 else {}
-        winner, loser, reference_winner, reference_loser, found, t = self._terms(samples, forward)
+        winner, loser, reference_winner, reference_loser, pair, t = self._terms(samples, forward)
         extra = {
             "winner_loss": winner,
             "loser_loss": loser,
             "reference_winner_loss": reference_winner,
             "reference_loser_loss": reference_loser,
-            "margin": found.inside,
-            "implicit_accuracy": (found.inside > 0).float(),
+            "margin": pair.inside,
+            "implicit_accuracy": (pair.inside > 0).float(),
             **measured,
         }
-        return Losses(found.total, t, extra)
+        return Losses(pair.total, t, extra)
 
     def gradient_norms(self, samples: Samples, forward: Callable[..., Tensor]) -> dict[str, Tensor]:
         """Norms of the gradients of the two terms of the loss, and their ratio, on a micro-batch of this rank.
@@ -316,8 +245,8 @@ class CrpoTask:
         norms = []
         for fm in (False, True):
             with unsynchronised(forward):  # the model that trains, but for this rank alone
-                winner, *_, found, _ = self._terms(samples, forward)
-            term = self.config.fm_weight * winner.mean() if fm else found.dpo.mean()
+                winner, *_, pair, _ = self._terms(samples, forward)
+            term = self.config.fm_weight * winner.mean() if fm else pair.dpo.mean()
             gradients = torch.autograd.grad(term, parameters, allow_unused=True)
             norms.append(get_total_norm([g for g in gradients if g is not None]))
         ratio = norms[0] / norms[1].clamp_min(1e-30)
@@ -335,7 +264,7 @@ class CrpoTask:
         else:
             reference = self.reference_losses(samples)
         reference_winner, reference_loser = reference.unbind(1)
-        found = crpo_losses(
+        pair = crpo_losses(
             winner,
             loser,
             reference_winner,
@@ -344,7 +273,7 @@ class CrpoTask:
             fm_weight=self.config.fm_weight,
             factor=FACTORS[self.config.log_ratio],
         )
-        return winner, loser, reference_winner, reference_loser, found, t.chunk(2)[0]
+        return winner, loser, reference_winner, reference_loser, pair, t.chunk(2)[0]
 
     @torch.no_grad()
     def reference_losses(self, samples: Samples) -> Tensor:
@@ -370,27 +299,16 @@ class CrpoTask:
     def sample(self, folder: Folder, step: int) -> None:
         write_samples(self.model, self.config, corpus_bundle(self.config.data), folder, step)
 
-    def note(self, start: int, stop: int) -> dict[str, Any]:
-        """`loser_rises`, by the lines before this one: they are of all ranks, and a run that goes on has them, too.
-
-        In a bucket, lines are there from the next checkpoint on.
-        """
-        if self.rank:
-            return {}
-        out, begins = Folder.at(self.config.output), False
-        lines = out.read(METRICS).splitlines() if out.exists(METRICS) else []
-        for line in map(json.loads, lines):
-            if self.watched < line["step"] <= start // self.config.batch:
-                self.watched = line["step"]
-                winner, loser = (line[f"{side}_loss"] - line[f"reference_{side}_loss"] for side in ("winner", "loser"))
-                begins = self.watch.add(winner, loser)
-        if begins:
+    def note(self, start: int, stop: int, lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """`loser_rises`: see `losers_rise`. Said aloud where it begins."""
+        rises = losers_rise(lines)
+        if rises and not self.rank and not losers_rise(list(lines)[:-1]):
             console.print(
-                f"[yellow]update {self.watched}: over the last {WATCHED} log lines the losers' loss rose and the "
-                "winners' did not fall: the policy unlearns losers and learns nothing from winners. Compare earlier "
-                "checkpoints, or lower optimizer.lr.[/yellow]"
+                f"[yellow]update {stop // self.config.batch}: over the last {WATCHED} log lines the losers' loss rose "
+                "and the winners' did not fall: the policy unlearns losers and learns nothing from winners. Compare "
+                "earlier checkpoints, or lower optimizer.lr.[/yellow]"
             )
-        return {"loser_rises": self.watch.bad}
+        return {"loser_rises": rises}
 
 
 def _seen(own: np.ndarray, score: PairScore) -> np.ndarray:
@@ -440,11 +358,7 @@ def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = Fal
     """Stage 3 from start to end, or from where it was; returns the exit code."""
     from ttmray.training.launch import launch
 
-    paths = {"pairs": absolute(config.pairs)}
-    if config.reference_losses is not None:
-        paths["reference_losses"] = absolute(config.reference_losses)
-    ready = with_absolute_paths(config).model_copy(update=paths)
-    return launch("crpo", ready, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
+    return launch("crpo", config, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
 
 
 def _reference_key(
@@ -473,7 +387,7 @@ def _precompute(config: TrainConfig, task: Task, device_batch: int, device: torc
     todo = table.missing(config.steps * config.batch)
     runtime = config.runtime
     gpus = float(device.type == "cuda")
-    pool = PoolConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=gpus)
+    pool = ActorsConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=gpus)
     make = partial(_ReferencePart, config.model_dump_json(), str(device), device_batch)
     with alone(), meter("reference, pairs", len(todo) * ReferenceLosses.PART) as progress:
         for part, losses in each(make, todo, pool):
@@ -491,10 +405,10 @@ class _ReferencePart:
         self.task = CrpoTask(self.config, self.device)
 
     def __call__(self, part: int) -> tuple[int, Tensor]:
-        found: list[Tensor] = []
+        parts: list[Tensor] = []
         batches = loader(self.task.pairs, self.config.data, start=part * ReferenceLosses.PART, batch=self.batch)
         for _, samples in zip(range(-(-ReferenceLosses.PART // self.batch)), batches, strict=False):
             samples = self.task.scored(samples.to(self.device))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                found.append(self.task.reference_losses(samples).float().cpu())
-        return part, torch.cat(found)[: ReferenceLosses.PART]
+                parts.append(self.task.reference_losses(samples).float().cpu())
+        return part, torch.cat(parts)[: ReferenceLosses.PART]

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ttmray.config import Config, execution, fingerprint
+from ttmray.config import Config, Location, execution, fingerprint
 from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.errors import UserError
 from ttmray.storage import Folder
@@ -40,14 +40,14 @@ _NOT_FINITE = 0x7C00  # exponent of infinities and NaN in float16
 class SourceConfig(Config):
     """Clips of one corpus and how often they are drawn."""
 
-    corpus: str = execution()
+    corpus: Location = execution()
     """Run folder of a corpus job, local or s3://, finished or still growing."""
     split: Literal["train", "validation", "test", "all"] = "train"
     """Which clips."""
     repeat: float = Field(1.0, ge=0)
     """Draws of a clip per epoch: the whole part exactly for every clip, the rest for a seeded part of them that is
     another one in every epoch. Evaluation ignores it, unless it is 0."""
-    keys: str | None = execution(None)
+    keys: Location | None = execution(None)
     """File of the clip keys to keep: one per line, or a column `key` (.csv, .tsv, .parquet). Default: all clips. A
     column `weight` weighs their losses in training, as reward-weighted fine-tuning does."""
     score_column: str | None = Field("instrumental_reward_score", pattern=COLUMN)
@@ -66,7 +66,7 @@ class DataConfig(Config):
     """Threads that read ahead, per rank; 0: none, training waits for every micro-batch."""
     prefetch: int = execution(8, ge=1)
     """Micro-batches that are read ahead."""
-    cache: str = execution("~/.cache/ttmray/corpora")
+    cache: Location = execution("~/.cache/ttmray/corpora")
     """Local folder for copies of the shards of remote corpora."""
     cache_gib: float = execution(100.0, gt=0)
     """Bound of that folder. The chosen clips of all sources must fit."""
@@ -316,9 +316,9 @@ def require_one_protocol(sources: Sequence[SourceConfig]) -> None:
 
 def draws(seed: int, number: int, shape: tuple[int, int]) -> Draws:
     """The draws of training sample `number` for latents of `shape` (frames, channels); scalars are (1,)."""
-    made = Draws(*(np.empty(1, np.float32) for _ in range(3)), *(np.empty((1, *shape), np.float32) for _ in range(2)))
-    _draw(seed, (_TRAINING, number), made)
-    return made._replace(posterior_noise=made.posterior_noise[0], noise=made.noise[0])
+    one = Draws(*(np.empty(1, np.float32) for _ in range(3)), *(np.empty((1, *shape), np.float32) for _ in range(2)))
+    _draw(seed, (_TRAINING, number), one)
+    return one._replace(posterior_noise=one.posterior_noise[0], noise=one.noise[0])
 
 
 def loader(

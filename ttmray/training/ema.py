@@ -102,12 +102,12 @@ class PowerEMA:
             UserError: a `sigma_rel` that is not averaged.
         """
         weights, average = self._weights(model), self._of(sigma_rel)
-        kept = [weight.clone() for weight in weights]
+        originals = [weight.clone() for weight in weights]
         torch._foreach_copy_(weights, average)
         try:
             yield
         finally:
-            torch._foreach_copy_(weights, kept)
+            torch._foreach_copy_(weights, originals)
 
     def _of(self, sigma_rel: float) -> list[Tensor]:
         if sigma_rel not in self.averages:
@@ -173,8 +173,8 @@ def synthesis_weights(steps: Sequence[int], sigma_rels: Sequence[float], step: i
     gammas = np.array([gamma_of(sigma) for sigma in sigma_rels], np.float32).astype(np.float64)
     times = np.array(steps, np.float64)
     matrix = _overlap(times[:, None], gammas[:, None], times[None, :], gammas[None, :])
-    wanted = np.array([gamma_of(sigma_rel)], np.float32).astype(np.float64)
-    return np.linalg.solve(matrix, _overlap(times, gammas, np.array([float(step)]), wanted))
+    gamma = np.array([gamma_of(sigma_rel)], np.float32).astype(np.float64)
+    return np.linalg.solve(matrix, _overlap(times, gammas, np.array([float(step)]), gamma))
 
 
 def synthesise(folder: Folder, sigma_rel: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
@@ -194,27 +194,27 @@ def synthesise(folder: Folder, sigma_rel: float, step: int | None = None) -> tup
         UserError: no snapshots, a step that lies after the newest one, a sigma_rel out of range, a damaged file or
             files of different models.
     """
-    found = sorted(
+    snapshots = sorted(
         (int(match[2]), float(match[1]), entry.name)
         for entry in folder.files(sizes=False)
         if (match := _SNAPSHOT_NAME.fullmatch(entry.name))
     )
-    if not found:
+    if not snapshots:
         raise UserError(
             f"{folder}: there are no EMA snapshots.", "Training writes them every ema.snapshot_every steps."
         )
-    newest = found[-1][0]
+    newest = snapshots[-1][0]
     step = newest if step is None else step
     if not 0 < step <= newest:
         raise UserError(f"{folder}: no average of step {step} can be made; the newest snapshot is of step {newest}.")
     try:
-        weights = synthesis_weights([s for s, _, _ in found], [sigma for _, sigma, _ in found], step, sigma_rel)
+        weights = synthesis_weights([s for s, _, _ in snapshots], [sigma for _, sigma, _ in snapshots], step, sigma_rel)
     except ValueError as error:
         raise UserError(f"{folder}: {error}.") from error
     sums: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
-    for weight, (_, _, name) in zip(weights.tolist(), found, strict=True):
+    for weight, (_, _, name) in zip(weights.tolist(), snapshots, strict=True):
         tensors, about = unpack(folder.read(name), folder.path(name))
         if sums and set(about.get("averaged", ())) != sums.keys():
             raise UserError(f"{folder.path(name)} holds other averages than the snapshots before it.")

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from ttmray import runs
 from ttmray.cluster import alone
-from ttmray.config import Config, execution, identity
+from ttmray.config import Config, Location, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation import pool
@@ -22,8 +22,8 @@ from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool, 
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import SUCCESS
-from ttmray.storage import Folder, absolute
-from ttmray.training.config import OptimizerConfig, TrainConfig, with_absolute_paths
+from ttmray.storage import Folder
+from ttmray.training.config import OptimizerConfig, TrainConfig
 from ttmray.training.data import SourceConfig, open_mixture
 from ttmray.training.export import export
 from ttmray.training.launch import claim, launch
@@ -65,7 +65,7 @@ class ExpertIterationConfig(TrainConfig):
     """Rounds of sampling and training; every one trains on the clips of its own pool."""
     pool: CandidatesConfig | None = None
     """What is sampled in every round; checkpoint and output are those of the round."""
-    pools: tuple[str, ...] = execution(())
+    pools: tuple[Location, ...] = execution(())
     """Finished pools of the first rounds, in place of sampling them."""
     filter: FilterConfig = FilterConfig()
     """What is kept of a pool; with a `temperature`, reward-weighted fine-tuning on all of it."""
@@ -106,7 +106,6 @@ def expert_iteration(
     Raises:
         UserError: for everything that the user can mend.
     """
-    config = absolute_paths(config)
     if sample_pool is None and config.pool is not None:
         sample_pool = partial(pool.sample_pool, config.pool)
     assert config.model.init is not None
@@ -233,9 +232,3 @@ def _described(config: ExpertIterationConfig, weights: str) -> dict[str, Any]:
     init = digest_file(weights_file(weights, "model.init")).sha256
     what = {"config": settings, "data": open_mixture(config.data).fingerprint(), "init": init}
     return runs.describe("expert-iteration", what, config, ("torch", "numpy"))
-
-
-def absolute_paths(config: ExpertIterationConfig) -> ExpertIterationConfig:
-    """Ray workers run elsewhere: every path absolute."""
-    pools = tuple(absolute(path) for path in config.pools)
-    return with_absolute_paths(config).model_copy(update={"pools": pools})  # type: ignore[return-value]

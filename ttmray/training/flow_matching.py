@@ -101,8 +101,8 @@ def drop_text(text: Tensor, text_c: Tensor, empty: Tensor, empty_c: Tensor, drop
         empty_c: (E,) its pooled features.
         dropped: (B,) bool.
     """
-    kept = text.to(empty.dtype), text_c.to(empty_c.dtype)
-    return torch.where(dropped[:, None, None], empty, kept[0]), torch.where(dropped[:, None], empty_c, kept[1])
+    features = text.to(empty.dtype), text_c.to(empty_c.dtype)
+    return torch.where(dropped[:, None, None], empty, features[0]), torch.where(dropped[:, None], empty_c, features[1])
 
 
 def flow_losses(

@@ -25,8 +25,9 @@ from ttmray.training.checkpoint import committed
 from ttmray.training.config import TrainConfig
 from ttmray.training.cross_load import report_cross_load
 from ttmray.training.logbook import METRICS
-from ttmray.training.loop import CHECKPOINTS, Ranks, Task, train, trajectory
+from ttmray.training.loop import CHECKPOINTS, train, trajectory
 from ttmray.training.memory import Split, split_batch
+from ttmray.training.task import Ranks, Task
 
 MakeTask = Callable[[TrainConfig, torch.device], Task]
 
@@ -183,8 +184,8 @@ def _ray_device(config: TrainConfig) -> tuple[torch.device, int | None]:
     """Device of the workers, and the free bytes of one of the cluster's GPUs."""
     import ray
 
-    wanted = config.runtime.device
-    if wanted == "cpu" or (wanted == "auto" and not ray.cluster_resources().get("GPU")):
+    device = config.runtime.device
+    if device == "cpu" or (device == "auto" and not ray.cluster_resources().get("GPU")):
         return torch.device("cpu"), None
     require_gpus(config.runtime.workers, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers.")
     return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes).remote()))
@@ -208,7 +209,7 @@ def _train_on_ray(
     from ray.train.torch import TorchTrainer
 
     runtime, gpu = config.runtime, device.type == "cuda"
-    given = {
+    job = {
         "config": config.model_dump_json(),
         "class": type(config),
         "make_task": make_task,
@@ -221,7 +222,7 @@ def _train_on_ray(
         with tempfile.TemporaryDirectory() as unused, _restored_interrupt():  # checkpoints are ours
             trainer = TorchTrainer(
                 _on_worker,
-                train_loop_config=given,
+                train_loop_config=job,
                 scaling_config=ScalingConfig(
                     num_workers=runtime.workers,
                     use_gpu=gpu,

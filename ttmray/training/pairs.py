@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from ttmray.config import Config, differences, execution, identity
+from ttmray.config import Config, Location, differences, execution, identity
 from ttmray.console import console
 from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.corpus.unit import OK
@@ -63,7 +63,7 @@ class PairsConfig(Config):
     per_prompt: int = Field(1, ge=1)
     """Pairs of one prompt: the best with the worst, the second best with the second worst, ... The paper does not say
     how many candidates or pairs a prompt has."""
-    held_out: str | None = execution(None)
+    held_out: Location | None = execution(None)
     """File of prompts that are never used (format of `ttmray generate`), by id or by text: those of the evaluation.
     What it holds is part of the identity of the pairs."""
     held_out_share: float = Field(0.0, ge=0, lt=1)
@@ -104,8 +104,10 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
             way_out = "Sample a pool from other prompts, or lower held_out_share."
         raise UserError(f"{pool} gives no pair: {counted(prompts)}.", way_out)
     buffer = io.BytesIO()
-    made = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({METADATA_KEY: json.dumps(what, sort_keys=True)})
-    pq.write_table(made, buffer, compression="zstd")
+    table_of_pairs = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata(
+        {METADATA_KEY: json.dumps(what, sort_keys=True)}
+    )
+    pq.write_table(table_of_pairs, buffer, compression="zstd")
     out.write("pairs.json", json.dumps(report, indent=1).encode())
     out.write("pairs.md", markdown(report).encode())
     out.write(PAIRS, buffer.getvalue())
@@ -196,7 +198,7 @@ def make_pairs(
     prompts["no usable candidate"] = prompts["pool"] - len(of_prompt)
     found.sort(key=lambda item: (item[0], _unit(f"{config.seed} {item[1]}"), item[1]))
     chosen = [(best, worst) for _, _, best, worst in found[: config.count]]
-    made = [
+    pair_rows = [
         {
             "winner": columns["key"][best],
             "loser": columns["key"][worst],
@@ -216,14 +218,14 @@ def make_pairs(
         "by": config.by,
         "clips": {"pool": table.num_rows, "ok": len(finite), "no score": int((~finite).sum())},
         "prompts": dict(prompts),
-        "pairs": {"possible": len(found), "made": len(made)},
+        "pairs": {"possible": len(found), "made": len(pair_rows)},
     }
-    if made:
+    if pair_rows:
         best, worst = (np.array(side) for side in zip(*chosen, strict=True))
         report["margin"] = describe(score[best] - score[worst])
         for name, values in (("reward", reward), ("clap", clap)):
             report[f"winners_with_higher_{name}"] = float(np.mean(values[best] > values[worst]))
-    return Made(made, report)
+    return Made(pair_rows, report)
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ from ttmray.training.data import (
     open_with_held_out,
 )
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.loop import Losses, Task
 from ttmray.training.memory import step_flops
+from ttmray.training.task import Losses, Task
 from ttmray.training.tensors import pack, unpack
 
 EMPTY_TEXT = "empty_text.safetensors"
@@ -104,21 +104,21 @@ class SftTask:
     def validate(self, device: torch.device, rank: int, world: int) -> tuple[Tensor, Tensor] | None:
         if self.held_out is None:
             return None
-        kept = FlowMatchingConfig(
+        undropped = FlowMatchingConfig(
             t_mean=self.config.flow.t_mean, t_scale=self.config.flow.t_scale, text_dropout=0, score_dropout_rate=0
         )
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        found = [(torch.empty(0, device=device), torch.empty(0, device=device))]
+        parts = [(torch.empty(0, device=device), torch.empty(0, device=device))]
         for samples in evaluation_batches(self.held_out, self.batch, self.config.validation.clips, rank, world):
             with autocast:
-                found.append(flow_losses(self.model, samples.to(device).batch, kept))
-        losses, times = zip(*found, strict=True)
+                parts.append(flow_losses(self.model, samples.to(device).batch, undropped))
+        losses, times = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(times)
 
     def sample(self, folder: Folder, step: int) -> None:
         write_samples(self.model, self.config, self.bundle, folder, step)
 
-    def note(self, start: int, stop: int) -> dict[str, Any]:
+    def note(self, start: int, stop: int, lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {"drawn": self.mixture.counts(start, stop)} if len(self.mixture.sources) > 1 else {}
 
 
@@ -130,7 +130,7 @@ def corpus_bundle(data: DataConfig) -> str:
     """
     runs = [Folder.at(source.corpus) for source in data.sources]
     described = [json.loads(run.read(RUN)) for run in runs]
-    named = [found["identity"].get("bundle") for found in described]
+    named = [run_facts["identity"].get("bundle") for run_facts in described]
     bundles = [bundle and encoders_of(bundle) for bundle in named]
     for run, bundle in zip(runs, bundles, strict=True):
         if bundle != bundles[0]:
@@ -152,9 +152,9 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
         UserError: model and corpus, or model and file, do not fit, or the weights would collapse in the model's
             forward (`models/cross_load.py`).
     """
-    wanted = backbone_config(config, mixture)
+    shape = backbone_config(config, mixture)
     with seeded(config.model.seed):
-        model = FluxAudio(wanted)
+        model = FluxAudio(shape)
     if config.model.init is None:
         mean, std = corpus_latents(config.data.sources[0].corpus, config.latent_std)
         text, pooled = empty_text(config)
@@ -166,15 +166,15 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
         return model, f"scratch, seed {config.model.seed}"
     path = weights_file(config.model.init, "model.init")
     state = tidy(read_state_dict(path), str(path))
-    found = config_of(state, read_config(path), str(path))
+    of_file = config_of(state, read_config(path), str(path))
     free = {"head", "null", "latent_len"}  # a new head is fine, and weights are for any length
-    ours = wanted.to_dict()
-    theirs = {name: value for name, value in found.to_dict().items() if name not in free and value != ours[name]}
+    ours = shape.to_dict()
+    theirs = {name: value for name, value in of_file.to_dict().items() if name not in free and value != ours[name]}
     if theirs:
         lines = "; ".join(f"{name}: file {value}, run {ours[name]}" for name, value in theirs.items())
         raise UserError(f"{path} does not fit model.size {config.model.size}: {lines}.", "Choose its model.size.")
     crossed = init_cross_load(config.model, state, path)
-    refuse_another_null(model, path, found)
+    refuse_another_null(model, path, of_file)
     report = transfer(model, usable(state, crossed))
     check_transfer(model, report, path)
     if crossed is not None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from synthetic_corpus import PROTOCOL
 
 from ttmray.config import fingerprint
 from ttmray.corpus import index, shards
 from ttmray.generation.pool import COLUMNS
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
-from ttmray.synth.corpus import PROTOCOL
 
 UNIT = "u000000"
 

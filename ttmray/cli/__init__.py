@@ -1,0 +1,59 @@
+"""`ttmray <command>`. Jobs in `jobs/` call the same parser, so both take the same arguments and exit codes.
+
+The commands are tables, by family; a value goes from the command line into a config in one place, `command.execute`.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ttmray import __version__
+from ttmray.cli import corpus, evaluation, generation, models, recipes, training
+from ttmray.cli.command import Command, add_parsers, execute
+from ttmray.console import errors
+from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+
+FAMILIES = (corpus, generation, training, evaluation, models, recipes)
+COMMANDS: tuple[Command, ...] = tuple(command for family in FAMILIES for command in family.COMMANDS)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ttmray",
+        description="From a folder or bucket of songs to a preference-tuned text-to-music model.",
+        epilog="Exit codes: 0 done, 2 bad input or config, 3 done but too many failures, 130 interrupted (state kept).",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_parsers(commands, COMMANDS, {name: help for family in FAMILIES for name, help in family.GROUPS.items()})
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn errors into messages and exit codes."""
+    typed = vars(_parser().parse_args(arguments))
+    signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` and schedulers send it; same as Ctrl-C
+    try:
+        return execute(typed["table_row"], typed)
+    except UserError as error:
+        errors.print(f"[red]error:[/red] {_plain(error.message)}")
+        if error.hint:
+            errors.print(f"  {_plain(error.hint)}")
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        errors.print("interrupted; what was committed is kept, the same command goes on from there")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `ttmray corpus ls RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,77 @@
+"""Commands that are a little more than one call."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.padding import Padding
+
+if TYPE_CHECKING:
+    from ttmray.generation.config import GenerateConfig
+
+
+def generate(
+    config: "GenerateConfig",
+    *,
+    score_from: str | None = None,
+    retry_failed: bool = False,
+    zip_to: str | None = None,
+    play_page: bool = False,
+) -> int:
+    """`ttmray generate`, at the score that was chosen for the checkpoint where `score_from` names that run.
+
+    Raises:
+        UserError: as `generation.generate.generate`, or nothing was chosen there for this checkpoint.
+    """
+    from ttmray.generation.generate import generate
+
+    if score_from is not None:
+        from ttmray.generation.choose_score import chosen_score
+
+        sampler = config.sampler.model_copy(update={"score": chosen_score(score_from, config.checkpoint)})
+        config = config.model_copy(update={"sampler": sampler})
+    return generate(config, retry_failed=retry_failed, zip_to=zip_to, play_page=play_page)
+
+
+def config(name: str, *, schema: bool = False) -> int:
+    """`ttmray config`: what can be set for a command, or its JSON schema for editors.
+
+    Raises:
+        UserError: there is no such command, or it has no config.
+    """
+    import json
+
+    from ttmray.cli import COMMANDS
+    from ttmray.cli.command import imported
+    from ttmray.config_docs import field_lines
+    from ttmray.console import console
+    from ttmray.errors import EXIT_OK, UserError
+    from ttmray.presets import presets
+
+    kinds = {command.name: command.config for command in COMMANDS if command.config}
+    if name not in kinds:
+        raise UserError(f"{name!r} is no command with a config.", f"Those are: {', '.join(kinds)}.")
+    full = imported(kinds[name]).model_json_schema()
+    if schema:
+        print(json.dumps(full, indent=1))
+        return EXIT_OK
+    for line, description in field_lines(full):
+        console.print(f"[bold]{escape(line)}[/bold]")
+        if description:
+            console.print(Padding(escape(description), (0, 0, 0, 4), expand=False))
+    console.print(f"Presets: {', '.join(presets())}.", markup=False)
+    return EXIT_OK
+
+
+def pull(
+    names: Sequence[str] = (), *, bundle: str | None = None, everything: bool = False, offline: bool = False
+) -> int:
+    """`ttmray weights pull`, which fetches nothing where it is `offline`.
+
+    Raises:
+        UserError: unknown names, or weights that are not there or damaged.
+    """
+    from ttmray.models import weights_cli
+    from ttmray.models.weights import open_store
+
+    return weights_cli.pull(names, bundle=bundle, everything=everything, store=open_store(offline=offline))

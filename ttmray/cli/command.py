@@ -1,0 +1,120 @@
+"""What a command is: a line of a table. Functions and configs are named, and imported when the command runs."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One argument of a command, in argparse's words.
+
+    Attributes:
+        names: as typed, `("-n",)`, `("--out",)`, or the name of a positional one.
+        options: of `ArgumentParser.add_argument`. Without a default, a flag that is not typed is not passed on.
+        in_config: it sets a field of the config; else it is an argument of the function.
+    """
+
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
+    in_config: bool = False
+
+    @property
+    def dest(self) -> str:
+        """The field or parameter that it sets."""
+        return str(self.options.get("dest", self.names[-1].lstrip("-").replace("-", "_")))
+
+
+def argument(*names: str, **options: Any) -> Flag:
+    """A flag for a parameter of the command's function."""
+    return Flag(names, options)
+
+
+def setting(*names: str, **options: Any) -> Flag:
+    """A flag for a field of the command's config."""
+    return Flag(names, options, in_config=True)
+
+
+def switch(name: str, help: str, **options: Any) -> Flag:
+    """A parameter that is true where the flag is typed."""
+    return argument(name, action="store_true", help=help, **options)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: as typed, `train-sft` or `corpus stats`.
+        help: one line.
+        run: `module:function`, which takes the arguments by name and returns the exit code.
+        flags: its arguments, beside `--config` and `--set` where there is a config.
+        config: `module:class`; empty: none.
+        config_as: the parameter of the function that takes the config.
+        exclusive: fields of which one is to be set: a flag for one takes what a file says of the others out.
+        fixed: further arguments of the function.
+    """
+
+    name: str
+    help: str
+    run: str
+    flags: tuple[Flag, ...] = ()
+    config: str = ""
+    config_as: str = "config"
+    exclusive: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+def imported(name: str) -> Any:
+    """What `module:name` stands for."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, str]) -> None:
+    """A parser for each command; those of two words go below one for the first, whose help `groups` has."""
+    acts: dict[str, Any] = {}
+    for command in table:
+        group, _, act = command.name.rpartition(" ")
+        if group and group not in acts:
+            acts[group] = commands.add_parser(group, help=groups[group]).add_subparsers(
+                dest="act", required=True, metavar="ACT"
+            )
+        parser = (acts[group] if group else commands).add_parser(act, help=command.help)
+        for flag in command.flags:
+            parser.add_argument(*flag.names, **{"default": argparse.SUPPRESS, **flag.options})
+        if command.config:
+            parser.add_argument(
+                "--config",
+                metavar="FILE",
+                help="YAML, or a preset such as debug/corpus (default: defaults)",
+            )
+            parser.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="A.B=VALUE",
+                dest="sets",
+                help="override one field; repeatable; a flag of its own counts before it",
+            )
+        parser.set_defaults(table_row=command)
+
+
+def execute(command: Command, typed: Mapping[str, Any]) -> int:
+    """Run a command with what was typed; returns the exit code.
+
+    Raises:
+        UserError: for everything that the user can mend.
+    """
+    values = [(flag, typed[flag.dest]) for flag in command.flags if flag.dest in typed]
+    arguments = {flag.dest: value for flag, value in values if not flag.in_config}
+    if command.config:
+        from ttmray.config import load_config
+
+        kind, given = imported(command.config), {flag.dest: value for flag, value in values if flag.in_config}
+        if given.keys() & set(command.exclusive):
+            given = {name: kind.model_fields[name].default for name in command.exclusive} | given
+        arguments[command.config_as] = load_config(kind, typed["config"], typed["sets"], given)
+    return int(imported(command.run)(**arguments, **command.fixed))

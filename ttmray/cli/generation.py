@@ -1,0 +1,79 @@
+"""Clips and pools of them."""
+
+from ttmray.cli.command import Command, argument, setting, switch
+
+BUNDLE = setting("--bundle", help="set of models (default debug)")
+POOL = argument("pool", metavar="POOL", help="run folder of a pool, local or s3://")
+OUT = argument("--out", required=True, metavar="DIR", dest="output", help="folder of the results")
+GROUPS: dict[str, str] = {}
+COMMANDS = (
+    Command(
+        "generate",
+        "prompts in, audio files and a manifest out (jobs/generate.py)",
+        "ttmray.cli.acts:generate",
+        (
+            setting("--prompt", action="append", metavar="TEXT", dest="texts", help="a prompt; repeatable"),
+            setting("--prompts", metavar="FILE", help="prompts as CSV, TSV, JSON, JSON lines, or one per line"),
+            setting("--checkpoint", metavar="FILE", help="weights of the backbone (default: the bundle's)"),
+            BUNDLE,
+            setting("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/generate)"),
+            setting("--seed", type=int, help="of the noise, together with the id of each prompt (default 42)"),
+            setting("--samples", type=int, metavar="N", help="clips per prompt (default 1)"),
+            argument("--score-from", metavar="RUN", help="the score that ttmray choose-score found for the checkpoint"),
+            argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form"),
+            switch("--play-page", "write index.html with players into the run folder"),
+            switch("--retry-failed", "make failed clips once more"),
+        ),
+        config="ttmray.generation.config:GenerateConfig",
+        exclusive=("texts", "prompts"),
+    ),
+    Command(
+        "postprocess",
+        "vocals removed, loudness and true peak to target, for any audio",
+        "ttmray.generation.postprocess:postprocess",
+        (
+            argument("sources", nargs="+", metavar="DIR", help="folders of audio, at any depth, or single files"),
+            argument("--output", required=True, metavar="OUT", help="folder of the results and table.csv"),
+            setting(
+                "--no-separation", action="store_const", const=0, dest="passes", help="only loudness and true peak"
+            ),
+            setting("--variant", choices=("ours", "paper"), help="paper: the submission's procedure"),
+            setting("--format", choices=("wav", "wav16", "flac"), help="wav is float32 (default)"),
+            setting("--bundle", help="set of models of the separator (default paper)"),
+            setting("--device", help="auto, cpu or cuda"),
+        ),
+        config="ttmray.generation.postprocess:PostprocessConfig",
+    ),
+    Command(
+        "choose-score",
+        "the score at which a checkpoint is best, by the mean reward",
+        "ttmray.generation.choose_score:choose_score",
+        (
+            setting("--checkpoint", metavar="FILE", help="weights of the backbone"),
+            setting("--prompts", metavar="FILE", help="prompts, other ones than those of the evaluation"),
+            BUNDLE,
+            setting("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/score)"),
+        ),
+        config="ttmray.generation.choose_score:ScoreChoiceConfig",
+    ),
+    Command(
+        "pool",
+        "candidates per prompt from one checkpoint, scored, as a corpus",
+        "ttmray.generation.pool:generate_pool",
+        config="ttmray.generation.pool_worker:CandidatesConfig",
+    ),
+    Command(
+        "pairs",
+        "winner and loser of every prompt of a pool",
+        "ttmray.training.pairs:build_pairs",
+        (POOL, OUT),
+        config="ttmray.training.pairs:PairsConfig",
+    ),
+    Command(
+        "filter",
+        "the best clips of a pool, and a report",
+        "ttmray.generation.filter:filter_pool",
+        (POOL, OUT, argument("--corpus", metavar="RUN", help="compare rewards with this corpus's train split")),
+        config="ttmray.generation.filter:FilterConfig",
+    ),
+)

@@ -1,0 +1,52 @@
+"""Weights and sizes, and what configs hold."""
+
+from ttmray.cli.command import Command, argument, switch
+
+WEIGHTS = "ttmray.models.weights_cli"
+GROUPS = {"weights": "released weights: list, pull, verify, where, convert"}
+COMMANDS = (
+    Command(
+        "config",
+        "what can be set for a command: fields, types, defaults, descriptions",
+        "ttmray.cli.acts:config",
+        (
+            argument("name", metavar="COMMAND", help="such as train-sft"),
+            switch("--schema", "the JSON schema, for editors that complete and check YAML"),
+        ),
+    ),
+    Command(
+        "params",
+        "parameters per part of a backbone, against the challenge's limit",
+        "ttmray.models.backbone_weights:show_params",
+        (
+            argument("--size", choices=("s_44k", "l_44k", "s_16k", "l_16k"), default="s_44k"),
+            argument("--head", choices=("none", "v1", "v2", "v3", "v4", "v5"), default="v2"),
+            argument("--checkpoint", metavar="FILE", dest="path", help="count the weights of this file instead"),
+        ),
+    ),
+    Command("weights list", "what there is, what is here, and under which licence", f"{WEIGHTS}:list_weights"),
+    Command(
+        "weights pull",
+        "fetch, check and keep weights",
+        "ttmray.cli.acts:pull",
+        (
+            argument("names", nargs="*", metavar="NAME", help="entries of `ttmray weights list`"),
+            argument("--bundle", help="all weights of a bundle"),
+            switch("--all", "every entry", dest="everything"),
+            switch("--offline", "only check what is here"),
+        ),
+    ),
+    Command("weights verify", "recompute the hashes of everything that is here", f"{WEIGHTS}:verify"),
+    Command(
+        "weights where", "where the files of an entry lie", f"{WEIGHTS}:where", (argument("name", metavar="NAME"),)
+    ),
+    Command(
+        "weights convert",
+        "a .pt, .pth or .ckpt of tensors as safetensors",
+        f"{WEIGHTS}:convert",
+        (
+            argument("path", metavar="FILE"),
+            argument("--out", metavar="FILE", help="default: beside the file, with the ending .safetensors"),
+        ),
+    ),
+)

@@ -1,0 +1,59 @@
+"""Many jobs from one config."""
+
+from ttmray.cli.command import Command, argument, switch
+
+STEPS = (
+    argument("--from", dest="first", metavar="STEP", help="start here; earlier steps are taken as they are"),
+    argument("--until", dest="last", metavar="STEP", help="end with this step"),
+    switch("--plan-only", "check all, print the steps and what is done"),
+)
+BUNDLE = argument("--bundle", required=True, help="set of models, or a bundle's folder")
+OUT = argument("--out", metavar="DIR", help="also write the result to this folder")
+GROUPS = {"synth": "the small world, whose true quality is known: check, floors"}
+COMMANDS = (
+    Command(
+        "reproduce",
+        "the whole chain from one config (jobs/reproduce.py)",
+        "ttmray.recipes.reproduce:reproduce",
+        STEPS,
+        config="ttmray.recipes.reproduce:ReproduceConfig",
+    ),
+    Command(
+        "ablate",
+        "tables and figures of the paper from one config (jobs/ablate.py)",
+        "ttmray.recipes.ablations:ablate",
+        STEPS,
+        config="ttmray.recipes.ablations:AblateConfig",
+    ),
+    Command(
+        "train-micro",
+        "a small bundle from nothing, on synthetic songs (jobs/train_micro.py)",
+        "ttmray.recipes.micro:train_micro",
+        STEPS,
+        config="ttmray.recipes.micro:MicroConfig",
+    ),
+    Command(
+        "synth check",
+        "how well a bundle's reward ranks true quality, by kind of fault",
+        "ttmray.evaluation.ruler:check_bundle",
+        (
+            BUNDLE,
+            argument("--pieces", type=int, metavar="N", help="songs per kind of fault (default 24)"),
+            argument("--seed", type=int, help="of the songs (default 99)"),
+            argument("--fault", action="append", dest="kinds", help="only this kind; repeatable"),
+            argument("--device", help="auto (default), cpu or cuda"),
+            OUT,
+        ),
+    ),
+    Command(
+        "synth floors",
+        "how well each part of a bundle does on songs that nobody has trained on",
+        "ttmray.evaluation.floors:check_floors",
+        (
+            BUNDLE,
+            argument("--seed", type=int, help="of the songs (default 4242)"),
+            argument("--part", action="append", dest="parts", help="only this part; repeatable"),
+            OUT,
+        ),
+    ),
+)
