@@ -3,9 +3,9 @@
 `paper` is the released weights. `debug` is made of the same classes at tiny width with seeded, untrained weights,
 so every job and test runs anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real
 workload, for benchmarks. `public-16k` and `debug-16k` differ from `paper` and `debug` in VAE and vocoder alone, which
-are those of 16 kHz latents and only decode: the public baseline generates with them. `micro` lies in this package and
-is trained, on synthetic songs; a bundle of one's own is a folder of the same layout, named by its path. Opening a
-bundle imports no framework: identity and protocol are known before anything is loaded.
+are those of 16 kHz latents and only decode: the public baseline generates with them. A bundle of one's own is a folder,
+named by its path (`models/folder_bundle.py`); `jobs/train_micro.py` makes one from nothing. Opening a bundle imports no
+framework: identity and protocol are known before anything is loaded.
 """
 
 from abc import ABC, abstractmethod
@@ -336,9 +336,7 @@ class BundleWithHead(Bundle):
         return makers | {"tunejury": lambda: self.head.load(device=device)}
 
 
-MICRO = Path(__file__).parent / "micro"
 BUNDLES: dict[str, Bundle] = {
-    "micro": FolderBundle(FolderFiles(MICRO, "Install ttmray again: pip install --force-reinstall ttmray.")),
     "paper": ReleasedBundle("paper"),
     "public-16k": ReleasedBundle("public-16k", rate=16_000),
     "debug": DebugBundle("debug", width=1),

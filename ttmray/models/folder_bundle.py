@@ -1,4 +1,4 @@
-"""Bundles that lie in a folder: `micro` in this package, or one's own.
+"""Bundles that lie in a folder.
 
     bundle.json            what it is, and size and SHA-256 of every file
     clap/ clap_condition/  config.json, model.safetensors, vocab.json, merges.txt

@@ -2,7 +2,7 @@
 
 Steps, in order: parts (`ttmray.pretraining`), listening (clips that no part has seen) and votes about them, ranker,
 songs (the parts' clips as files), corpus, stage1, bundle. `<output>/bundle` is the result: a folder that every job
-takes as `bundle`. The one in this package was made this way.
+takes as `bundle`.
 """
 
 import json
