@@ -296,6 +296,9 @@ def _chains(commands: Any) -> None:
         chain.add_argument("--until", dest="last", metavar="STEP", help="end with this step")
         chain.add_argument("--plan-only", action="store_true", help="check all, print the steps and what is done")
         chain.set_defaults(run=handler)
+    demo = commands.add_parser("demo", help="songs of known quality, scored; clips from prompts; a page (jobs/demo.py)")
+    _add_config(demo)
+    demo.set_defaults(run=_demo)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -475,6 +478,13 @@ def _train_micro(arguments: argparse.Namespace) -> int:
 
     config = load_config(MicroConfig, arguments.config, arguments.sets)
     return train_micro(config, first=arguments.first, last=arguments.last, plan_only=arguments.plan_only)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from ttmray.config import load_config
+    from ttmray.recipes.demo import DemoConfig, demo
+
+    return demo(load_config(DemoConfig, arguments.config, arguments.sets))
 
 
 def _train_ranker(arguments: argparse.Namespace) -> int:

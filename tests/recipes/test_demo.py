@@ -1,0 +1,168 @@
+"""The demo, on debug models: songs, corpus, clips, page, and what it prints."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from ttmray.cli import main
+from ttmray.config import identity, load_config
+from ttmray.corpus.config import CorpusConfig
+from ttmray.generation.config import GenerateConfig
+from ttmray.models.bundle import MICRO
+from ttmray.recipes.demo import HEARD, DemoConfig, clips_config, corpus_config
+from ttmray.storage import Folder
+from ttmray.synth.faults import KINDS
+from ttmray.synth.measures import estimate, measure
+from ttmray.synth.songs import ODD, SONGS
+from ttmray.synth.world import clip
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIGS = REPO / "configs/micro"
+
+
+def command(output: Path, **more: object) -> list[str]:
+    sets = {"output": output, "bundle": "debug", "prompts": "[slow piano]", "scores": "[-1, 2]"}
+    sets |= {"corpus": "{runtime: {runner: local, workers: 0}}", "generate": "{sampler: {steps: 2}}", **more}
+    return ["demo", *(f"--set={name}={value}" for name, value in sets.items())]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    assert main(command(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def facts(made: Path) -> dict:
+    return json.loads((made / "demo.json").read_bytes())
+
+
+def test_every_song_has_its_true_quality_beside_its_reward_and_every_odd_file_its_outcome(facts):
+    songs = {song["title"]: song for song in facts["songs"]}
+    assert songs.keys() == {song.title for song in SONGS}
+    assert [song["reward"] for song in facts["songs"]] == sorted((s["reward"] for s in songs.values()), reverse=True)
+    for song in SONGS:
+        assert songs[song.title]["faults"] == dict(song.faults)
+        assert songs[song.title]["clips"] == max(1, int(song.seconds // 10))
+    assert "clipping" in songs["Été à la plage"]["measured_faults"]
+    assert songs["Harvest Road"]["measured_faults"] == {}
+    odd = {one["path"]: (one["status"], one["reason"], one["right"]) for one in facts["odd"]}
+    assert odd == {path: (*outcome, True) for path, outcome in ODD.items()}
+
+
+def test_rewards_and_clips_are_those_of_the_jobs(made, facts):
+    from ttmray.corpus.index import read_index
+
+    rows = read_index(Folder.at(str(made / "corpus"))).to_pylist()
+    for song in facts["songs"]:
+        rewards = [row["reward_score"] for row in rows if row["source"] == song["path"] and row["status"] == "ok"]
+        assert song["reward"] == pytest.approx(np.mean(rewards))
+        assert song["reward"] == pytest.approx(
+            next(row["track_reward_score"] for row in rows if row["source"] == song["path"])
+        )
+    [prompt] = facts["prompts"]
+    assert (prompt["prompt"], [one["score"] for one in prompt["clips"]]) == ("slow piano", [-1.0, 2.0])
+    for one in prompt["clips"]:
+        manifest = json.loads(next((made / one["file"]).parents[1].glob("manifest/*.json")).read_bytes())
+        assert (one["reward"], one["clap_score"]) == (manifest["reward_score"], manifest["clap_score"])
+
+
+def test_the_page_has_a_player_and_a_picture_of_all_that_sounds_and_names_the_bundle_at_every_number(made, facts):
+    page = (made / "index.html").read_text()
+    sounds = [unquote(unescape(name)) for name in re.findall(r"<audio[^>]* src='([^']+)'", page)]
+    assert sounds == [song["file"] for song in facts["songs"]] + [one["file"] for one in facts["prompts"][0]["clips"]]
+    pictures = [unquote(unescape(name)) for name in re.findall(r'<img[^>]* src="([^"]+)"', page)]
+    assert len(pictures) == len(sounds)
+    links = [unquote(name) for name in re.findall(r'href="([^"#]+)"', page)]
+    assert links
+    assert [name for name in (*sounds, *pictures, *links) if not (made / name).is_file()] == []
+    text = unescape(re.sub(r"<[^>]+>", " ", page.split("</style>")[1]))
+    for song in facts["songs"]:
+        assert song["caption"] in text
+    for word in ("reward", "CLAP score"):
+        numbers = re.findall(rf"(\S+) {word}(?= of [−+\d]|\s+[−+\d])", text)
+        assert set(numbers) == {"debug"}
+    assert "scores and latents mean nothing" in text
+
+
+def test_what_is_printed_tells_the_best_and_the_worst_song_with_reasons_and_where_the_page_is(made, facts, capsys):
+    assert main(command(made)) == 0
+    printed = capsys.readouterr().out
+    best, worst = facts["songs"][0], facts["songs"][-1]
+    for word, song in (("best", best), ("worst", worst)):
+        [line] = [line for line in printed.splitlines() if line.startswith(f"{word}: {song['title']}")]
+        assert f"debug reward {song['reward']:+.2f}" in line
+        assert f"true quality {song['quality']:+.2f}" in line
+        assert all(f"{kind} {strength:.2f}" in line for kind, strength in song["faults"].items())
+        assert all(kind in line for kind in song["measured_faults"])
+    assert "8 of 8 odd files ended as they should" in printed
+    assert f"open {made / 'index.html'}" in printed
+
+
+def test_a_second_start_does_nothing_and_says_so(made, capsys):
+    def times() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in made.rglob("*.*") if path.is_file()}
+
+    before = times()
+    assert main(command(made)) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to do: all 2 units" in printed
+    assert printed.count("nothing to do: all 1 clips") == 2
+    assert "all of it was there: songs, corpus, clips and page are complete" in printed
+    after = times()
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert {Path(name).parent.relative_to(made).parts[0] for name in changed} <= {"clips"}  # merged manifests
+    assert not any(name.endswith((".flac", "demo.json", "index.html")) for name in changed)
+
+
+@pytest.mark.parametrize("damage", ["{}", "no json", None])
+def test_a_page_whose_numbers_are_gone_or_strange_is_made_anew(made, facts, damage, capsys):
+    file = made / "demo.json"
+    if damage is None:
+        (made / "index.html").unlink()
+    else:
+        file.write_text(damage)
+    assert main(command(made)) == 0
+    assert "all of it was there" not in capsys.readouterr().out
+    assert json.loads(file.read_bytes()) == facts
+    assert (made / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"output": "s3://bucket/demo"}, "is a bucket"),
+        ({"scores": "[1, 1.0]"}, "has one twice"),
+        ({"scores": "[]"}, "scores"),
+        ({"prompts": "[]"}, "prompts"),
+        ({"corpus": "{bundl: x}"}, "section corpus"),
+        ({"generate": "{output: elsewhere}"}, "generate.output"),
+        ({"bundle": "none-such"}, "none-such"),
+    ],
+)
+def test_wrong_settings_are_told_before_a_song_is_composed(tmp_path, sets, message, capsys):
+    assert main(command(**{"output": tmp_path / "new", **sets})) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not MICRO.is_dir(), reason="the micro bundle is not there")
+def test_the_configs_of_the_micro_bundle_are_those_of_the_demo():
+    config, root = DemoConfig(), Folder.at("/runs/demo")
+    corpus = load_config(CorpusConfig, str(CONFIGS / "corpus.yaml"), [])
+    assert identity(corpus_config(config, root)) == identity(corpus)
+    clips = load_config(GenerateConfig, str(CONFIGS / "generate.yaml"), [])
+    assert identity(clips_config(config, root, config.scores[-1])) == identity(clips)
+    assert clips.texts == config.prompts
+
+
+def test_faults_that_are_told_are_seldom_heard_in_clips_without():
+    strengths = [estimate(measure(clip(71, i, faults={}).mix))[0] for i in range(24)]
+    for kind in KINDS:
+        assert np.mean([one[kind] >= HEARD for one in strengths]) <= 0.1, kind
