@@ -91,6 +91,35 @@ def test_the_page_has_a_player_and_a_picture_of_all_that_sounds_and_names_the_bu
     assert "scores and latents mean nothing" in text
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser_all_pictures_load_all_players_play_and_nothing_overflows(made, facts, browser, width, scheme):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
+    page.goto((made / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for picture in page.locator("img").all():
+        picture.scroll_into_view_if_needed()
+    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    seconds = page.evaluate(
+        """Promise.all([...document.querySelectorAll("audio")].map(audio => new Promise((resolve, reject) => {
+            audio.onloadedmetadata = () => resolve(audio.duration)
+            audio.onerror = () => reject(audio.src)
+            audio.preload = "metadata"
+            audio.load()
+        })))"""
+    )
+    assert seconds == pytest.approx([song["seconds"] for song in facts["songs"]] + [10.0, 10.0], abs=0.1)
+    reward, quality = (page.locator(f"tbody tr:first-child td:nth-of-type({i})").first.bounding_box() for i in (1, 2))
+    assert quality["x"] + quality["width"] <= width  # side by side without scrolling
+    assert reward["y"] == quality["y"]
+    context.close()
+    assert wrong == []
+
+
 def test_what_is_printed_tells_the_best_and_the_worst_song_with_reasons_and_where_the_page_is(made, facts, capsys):
     assert main(command(made)) == 0
     printed = capsys.readouterr().out
