@@ -150,6 +150,18 @@ def test_a_second_start_does_nothing_and_says_so(made, capsys):
     assert not any(name.endswith((".flac", "demo.json", "index.html")) for name in changed)
 
 
+def test_where_no_scores_are_given_those_of_the_worst_and_the_best_song_are_asked_for(made, facts, capsys):
+    config = command(made)
+    config.remove("--set=scores=[-1, 2]")
+    assert main(config) == 0
+    other = json.loads((made / "demo.json").read_bytes())
+    rewards = [song["reward"] for song in facts["songs"]]
+    assert other["scores"] == [round(rewards[-1], 1), round(rewards[0], 1)]
+    assert [one["score"] for one in other["prompts"][0]["clips"]] == other["scores"]
+    assert main(command(made)) == 0
+    assert json.loads((made / "demo.json").read_bytes()) == facts
+
+
 @pytest.mark.parametrize("damage", ["{}", "no json", None])
 def test_a_page_whose_numbers_are_gone_or_strange_is_made_anew(made, facts, damage, capsys):
     file = made / "demo.json"
@@ -187,7 +199,8 @@ def test_the_configs_of_the_micro_bundle_are_those_of_the_demo():
     corpus = load_config(CorpusConfig, str(CONFIGS / "corpus.yaml"), [])
     assert identity(corpus_config(config, root)) == identity(corpus)
     clips = load_config(GenerateConfig, str(CONFIGS / "generate.yaml"), [])
-    assert identity(clips_config(config, root, config.scores[-1])) == identity(clips)
+    assert clips.sampler.score is not None
+    assert identity(clips_config(config, root, clips.sampler.score)) == identity(clips)
     assert clips.texts == config.prompts
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 from ttmray import pages
 from ttmray.audio.io import AudioLimits, decode, resample
@@ -66,8 +66,8 @@ class DemoConfig(Config):
         min_length=1,
     )
     """What clips are made from."""
-    scores: tuple[float, ...] = Field((-2.0, 2.0), min_length=1)
-    """Scores to ask for, in rewards of the bundle: a low and a high one."""
+    scores: tuple[float, ...] | None = Field(None, min_length=1)
+    """Scores to ask for, in rewards of the bundle; default: those of the worst and the best song, to one decimal."""
     corpus: dict[str, Any] = Field(default_factory=dict)
     """`score-corpus`, without what is filled in: input, output, bundle, and clips as long as the bundle's."""
     generate: dict[str, Any] = Field(default_factory=dict)
@@ -83,25 +83,29 @@ def demo(config: DemoConfig) -> int:
     started = time.monotonic()
     if is_remote(config.output):
         raise UserError(f"output: {config.output} is a bucket, but the page is opened from a disk.", "Name a folder.")
-    if len(set(config.scores)) < len(config.scores):
-        raise UserError(f"scores: {list(config.scores)} has one twice.", "Every score has a folder of clips.")
+    given = config.scores or ()
+    if len(set(given)) < len(given):
+        raise UserError(f"scores: {list(given)} has one twice.", "Every score has a folder of clips.")
     root = Folder.at(absolute(config.output))
-    corpus, runs = corpus_config(config, root), {score: clips_config(config, root, score) for score in config.scores}
+    corpus = corpus_config(config, root)
+    for score in given or (0.0,):  # wrong settings are told before anything is made
+        clips_config(config, root, score)
     _chapter("songs of known quality, and broken files")
     paths = write_demo_songs(Path(root.path("songs")), config.seed)
     console.print(f"{len(paths)} audio files in {root.path('songs')}", markup=False)
     _chapter("the corpus job: songs in, scored clips out (jobs/score_corpus.py)")
     if (code := score_corpus(corpus)) != EXIT_OK:
         return code
-    for score, clips in runs.items():
+    scores = given or _worst_and_best(root)
+    for score in scores:
         _chapter(f"clips from {len(config.prompts)} prompts, asked for the score {score:g} (jobs/generate.py)")
-        if (code := generate(clips)) != EXIT_OK:
+        if (code := generate(clips_config(config, root, score))) != EXIT_OK:
             return code
     _chapter("what came of it")
-    identity = _identity(config, root)
+    identity = _identity(config, root, scores)
     facts = _known(root, identity)
     if facts is None:
-        facts = {"made_by": identity, **gather(config, root)}
+        facts = {"made_by": identity, **gather(config, root, scores)}
         _write_page(root, facts)
         root.write(FACTS, json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False).encode())
     else:
@@ -149,12 +153,18 @@ def _chapter(text: str) -> None:
     console.rule(text, align="left")
 
 
-def _identity(config: DemoConfig, root: Folder) -> str:
+def _worst_and_best(root: Folder) -> tuple[float, ...]:
+    """Rewards of the songs that the corpus job liked least and most, to one decimal."""
+    rewards = index.read_index(root.sub("corpus"), ("track_reward_score",))["track_reward_score"].drop_null().to_numpy()
+    return tuple(sorted({round(float(rewards.min()), 1), round(float(rewards.max()), 1)}))
+
+
+def _identity(config: DemoConfig, root: Folder, scores: Sequence[float]) -> str:
     """Fingerprint of all that the page follows from."""
-    runs = [("corpus", "corpus"), *((f"clips/score{score:+g}", "generate") for score in config.scores)]
+    runs = [("corpus", "corpus"), *((f"clips/score{score:+g}", "generate") for score in scores)]
     prints = [read(root.sub(folder), kind)["fingerprint"] for folder, kind in runs]
     truth = json.loads(root.read(f"songs/{TRUTH}"))
-    return fingerprint([VERSION, truth, prints, list(config.prompts), list(config.scores), _pictures_can_be_made()])
+    return fingerprint([VERSION, truth, prints, list(config.prompts), list(scores), _pictures_can_be_made()])
 
 
 def _known(root: Folder, identity: str) -> Facts | None:
@@ -168,7 +178,7 @@ def _known(root: Folder, identity: str) -> Facts | None:
         return None
 
 
-def gather(config: DemoConfig, root: Folder) -> Facts:
+def gather(config: DemoConfig, root: Folder, scores: Sequence[float]) -> Facts:
     """All that the page and the summary show, as plain JSON types; writes the spectrograms."""
     described = read(root.sub("corpus"), "corpus")
     truth = json.loads(root.read(f"songs/{TRUTH}"))
@@ -180,7 +190,7 @@ def gather(config: DemoConfig, root: Folder) -> Facts:
     songs.sort(key=lambda song: -song["reward"])
     odd = [_odd(of, rows.get(of["path"], [])) for of in truth if of["status"] != OK]
     rewards, qualities = (np.array([song[name] for song in songs]) for name in ("reward", "quality"))
-    clips = {score: _clips(root, f"clips/score{score:+g}", picture) for score in config.scores}
+    clips = {score: _clips(root, f"clips/score{score:+g}", picture) for score in scores}
     return {
         "bundle": open_bundle(config.bundle).name,
         "note": described["note"],
@@ -190,9 +200,9 @@ def gather(config: DemoConfig, root: Folder) -> Facts:
         "songs": songs,
         "spearman": spearman(rewards, qualities).rho,
         "odd": odd,
-        "scores": list(config.scores),
+        "scores": list(scores),
         "prompts": [
-            {"prompt": prompt, "clips": [clips[score][prompt] for score in config.scores if prompt in clips[score]]}
+            {"prompt": prompt, "clips": [clips[score][prompt] for score in scores if prompt in clips[score]]}
             for prompt in config.prompts
         ],
     }
@@ -303,9 +313,8 @@ def words(faults: Mapping[str, float], none: str) -> str:
 def show(facts: Facts) -> None:
     """Print the songs in order of their rewards, the best and the worst with reasons, and the clips."""
     name = facts["bundle"]
-    songs = Table(
-        "song", f"{name} reward", "true quality", "true faults", "measured in its audio", title_justify="left"
-    )
+    columns = ("song", f"{name} reward", "true quality", "true faults", "measured in its audio")
+    songs = Table(*columns, box=SIMPLE)
     for song in facts["songs"]:
         songs.add_row(
             song["title"],
@@ -322,7 +331,8 @@ def show(facts: Facts) -> None:
         console.print(f"rank correlation of {name} reward and true quality over {count} songs: {facts['spearman']:.2f}")
     right = sum(one["right"] for one in facts["odd"])
     console.print(f"{right} of {len(facts['odd'])} odd files ended as they should, each with its reason")
-    clips = Table("prompt", "asked for", f"{name} reward", f"{name} CLAP score", "measured quality", box=SIMPLE)
+    columns = ("asked for", f"{name} reward", f"{name} CLAP score", "measured quality")
+    clips = Table(Column("prompt", max_width=40), *columns, box=SIMPLE)
     for prompt in facts["prompts"]:
         for i, clip in enumerate(prompt["clips"]):
             scores = [_signed(clip[column]) for column in ("reward", "clap_score", "measured_quality")]
