@@ -331,12 +331,12 @@ def show(facts: Facts) -> None:
         console.print(f"rank correlation of {name} reward and true quality over {count} songs: {facts['spearman']:.2f}")
     right = sum(one["right"] for one in facts["odd"])
     console.print(f"{right} of {len(facts['odd'])} odd files ended as they should, each with its reason")
-    columns = ("asked for", f"{name} reward", f"{name} CLAP score", "measured quality")
-    clips = Table(Column("prompt", max_width=40), *columns, box=SIMPLE)
+    scores = ("asked for", f"{name} reward", f"{name} CLAP score", "measured quality")
+    clips = Table(Column("prompt", max_width=40), *scores, box=SIMPLE)
     for prompt in facts["prompts"]:
         for i, clip in enumerate(prompt["clips"]):
-            scores = [_signed(clip[column]) for column in ("reward", "clap_score", "measured_quality")]
-            clips.add_row(prompt["prompt"] if i == 0 else "", f"{clip['score']:+g}", *scores)
+            values = [_signed(clip[column]) for column in ("reward", "clap_score", "measured_quality")]
+            clips.add_row(prompt["prompt"] if i == 0 else "", f"{clip['score']:+g}", *values)
     console.print(clips)
     all_clips = [clip for prompt in facts["prompts"] for clip in prompt["clips"] if clip["reward"] is not None]
     for score in facts["scores"]:
