@@ -5,9 +5,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: equal bits, and two test processes on 2 cores
 
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -81,3 +83,16 @@ def object_store() -> Iterator[Callable[[str], str]]:
 def bucket(object_store: Callable[[str], str]) -> str:
     """An empty bucket. Its name is new because moto's objects outlive its servers."""
     return object_store(f"bucket-{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium of this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--mute-audio"])
+        yield chromium
+        chromium.close()

@@ -18,7 +18,6 @@ from ttmray.evaluation.report import encode_ogg, report
 from ttmray.ranker.votes import PairSource, read_pairs
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra report)")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 SYSTEMS = ("_base <b>$", "tuned")
 VOTE_COLUMNS = ["a", "b", "prompt", "label", "prompt_id", "system_a", "system_b", "seconds", "loudness"]
 
@@ -28,17 +27,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, write_tones: Callable[[Path],
     out = write_tones(tmp_path_factory.mktemp("page"))
     assert report(str(out)) == 0
     return out / "report"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=["--mute-audio"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

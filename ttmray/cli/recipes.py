@@ -33,6 +33,12 @@ COMMANDS = (
         config="ttmray.recipes.micro:MicroConfig",
     ),
     Command(
+        "demo",
+        "songs of known quality, scored; clips from prompts; a page (jobs/demo.py)",
+        "ttmray.recipes.demo:demo",
+        config="ttmray.recipes.demo:DemoConfig",
+    ),
+    Command(
         "synth check",
         "how well a bundle's reward ranks true quality, by kind of fault",
         "ttmray.evaluation.ruler:check_bundle",

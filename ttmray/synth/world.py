@@ -150,10 +150,12 @@ def write_world(folder: str, clips: Iterator[Clip], *, format: str = "wav", stem
     return len(rows)
 
 
-def encoded(audio: Audio, format: str) -> bytes:
-    """A whole file of (2, samples) float32; lossless formats have 16 bits."""
+def encoded(audio: Audio, format: str, rate: int = RATE, title: str = "", artist: str = "") -> bytes:
+    """A whole file of (channels, samples) float32; lossless formats have 16 bits."""
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", RATE, len(audio), SUBTYPES[format], format=format.upper()) as file:
+    with soundfile.SoundFile(buffer, "w", rate, len(audio), SUBTYPES[format], format=format.upper()) as file:
+        if title:
+            file.title, file.artist = title, artist
         for block in np.array_split(audio.T, max(1, audio.shape[1] // 65536)):  # Vorbis overflows on long blocks
             file.write(block)
     return buffer.getvalue()
