@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -77,6 +78,16 @@ def test_a_cut_index_file_is_one_message(length):
     with pytest.raises(UserError, match=r"u\.parquet is not a readable index file") as caught:
         index.from_bytes(WHOLE[:length], "u.parquet")
     assert "start the job again" in caught.value.hint
+
+
+def test_a_column_whose_name_has_changed_is_damage_and_one_from_outside_is_none():
+    place = WHOLE.rindex(b"latent_mean_at")
+    damaged = WHOLE.replace(b"latent_mean_at", b"matent_mean_at")
+    assert place > 0
+    with pytest.raises(UserError, match="nobody wrote the columns matent_mean_at"):
+        index.from_bytes(damaged, "u.parquet")
+    whole = index.to_bytes([{**row, "brightness": 0.5} for row in rows(2)], {"files": {}}, {"brightness": pa.float64()})
+    assert index.from_bytes(whole, "u.parquet")[0]["brightness"].to_pylist() == [0.5, 0.5]
 
 
 @settings(max_examples=300)

@@ -331,7 +331,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_an_empty_folder(prompts, tmp_path
     ("sets", "message"),
     [
         (("checkpoint=/none.safetensors",), r"checkpoint: /none.safetensors is not a file"),
-        (("head=v9", "checkpoint=x"), "head: Input should be 'none', 'v1'"),
+        (("head=v9", "checkpoint=x"), "head: no head but none, v1"),
         (("head=v2",), "head and null say how a checkpoint is used"),
         (("second_checkpoint=x", "checkpoint=x"), "sampler.mode single does not go with second_checkpoint"),
         (("seed=-1",), "seed: Input should be greater than or equal to 0"),

@@ -53,7 +53,7 @@ def test_the_plan_says_every_number_and_writes_nothing(make_sets, tmp_path, caps
         (["runtime.device_batch=0"], "runtime.device_batch (0) must divide batch / workers (4)"),
         (["runtime.device_batch=-4"], "runtime.device_batch (-4) must divide batch / workers (4)"),
         (["ema.sigma_rels=[0.05, 0.05]"], "ema.sigma_rels: names a width twice"),
-        (["output="], "output: String should have at least 1 character"),
+        (["output="], "output: '' names no place"),
         (["checkpoint.keep=1"], "checkpoint.keep: Input should be greater than or equal to 2"),
         (["data.sources.0.corpus=/nowhere"], "/nowhere is not a corpus run"),
         (["data.sources.0.split=test"], "holds no ok clips of split test"),

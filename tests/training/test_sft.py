@@ -389,7 +389,7 @@ def test_samples_are_audio_before_and_during_training(make_train_config, tmp_pat
     assert not np.array_equal(waves[0], waves[4])
 
 
-def interrupted(self: SftTask, start: int, stop: int) -> dict:
+def interrupted(self: SftTask, start: int, stop: int, lines: list) -> dict:
     """Ctrl-C while a line is written."""
     signal.raise_signal(signal.SIGINT)
     return {}

@@ -109,6 +109,8 @@ def to_bytes(
             if isinstance(value, float) and math.isnan(value):
                 raise AssertionError(f"{row['key']}: {name} is NaN; a stage must quarantine such a clip")
     table = pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *(columns or {}).items()]))
+    if columns:
+        metadata = metadata | {"columns": sorted(columns)}
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     return parquet_bytes(table)
 
@@ -128,8 +130,12 @@ def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
     """
     table = _table(data, name)
     try:
-        return table.replace_schema_metadata(None), json.loads(table.schema.metadata[METADATA_KEY])
-    except (KeyError, TypeError, ValueError) as error:
+        metadata = json.loads(table.schema.metadata[METADATA_KEY])
+        foreign = sorted(set(table.column_names) - set(SCHEMA.names))
+        if foreign != metadata.get("columns", []):
+            raise ValueError(f"nobody wrote the columns {', '.join(foreign)}")
+        return table.replace_schema_metadata(None), metadata
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _unreadable(name, error) from error
 
 
