@@ -29,7 +29,6 @@ from ttmray.models.backbone_weights import load_backbone
 REPO = Path(__file__).resolve().parents[1]
 SECTIONS = re.split(r"^## ", (REPO / "docs/extending.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
 FENCED = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-pytestmark = pytest.mark.slow
 
 
 def run(line: str) -> None:

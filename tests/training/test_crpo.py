@@ -53,7 +53,7 @@ from ttmray.training.launch import launch
 from ttmray.training.pair_mixture import open_pairs
 from ttmray.training.pairs import PairsConfig, build_pairs
 from ttmray.training.reference_losses import ReferenceLosses
-from ttmray.training.sft import DEBUG, SftTask
+from ttmray.training.sft import SMALL, SftTask
 from ttmray.training.tensors import pack
 
 REPO = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def initial(path: Path, head: Head) -> str:
     """A file of seeded weights."""
     shape = {"latent_dim": SHAPE[1], "latent_len": SHAPE[0], "text_len": 3, "text_dim": 8}
     torch.manual_seed(0)
-    model = FluxAudio(replace(DEBUG, **shape, head=head))
+    model = FluxAudio(replace(SMALL["debug"], **shape, head=head))
     with torch.no_grad():
         model.latent_mean.zero_()
         model.latent_std.fill_(1.0)

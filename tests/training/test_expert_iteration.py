@@ -33,7 +33,7 @@ from ttmray.training.expert_iteration import (
     polishing,
 )
 from ttmray.training.launch import launch
-from ttmray.training.sft import DEBUG
+from ttmray.training.sft import SMALL
 from ttmray.training.tensors import pack, unpack
 
 REPO = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def initial(path: Path) -> str:
     """A file of seeded weights without a score head."""
     shape = {"latent_dim": CHANNELS, "latent_len": FRAMES, "text_len": 3, "text_dim": WIDTH}
     torch.manual_seed(0)
-    model = FluxAudio(replace(DEBUG, **shape))
+    model = FluxAudio(replace(SMALL["debug"], **shape))
     with torch.no_grad():
         model.latent_mean.zero_()
         model.latent_std.fill_(1.0)
