@@ -245,6 +245,27 @@ def test_the_index_is_read_once_for_training_and_validation(corpus, monkeypatch)
     assert not [name for name in names if name.startswith(("shards", "captions"))]
 
 
+def test_the_index_is_read_once_for_a_score_from_outside_of_the_package_and_a_corpus_named_twice(copy, monkeypatch):
+    rows = pq.read_table(copy / index.MERGED)
+    brightness = pa.array(np.arange(rows.num_rows) / 4)
+    pq.write_table(rows.append_column("brightness", brightness), copy / index.MERGED)
+    names: list[str] = []
+    read = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda folder, name: names.append(name) or read(folder, name))
+    source = SourceConfig(corpus=str(copy), score_column="brightness")
+    mixture, held_out = open_with_held_out(configure(source, source.model_copy(update={"split": "all"})))
+    assert [name for name in names if name.startswith("index")] == [index.MERGED]
+    score_of = dict(zip(rows["key"].to_pylist(), brightness.to_pylist(), strict=True))
+    for clips in (*mixture.sources, *held_out.sources):
+        assert clips.score.tolist() == [score_of[key] for key in clips.keys.to_pylist()]
+
+
+@pytest.mark.parametrize("column", ["caption", "key", "latent_frames", "darkness"])
+def test_a_score_column_that_is_none_is_refused_with_those_that_there_are(corpus, column):
+    with pytest.raises(UserError, match=rf"no score column '{column}'\. It has: .*, reward_score, "):
+        open_mixture(configure(SourceConfig(corpus=str(corpus), score_column=column)))
+
+
 def test_missing_shards_and_captions_are_named(copy):
     shard = first(copy, "shards")
     shard.unlink()

@@ -55,10 +55,14 @@ def table_names(run: Folder) -> list[str]:
     )
 
 
+def numbers(rows: pa.Table) -> list[str]:
+    """Names of the columns that may be scores."""
+    return [field.name for field in rows.schema if pa.types.is_floating(field.type)]
+
+
 def columns(run: Folder) -> list[str]:
     """Every score column of a run: numbers of the index, then those of its tables."""
-    own = [field.name for field in index.read_index(run).schema if pa.types.is_floating(field.type)]
-    return own + [f"{name}/{column}" for name in table_names(run) for column in REWARDS]
+    return numbers(index.read_index(run)) + [f"{name}/{column}" for name in table_names(run) for column in REWARDS]
 
 
 def with_columns(run: Folder, rows: pa.Table, names: Sequence[str]) -> pa.Table:

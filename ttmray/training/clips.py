@@ -151,11 +151,17 @@ def read_rows(corpus: str, score_column: str | None) -> CorpusRows:
     run = Folder.at(corpus)
     fingerprint = _fingerprint(run)
     columns = ["key", "status", "split", "caption_id", "shard", *index.PLACES]
-    if score_column is not None and score_column in index.SCHEMA.names:
-        columns.append(score_column)
-    rows = index.read_index(run, columns)
-    if score_column is not None:
-        rows = scores.with_columns(run, rows, [score_column])
+    if score_column is None:
+        rows = index.read_index(run, columns)
+    elif score_column in scores.OWN:
+        rows = index.read_index(run, [*columns, score_column])
+    elif "/" in score_column:
+        rows = scores.with_columns(run, index.read_index(run, columns), [score_column])
+    else:  # of a stage from outside or a pool: whether the index has it shows when it is read
+        rows = index.read_index(run)
+        if score_column not in scores.numbers(rows):
+            scores.require_column(run, score_column)  # says which there are
+        rows = rows.select([*columns, score_column])
     if pc.any(pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"]))).as_py():
         way = f"ttmray corpus upgrade {run}" if run.exists(SUCCESS) else "Start its job again: its end adds them."
         raise UserError(f"{run} is of an older version: its index has no byte offsets.", way)

@@ -264,7 +264,7 @@ def open_mixture(config: DataConfig) -> Mixture:
     Raises:
         UserError: sources without such clips, without scores, damaged, or too large for the cache.
     """
-    return _mixture(config, [read_rows(source.corpus, source.score_column) for source in config.sources])
+    return _mixture(config, _read_indexes(config))
 
 
 def open_with_held_out(config: DataConfig) -> tuple[Mixture, Mixture | None]:
@@ -273,12 +273,19 @@ def open_with_held_out(config: DataConfig) -> tuple[Mixture, Mixture | None]:
     Raises:
         UserError: as `open_mixture`.
     """
-    corpora = [read_rows(source.corpus, source.score_column) for source in config.sources]
+    corpora = _read_indexes(config)
     mixture = _mixture(config, corpora)
     if not corpora[0].holds("validation"):
         return mixture, None
     first = config.sources[0].model_copy(update={"split": "validation", "keys": None, "repeat": 1.0})
     return mixture, _mixture(config.model_copy(update={"sources": (first,)}), corpora[:1])
+
+
+def _read_indexes(config: DataConfig) -> list[CorpusRows]:
+    """The index of every source, read once where several are of one corpus."""
+    named = [(source.corpus, source.score_column) for source in config.sources]
+    rows_of = {one: read_rows(*one) for one in dict.fromkeys(named)}
+    return [rows_of[one] for one in named]
 
 
 def _mixture(config: DataConfig, corpora: Sequence[CorpusRows]) -> Mixture:
