@@ -41,7 +41,7 @@ COMMANDS = (
     Command(
         "synth check",
         "how well a bundle's reward ranks true quality, by kind of fault",
-        "ttmray.evaluation.ruler:check_bundle",
+        "ttmray.recipes.ruler:check_bundle",
         (
             BUNDLE,
             argument("--pieces", type=int, metavar="N", help="songs per kind of fault (default 24)"),
@@ -54,7 +54,7 @@ COMMANDS = (
     Command(
         "synth floors",
         "how well each part of a bundle does on songs that nobody has trained on",
-        "ttmray.evaluation.floors:check_floors",
+        "ttmray.recipes.floors:check_floors",
         (
             BUNDLE,
             argument("--seed", type=int, help="of the songs (default 4242)"),

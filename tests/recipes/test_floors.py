@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ttmray.evaluation import floors
-from ttmray.evaluation.floors import Floor, Sizes, World, measure_floors
 from ttmray.models.scoring import Embeddings, Scorer
+from ttmray.recipes import floors
+from ttmray.recipes.floors import Floor, Sizes, World, measure_floors
 
 FEW = Sizes(clips=50, stems=2, copies=3, votes=600, judges=20, generated=8)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ttmray.cli import main
-from ttmray.evaluation import ruler
 from ttmray.models.scoring import Embeddings, Scorer
+from ttmray.recipes import ruler
 
 
 @pytest.fixture
