@@ -313,3 +313,33 @@ def test_tables_of_votes_may_have_another_separator(tmp_path, separator):
 def test_an_empty_split_is_refused():
     with pytest.raises(UserError, match=r"is in validation|is in test|is in train"):
         split_pairs([pair(i) for i in range(2)], PairSplit(by="pair"))
+
+
+@pytest.mark.parametrize("by", ["pair", "item", "prompt"])
+def test_votes_fall_into_the_same_splits_wherever_their_clips_lie(tmp_path, by):
+    rows = [f"{i % 60}.wav,{(7 * i + 1) % 60}.wav,{'ab'[i % 2]}" for i in range(300)]
+    sides = []
+    for place in ("here", "elsewhere/deeper"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        (folder / "votes.csv").write_text("a,b,label\n" + "\n".join(rows) + "\n")
+        pairs, _ = read_pairs([source(folder / "votes.csv")])
+        splits, _ = split_pairs(pairs, PairSplit(by=by, validation=0.2, test=0.2))
+        sides.append({split: [vote.id for vote in members] for split, members in splits.items()})
+    assert sides[0] == sides[1]
+
+
+def test_a_clip_of_two_sources_with_two_names_is_in_one_split(tmp_path):
+    (tmp_path / "x").mkdir()
+    for name, prefix in (("first", "x/"), ("second", "")):
+        rows = [f"{prefix}{i}.wav,{prefix}{i + 100}.wav,a" for i in range(80)]
+        (tmp_path / f"{name}.csv").write_text("a,b,label\n" + "\n".join(rows) + "\n")
+    sources = [
+        PairSource(name="first", path=str(tmp_path / "first.csv"), audio=str(tmp_path)),
+        PairSource(name="second", path=str(tmp_path / "second.csv"), audio=str(tmp_path / "x")),
+    ]
+    pairs, _ = read_pairs(sources)
+    splits, dropped = split_pairs(pairs, PairSplit(by="pair", validation=0.2, test=0.2))
+    assert dropped == []
+    clips = [{vote.a for vote in members} for members in splits.values()]
+    assert sum(map(len, clips)) == 80

@@ -103,7 +103,8 @@ class PairSplit(Config):
 @dataclass(frozen=True)
 class Pair:
     """One vote. `a` and `b` are addresses: a path or URI, or `<corpus run>#<key>`. `target` is 1 where a was
-    preferred, 0 for b, 0.5 for a tie; `text` is what the text encoder sees; `place` is file and row."""
+    preferred, 0 for b, 0.5 for a tie; `text` is what the text encoder sees; `place` is file and row. `name_a` and
+    `name_b` are the clips as the table calls them, wherever they lie."""
 
     id: str
     source: str
@@ -116,6 +117,8 @@ class Pair:
     system_b: str = ""
     split: str = ""
     place: str = ""
+    name_a: str = ""
+    name_b: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,8 @@ def split_pairs(pairs: Sequence[Pair], config: PairSplit) -> tuple[dict[str, lis
     if config.by == "released":
         names, why = [pair.split for pair in pairs], "no_split"
     else:
-        names, why = disjoint_splits([_held_out(pair, config.by) for pair in pairs], config), "across_splits"
+        groups, called = [_held_out(pair, config.by) for pair in pairs], _called(pairs, config.by)
+        names, why = disjoint_splits(groups, config, called), "across_splits"
     splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     dropped = []
     for pair, name in zip(pairs, names, strict=True):
@@ -219,7 +223,9 @@ def split_pairs(pairs: Sequence[Pair], config: PairSplit) -> tuple[dict[str, lis
     return splits, dropped
 
 
-def disjoint_splits(groups: Sequence[Sequence[str]], config: PairSplit) -> list[str]:
+def disjoint_splits(
+    groups: Sequence[Sequence[str]], config: PairSplit, called: Mapping[str, str] | None = None
+) -> list[str]:
     """A split for every pair such that no name of `groups` is in two; "" for pairs that would join two splits.
 
     Pairs that hang together are kept together, so that nothing is lost. Where more than half of all pairs hang together
@@ -227,7 +233,9 @@ def disjoint_splits(groups: Sequence[Sequence[str]], config: PairSplit) -> list[
 
     Args:
         groups: per pair what must stay together, e.g. its two clips.
+        called: what a name is drawn by instead of itself, so that votes fall alike wherever their clips lie.
     """
+    called = called or {}
     names = sorted({name for group in groups for name in group})
     number = {name: i for i, name in enumerate(names)}
     edges = np.array([[number[group[0]], number[name]] for group in groups for name in group]).reshape(-1, 2)
@@ -236,7 +244,8 @@ def disjoint_splits(groups: Sequence[Sequence[str]], config: PairSplit) -> list[
     sizes = Counter(int(component[number[group[0]]]) for group in groups)
     if max(sizes.values(), default=0) > len(groups) / 2:
         component = np.arange(len(names))
-    first = {part: name for name, part in reversed(list(zip(names, component.tolist(), strict=True)))}
+    labelled = sorted(zip((called.get(name, name) for name in names), component.tolist(), strict=True))
+    first = {part: label for label, part in reversed(labelled)}
     drawn = [_draw(first[part], config) for part in component.tolist()]
     splits = [{drawn[number[name]] for name in group} for group in groups]
     return [split.pop() if len(split) == 1 else "" for split in splits]
@@ -258,6 +267,18 @@ def _held_out(pair: Pair, by: str) -> tuple[str, ...]:
         return (pair.system_a, pair.system_b)
     # pairs without a prompt (SongEval) are held out by their clips
     return (f"prompt {pair.prompt}",) if by == "prompt" and pair.prompt else (pair.a, pair.b)
+
+
+def _called(pairs: Sequence[Pair], by: str) -> dict[str, str]:
+    """For names of `_held_out` that are addresses of clips: what the tables call them, the first of several words."""
+    called: dict[str, str] = {}
+    for pair in pairs:
+        words = {pair.a: pair.name_a or pair.a, pair.b: pair.name_b or pair.b}
+        if by == "pair":
+            words = {_held_out(pair, by)[0]: "\n".join(sorted(words.values()))}
+        for name, word in words.items():
+            called[name] = min(word, called.get(name, word))
+    return called
 
 
 def _pair(source: PairSource, row: dict[str, Any], place: str) -> Pair | Dropped:
@@ -284,6 +305,8 @@ def _pair(source: PairSource, row: dict[str, Any], place: str) -> Pair | Dropped
         system_b=cells["system_b"],
         split=split,
         place=place,
+        name_a=cells["a"],
+        name_b=cells["b"],
     )
     if pair.a == pair.b:
         return Dropped(pair.id, name, "same_clip", place)
@@ -295,12 +318,13 @@ def _pair(source: PairSource, row: dict[str, Any], place: str) -> Pair | Dropped
 def _rated(source: PairSource, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Pair | Dropped]:
     """Pairs of songs whose mean ratings differ enough, drawn as the release draws them (SongEval)."""
     scores: dict[str, float] = {}
+    called: dict[str, str] = {}
     for place, row in rows:
         name = _cell(row, ("file_name", "path", "audio", "id"), place)
         address = _address(source, name, place)
         if address in scores:
             raise UserError(f"{place}: {name!r} is rated in an earlier row already.")
-        scores[address] = _mean_rating(row, place)
+        scores[address], called[address] = _mean_rating(row, place), name
     songs, drawn = sorted(scores), random.Random(source.seed)
     pairs: dict[frozenset[str], Pair] = {}
     for _ in range(200 * source.count):  # few songs, or few that differ enough, may not give as many pairs
@@ -311,7 +335,8 @@ def _rated(source: PairSource, rows: Sequence[tuple[str, dict[str, Any]]]) -> li
         if key in pairs or abs(scores[a] - scores[b]) < source.min_gap or scores[a] == scores[b]:
             continue
         name = f"{source.name.lower()}_{len(pairs):06d}"
-        pairs[key] = Pair(name, source.name, a, b, float(scores[a] > scores[b]), place=f"{source.path}, drawn {name}")
+        words = {"name_a": called[a], "name_b": called[b], "place": f"{source.path}, drawn {name}"}
+        pairs[key] = Pair(name, source.name, a, b, float(scores[a] > scores[b]), **words)
     return list(pairs.values())
 
 
