@@ -86,7 +86,8 @@ class PairSplit(Config):
     by: Literal["released", "pair", "item", "prompt", "system"] = "item"
     """`released` takes the sources' split files or the table's split column. The others hold out whole pairs (all
     votes on the same two clips), clips,
-    prompts or systems by a seeded hash, so that more pairs move no other."""
+    prompts or systems by a seeded hash of their names in the tables, so that more pairs, or another folder, move no
+    other."""
     validation: float = Field(0.1, gt=0, lt=1)
     """Share that selects the best epoch."""
     test: float = Field(0.1, gt=0, lt=1)
