@@ -15,19 +15,6 @@ TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 """Known to be too long."""
-TWICE = {
-    "Clip",
-    "Comparison",
-    "DataConfig",
-    "Job",
-    "Level",
-    "Note",
-    "Part",
-    "Piece",
-    "Track",
-    "Worker",
-}
-"""Class names that still mean two things; the list only gets shorter."""
 LAYERS = (
     ("__main__",),
     ("cli",),
@@ -107,7 +94,22 @@ def test_a_class_name_means_one_thing() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(file.relative_to(REPO).as_posix())
-    assert {name: files for name, files in places.items() if len(files) > 1 and name not in TWICE} == {}
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_public_functions_that_refuse_something_say_so() -> None:
+    """Those at the top of a module whose own body raises `UserError`."""
+    silent = []
+    for file, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                raises = [one.exc for one in ast.walk(node) if isinstance(one, ast.Raise) and one.exc is not None]
+                inner = [one for one in ast.walk(node) if isinstance(one, ast.FunctionDef) and one is not node]
+                within = {id(exc) for one in inner for exc in ast.walk(one)}
+                refuses = any(ast.unparse(exc).startswith("UserError(") and id(exc) not in within for exc in raises)
+                if refuses and "UserError" not in (ast.get_docstring(node) or ""):
+                    silent.append(f"{name_of(file)}.{node.name}")
+    assert silent == []
 
 
 def test_dependencies_point_down() -> None:

@@ -286,7 +286,11 @@ def spearman(x: np.ndarray, y: np.ndarray, confidence: float = 0.95) -> Correlat
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's correlation of (n,) and (n,) values; None where a side is constant or there are fewer than two."""
+    """Pearson's correlation of (n,) and (n,) values; None where a side is constant or there are fewer than two.
+
+    Raises:
+        UserError: values that are not finite, or sides of other lengths.
+    """
     x, y = _vector(x, "x"), _vector(y, "y")
     if len(x) != len(y):
         raise UserError(f"A correlation needs pairs, not {len(x)} and {len(y)} values.")

@@ -65,7 +65,11 @@ def safe_relative(name: str) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn the storage errors that a user can act on into a `UserError` that names `what`."""
+    """Turn the storage errors that a user can act on into a `UserError` that names `what`.
+
+    Raises:
+        UserError: for those.
+    """
     try:
         yield
     except UserError:

@@ -99,7 +99,11 @@ def is_table(path: str) -> bool:
 
 
 def read_table(source: str, known: Collection[str], only_known: bool = False) -> Table:
-    """The table in a file; see `parse_table`."""
+    """The table in a file; see `parse_table`.
+
+    Raises:
+        UserError: no table by its name, or one that cannot be read.
+    """
     if not is_table(source):
         raise UserError(f"{source} is not a table.", f"Known: {', '.join((*SUFFIXES, *READERS))}; text also as .gz.")
     return parse_table(source, read_file(source), known, only_known)

@@ -73,7 +73,7 @@ def test_a_relaunch_goes_on_with_the_parts_that_are_missing(
     run_rescore(run, head, name="whole")
     score, calls = rescore.PartScorer.__call__, []
 
-    def dies(self: rescore.PartScorer, part: rescore.Part) -> int:
+    def dies(self: rescore.PartScorer, part: rescore.Portion) -> int:
         if calls:
             raise KeyboardInterrupt
         calls.append(part.name)

@@ -17,7 +17,7 @@ import pytest
 from ttmray.corpus import worker as worker_module
 from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.unit import FAILED, OK, Unit
-from ttmray.corpus.worker import Worker, WorkerDied, WorkerError
+from ttmray.corpus.worker import ChildWorker, WorkerDied, WorkerError
 from ttmray.errors import UserError
 
 TIMEOUT_S = 120.0
@@ -57,9 +57,9 @@ def before() -> set[int]:
 
 
 @pytest.fixture
-def worker(unit_and_job, before) -> Iterator[Worker]:
+def worker(unit_and_job, before) -> Iterator[ChildWorker]:
     """Decodes; models would only make it slow."""
-    made = Worker(unit_and_job[1].to_json(), ("decode",))
+    made = ChildWorker(unit_and_job[1].to_json(), ("decode",))
     yield made
     made.kill()
     assert children() == before, "no child is left, not even as a zombie"
@@ -93,12 +93,12 @@ def test_a_child_killed_between_units_is_named_with_its_signal_and_replaced(work
 
 
 @pytest.fixture
-def endless(unit, unit_and_job, tmp_path) -> tuple[Unit, Worker, Path]:
+def endless(unit, unit_and_job, tmp_path) -> tuple[Unit, ChildWorker, Path]:
     """A unit whose only song is a pipe: its decoder waits until somebody writes."""
     pipe = tmp_path / "endless.wav"
     os.mkfifo(pipe)
     job = replace(unit_and_job[1], root=str(tmp_path))
-    return Unit("u0", [unit.tracks[0] | {"path": pipe.name}]), Worker(job.to_json(), ("decode",)), pipe
+    return Unit("u0", [unit.tracks[0] | {"path": pipe.name}]), ChildWorker(job.to_json(), ("decode",)), pipe
 
 
 def test_a_child_killed_in_the_middle_of_a_unit_is_one_death(endless, before):
@@ -135,7 +135,7 @@ def test_an_error_in_the_child_arrives_with_its_traceback_and_the_child_lives_on
 def test_a_user_error_in_the_child_arrives_as_one(unit_and_job, unit):
     job = unit_and_job[1]
     config = job.corpus.model_copy(update={"bundle": "nowhere"})
-    worker = Worker(replace(job, config=config.model_dump_json()).to_json(), ("separate",))
+    worker = ChildWorker(replace(job, config=config.model_dump_json()).to_json(), ("separate",))
     try:
         with pytest.raises(UserError, match="no bundle 'nowhere'") as caught:
             worker.run(unit, TIMEOUT_S)
@@ -171,9 +171,9 @@ def test_a_program_that_starts_a_job_is_not_run_again_by_its_workers(unit_and_jo
     program.write_text(
         "import sys\n"
         "from ttmray.corpus.unit import Unit\n"
-        "from ttmray.corpus.worker import Worker\n"
+        "from ttmray.corpus.worker import ChildWorker\n"
         "print('started', flush=True)\n"
-        "worker = Worker(sys.argv[1], ('decode',))\n"
+        "worker = ChildWorker(sys.argv[1], ('decode',))\n"
         f"print(len(worker.run(Unit('u0', {unit.tracks[:1]!r}), {TIMEOUT_S}).rows))\n"
         "worker.kill()\n"
     )

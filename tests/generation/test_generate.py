@@ -24,7 +24,7 @@ from ttmray.generation import generate as job
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.generate import best_of_curve, generate, plan_clips
 from ttmray.generation.prompts import Prompt
-from ttmray.generation.worker import Worker
+from ttmray.generation.worker import ClipMaker
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.score_support import ScoreSupport
@@ -77,10 +77,10 @@ def same(prompts: Path, run: Path) -> Callable[..., int]:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on no models may be loaded."""
 
-    def refuse(self: Worker, job: object) -> None:
+    def refuse(self: ClipMaker, job: object) -> None:
         raise AssertionError("models are loaded")
 
-    monkeypatch.setattr(Worker, "__init__", refuse)
+    monkeypatch.setattr(ClipMaker, "__init__", refuse)
 
 
 def test_every_clip_has_a_file_and_a_row_that_says_what_it_is(finished):
@@ -121,8 +121,8 @@ def test_only_what_is_missing_or_changed_is_made_again_with_the_same_bytes(same,
     else:
         (run / "clips/b.wav").write_bytes(b"RIFF")
     made: list[str] = []
-    original = Worker._write_one
-    monkeypatch.setattr(Worker, "_write_one", lambda self, work: made.append(work.clip.name) or original(self, work))
+    original = ClipMaker._write_one
+    monkeypatch.setattr(ClipMaker, "_write_one", lambda self, work: made.append(work.clip.name) or original(self, work))
     assert same() == 0
     assert made == ["b"]
     assert files(run) == files(finished)
@@ -169,14 +169,14 @@ def test_two_ray_actors_give_the_same_bytes(prompts, finished, tmp_path):
 
 
 def test_a_failed_clip_is_a_row_and_the_others_are_made(prompts, tmp_path, monkeypatch, capsys):
-    original = Worker._finish_one
+    original = ClipMaker._finish_one
 
-    def fail(self: Worker, work: Any) -> None:
+    def fail(self: ClipMaker, work: Any) -> None:
         if work.clip.name == "b":
             raise RuntimeError("no sound")
         original(self, work)
 
-    monkeypatch.setattr(Worker, "_finish_one", fail)
+    monkeypatch.setattr(ClipMaker, "_finish_one", fail)
     config = make(prompts, tmp_path / "run", "runtime.threads=2")
     archive = tmp_path / "clips.zip"
     assert generate(config, zip_to=str(archive)) == 3
@@ -187,7 +187,7 @@ def test_a_failed_clip_is_a_row_and_the_others_are_made(prompts, tmp_path, monke
     assert row["file"] is None
     assert "b: error: RuntimeError: no sound" in capsys.readouterr().out
     assert generate(config.model_copy(update={"max_failures": 1})) == 0
-    monkeypatch.setattr(Worker, "_finish_one", original)
+    monkeypatch.setattr(ClipMaker, "_finish_one", original)
     assert generate(config) == 3  # a failed clip is not made again unasked
     assert generate(config, retry_failed=True, zip_to=str(archive)) == 0
     assert rows(tmp_path / "run")["b"]["status"] == "ok"
@@ -429,14 +429,14 @@ def test_candidates_can_be_judged_by_clap_without_scores_in_the_manifest(prompts
 
 
 def test_a_clip_fails_only_when_all_of_its_candidates_do(prompts, tmp_path, monkeypatch):
-    decode = Worker._decode
+    decode = ClipMaker._decode
 
-    def poor(self: Worker, works: list[Any]) -> None:
+    def poor(self: ClipMaker, works: list[Any]) -> None:
         if any(work.clip.name == "a" or work.clip.draw.candidate == 0 for work in works):
             raise ClipError("failed", "broken", "no sound")
         decode(self, works)
 
-    monkeypatch.setattr(Worker, "_decode", poor)
+    monkeypatch.setattr(ClipMaker, "_decode", poor)
     output = tmp_path / "run"
     assert generate(make(prompts, output, *BARE, "best_of=2")) == 3
     found = rows(output)

@@ -20,7 +20,7 @@ from scipy.io import wavfile
 from ttmray.audio.survey import (
     FORMATS,
     TOLERANCE_S,
-    Part,
+    Stretch,
     check_chunks,
     mismatch,
     survey,
@@ -139,7 +139,7 @@ def probe(source: Source) -> AudioInfo:
         return _told(parts)
 
 
-def _told(parts: Sequence[Part]) -> AudioInfo:
+def _told(parts: Sequence[Stretch]) -> AudioInfo:
     """Rate of the first part, channels of the widest, frames of all together."""
     rate = parts[0].rate
     return AudioInfo(
@@ -224,7 +224,7 @@ def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
     return _read_parts(parts, limits)
 
 
-def _as_it_is(parts: Sequence[Part], info: AudioInfo) -> bool:
+def _as_it_is(parts: Sequence[Stretch], info: AudioInfo) -> bool:
     """Whether the decoder sees the file as its bytes are, so that it need not be cut into parts."""
     (part, *others) = parts
     # an estimate that is too large does no harm: no more is read than the bytes hold
@@ -232,7 +232,7 @@ def _as_it_is(parts: Sequence[Part], info: AudioInfo) -> bool:
     return part.whole_file and not others and reaches_end
 
 
-def _read_parts(parts: Sequence[Part], limits: AudioLimits) -> tuple[np.ndarray, int]:
+def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarray, int]:
     waves: list[np.ndarray] = []
     rate = frames = 0
     for part in parts:

@@ -2,7 +2,7 @@
 
 The length of an MP3 is written nowhere but in an optional Xing, Info or VBRI header, which joining, cutting or a bad
 encoder make wrong; only its frames can be counted. `walk` reads the four bytes of every frame header and no sound, and
-`Piece.file` gives any part of a file as an MP3 that a decoder reads whole: header frame with the true count, then
+`MpegStream.file` gives any part of a file as an MP3 that a decoder reads whole: header frame with the true count, then
 frames. Layouts: ISO 11172-3 and 13818-3 (frames), the LAME tag specification, ID3v2.4, APEv2, Lyrics3 v2.
 """
 
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 
 
 @dataclass
-class Piece:
+class MpegStream:
     """Frames of one kind that belong to one stream.
 
     Attributes:
@@ -88,12 +88,12 @@ class Piece:
             first = _info_frame(data[self.spans[0][0] : self.spans[0][0] + 4], self.kind, self.frames)
         return b"".join([first, *(data[start:end] for start, end, _ in self.spans)])
 
-    def undamaged(self) -> "list[Piece]":
+    def undamaged(self) -> "list[MpegStream]":
         """The pieces between damage. One decoder over all would take bits of the frames before for those that are lost,
         which can be heard as a loud click."""
         if len(self.spans) == 1:
             return [self]
-        return [Piece(self.kind, span[2], [span]) for span in self.spans]
+        return [MpegStream(self.kind, span[2], [span]) for span in self.spans]
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Walk:
         rest: those of them that are no tag and not zero.
     """
 
-    pieces: list[Piece]
+    pieces: list[MpegStream]
     at_start: bool
     lead: int
     behind: int
@@ -134,7 +134,7 @@ def walk(data: bytes) -> Walk:
         Without pieces if there are not three frames in a row anywhere.
     """
     parser = _Frames(data)
-    pieces: list[Piece] = []
+    pieces: list[MpegStream] = []
     position = lead = rest = 0
     while position < len(data):
         after = _skip_tags(data, position)
@@ -154,7 +154,7 @@ def walk(data: bytes) -> Walk:
     return Walk(pieces, begin == common, lead, behind, rest)
 
 
-def _take_run(data: bytes, parser: "_Frames", position: int, pieces: list[Piece]) -> int:
+def _take_run(data: bytes, parser: "_Frames", position: int, pieces: list[MpegStream]) -> int:
     """Add the frames that follow each other from `position` on to the pieces; returns where they end."""
     start = position
     current = pieces[-1] if pieces else None
@@ -168,7 +168,7 @@ def _take_run(data: bytes, parser: "_Frames", position: int, pieces: list[Piece]
             if other and current is not None and not parser.is_run(position):
                 break  # one header of another kind is damage
             _close(current, start, position)
-            current = Piece(kind)
+            current = MpegStream(kind)
             pieces.append(current)
             start = position
             if about is not None:
@@ -185,7 +185,7 @@ def _take_run(data: bytes, parser: "_Frames", position: int, pieces: list[Piece]
     return position
 
 
-def _close(piece: Piece | None, start: int, end: int) -> None:
+def _close(piece: MpegStream | None, start: int, end: int) -> None:
     if piece is not None and end > start:
         piece.spans.append((start, end, piece.frames - sum(frames for _, _, frames in piece.spans)))
 

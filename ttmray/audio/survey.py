@@ -25,7 +25,7 @@ _MAGIC_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """A run of sound; `file` gives it as a file of its own.
 
     Rate, channels and samples per channel are what the bytes say, 0 where only the decoder can tell; `whole_file` where
@@ -39,7 +39,7 @@ class Part:
     whole_file: bool = False
 
 
-def survey(stream: BinaryIO, format: str | None) -> list[Part] | None:
+def survey(stream: BinaryIO, format: str | None) -> list[Stretch] | None:
     """Look at the bytes of a file.
 
     Args:
@@ -90,7 +90,7 @@ def tells_length(stream: BinaryIO) -> bool:
     return bool(pieces) and pieces[0].promised is not None
 
 
-def _mpeg(content: bytes) -> list[Part] | None:
+def _mpeg(content: bytes) -> list[Stretch] | None:
     walk = mpeg.walk(content)
     if not walk.pieces:
         return None
@@ -109,13 +109,13 @@ def _mpeg(content: bytes) -> list[Part] | None:
             held_s, f"{others} of {len(content)} bytes ({others / bytes_per_s:.2f} s) are neither sound nor a tag"
         )
     return [
-        Part(piece.kind.rate, piece.kind.channels, piece.samples, partial(piece.file, content), walk.plain)
+        Stretch(piece.kind.rate, piece.kind.channels, piece.samples, partial(piece.file, content), walk.plain)
         for whole in walk.pieces
         for piece in whole.undamaged()
     ]
 
 
-def _flac(content: bytes) -> list[Part] | None:
+def _flac(content: bytes) -> list[Stretch] | None:
     streams = containers.flac_streams(content)
     parts = []
     for stream in streams:
@@ -128,11 +128,11 @@ def _flac(content: bytes) -> list[Part] | None:
             message = f"{stream.rest} bytes behind its last frame are neither sound nor a tag"
             raise mismatch(stream.last / stream.rate, message)
         whole = len(streams) == 1 and stream.total == stream.last
-        parts.append(Part(stream.rate, stream.channels, stream.last, partial(stream.file, content), whole))
+        parts.append(Stretch(stream.rate, stream.channels, stream.last, partial(stream.file, content), whole))
     return parts or None
 
 
-def _ogg(content: bytes) -> list[Part] | None:
+def _ogg(content: bytes) -> list[Stretch] | None:
     streams = [stream for stream in containers.ogg_streams(content) if stream.rate]
     if not streams:
         return None
@@ -147,15 +147,15 @@ def _ogg(content: bytes) -> list[Part] | None:
     rest = mpeg.unexplained(content[streams[-1].end :])
     if rest > _LEAD_BYTES:
         raise mismatch(held_s, f"{rest} bytes behind its last page are neither sound nor a tag")
-    return [Part(stream.rate, 0, 0, partial(stream.file, content), len(streams) == 1) for stream in streams]
+    return [Stretch(stream.rate, 0, 0, partial(stream.file, content), len(streams) == 1) for stream in streams]
 
 
-def _slice(stream: BinaryIO, start: int, end: int | None) -> list[Part]:
+def _slice(stream: BinaryIO, start: int, end: int | None) -> list[Stretch]:
     stream.seek(0)
-    return [Part(0, 0, 0, partial(bytes, stream.read()[start:end]))]
+    return [Stretch(0, 0, 0, partial(bytes, stream.read()[start:end]))]
 
 
-def _cut_w64(stream: BinaryIO) -> list[Part] | None:
+def _cut_w64(stream: BinaryIO) -> list[Stretch] | None:
     """Without what lies behind the sound, which libsndfile would take for sound, too."""
     sound = containers.find_sound(stream)
     if sound is None or sound.promised is None or sound.start + sound.promised >= stream.seek(0, os.SEEK_END):
@@ -166,7 +166,7 @@ def _cut_w64(stream: BinaryIO) -> list[Part] | None:
     return _slice(stream, 0, sound.start + sound.promised)
 
 
-def _unfinished_wav(stream: BinaryIO) -> list[Part] | None:
+def _unfinished_wav(stream: BinaryIO) -> list[Stretch] | None:
     """A WAV whose data size is still 0, as a recorder leaves it when it stops without closing: to the end is sound."""
     sound = containers.find_sound(stream)
     stream.seek(0)
@@ -174,7 +174,7 @@ def _unfinished_wav(stream: BinaryIO) -> list[Part] | None:
         return None
     stream.seek(0)
     content = stream.read()
-    return [Part(0, 0, 0, partial(containers.sized_wav, content, sound.start))]
+    return [Stretch(0, 0, 0, partial(containers.sized_wav, content, sound.start))]
 
 
 def check_chunks(stream: BinaryIO, done_s: float) -> None:

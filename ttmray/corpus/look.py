@@ -144,6 +144,9 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     """Write a page with `n` random ok clips, cut from their sources again, beside captions and scores.
 
     The page is for ears: a caption that belongs to another song is found in seconds by listening.
+
+    Raises:
+        UserError: no run of this kind, or none of its clips is ok.
     """
     run = _open(folder)
     described = read(run, "corpus")

@@ -20,7 +20,7 @@ from ttmray.corpus.placement import least_cpus, place
 from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.stage import AT_HOME, Stage, alive, reads
 from ttmray.corpus.unit import FAILED, Unit, merge
-from ttmray.corpus.worker import Worker, WorkerDied
+from ttmray.corpus.worker import ChildWorker, WorkerDied
 from ttmray.errors import ClipError, UserError
 from ttmray.storage import Folder
 
@@ -47,7 +47,7 @@ def run_alone(job: Job, names: Sequence[str], unit: Unit, timeout_s: float) -> U
 
 
 def _one_by_one(job: Job, stages: Sequence[type[Stage]], unit: Unit, timeout_s: float) -> Unit:
-    worker = Worker(job.to_json(), [stage.name for stage in stages])
+    worker = ChildWorker(job.to_json(), [stage.name for stage in stages])
     try:
         parts = [_survivor(job, worker, stages[0], part, timeout_s) for part in _suspects(stages[0], unit)]
     finally:
@@ -64,7 +64,7 @@ def _suspects(stage: type[Stage], unit: Unit) -> Iterator[Unit]:
             yield unit.part({row["track_id"]}, {row["key"]})
 
 
-def _survivor(job: Job, worker: Worker, stage: type[Stage], part: Unit, timeout_s: float) -> Unit:
+def _survivor(job: Job, worker: ChildWorker, stage: type[Stage], part: Unit, timeout_s: float) -> Unit:
     before = [dict(row) for row in part.rows]
     try:
         return worker.run(part, timeout_s)
@@ -132,9 +132,9 @@ def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done
     stop = threading.Event()
     config = job.corpus
     run, names = Folder.at(config.output), [stage.name for stage in job.stages()]
-    workers = [Worker(job.to_json(), names) for _ in range(count)]
+    workers = [ChildWorker(job.to_json(), names) for _ in range(count)]
 
-    def until_committed(worker: Worker, unit: Unit) -> Unit:
+    def until_committed(worker: ChildWorker, unit: Unit) -> Unit:
         timeout_s = config.runtime.clip_timeout_s * max(config.unit_clips, 1)
         while True:
             try:
@@ -150,7 +150,7 @@ def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done
                     raise
                 continue  # its marker stays, so the guard counts the death
 
-    def serve(worker: Worker) -> None:
+    def serve(worker: ChildWorker) -> None:
         while not stop.is_set():
             try:
                 unit = waiting.get_nowait()

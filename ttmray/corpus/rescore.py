@@ -57,7 +57,7 @@ class RescoreConfig(Config):
     """Where, and on how many workers."""
 
 
-class Part(NamedTuple):
+class Portion(NamedTuple):
     """What one call scores: ok rows of some units in the order of the index, and the files of their captions."""
 
     name: str
@@ -138,7 +138,7 @@ def _claim(
     runs.refuse_another(out, old or runs.read(out, "scores"), described, way_out="Another table needs another name.")
 
 
-def _parts(run: Folder, rows: pa.Table, with_text: bool) -> Iterator[Part]:
+def _parts(run: Folder, rows: pa.Table, with_text: bool) -> Iterator[Portion]:
     units = rows["unit"].combine_chunks().dictionary_encode()
     names, codes = units.dictionary.to_pylist(), units.indices.to_numpy()  # in the order of the index
     files = _caption_files(run) if with_text else {}
@@ -146,7 +146,7 @@ def _parts(run: Folder, rows: pa.Table, with_text: bool) -> Iterator[Part]:
         start, stop = np.searchsorted(codes, (first, first + UNITS_PER_PART))
         part = rows.slice(int(start), int(stop - start))
         owners = [files[row["caption_id"]] for row in part.to_pylist() if row["caption"]] if with_text else []
-        yield Part(names[first], part, tuple(sorted(set(owners))))
+        yield Portion(names[first], part, tuple(sorted(set(owners))))
 
 
 def _caption_files(run: Folder) -> dict[str, str]:
@@ -163,7 +163,7 @@ def _caption_files(run: Folder) -> dict[str, str]:
     return {caption: of_unit[unit] for caption, unit in pairs if unit in of_unit}
 
 
-def _file(part: Part) -> str:
+def _file(part: Portion) -> str:
     return f"{PARTS}/{part.name}.parquet"
 
 
@@ -180,7 +180,7 @@ class PartScorer:
         self.head: TuneJury | None = None  # whose widths are those of the first embeddings
         one_thread()
 
-    def __call__(self, part: Part) -> int:
+    def __call__(self, part: Portion) -> int:
         texts = self._texts(part)
         table = pa.concat_tables(
             self._score(part.rows.filter(pc.equal(part.rows["shard"], shard)), shard, texts)
@@ -191,7 +191,7 @@ class PartScorer:
         self.out.create(_file(part), buffer.getvalue())
         return table.num_rows
 
-    def _texts(self, part: Part) -> dict[str, np.ndarray]:
+    def _texts(self, part: Portion) -> dict[str, np.ndarray]:
         vectors: dict[str, np.ndarray] = {}
         for name in part.captions:
             for caption, features in shards.read_captions(self.run, name).items():
@@ -234,7 +234,7 @@ class PartScorer:
         return found
 
 
-def _finish(run: Folder, out: Folder, parts: Sequence[Part], corpus: dict[str, Any], head: RewardHead) -> None:
+def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str, Any], head: RewardHead) -> None:
     """The table, its statistics and `_SUCCESS.json`; parts are then needed no more."""
     tables = [parquet_table(out.read(_file(part))).cast(scores.SCHEMA) for part in parts]
     table = pa.concat_tables(tables) if tables else scores.SCHEMA.empty_table()

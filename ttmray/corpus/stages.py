@@ -280,7 +280,7 @@ class Score(Stage):
         return unit
 
 
-class Level(Stage):
+class Gain(Stage):
     """`gain` (n,) float32 of the instrumentals, by which they have the sample peak `peak`: one factor per track.
 
     A stage of its own, because it follows from all ok clips of a track and `Encode` may see them one by one.

@@ -40,7 +40,7 @@ class WorkerError(Exception):
     """The child raised; the text is its traceback."""
 
 
-class Worker:
+class ChildWorker:
     """One child process, started at the first unit and again after a death.
 
     Args:

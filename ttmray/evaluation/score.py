@@ -52,6 +52,9 @@ def score(
         caption: for the CLAP score; empty leaves it out.
         reward_text: `empty` or `caption`: what the reward sees.
         cache: folder of the embedding cache; None computes all.
+
+    Raises:
+        UserError: an unknown bundle or `reward_text`, or weights that are not there.
     """
     chosen = open_bundle(bundle)
     if reward_text not in ("empty", "caption"):

@@ -23,7 +23,7 @@ from ttmray.generation.manifest import FAILED, OK
 from ttmray.generation.play import write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
-from ttmray.generation.worker import Clip, Job, Worker, roles_of
+from ttmray.generation.worker import ClipJob, ClipMaker, PlannedClip, roles_of
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, on_gpu, open_bundle
 from ttmray.models.protocol import SEPARATION
@@ -92,14 +92,14 @@ def generate(
     return EXIT_TOO_MANY_FAILURES if failed > (0 if zip_to is not None else config.max_failures) else EXIT_OK
 
 
-def plan_clips(prompts: Sequence[Prompt], config: GenerateConfig) -> list[Clip]:
+def plan_clips(prompts: Sequence[Prompt], config: GenerateConfig) -> list[PlannedClip]:
     """All clips in the order of the prompts.
 
     A single sample is named as its prompt, several have the candidate's number after an underscore.
     """
     many = config.samples > 1
     return [
-        Clip(f"{prompt.id}_{k}" if many else prompt.id, Draw(prompt.id, prompt.text, config.seed, k))
+        PlannedClip(f"{prompt.id}_{k}" if many else prompt.id, Draw(prompt.id, prompt.text, config.seed, k))
         for prompt in prompts
         for k in range(config.samples)
     ]
@@ -137,7 +137,7 @@ def _score_warnings(config: GenerateConfig) -> list[str]:
     return [line for line in lines if line is not None]
 
 
-def _check_prompts(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str, Any]]) -> None:
+def _check_prompts(run: Folder, clips: Sequence[PlannedClip], rows: dict[str, dict[str, Any]]) -> None:
     for clip in clips:
         row = rows.get(clip.name)
         if row is not None and row["prompt"] != clip.draw.prompt:
@@ -147,7 +147,9 @@ def _check_prompts(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str,
             )
 
 
-def _todo(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str, Any]], retry_failed: bool) -> list[Clip]:
+def _todo(
+    run: Folder, clips: Sequence[PlannedClip], rows: dict[str, dict[str, Any]], retry_failed: bool
+) -> list[PlannedClip]:
     mine = [rows[clip.name] for clip in clips if clip.name in rows]
     finished = [row for row in mine if row["status"] == OK]
     done = manifest.intact(run, finished)
@@ -160,10 +162,10 @@ def _todo(run: Folder, clips: Sequence[Clip], rows: dict[str, dict[str, Any]], r
 
 
 def _make(
-    config: GenerateConfig, described: dict[str, Any], todo: Sequence[Clip], seconds: Counter[str]
+    config: GenerateConfig, described: dict[str, Any], todo: Sequence[PlannedClip], seconds: Counter[str]
 ) -> list[dict[str, Any]]:
     weights = json.dumps(described["identity"]["weights"])
-    job = Job(config.model_dump_json(), described["fingerprint"], weights)
+    job = ClipJob(config.model_dump_json(), described["fingerprint"], weights)
     runtime = config.runtime
     local = runtime.runner == "local"
     batched = on_gpu(runtime.device, runtime.runner, runtime.gpus)
@@ -174,7 +176,7 @@ def _make(
     made: list[dict[str, Any]] = []
     failed = 0
     with meter("clips", len(todo)) as progress:
-        for rows, spent in each(partial(Worker, job), batches, runtime):
+        for rows, spent in each(partial(ClipMaker, job), batches, runtime):
             made += rows
             seconds.update(spent)
             failed += sum(row["status"] == FAILED for row in rows)

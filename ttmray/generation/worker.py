@@ -26,7 +26,7 @@ from ttmray.storage import Folder
 
 
 @dataclass(frozen=True)
-class Job:
+class ClipJob:
     """What a process needs to make clips: the config as JSON, and what rows say about the run."""
 
     config: str
@@ -35,7 +35,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Clip:
+class PlannedClip:
     """A planned clip; `name` is that of its file without ending."""
 
     name: str
@@ -46,7 +46,7 @@ class Clip:
 class _Work:
     """A clip on its way."""
 
-    clip: Clip
+    clip: PlannedClip
     latents: np.ndarray | None = None
     wave: np.ndarray | None = None
     audio: np.ndarray | None = None
@@ -54,14 +54,14 @@ class _Work:
     error: ClipError | None = None
 
 
-class Worker:
+class ClipMaker:
     """Makes clips: writes their audio files and rows, and returns the rows and the seconds per stage.
 
     Raises:
         UserError: models that are not there, or do not fit each other or the config.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ClipJob) -> None:
         self.job = job
         self.config = config = GenerateConfig.model_validate_json(job.config)
         self.run = Folder.at(config.output)
@@ -108,7 +108,7 @@ class Worker:
             self.scorer, self.protocol = Scorer(models, protocol, self.threads), f"{bundle.name}/{protocol.id()}"
         one_thread()
 
-    def __call__(self, clips: Sequence[Clip]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    def __call__(self, clips: Sequence[PlannedClip]) -> tuple[list[dict[str, Any]], dict[str, float]]:
         works = [_Work(clip) for clip in clips]
         seconds: dict[str, float] = {}
         make = [self._sample, self._decode] if self.config.best_of == 1 else [self._choose]
@@ -147,7 +147,7 @@ class Worker:
         tried: list[list[float | None]] = [[] for _ in works]
         for c in range(n):
             draws = [replace(work.clip.draw, candidate=work.clip.draw.candidate * n + c) for work in works]
-            trials = [_Work(Clip(work.clip.name, draw)) for work, draw in zip(works, draws, strict=True)]
+            trials = [_Work(PlannedClip(work.clip.name, draw)) for work, draw in zip(works, draws, strict=True)]
             for stage in (self._sample, self._decode, self._judge):
                 alive = [trial for trial in trials if trial.error is None]
                 if alive:

@@ -38,7 +38,7 @@ PARTS: tuple[PartName, ...] = ("clap", "mert", "clap_condition", "vae", "text", 
 """Of a bundle. There is a trainer of vocoders, too, but Griffin-Lim is nearer to the truth than what a CPU trains."""
 
 
-class DataConfig(Config):
+class ClipsConfig(Config):
     """The synthetic clips."""
 
     cache: Location = execution("runs/micro-clips")
@@ -63,7 +63,7 @@ class PartsConfig(Config):
     """Folder of the parts."""
     parts: tuple[PartName, ...] = execution(PARTS, min_length=1)
     """What is trained, in this order."""
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: ClipsConfig = Field(default_factory=ClipsConfig)
     vae: VAEConfig = VAEConfig()
     vocoder: VocoderConfig = VocoderConfig()
     clap: CLAPConfig = CLAPConfig()

@@ -12,7 +12,7 @@ import numpy as np
 
 from ttmray.synth.instruments import INSTRUMENTS
 from ttmray.synth.parts import Bar, Event, bass_line, comping, drum_bar, melody, settle, words
-from ttmray.synth.piece import Attributes, Clock, Note, Piece, Section, Track
+from ttmray.synth.piece import Attributes, Clock, Note, Piece, Player, Section
 from ttmray.synth.styles import GROOVES, ROLES, STYLES, Style
 from ttmray.synth.theory import PROGRESSIONS, Chord, Key, tempo_word, voicing
 
@@ -107,7 +107,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[rng.integers(len(options))]
 
 
-def _tracks(attributes: Attributes, rng: np.random.Generator) -> Iterator[Track]:
+def _tracks(attributes: Attributes, rng: np.random.Generator) -> Iterator[Player]:
     """Who plays, where, and how loud; levels vary by 1.5 dB from piece to piece."""
     send = {"dry": 0.12, "room": 0.5, "hall": 1.0}[attributes.room]
     side = float(rng.choice([-1, 1]))
@@ -121,7 +121,7 @@ def _tracks(attributes: Attributes, rng: np.random.Generator) -> Iterator[Track]
         pan = pans.get(part, 0.0) * float(rng.uniform(0.3, 1.3))
         tone = float(np.clip(0.6 * attributes.bright + rng.uniform(-0.4, 0.4), -1, 1))
         if instrument:
-            yield Track(part, instrument, stem, level, pan, widths[part], send * wet[part], tone)
+            yield Player(part, instrument, stem, level, pan, widths[part], send * wet[part], tone)
 
 
 def _form(attributes: Attributes, rng: np.random.Generator) -> Iterator[tuple[str, int]]:

@@ -182,7 +182,11 @@ def _sigmoid(x: Floats) -> Floats:
 
 
 def read_clips(table: str) -> list[Heard]:
-    """The clips of a `world.parquet`."""
+    """The clips of a `world.parquet`.
+
+    Raises:
+        UserError: it is not there, or another table.
+    """
     rows: list[dict[str, Any]] = parquet_table(read_file(table)).to_pylist()
     try:
         return [Heard(row["path"], row["quality"], bool(row["voice"]), row["caption"]) for row in rows]
@@ -191,6 +195,11 @@ def read_clips(table: str) -> list[Heard]:
 
 
 def main(given: list[str] | None = None) -> int:
+    """Write the table that the command names; returns the exit code.
+
+    Raises:
+        UserError: an argument that makes no sense, or what cannot be read or written.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", help="world.parquet of a small world")
     parser.add_argument("table", help="CSV file to write; put it beside world.parquet, or name the folder as `audio`")

@@ -13,7 +13,7 @@ from ttmray.audio.loudness import integrated_loudness
 from ttmray.synth.composer import SOUND, stream
 from ttmray.synth.drums import strokes
 from ttmray.synth.instruments import RATE, Audio, tone
-from ttmray.synth.piece import STEMS, Note, Piece, Track
+from ttmray.synth.piece import STEMS, Note, Piece, Player
 from ttmray.synth.voice import sing
 
 LUFS = -16.0
@@ -69,7 +69,7 @@ def mix(stems: Stems) -> Audio:
     return total
 
 
-def _part(piece: Piece, track: Track, origin: float, samples: int, rng: np.random.Generator) -> Audio:
+def _part(piece: Piece, track: Player, origin: float, samples: int, rng: np.random.Generator) -> Audio:
     """A player's notes in a window, mono float32."""
     end = origin + samples / RATE
     notes = [n for n in piece.notes if n.part == track.part and n.start < end and n.end > origin - TAIL_S]
@@ -88,7 +88,7 @@ def _part(piece: Piece, track: Track, origin: float, samples: int, rng: np.rando
     return out
 
 
-def _beat(out: Audio, notes: list[Note], track: Track, origin: float, rng: np.random.Generator) -> None:
+def _beat(out: Audio, notes: list[Note], track: Player, origin: float, rng: np.random.Generator) -> None:
     kit: dict[str, list[Audio]] = {}
     for drum in sorted({note.say for note in notes}):
         kit[drum] = strokes(track.instrument, drum, track.tone, np.random.default_rng([*rng.bytes(4)]))
@@ -102,7 +102,7 @@ def _add(out: Audio, sound: Audio, begin: int, gain: float) -> None:
         out[first:last] += gain * sound[first - begin : last - begin]
 
 
-def _level(part: Audio, track: Track) -> float:
+def _level(part: Audio, track: Player) -> float:
     """Gain that brings the RMS of the frames that sound to -20 dB and the track's own level."""
     frame = 2205
     power = (
@@ -116,7 +116,7 @@ def _level(part: Audio, track: Track) -> float:
     return float(10 ** ((track.gain_db - 20) / 20) / np.sqrt(sounding.mean()))
 
 
-def _place(stem: Audio, part: Audio, track: Track) -> None:
+def _place(stem: Audio, part: Audio, track: Player) -> None:
     """Constant-power panning; width adds a delayed copy with opposite signs, which leaves the mono sum as it was."""
     angle = (track.pan + 1) * np.pi / 4
     stem[0] += np.float32(np.sqrt(2) * np.cos(angle)) * part

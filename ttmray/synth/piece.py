@@ -49,7 +49,7 @@ class Attributes:
 
 
 @dataclass(frozen=True)
-class Track:
+class Player:
     """One player. `gain_db` is against the loudest part, `pan` from -1 (left) to 1, `width` and `send` 0 to 1."""
 
     part: str
@@ -99,7 +99,7 @@ class Piece:
     index: int
     seconds: float
     attributes: Attributes
-    tracks: tuple[Track, ...]
+    tracks: tuple[Player, ...]
     notes: tuple[Note, ...]
     """In order of their starts."""
     sections: tuple[Section, ...]

@@ -43,6 +43,11 @@ def draw_votes(keys: list[str], rewards: np.ndarray, count: int, seed: int) -> l
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write the table that the command names; returns the exit code.
+
+    Raises:
+        UserError: an argument that makes no sense, or a run that is no corpus or lacks the column.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of the corpus job")
     parser.add_argument("table", help="CSV file to write")

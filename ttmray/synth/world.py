@@ -171,6 +171,11 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[Clip]:
 
 
 def main(given: list[str] | None = None) -> int:
+    """Write the folder that the command names; returns the exit code.
+
+    Raises:
+        UserError: an argument that makes no sense, or what cannot be read or written.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder or bucket to write to")
     parser.add_argument("--pieces", type=int, default=12)
