@@ -54,6 +54,11 @@ def test_a_reward_that_is_the_truth_reaches_every_floor_of_rewards(monkeypatch):
     assert rows["clean above 20 dB of clipping, share"].holds
 
 
+def test_a_part_is_measured_without_the_models_of_the_others():
+    rows = measure_floors("debug", 4242, ("latents",), Sizes(copies=1))
+    assert {row.part for row in rows} == {"latents"}
+
+
 def test_an_unknown_part_is_refused(capsys):
     from ttmray.cli import main
 

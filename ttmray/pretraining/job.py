@@ -24,7 +24,7 @@ from ttmray.models import one_thread
 from ttmray.models.bundle import resolve_device
 from ttmray.pretraining.clap import CLAPConfig, CLAPPart
 from ttmray.pretraining.clips import ClipSet
-from ttmray.pretraining.loop import Part, PartConfig, parameters, train
+from ttmray.pretraining.loop import CHECKPOINT, Part, PartConfig, parameters, train
 from ttmray.pretraining.mert import MERTConfig, MERTPart
 from ttmray.pretraining.separator import SeparatorConfig, SeparatorPart
 from ttmray.pretraining.text import TextConfig, TextPart
@@ -33,6 +33,7 @@ from ttmray.pretraining.vocoder import VocoderConfig, VocoderPart
 from ttmray.storage import Folder
 
 FACTS = "facts.json"
+UNTRAINED = "untrained.json"
 PartName = Literal["vae", "vocoder", "clap", "clap_condition", "separator", "mert", "text"]
 PARTS: tuple[PartName, ...] = ("clap", "mert", "clap_condition", "vae", "text", "separator")
 """Of a bundle. There is a trainer of vocoders, too, but Griffin-Lim is nearer to the truth than what a CPU trains."""
@@ -131,8 +132,8 @@ def _one(
 ) -> bool:
     """Train, measure and write a part; False if somebody interrupted it."""
     part = _part(name, config, clips, device)
-    untrained = json.loads(out.read("untrained.json")) if out.exists("untrained.json") else part.measure(fresh)
-    out.write("untrained.json", json.dumps(untrained).encode())
+    untrained = json.loads(out.read(UNTRAINED)) if out.exists(UNTRAINED) else part.measure(fresh)
+    out.write(UNTRAINED, json.dumps(untrained).encode())
     progress, interrupted = train(
         part, settings, out, checkpoint_every_s=config.checkpoint_every_s, log_every=config.log_every
     )
@@ -151,9 +152,7 @@ def _one(
         "cpu_seconds": round(progress.cpu_s, 1),
         "last_loss": progress.loss,
         "parameters": parameters(part.model),
-        "bytes": sum(
-            e.size for e in out.files() if e.name.endswith(".safetensors") and e.name != "checkpoint.safetensors"
-        ),
+        "bytes": sum(e.size for e in out.files() if e.name.endswith(".safetensors") and e.name != CHECKPOINT),
         "measured": measured,
         "untrained": untrained,
     }

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from ttmray.audio.io import resample
 from ttmray.console import console
-from ttmray.errors import EXIT_OK, UserError
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, Models, open_bundle
 from ttmray.models.protocol import CLAP_SAMPLE_RATE
-from ttmray.models.scoring import Embeddings, Scorer
+from ttmray.models.scoring import SAMPLE_RATE, Embeddings, Scorer
 from ttmray.pretraining.clap import recall_at_1
 from ttmray.pretraining.fidelity import compare_waves, mean_of, pitch_error
 from ttmray.pretraining.labels import ridge
@@ -94,12 +94,13 @@ def check_floors(
     if out is not None:
         result = {"bundle": bundle, "seed": seed, "sizes": asdict(sizes), "floors": [asdict(row) for row in floors]}
         Folder.at(out).write(RESULT, json.dumps(result, indent=1).encode())
-    return EXIT_OK if all(row.holds for row in floors) else 3
+    return EXIT_OK if all(row.holds for row in floors) else EXIT_TOO_MANY_FAILURES
 
 
 def measure_floors(name: str, seed: int, parts: Sequence[str] = PARTS, sizes: Sizes = Sizes()) -> list[Floor]:
     """All floors of some parts of a bundle."""
     bundle = open_bundle(name)
+    protocol = bundle.protocol("empty")
     roles = {
         "clap": ("clap",),
         "separator": ("separator",),
@@ -108,17 +109,16 @@ def measure_floors(name: str, seed: int, parts: Sequence[str] = PARTS, sizes: Si
         "generation": (*Scorer.roles, "latents", "vocoder", "backbone", "text", "clap_condition"),
     }
     wanted = {role for part in parts for role in roles[part]}
-    options = LoadOptions(device="cpu", clip_samples=round(bundle.clip_s * 44_100), instrumental="residual")
+    options = LoadOptions(device="cpu", clip_samples=round(bundle.clip_s * SAMPLE_RATE), instrumental="residual")
     models = bundle.load(wanted, options)
     one_thread()
-    scorer = Scorer(models, bundle.protocol("empty"))
     world = World(seed, bundle.clip_s)
     measures = {
         "clap": lambda: retrieval(models, world, sizes),
         "separator": lambda: separation(models, world, sizes),
         "latents": lambda: reconstruction(models, world, sizes),
-        "reward": lambda: reward(scorer, world, sizes),
-        "generation": lambda: generation(models, scorer, world, sizes),
+        "reward": lambda: reward(Scorer(models, protocol), world, sizes),
+        "generation": lambda: generation(models, Scorer(models, protocol), world, sizes),
     }
     return [row for part in parts for row in measures[part]()]
 
@@ -142,7 +142,7 @@ class World:
 def retrieval(models: Models, world: World, sizes: Sizes) -> Iterator[Floor]:
     """Captions find their clip among 50; chance is 0.02."""
     clips = world.first(sizes.clips)
-    audio = models.clap.embed_audio([resample(item.mix.mean(axis=0), 44_100, CLAP_SAMPLE_RATE) for item in clips])
+    audio = models.clap.embed_audio([resample(item.mix.mean(axis=0), SAMPLE_RATE, CLAP_SAMPLE_RATE) for item in clips])
     for name, texts, least in (
         ("R@1 of 50", [item.caption for item in clips], 0.2),
         ("R@1 of 50, unseen wordings", [item.unseen for item in clips], 0.12),
@@ -195,7 +195,7 @@ def _copy(models: Models, wave: np.ndarray) -> np.ndarray:
 def reward(scorer: Scorer, world: World, sizes: Sizes) -> Iterator[Floor]:
     """Fresh votes, extremes, and true quality."""
     clips = world.first(sizes.clips)
-    scores = _rewards(scorer, [item.mix.mean(axis=0) for item in clips])
+    scores = rewards_of(scorer, [item.mix.mean(axis=0) for item in clips])
     by_key = {item.key: score for item, score in zip(clips, scores, strict=True)}
     heard = [Heard(item.key, item.quality, bool(item.heard.voice), item.caption) for item in clips]
     rows = votes(heard, sizes.votes, world.seed)
@@ -217,15 +217,16 @@ def reward(scorer: Scorer, world: World, sizes: Sizes) -> Iterator[Floor]:
     good = [item.mix.mean(axis=0) for item in clips if item.quality > 0.3][:10]
     silence, noise = np.zeros_like(good[0]), 0.1 * rng.standard_normal(len(good[0])).astype(np.float32)
     clipped = [np.clip(10 * wave, -1, 1) for wave in good]
-    music = float(np.median(_rewards(scorer, good)))
-    dead, hiss = _rewards(scorer, [silence, noise])
+    music = float(np.median(rewards_of(scorer, good)))
+    dead, hiss = rewards_of(scorer, [silence, noise])
     yield Floor("reward", "music above silence", music - float(dead), 0.0)
     yield Floor("reward", "music above noise", music - float(hiss), 0.0)
-    below = _rewards(scorer, good) - _rewards(scorer, clipped)
+    below = rewards_of(scorer, good) - rewards_of(scorer, clipped)
     yield Floor("reward", "clean above 20 dB of clipping, share", float((below > 0).mean()), 0.9)
 
 
-def _rewards(scorer: Scorer, waves: Sequence[np.ndarray]) -> np.ndarray:
+def rewards_of(scorer: Scorer, waves: Sequence[np.ndarray]) -> np.ndarray:
+    """(n,) rewards of mono waves (samples,) at 44.1 kHz, under a protocol that shows no text."""
     embeddings = scorer.embed(waves)
     return scorer.rewards(embeddings, np.zeros((len(waves), 512), np.float32))
 
@@ -265,7 +266,7 @@ def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> It
     rewarded, quality, asked_for = [], [], []
     for step in SCORES:
         clips = generate(models, few, middle + step * spread, world.seed)
-        rewarded += _rewards(scorer, clips).tolist()
+        rewarded += rewards_of(scorer, clips).tolist()
         quality += [estimate(measure(wave[None]))[1] for wave in clips]
         asked_for += [step] * len(few)
     per_step = np.array(quality).reshape(len(SCORES), -1).mean(axis=1)

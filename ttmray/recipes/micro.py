@@ -22,14 +22,17 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.folder_bundle import WEIGHTS, describe_folder
 from ttmray.models.reward_head import HEAD
 from ttmray.pretraining.clips import ClipSet
-from ttmray.pretraining.job import FACTS, PARTS, PartsConfig, train_parts
+from ttmray.pretraining.job import FACTS, PARTS, UNTRAINED, PartsConfig, train_parts
+from ttmray.pretraining.loop import CHECKPOINT
 from ttmray.ranker.job import METRICS, RankerConfig, train_ranker
 from ttmray.recipes.chain import Step, fill, run_chain
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.synth import listeners
 from ttmray.synth.world import CAPTIONS, TABLE, clip, encoded, write_world
 from ttmray.training.config import TrainConfig
 from ttmray.training.export import EXPORTED, export_again
+from ttmray.training.logbook import METRICS as LOG
 from ttmray.training.sft import train_sft
 
 ROLES = {"vae": "latents"}
@@ -98,7 +101,8 @@ def train_micro(
 
 
 def build_steps(config: MicroConfig, root: Folder) -> list[Step]:
-    """
+    """All steps in order, with their sections filled in and checked.
+
     Raises:
         UserError: a section that is wrong.
     """
@@ -189,7 +193,7 @@ def _write_songs(clips: ClipSet, out: Folder) -> int:
 
 def _sources(config: MicroConfig, root: Folder) -> dict[str, dict[str, str]]:
     """Role -> file of the bundle -> file of the parts' training."""
-    beside = {"checkpoint.safetensors", "untrained.json", FACTS, "run.json", "metrics.jsonl"}
+    beside = {CHECKPOINT, UNTRAINED, FACTS, RUN, LOG}
     roles: dict[str, dict[str, str]] = {}
     for part in PARTS:
         folder = root.sub(part)

@@ -22,6 +22,7 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.scoring import Scorer
+from ttmray.recipes.floors import rewards_of
 from ttmray.statistics import Correlation, spearman
 from ttmray.storage import Folder
 from ttmray.synth.faults import KINDS
@@ -129,7 +130,7 @@ def measure(name: str, pieces: int, seed: int, kinds: Sequence[str], device: str
         def rewards(waves: Iterator[np.ndarray]) -> np.ndarray:
             scores = []
             for wave in waves:
-                scores.append(float(scorer.rewards(scorer.embed([wave]), np.zeros((1, 512), np.float32))[0]))
+                scores.append(float(rewards_of(scorer, [wave])[0]))
                 progress.advance(1)
             return np.array(scores)
 
