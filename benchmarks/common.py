@@ -61,7 +61,7 @@ class _Tree:
     def alive(self) -> list[int]:
         """Process ids of the tree; brings `known` (CPU seconds by pid and start time) up to date."""
         members = {pid for pid, _ in self.known}
-        found = []
+        living = []
         for entry in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
             try:
                 stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
@@ -79,8 +79,8 @@ class _Tree:
             self.known[key] = (int(stat[11]) + int(stat[12])) / TICKS
             if stat[0] != "Z":
                 members.add(entry)
-                found.append(entry)
-        return found
+                living.append(entry)
+        return living
 
 
 def run_measured(command: Sequence[str], cwd: Path, progress: Callable[[], int]) -> Measured:

@@ -326,9 +326,9 @@ def plan_lines(inputs: Inputs, size: Size) -> list[Line]:
         wall.append(seconds[0])
         cpu.append(seconds[1])
         numbers = json.loads((output / "plan.json").read_text())
-        found = numbers["tracks"]["value"], numbers["expected clips"]["value"]
-        if found[0] != expected[0] or expected[1] not in (None, found[1]):
-            raise RuntimeError(f"the plan has {found} tracks and clips, expected {expected}")
+        planned = numbers["tracks"]["value"], numbers["expected clips"]["value"]
+        if planned[0] != expected[0] or expected[1] not in (None, planned[1]):
+            raise RuntimeError(f"the plan has {planned} tracks and clips, expected {expected}")
     return [
         Line("plan: 55,525 tracks", spread(wall, 2), "s", 5.0, low=True, note=note),
         Line("plan: CPU", spread(cpu, 2), "CPU-s"),

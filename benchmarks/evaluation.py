@@ -60,7 +60,7 @@ class Clock:
             return time.perf_counter()
         return time.thread_time()
 
-    def made(self, make: Callable[[], Any]) -> Any:
+    def timed(self, make: Callable[[], Any]) -> Any:
         started = self.process()
         try:
             return make()
@@ -102,7 +102,7 @@ class FullSize(DebugBundle):
             return Mert(model, normalize=False, device=device, batch=options.batch, threads=options.threads)
 
         makers = {"clap": clap, "mert": mert, "tunejury": lambda: debug_tunejury(0, 1024, device)}
-        return {role: partial(self.clock.made, make) for role, make in makers.items()}
+        return {role: partial(self.clock.timed, make) for role, make in makers.items()}
 
 
 def write_clips(folder: Path, count: int, first: int = 0) -> None:

@@ -86,11 +86,11 @@ class Setup:
         shape = (self.backbone.latent_len, self.backbone.config.latent_dim)
         for draw in self.draws:
             start = noise(draw.seed, draw.prompt_id, shape)[None].to(self.device)
-            found = plain_sample(
+            sampled = plain_sample(
                 self.plain, self.text, self.clap, config.prefix + draw.prompt, config.negative_prompt, start,
                 config.steps, config.weight, config.score, config.precision == "bf16",
             )  # fmt: skip
-            latents.append(found.numpy())
+            latents.append(sampled.numpy())
         return np.stack(latents)
 
 
@@ -130,10 +130,10 @@ def prompts(count: int) -> list[str]:
     moods = ("calm", "dark", "playful", "driving", "dreamy", "solemn", "bright", "tense")
     styles = ("ambient", "jazz", "techno", "folk", "orchestral", "blues", "trip hop", "bossa nova")
     leads = ("piano", "strings", "an analogue synthesiser", "acoustic guitar", "brass", "a music box")
-    found = [f"a {mood} {style} piece led by {lead}" for style, lead, mood in product(styles, leads, moods)]
-    if count > len(found):
-        raise SystemExit(f"--clips: at most {len(found)}")
-    return found[:count]
+    texts = [f"a {mood} {style} piece led by {lead}" for style, lead, mood in product(styles, leads, moods)]
+    if count > len(texts):
+        raise SystemExit(f"--clips: at most {len(texts)}")
+    return texts[:count]
 
 
 def full_encoders(device: torch.device) -> tuple[TextEncoder, Clap]:
@@ -176,7 +176,7 @@ def lines(setup: Setup, repeats: int) -> list[Line]:
     arithmetic = clips * steps * 2 * flops["velocity"]  # text projections are 0.4 % of a step
     pairs = list(zip(ours, theirs, strict=True))
     at_paper = spread([b.at(PAPER_STEPS, steps) / a.at(PAPER_STEPS, steps) for a, b in pairs])
-    found = [
+    rows = [
         Line(
             f"ours against plain, {PAPER_STEPS} steps", at_paper, "x", TARGET[setup.device.type],
             note=f"largest difference of the latents {difference:.1g}",
@@ -184,17 +184,17 @@ def lines(setup: Setup, repeats: int) -> list[Line]:
     ]  # fmt: skip
     if steps != PAPER_STEPS:
         ratios = spread([b.wall_s / a.wall_s for a, b in pairs])
-        found.append(Line(f"ours against plain, {steps} steps as run", ratios, "x"))
+        rows.append(Line(f"ours against plain, {steps} steps as run", ratios, "x"))
     for side, runs in (("ours", ours), ("plain", theirs)):
         note = "" if steps == PAPER_STEPS else f"from {steps} steps"
         rate = spread([clips / run.at(PAPER_STEPS, steps) for run in runs], 4)
-        found.append(Line(f"{side}: clips per second, {PAPER_STEPS} steps", rate, "clips/s", note=note))
-        found.append(Line(f"{side}: as run", spread([run.wall_s / clips for run in runs], 4), "s/clip"))
+        rows.append(Line(f"{side}: clips per second, {PAPER_STEPS} steps", rate, "clips/s", note=note))
+        rows.append(Line(f"{side}: as run", spread([run.wall_s / clips for run in runs], 4), "s/clip"))
         text = spread([run.text_s / clips for run in runs], 4)
-        found.append(Line(f"{side}: text encoders", text, "s/clip"))
+        rows.append(Line(f"{side}: text encoders", text, "s/clip"))
         used = spread([100 * arithmetic / (run.wall_s - run.text_s) / peak for run in runs], 1)
-        found.append(Line(f"{side}: model FLOP utilisation", used, "%", note=f"of {peak / 1e12:.3g} TFLOP/s, {source}"))
-    return found
+        rows.append(Line(f"{side}: model FLOP utilisation", used, "%", note=f"of {peak / 1e12:.3g} TFLOP/s, {source}"))
+    return rows
 
 
 def main() -> int:
@@ -235,10 +235,10 @@ def main() -> int:
     facts = machine() | {"device": "cpu" if on_cpu else torch.cuda.get_device_name(device), "threads": threads}
     facts |= {"precision": precision, "clips": clips, "steps": steps, "batch": 1 if on_cpu else arguments.batch}
     started = time.perf_counter()
-    found = lines(setup, 1 if quick else arguments.repeats)
+    measured = lines(setup, 1 if quick else arguments.repeats)
     facts |= {"seconds": round(time.perf_counter() - started), "load_at_end": round(os.getloadavg()[0], 2)}
     name = "generation (quick: not judged)" if quick else "generation"
-    return report(name, found, facts, arguments.output, judged=not quick)
+    return report(name, measured, facts, arguments.output, judged=not quick)
 
 
 if __name__ == "__main__":

@@ -51,15 +51,15 @@ def measured(folder: Path) -> list[dict[str, Any]]:
                 "ours_after": (row["lufs_after"], row["true_peak_after"]),
                 "independent_after": after,
             }
-            found = {name: [round(float(value), 3) for value in pair] for name, pair in levels.items()}
-            rows.append({"clip": row["file"], "outcome": row["reason"] or "reached", **found})
+            rounded = {name: [round(float(value), 3) for value in pair] for name, pair in levels.items()}
+            rows.append({"clip": row["file"], "outcome": row["reason"] or "reached", **rounded})
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="JSON file for the results")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rows = measured(Path(os.environ.get("TTMRAY_DATA", "../shared/data")) / "clips")
 
     def off(name: str) -> int:
@@ -81,8 +81,8 @@ def main() -> int:
         "counts": counts,
         "rows": rows,
     }
-    if given.output:
-        Path(given.output).write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(counts, indent=1))
     return int(any(counts[f"{meter}_after"] != {"off_target": 0, "above_ceiling": 0} for meter in allowances))
 

@@ -209,7 +209,7 @@ def measure(variant: Variant, corpus: str, clips: int, seconds: float) -> dict[s
     return result | {"cpu_ms": 1000 * (cpu_after - cpu_before) / (after - before)}
 
 
-def lines(found: dict[Variant, list[dict[str, float]]]) -> list[Line]:
+def lines(runs: dict[Variant, list[dict[str, float]]]) -> list[Line]:
     def label(variant: Variant) -> str:
         name, workers = variant
         kind = "thread" if "ours" in name else "process"
@@ -217,25 +217,25 @@ def lines(found: dict[Variant, list[dict[str, float]]]) -> list[Line]:
         return name if name == "ray" else f"{name}, {workers} {kind if workers == 1 else many[kind]}"
 
     def ratio(a: Variant, b: Variant) -> dict[str, Any]:
-        pairs = zip(found[a], found[b], strict=True)
+        pairs = zip(runs[a], runs[b], strict=True)
         return spread([x["samples_per_s"] / y["samples_per_s"] for x, y in pairs], 2)
 
-    made = [Line(label(v), spread([x["samples_per_s"] for x in found[v]], 0), "samples/s") for v in VARIANTS]
-    made += [Line(f"{label(v)}: CPU", spread([x["cpu_ms"] for x in found[v]], 2), "ms/sample") for v in VARIANTS]
-    made += [Line(f"{label(v)}: first batch", spread([x["first_batch_s"] for x in found[v]], 2), "s") for v in VARIANTS]
+    rows = [Line(label(v), spread([x["samples_per_s"] for x in runs[v]], 0), "samples/s") for v in VARIANTS]
+    rows += [Line(f"{label(v)}: CPU", spread([x["cpu_ms"] for x in runs[v]], 2), "ms/sample") for v in VARIANTS]
+    rows += [Line(f"{label(v)}: first batch", spread([x["first_batch_s"] for x in runs[v]], 2), "s") for v in VARIANTS]
     for workers in (0, 1, 2):
         bare, theirs = ("ours, no draws", workers), ("webdataset", workers)
-        made.append(Line(f"{label(bare)}, against webdataset", ratio(bare, theirs), "x", 1.5))
-    made.append(Line("ours, 2 threads, against 2 processes", ratio(("ours", 2), ("processes", 2)), "x", 1.2))
-    made.append(Line("ours with draws, 2 threads, against ray without", ratio(("ours", 2), ("ray", 0)), "x", 2.0))
-    rates = [x["samples_per_s"] for x in found["ours", 1]]
-    cpu = [x["cpu_ms"] for x in found["ours", 1]]
-    made += [
+        rows.append(Line(f"{label(bare)}, against webdataset", ratio(bare, theirs), "x", 1.5))
+    rows.append(Line("ours, 2 threads, against 2 processes", ratio(("ours", 2), ("processes", 2)), "x", 1.2))
+    rows.append(Line("ours with draws, 2 threads, against ray without", ratio(("ours", 2), ("ray", 0)), "x", 2.0))
+    rates = [x["samples_per_s"] for x in runs["ours", 1]]
+    cpu = [x["cpu_ms"] for x in runs["ours", 1]]
+    rows += [
         Line("ours, 1 thread, against what an A5000 needs", spread([r / A5000 for r in rates], 1), "x", 4.0),
         Line("cores that an A5000 needs", spread([A5000 * ms / 1000 for ms in cpu], 2), "", note=f"{A5000:.0f}/s"),
         Line("cores that an H200 needs", spread([H200 * ms / 1000 for ms in cpu], 2), "", note=f"{H200:.0f}/s"),
     ]
-    return made
+    return rows
 
 
 def main() -> int:
@@ -250,14 +250,14 @@ def main() -> int:
         return 0
     tracks, seconds, repeats = (13, 1.0, 1) if arguments.quick else (410, 6.0, 3)
     facts = machine()
-    found: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    runs: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory(prefix="ttmray-benchmark-") as work:
         corpus = write_random_corpus(f"{work}/corpus", tracks=tracks).uri
         for _, variant in itertools.product(range(repeats), VARIANTS):
-            found[variant].append(measure(variant, corpus, 10 * tracks, seconds))
+            runs[variant].append(measure(variant, corpus, 10 * tracks, seconds))
     facts["load_at_end"] = round(os.getloadavg()[0], 2)
     name = "loader (quick: not judged)" if arguments.quick else "loader"
-    return report(name, lines(found), facts, arguments.output, judged=not arguments.quick)
+    return report(name, lines(runs), facts, arguments.output, judged=not arguments.quick)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def in_threads(threads: int, args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-def lines_of(threads: int, found: dict[str, Any]) -> list[Line]:
-    times: dict[str, Sequence[float]] = found["times"]
+def lines_of(threads: int, numbers: dict[str, Any]) -> list[Line]:
+    times: dict[str, Sequence[float]] = numbers["times"]
     lines = []
     for part, other, target in (("root", "sqrtm", TARGET_RATIO), ("cov", "numpy", None), ("whole", "sqrtm", None)):
         mine, theirs = times[f"{part} ours"], times[f"{part} {other}"]
@@ -117,10 +117,10 @@ def main() -> int:
     facts = machine()
     lines = []
     for threads in (1, 2):
-        found = in_threads(threads, args)
-        lines += lines_of(threads, found)
-        what, reached = f"difference of FAD, {threads} thread(s)", spread([found["difference"]], 12)
-        lines.append(Line(what, reached, "", MAX_DIFFERENCE, low=True, note=f"FAD {found['fad']:.6f}"))
+        numbers = in_threads(threads, args)
+        lines += lines_of(threads, numbers)
+        what, reached = f"difference of FAD, {threads} thread(s)", spread([numbers["difference"]], 12)
+        lines.append(Line(what, reached, "", MAX_DIFFERENCE, low=True, note=f"FAD {numbers['fad']:.6f}"))
     facts |= {"clips_per_side": args.n, "dimension": args.dim, "source": "synthetic"}
     facts["versions"] |= {"scipy": version("scipy")}
     return report("metrics", lines, facts, args.output, judged=(args.n, args.dim) == (10_000, 512))

@@ -57,10 +57,10 @@ def measure(
         "loss": rounded(np.mean(losses[-100:])),
         "data": {"mean": score_problem.SCORE_MEAN, "std": rounded(data_std(problem))},
         "unconditional": {"mean": rounded(free.mean()), "std": rounded(free.std())},
-        "curve": {f"{score:g}": rounded(found.mean()) for score, found in curve.items()},
+        "curve": {f"{score:g}": rounded(drawn.mean()) for score, drawn in curve.items()},
         "error_inside": rounded((inside.mean(1) - torch.tensor(INSIDE)).abs().mean()),
         "spread_at_a_score": rounded(inside.std(1).mean()),
-        "guided": {f"{score:g}": rounded(found.mean()) for score, found in lifted.items()},
+        "guided": {f"{score:g}": rounded(drawn.mean()) for score, drawn in lifted.items()},
         "embeddings": embeddings(model),
     }
 
@@ -141,10 +141,10 @@ def main() -> int:
     output: Path | None = arguments.output
     rows = json.loads(output.read_text())["rows"] if output and output.exists() else []
     for head, seed, null in itertools.product(arguments.heads, arguments.seeds, arguments.nulls):
-        wanted = settings | {"head": head, "seed": seed, "null": null}
-        row = next((row for row in rows if {name: row[name] for name in wanted} == wanted), None)
+        setup = settings | {"head": head, "seed": seed, "null": null}
+        row = next((row for row in rows if {name: row[name] for name in setup} == setup), None)
         if row is None:
-            row = wanted | measure(
+            row = setup | measure(
                 problem, head, null, seed, arguments.steps, arguments.batch, arguments.lr, arguments.samples
             )
             rows.append(row)

@@ -291,11 +291,11 @@ def plain_sample(
     scores = None if score is None else torch.full((1,), score, device=device)
     null = torch.ones(1, dtype=torch.bool, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        given, without = (model.conditions(*features) for features in texts)
+        prompted, without = (model.conditions(*features) for features in texts)
         grid = torch.linspace(1, 0, steps + 1)
         for t, following in pairwise(grid):
             now = t.to(device).expand(1)
-            v = weight * model.velocity(x, now, given, scores, ~null)
+            v = weight * model.velocity(x, now, prompted, scores, ~null)
             v = v + (1 - weight) * model.velocity(x, now, without, scores, null)
             x = x + (following - t) * v
     return (x * model.latent_std + model.latent_mean)[0].float().cpu()

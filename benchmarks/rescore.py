@@ -41,13 +41,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=0, help="Ray actors; 0: this process")
     parser.add_argument("--folder", help="keep the corpus here, and take the one that is there")
     parser.add_argument("--output")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(given.folder or scratch)
-        facts = measure(folder, given.clips, given.workers)
+        folder = Path(arguments.folder or scratch)
+        facts = measure(folder, arguments.clips, arguments.workers)
     print(json.dumps(facts, indent=1))
-    if given.output:
-        Path(given.output).write_text(json.dumps({"machine": machine(), **facts}, indent=1) + "\n")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps({"machine": machine(), **facts}, indent=1) + "\n")
     return 0
 
 

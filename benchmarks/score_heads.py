@@ -41,20 +41,20 @@ def held_out_loss(model: FluxAudio, problem: ScoreProblem) -> float:
 
 def cells(problem: ScoreProblem, seed: int, updates: int) -> dict[str, FluxAudio]:
     """`weights/forward` -> model."""
-    found = {}
+    models = {}
     for weights, forwards in (("v1", ("v1", "v4", "v2")), ("v2", ("v2", "v1"))):
         model = new_model(problem, weights, seed=seed)
         train(model, problem, updates, seed=seed)
         for forward in forwards:
-            found[f"{weights}/{forward}"] = with_head(model, forward, force=True)[0]
-    after, _ = with_head(found["v1/v2"], "v2")
+            models[f"{weights}/{forward}"] = with_head(model, forward, force=True)[0]
+    after, _ = with_head(models["v1/v2"], "v2")
     train(after, problem, 1000, lr=5e-6, seed=seed + 1)
-    return found | {"v1/v2, trained on": after}
+    return models | {"v1/v2, trained on": after}
 
 
 def measured(problem: ScoreProblem, seeds: int, updates: int, count: int) -> dict[str, dict[str, list[float]]]:
     """Cell -> number -> its value for each seed."""
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in CELLS}
+    by_cell: dict[str, dict[str, list[float]]] = {name: {} for name in CELLS}
     for seed in range(seeds):
         models = cells(problem, seed, updates)
         settings = SteeringConfig(prompts=len(problem.text))
@@ -64,16 +64,16 @@ def measured(problem: ScoreProblem, seeds: int, updates: int, count: int) -> dic
             inside = [s for s in SCORES if TRAINED[0] <= s <= TRAINED[1]]
             slope = float(np.polyfit(inside, [means[s] for s in inside], 1)[0])
             own = moves["v1/v1" if name.startswith("v1") else "v2/v2"]
-            kept = moves[name].kept_of(own)
+            share = moves[name].kept_of(own)
             numbers = {f"s = {s:g}": mean for s, mean in means.items() if s is not None}
-            numbers |= {"slope": slope, "kept": float("nan") if kept is None else kept, "moved": moves[name].moved}
+            numbers |= {"slope": slope, "kept": float("nan") if share is None else share, "moved": moves[name].moved}
             for what, value in (numbers | {"loss": held_out_loss(models[name], problem)}).items():
-                found[name].setdefault(what, []).append(value)
+                by_cell[name].setdefault(what, []).append(value)
             print(f"seed {seed}, {name}: {numbers}", flush=True)
-    return found
+    return by_cell
 
 
-def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
+def draw(by_cell: dict[str, dict[str, list[float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -83,7 +83,7 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
         figure, axes = pyplot.subplots(figsize=(5.2, 3.6), layout="constrained")
         axes.plot(SCORES, SCORES, color="#bbbbbb", lw=1, ls=":", label="follows the score")
         for name, colour in CELLS.items():
-            each = np.array([found[name][f"s = {s:g}"] for s in SCORES])
+            each = np.array([by_cell[name][f"s = {s:g}"] for s in SCORES])
             axes.plot(SCORES, np.median(each, axis=1), "o-", ms=3, lw=1.4, color=colour, label=name)
             axes.fill_between(SCORES, each.min(axis=1), each.max(axis=1), color=colour, alpha=0.15, lw=0)
         axes.axvspan(*TRAINED, color="#00000008", lw=0)
@@ -103,14 +103,14 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     facts = machine() | {"updates": args.updates, "samples": args.samples}
-    found = measured(score_problem(), args.seeds, args.updates, args.samples)
+    by_cell = measured(score_problem(), args.seeds, args.updates, args.samples)
     lines = []
-    for name, numbers in found.items():
+    for name, numbers in by_cell.items():
         for what, values in numbers.items():
             own = name in ("v1/v1", "v2/v2") and what == "slope"
             lines.append(Line(f"{name}, {what}", spread(values), "", TARGET if own else None))
     if args.figure:
-        draw(found, args.figure)
+        draw(by_cell, args.figure)
     return report("score_heads", lines, facts, args.output, judged=True)
 
 

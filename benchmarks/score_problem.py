@@ -163,10 +163,10 @@ def curve(
         seed: of the noises.
         settings: of `SamplerConfig`; default: 10 Euler steps without guidance, which would amplify.
     """
-    given = {"steps": 10, "weight": 1.0, "prefix": ""} | dict(settings or {})
+    sampling = {"steps": 10, "weight": 1.0, "prefix": ""} | dict(settings or {})
     draws = [Draw(str(i), PROMPTS[i % len(PROMPTS)], seed) for i in range(count)]
-    found: dict[float | None, Tensor] = {}
+    by_score: dict[float | None, Tensor] = {}
     for score in scores:
-        sampler = Sampler([model], *problem.encoders, SamplerConfig.model_validate(given | {"score": score}))
-        found[score] = problem.coefficients(torch.from_numpy(sampler.sample(draws).latents))
-    return found
+        sampler = Sampler([model], *problem.encoders, SamplerConfig.model_validate(sampling | {"score": score}))
+        by_score[score] = problem.coefficients(torch.from_numpy(sampler.sample(draws).latents))
+    return by_score

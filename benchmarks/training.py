@@ -135,7 +135,7 @@ def synthetic_samples(config: BackboneConfig, batch: int, seed: int, pin: bool) 
         return torch.rand(batch, generator=generator)
 
     latents = (config.latent_len, config.latent_dim)
-    found = Batch(
+    inputs = Batch(
         mean=normal(*latents),
         std=0.3 * normal(*latents).abs(),
         text=0.2 * normal(config.text_len, config.text_dim),
@@ -148,9 +148,9 @@ def synthetic_samples(config: BackboneConfig, batch: int, seed: int, pin: bool) 
         score=normal(),
     )
     if pin:
-        found = Batch(**{name: tensor.pin_memory() for name, tensor in found._asdict().items()})
+        inputs = Batch(**{name: tensor.pin_memory() for name, tensor in inputs._asdict().items()})
     numbers = torch.arange(batch)
-    return Samples(numbers, numbers, [str(i) for i in range(batch)], found, weights=torch.ones(batch))
+    return Samples(numbers, numbers, [str(i) for i in range(batch)], inputs, weights=torch.ones(batch))
 
 
 def train_config(folder: str, batch: int, precision: str, compile: bool) -> TrainConfig:
@@ -249,11 +249,11 @@ def memory_lines(
         command += ["--device", str(device), "--updates", "2", "--threads", str(torch.get_num_threads())]
         command += ["--quick"] * arguments.quick + ["--compile"] * arguments.compile
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = json.loads(output.splitlines()[-1])
+        peak = json.loads(output.splitlines()[-1])
         what = f"{precision}: {side}, peak {'GPU memory' if on_gpu else 'resident memory'}"
-        note = f"updates of {found['batch']} in micro-batches of {found['device_batch']}"
+        note = f"updates of {peak['batch']} in micro-batches of {peak['device_batch']}"
         target = MEMORY_GB if on_gpu and side == "ours" else None
-        lines.append(Line(what, spread([found["bytes"] / 1e9], 2), "GB", target, low=True, note=note))
+        lines.append(Line(what, spread([peak["bytes"] / 1e9], 2), "GB", target, low=True, note=note))
     return lines
 
 

@@ -15,6 +15,10 @@ TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 """Known to be too long."""
+EMPTY_NAMES = {"made", "found", "kept", "given", "wanted"}
+"""They tell that something happened, not what the thing is."""
+EMPTY_FILES = {f"ttmray/{name}.py" for name in ("config", "corpus/verify", "recipes/chain", "runs", "training/launch")}
+"""Have such names still."""
 LAYERS = (
     ("__main__",),
     ("cli",),
@@ -95,6 +99,49 @@ def test_a_class_name_means_one_thing() -> None:
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(file.relative_to(REPO).as_posix())
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(name, line) of whatever gets a name: variables, also of loops, `with`, comprehensions, `:=`, `except` and
+    patterns; parameters, also of lambdas; functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
+            yield node.name or "", node.lineno
+        elif isinstance(node, ast.MatchMapping):
+            yield node.rest or "", node.lineno
+
+
+def test_names_say_what_they_hold() -> None:
+    others = [file for folder in ("jobs", "benchmarks") for file in sorted((REPO / folder).rglob("*.py"))]
+    trees = TREES | {file: ast.parse(file.read_text("utf-8")) for file in others}
+    places = [
+        f"{file.relative_to(REPO).as_posix()}:{line}: {name}"
+        for file, tree in trees.items()
+        for name, line in bound_names(tree)
+        if name in EMPTY_NAMES and file.relative_to(REPO).as_posix() not in EMPTY_FILES
+    ]
+    assert places == []
+
+
+def test_every_way_to_bind_a_name_is_seen() -> None:
+    code = """
+a = b: int = 1
+c, (d, *e) = x
+for f in x: pass
+with x as g: pass
+[h for h in x if (i := h)]
+try: x
+except E as j: pass
+match x:
+    case [k, *l] | {"m": m, **u}: pass
+def n(o, /, p, *q, r=1, **s): lambda t: t
+"""
+    code = code.replace("a = b: int = 1", "a = 1\nb: int = 1")
+    assert {name for name, _ in bound_names(ast.parse(code))} >= set("abcdefghijklmnopqrstu")
 
 
 def test_public_functions_that_refuse_something_say_so() -> None:

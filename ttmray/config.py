@@ -213,8 +213,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
         known = f" (known: {', '.join(owner.model_fields)})" if owner and not close else ""
         return f"{'.'.join(place)}: unknown field{advice}{known}"
     message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    entered = problem.get("input")
+    shown = f" (got {entered!r})" if isinstance(entered, str | int | float | bool) else ""
     return f"{'.'.join(place) or 'config'}: {message}{shown}"
 
 

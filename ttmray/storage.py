@@ -172,7 +172,7 @@ class Folder:
             if self.remote:
                 fs, root = self._filesystem()
                 base = f"{root}/{under}" if under else root
-                found = [
+                listed = [
                     ListedFile(
                         full[len(base) :].removeprefix("/"),
                         int(info.get("size") or 0),
@@ -182,8 +182,8 @@ class Folder:
                     if info.get("type") == "file"
                 ]
             else:
-                found = list(_walk(where, sizes))
-        return sorted((e for e in found if _is_ours(e.name)), key=lambda e: e.name)
+                listed = list(_walk(where, sizes))
+        return sorted((e for e in listed if _is_ours(e.name)), key=lambda e: e.name)
 
     def read(self, name: str) -> bytes:
         """All bytes of a file.

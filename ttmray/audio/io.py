@@ -327,8 +327,8 @@ def resample(x: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     resampled = np.ascontiguousarray(soxr.resample(rows.T, rate_in, rate_out, quality="HQ").T)
     if resampled.shape[1] != frames:  # soxr rounds a half either way
         exact = np.zeros((len(rows), frames), dtype=np.float32)
-        kept = min(frames, resampled.shape[1])
-        exact[:, :kept] = resampled[:, :kept]
+        common = min(frames, resampled.shape[1])
+        exact[:, :common] = resampled[:, :common]
         resampled = exact
     return resampled.reshape(*x.shape[:-1], frames)
 

@@ -113,8 +113,8 @@ def execute(command: Command, typed: Mapping[str, Any]) -> int:
     if command.config:
         from ttmray.config import load_config
 
-        kind, given = imported(command.config), {flag.dest: value for flag, value in values if flag.in_config}
-        if given.keys() & set(command.exclusive):
-            given = {name: kind.model_fields[name].default for name in command.exclusive} | given
-        arguments[command.config_as] = load_config(kind, typed["config"], typed["sets"], given)
+        kind, fields = imported(command.config), {flag.dest: value for flag, value in values if flag.in_config}
+        if fields.keys() & set(command.exclusive):
+            fields = {name: kind.model_fields[name].default for name in command.exclusive} | fields
+        arguments[command.config_as] = load_config(kind, typed["config"], typed["sets"], fields)
     return int(imported(command.run)(**arguments, **command.fixed))

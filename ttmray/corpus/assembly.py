@@ -53,7 +53,7 @@ class CorpusJob(Job):
         config = self.corpus
         decode = DecodeTracks if config.separation.scope == "track" else Decode
         write = WriteAudio if config.keep_audio else Write
-        extra = [(_extra_class(given), given.options) for given in config.extra_stages]
+        extra = [(_extra_class(entry), entry.options) for entry in config.extra_stages]
         columns = {name: kind for stage, _ in extra for name, kind in stage.columns.items()}
         separate: dict[type[Stage], Callable[[Models], Stage]] = {Separate: lambda models: Separate(models.separator)}
         if config.separation.scope == "none":
@@ -118,15 +118,15 @@ def _maker(stage: Any, load: LoadOptions, options: Mapping[str, Any]) -> Callabl
     return lambda models: stage(models, load, **options)
 
 
-def _extra_class(given: ExtraStage) -> type[Stage]:
+def _extra_class(entry: ExtraStage) -> type[Stage]:
     """The class that a stage from outside names.
 
     Raises:
         UserError: it cannot be imported, is no stage, or does not take the options.
     """
-    field = f"extra_stages: {given.stage}"
+    field = f"extra_stages: {entry.stage}"
     try:
-        stage = named(given.stage)
+        stage = named(entry.stage)
     except (ImportError, AttributeError) as error:
         way_out = "Its module must be on the PYTHONPATH of every node."
         raise UserError(f"{field} cannot be imported: {error}", way_out) from error
@@ -135,7 +135,7 @@ def _extra_class(given: ExtraStage) -> type[Stage]:
     if stage.scope == "track" or any(role not in Models.__dataclass_fields__ for role in stage.model_roles):
         raise UserError(f"{field} is for whole tracks, or asks for models that no bundle has.")
     try:
-        inspect.signature(stage).bind(None, None, **given.options)
+        inspect.signature(stage).bind(None, None, **entry.options)
     except TypeError as error:
         way_out = "It is made as Class(models, load, **options)."
         raise UserError(f"{field} does not take its options: {error}", way_out) from error

@@ -127,10 +127,10 @@ def join(tracks: Sequence[Track], captions: dict[str, str]) -> tuple[list[Track]
     ambiguous = 0
     for track, name in zip(tracks, names, strict=True):
         mutual = [k for k in _best(keys, keys_by_end, name) if name in names_of_key[k]]
-        found = {captions[keys[k]] for k in mutual}
+        texts = {captions[keys[k]] for k in mutual}
         caption = ""
-        if len(found) == 1 and all(len(names_of_key[k]) == 1 for k in mutual):
-            caption = found.pop()
+        if len(texts) == 1 and all(len(names_of_key[k]) == 1 for k in mutual):
+            caption = texts.pop()
             used.update(keys[k] for k in mutual)
         elif mutual:
             ambiguous += 1

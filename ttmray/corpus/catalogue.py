@@ -225,8 +225,8 @@ def _from_table(source: str, config: CatalogueConfig) -> _Found:
     root = Folder.at(config.audio_root) if config.audio_root is not None else split_path(source)[0]
     there = {entry.name: entry for entry in root.files()}
     report: dict[str, int | str] = {}
-    found = any(path in there for path in paths)
-    if not found:
+    has_audio = any(path in there for path in paths)
+    if not has_audio:
         report["audio"] = f"audio not found under {root}: planning from the table alone (see catalogue.audio_root)"
     if config.captions == "auto" and "caption" in table.columns:
         report["captions_from"] = source
@@ -248,7 +248,7 @@ def _from_table(source: str, config: CatalogueConfig) -> _Found:
         )
         if path in problems:
             track = _rejected(track, BAD_NAME, f"{table.place(row)}: {problems[path]}")
-        elif found and entry.size < 0:
+        elif has_audio and entry.size < 0:
             track = _rejected(track, "missing", f"not found under {root}")
         tracks.append(track)
     return root, tracks, report, None

@@ -99,31 +99,31 @@ def check_rows(table: pa.Table, plan: Plan) -> list[str]:
     planned = plan.table["track_id"].to_pylist()
     problems += [f"{track} is planned and has no row" for track in planned if track not in segments]
     problems += [f"{track} has rows and is not planned" for track in segments.keys() - set(planned)]
-    for track, found in segments.items():
-        if sorted(found) not in ([-1], list(range(len(found)))):
-            problems.append(f"{track} has segments {sorted(found)}")
+    for track, numbers in segments.items():
+        if sorted(numbers) not in ([-1], list(range(len(numbers)))):
+            problems.append(f"{track} has segments {sorted(numbers)}")
     return problems
 
 
 def differing_tracks(table: pa.Table, plan: Plan) -> list[dict[str, Any]]:
     """Tracks whose clips differ from the plan's expectation, each with its recorded reason."""
-    found: Counter[str] = Counter()
+    clips: Counter[str] = Counter()
     why: dict[str, str] = {}
     columns = ("track_id", "segment", "status", "reason", "message")
     for track, segment, _, reason, message in zip(*(table[c].to_pylist() for c in columns), strict=True):
         if segment >= 0:
-            found[track] += 1
+            clips[track] += 1
         else:
             why[track] = f"{reason}: {message}"
     return [
         {
             "track_id": track,
             "expected": expected,
-            "found": found[track],
+            "found": clips[track],
             "why": why.get(track, "the header's duration was an estimate"),
         }
         for track, expected in zip(plan.table["track_id"].to_pylist(), plan.table["clips"].to_pylist(), strict=True)
-        if expected != found[track]
+        if expected != clips[track]
     ]
 
 
@@ -155,12 +155,12 @@ def latent_statistics(metadata: list[dict[str, Any]]) -> dict[str, Any]:
 
 def sweep(run: Folder, metadata: list[dict[str, Any]]) -> int:
     """Delete what no index describes: shards of late or killed writers, crash markers, temporary files."""
-    wanted = {name for data in metadata for name in data["files"]}
+    indexed = {name for data in metadata for name in data["files"]}
     stray = [
         f"{folder}/{entry.name}"
         for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS)
         for entry in run.files(folder, sizes=False)
-        if f"{folder}/{entry.name}" not in wanted
+        if f"{folder}/{entry.name}" not in indexed
     ]
     for name in stray:
         run.delete(name)

@@ -109,12 +109,12 @@ def least_cpus(config: CorpusConfig) -> int:
 
 def _groups(config: CorpusConfig, gpus: float) -> list[Group]:
     """The groups with the fewest workers."""
-    wanted = layout(config, gpus)
+    arrangement = layout(config, gpus)
     with_models = {stage.name for stage in stage_classes(config) if stage.model_roles}
-    heavy = [not with_models.isdisjoint(stages) for _, stages in wanted]
+    heavy = [not with_models.isdisjoint(stages) for _, stages in arrangement]
     share = math.floor(100 / max(sum(heavy), 1)) / 100 if gpus else 0.0
     groups = []
-    for (name, stages), holds_models in zip(wanted, heavy, strict=True):
+    for (name, stages), holds_models in zip(arrangement, heavy, strict=True):
         resources = _resources(config, name)
         own_gpus = resources.gpus if resources.gpus is not None else share * holds_models
         groups.append(Group(name, stages, holds_models, resources.cpus, own_gpus, *(resources.workers or (1, 1))))

@@ -210,13 +210,13 @@ def assign_splits(tracks: Sequence[Track], config: SplitConfig) -> list[str]:
     order = sorted(groups, key=lambda key: hashlib.sha256(f"{config.seed}:{key}".encode()).digest())
     splits = ["train"] * len(tracks)
     taken = 0
-    for split, wanted, keys in (
+    for split, quota, keys in (
         ("validation", config.validation, order),
         ("test", config.test, list(reversed(order))),
     ):
         count = 0
         for key in keys:
-            if count >= wanted or splits[groups[key][0]] != "train":
+            if count >= quota or splits[groups[key][0]] != "train":
                 break
             for i in groups[key]:
                 splits[i] = split

@@ -225,13 +225,13 @@ class PartScorer:
         data, where = self.run.read(shard), self.run.path(shard)
         if hashlib.sha256(data).hexdigest()[:12] != shard.rpartition("-")[2].removesuffix(".tar"):
             raise UserError(f"{where} is damaged: its hash is not that of its name.", shards.VERIFY)
-        found = {}
+        embeddings = {}
         for key, sample in shards.read_samples(data, where, only=("clap_audio.npy", "mert.npy")):
-            found[key] = (np.atleast_2d(sample["clap_audio.npy"]), np.atleast_2d(sample["mert.npy"]))
+            embeddings[key] = (np.atleast_2d(sample["clap_audio.npy"]), np.atleast_2d(sample["mert.npy"]))
         for key in rows["key"].to_pylist():
-            if key not in found:
+            if key not in embeddings:
                 raise UserError(f"{where} is damaged: clip {key} is not there.", shards.VERIFY)
-        return found
+        return embeddings
 
 
 def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str, Any], head: RewardHead) -> None:

@@ -72,8 +72,8 @@ def located(run: Folder, rows: pa.Table, metadata: Sequence[Mapping[str, Any]]) 
     of = pc.index_in(rows["key"].combine_chunks(), pa.array([key for key, _ in places], pa.string()))
     for column in index.LATENT_PLACES:
         field = index.SCHEMA.field(column)
-        found = pa.array([place[column] for _, place in places], field.type).take(of)
-        values = pc.coalesce(rows[column].combine_chunks(), found)
+        positions = pa.array([place[column] for _, place in places], field.type).take(of)
+        values = pc.coalesce(rows[column].combine_chunks(), positions)
         rows = rows.set_column(rows.schema.get_field_index(column), field, values)
     absent = rows.filter(pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"])))
     if absent.num_rows:

@@ -121,13 +121,13 @@ def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Fo
         UserError: the endpoint refuses (key, address, model), a local model that is not there or hears nothing, or a
             concept table that does not fit.
     """
-    given = check_judge(config, [one for one, _, _ in clips])
+    table = check_judge(config, [one for one, _, _ in clips])
     prompts = dict.fromkeys((one, text) for one, text, _ in clips)
     ask = _local(config) if config.endpoint is None else partial(_ask_endpoint, config)
 
     def concepts_of(item: tuple[str, str]) -> list[str] | ClipError:
         if config.concepts is not None:
-            return given[item[0]]
+            return table[item[0]]
         question = ASK_CONCEPTS.format(limit=config.max_concepts, prompt=item[1])
         try:
             return _asked(config, ask, output, question, None, lambda answer: _concepts(answer, config.max_concepts))

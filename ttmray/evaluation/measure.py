@@ -152,11 +152,11 @@ def measure(
         )
         failed = 0
         with meter(what, len(todo)) as progress:
-            for sources_done, made, seconds in each(make, parts, config):
-                rows |= dict(zip(sources_done, made, strict=True))
+            for sources_done, measured, seconds in each(make, parts, config):
+                rows |= dict(zip(sources_done, measured, strict=True))
                 spent.update(seconds)
-                failed += sum(row["status"] != OK for row in made)
-                progress.advance(len(made), f"{failed} failed" if failed else "")
+                failed += sum(row["status"] != OK for row in measured)
+                progress.advance(len(measured), f"{failed} failed" if failed else "")
     return [rows[source] for source in sources], spent
 
 
@@ -271,10 +271,10 @@ def _made_by(
 
 
 def _write_part(output: Folder, made_by: str, rows: Sequence[dict[str, Any]]) -> None:
-    kept = [row for row in rows if row["sha256"]]  # what could not be read is tried again
-    if kept:
-        members = [[[row["sha256"], row["prompt"]] for row in kept]]
-        write_part(output, f"{PARTS}/", pa.Table.from_pylist(kept, _PART), made_by, members)
+    readable = [row for row in rows if row["sha256"]]  # what could not be read is tried again
+    if readable:
+        members = [[[row["sha256"], row["prompt"]] for row in readable]]
+        write_part(output, f"{PARTS}/", pa.Table.from_pylist(readable, _PART), made_by, members)
 
 
 def _known(output: Folder, made_by: str) -> dict[tuple[str, str], dict[str, Any]]:

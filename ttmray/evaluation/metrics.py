@@ -321,7 +321,7 @@ def find_leaks(
     near = [(reference_ids[i], training_ids[int(index[i])], float(cosine[i])) for i in hits]
     ours, theirs = set(map(canonical_id, reference_ids)), set(map(canonical_id, training_ids))
     alike = not {_form(one) for one in ours}.isdisjoint(_form(one) for one in theirs)
-    return Leaks(tuple(sorted(ours & theirs)), tuple(sorted(near, key=lambda found: -found[2])), alike)
+    return Leaks(tuple(sorted(ours & theirs)), tuple(sorted(near, key=lambda pair: -pair[2])), alike)
 
 
 def canonical_id(track_id: str) -> str:

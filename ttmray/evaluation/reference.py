@@ -379,9 +379,9 @@ def _corpus_parts(
     """
     about = _corpus_run(run) or {}
     try:
-        made = about["identity"]["protocol"]
-        hashes = tuple((str(name), str(value)) for name, value in made["hashes"])
-        theirs = embedding_protocol(about["config"]["bundle"], Protocol(**(made | {"hashes": hashes})))
+        recorded = about["identity"]["protocol"]
+        hashes = tuple((str(name), str(value)) for name, value in recorded["hashes"])
+        theirs = embedding_protocol(about["config"]["bundle"], Protocol(**(recorded | {"hashes": hashes})))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run.path('run.json')} names no protocol: {error!r}", "Is it a corpus run?") from error
     if theirs != protocol:

@@ -194,9 +194,9 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
     level = ("lufs", "true_peak_db")
     levels = {}
     for name in names:
-        found = [[r[c] for c in level] for r in rows if r["system"] == name and None not in [r[c] for c in level]]
-        if found:
-            levels[name] = (np.array(found)[:, 0], np.array(found)[:, 1])
+        measured = [[r[c] for c in level] for r in rows if r["system"] == name and None not in [r[c] for c in level]]
+        if measured:
+            levels[name] = (np.array(measured)[:, 0], np.array(measured)[:, 1])
     if levels:
         add("loudness", "Loudness and true peak of every clip; 0 dBTP is full scale", partial(plots.loudness, levels))
     return figures
@@ -256,8 +256,8 @@ def _by_prompt(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[
     prompts: dict[str, dict[str, Any]] = {}
     for row in rows:
         prompt = prompts.setdefault(row["prompt_id"], {"id": row["prompt_id"], "text": row["prompt"], "clips": []})
-        kept = {name: row[name] for name in ("sample", "audio", "mel", "status", "reason", "message", *SCORES)}
-        prompt["clips"].append({"system": names.index(row["system"]), **kept})
+        shown = {name: row[name] for name in ("sample", "audio", "mel", "status", "reason", "message", *SCORES)}
+        prompt["clips"].append({"system": names.index(row["system"]), **shown})
     for prompt in prompts.values():
         prompt["clips"].sort(key=lambda clip: (clip["sample"] or 0, clip["system"]))
     return list(prompts.values())

@@ -125,23 +125,25 @@ def _ends(uris: Sequence[str]) -> list[str]:
 def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> SystemFolder:
     texts = {prompt.id: prompt.text for prompt in prompts}
     made_by_us = folder.exists("run.json") and folder.files(manifest.ROWS, sizes=False)
-    found, extra = _by_manifest(name, folder, texts) if made_by_us else _by_name(name, folder, texts)
-    if not found:
+    by_sample, extra = _by_manifest(name, folder, texts) if made_by_us else _by_name(name, folder, texts)
+    if not by_sample:
         raise UserError(
             f"{folder}: no file belongs to a prompt; files are named {_some(extra)}, prompts {_some(list(texts))}.",
             "Name files `<prompt id>.wav`, or `<prompt id>_<k>.wav` for several samples.",
         )
-    have = {clip.prompt_id for clip in found.values()}
+    have = {clip.prompt_id for clip in by_sample.values()}
     missing = [one for one in texts if one not in have]
     for one in missing:
-        found[one, 0] = SystemClip(name, one, 0, texts[one], None, "missing", "the folder has no file for this prompt")
+        by_sample[one, 0] = SystemClip(
+            name, one, 0, texts[one], None, "missing", "the folder has no file for this prompt"
+        )
     warnings = []
     if missing:
         warnings.append(f"{name}: {len(missing)} of {len(texts)} prompts have no clip: {_some(missing)}.")
     if extra:
         warnings.append(f"{name}: {len(extra)} files belong to no prompt and are left out: {_some(extra)}.")
     place = {one: i for i, one in enumerate(texts)}
-    clips = sorted(found.values(), key=lambda clip: (place[clip.prompt_id], clip.sample))
+    clips = sorted(by_sample.values(), key=lambda clip: (place[clip.prompt_id], clip.sample))
     return SystemFolder(name, folder.uri, tuple(clips), tuple(warnings))
 
 

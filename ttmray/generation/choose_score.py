@@ -74,10 +74,10 @@ def choose_score(config: ScoreChoiceConfig) -> int:
     out.write(
         "choice.md", (text + "\n".join(["| score | mean reward | clips |", "|---|---|---|", *lines]) + "\n").encode()
     )
-    found: dict[str, Any] = {"score": best}
-    found["mean_reward"] = {f"{score:g}": mean for score, (mean, _) in rewards.items()}
-    found["checkpoint"] = config.checkpoint and digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
-    out.write(CHOICE, json.dumps(found, indent=1).encode())
+    choice: dict[str, Any] = {"score": best}
+    choice["mean_reward"] = {f"{score:g}": mean for score, (mean, _) in rewards.items()}
+    choice["checkpoint"] = config.checkpoint and digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
+    out.write(CHOICE, json.dumps(choice, indent=1).encode())
     console.print(f"best of the scores {', '.join(f'{score:g}' for score in scores)}: {best:g}")
     console.print(f"to generate with it: ttmray generate --score-from {out}", markup=False)
     return EXIT_OK
@@ -109,8 +109,8 @@ def chosen_score(folder: str, checkpoint: str | None = None) -> float:
     if not out.exists(CHOICE):
         raise UserError(f"{out} has no {CHOICE}: no score was chosen there.", "Run ttmray choose-score to its end.")
     try:
-        found = json.loads(out.read(CHOICE))
-        score, theirs = float(found["score"]), found.get("checkpoint")
+        choice = json.loads(out.read(CHOICE))
+        score, theirs = float(choice["score"]), choice.get("checkpoint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{out.path(CHOICE)} names no score.", "Delete it, and run the step before again.") from error
     if checkpoint is not None and digest_file(weights_file(checkpoint, "checkpoint")).sha256 != theirs:

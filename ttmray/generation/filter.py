@@ -282,38 +282,38 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
         blended = by_rule(rows, config.rule)
     best_first = np.argsort(-blended, kind="stable")
     count = count if config.temperature is None else rows.num_rows
-    kept, passed_over = _pick(rows, best_first, count, config, embeddings)
-    if config.temperature is None and len(kept) < count:
+    picked, passed_over = _pick(rows, best_first, count, config, embeddings)
+    if config.temperature is None and len(picked) < count:
         raise UserError(
-            f"only {len(kept)} of the {count} clips to be kept are left (passed over: {counted(passed_over)}).",
+            f"only {len(picked)} of the {count} clips to be kept are left (passed over: {counted(passed_over)}).",
             "Sample more candidates, or raise per_prompt or max_similarity.",
         )
     of_prompt = rows["prompt_id"].to_pylist()
-    eligible, chosen = Counter(of_prompt), Counter(of_prompt[i] for i in kept)
+    eligible, chosen = Counter(of_prompt), Counter(of_prompt[i] for i in picked)
     parts = {"reward": reward, "clap_score": clap, "blend": blended}
     report = {
-        "clips": {"pool": table.num_rows, "eligible": rows.num_rows, "kept": len(kept)},
+        "clips": {"pool": table.num_rows, "eligible": rows.num_rows, "kept": len(picked)},
         "excluded": out,
         "passed_over": passed_over,
         "distributions": {
-            name: {"before": describe(values), "after": describe(values[kept])}
+            name: {"before": describe(values), "after": describe(values[picked])}
             for name, values in parts.items()
             if np.isfinite(values).all()
         },
         "prompts": {
             "pool": len(set(table["prompt_id"].to_pylist())),
             "kept": len(chosen),
-            "largest_share": max(chosen.values()) / len(kept),
+            "largest_share": max(chosen.values()) / len(picked),
             "each": {name: {"eligible": eligible[name], "kept": chosen[name]} for name in sorted(eligible)},
         },
     }
-    weights = np.ones(len(kept))
+    weights = np.ones(len(picked))
     if config.temperature is not None:
-        weights = reward_weights(blended[kept], config.temperature, config.max_weight)
+        weights = reward_weights(blended[picked], config.temperature, config.max_weight)
         effective = float(weights.sum() ** 2 / np.square(weights).sum())
         report["weights"] = {"largest": float(weights.max()), "smallest": float(weights.min()), "effective": effective}
     keys = rows["key"].to_pylist()
-    return Selection([keys[i] for i in kept], report, weights)
+    return Selection([keys[i] for i in picked], report, weights)
 
 
 def reward_weights(blended: np.ndarray, temperature: float, most: float) -> np.ndarray:

@@ -64,24 +64,24 @@ def generate(
         console.print(f"[yellow]{bundle.note}[/yellow]")
     todo = _todo(run, clips, rows, retry_failed)
     seconds: Counter[str] = Counter()
-    made: list[dict[str, Any]] = []
+    finished: list[dict[str, Any]] = []
     if todo:
         if len(todo) < len(clips):
             console.print(f"{len(clips) - len(todo)} of {len(clips)} clips are done, {len(todo)} to do")
         run.sweep_temporary()
         fresh = runs.write(run, described)
         try:
-            made = _make(config, described, todo, seconds)
+            finished = _make(config, described, todo, seconds)
         except UserError:
             if fresh and not run.files(manifest.ROWS, sizes=False):
                 run.delete(RUN)  # settings that made nothing shall not bind the folder
             raise
     else:
         console.print(f"nothing to do: all {len(clips)} clips of {run} are done")
-    rows |= {row["name"]: row for row in made}
+    rows |= {row["name"]: row for row in finished}
     planned = [rows.pop(clip.name) for clip in clips]
     manifest.merge(run, planned + [rows[name] for name in sorted(rows)])  # clips of other prompts stay in the table
-    failed = _report(run, planned, made, seconds, time.perf_counter() - started, config.best_by)
+    failed = _report(run, planned, finished, seconds, time.perf_counter() - started, config.best_by)
     if play_page:
         page = write_page(run, planned, described)
         console.print(f"players: open {page}", markup=False)
@@ -119,8 +119,8 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
         path = getattr(config, field)
         if path is not None:
             weights[field] = digest_file(weights_file(path, field)).sha256
-            found, crossed = file_config(path, head=config.head, null=config.null, force=config.force_head)
-            weights[f"{field}_head"] = found.head if found.head == "none" else f"{found.head}, {found.null}"
+            backbone, crossed = file_config(path, head=config.head, null=config.null, force=config.force_head)
+            weights[f"{field}_head"] = backbone.head if backbone.head == "none" else f"{backbone.head}, {backbone.null}"
             if crossed is not None:
                 weights[f"{field}_cross_load"] = str(crossed)
     what: dict[str, Any] = {"config": identity(config), "bundle": models, "weights": weights}
@@ -173,28 +173,28 @@ def _make(
     size = max(runtime.batch if batched else 1, runtime.thread_count)
     size = size if local else min(size, -(-len(todo) // runtime.workers))
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-    made: list[dict[str, Any]] = []
+    finished: list[dict[str, Any]] = []
     failed = 0
     with meter("clips", len(todo)) as progress:
         for rows, spent in each(partial(ClipMaker, job), batches, runtime):
-            made += rows
+            finished += rows
             seconds.update(spent)
             failed += sum(row["status"] == FAILED for row in rows)
             progress.advance(len(rows), f"{failed} failed")
-            if len(made) >= ABORT_AFTER and failed > len(made) / 2:
-                last = next(row for row in reversed(made) if row["status"] == FAILED)
+            if len(finished) >= ABORT_AFTER and failed > len(finished) / 2:
+                last = next(row for row in reversed(finished) if row["status"] == FAILED)
                 raise UserError(
-                    f"{failed} of {len(made)} clips failed, so the job stopped. The last: {last['name']}: "
+                    f"{failed} of {len(finished)} clips failed, so the job stopped. The last: {last['name']}: "
                     f"{last['message']}",
                     "What was made stays. Mend the cause and start again with --retry-failed.",
                 )
-    return made
+    return finished
 
 
 def _report(
     run: Folder,
     planned: Sequence[dict[str, Any]],
-    made: Sequence[dict[str, Any]],
+    finished: Sequence[dict[str, Any]],
     seconds: Counter[str],
     wall_s: float,
     by: str,
@@ -205,7 +205,7 @@ def _report(
         "clips": {OK: counts[OK], FAILED: counts[FAILED]},
         "reasons": dict(Counter(row["reason"] for row in planned if row["status"] == FAILED)),
         "this_launch": {
-            "clips": len(made),
+            "clips": len(finished),
             "wall_s": round(wall_s, 3),
             "stage_s": {name: round(value, 3) for name, value in seconds.items()},
         },
@@ -213,7 +213,7 @@ def _report(
     gains = best_of_curve(planned)
     if gains:
         summary["best_of"] = gains
-    if made or not run.exists("summary.json"):
+    if finished or not run.exists("summary.json"):
         run.write("summary.json", json.dumps(summary, indent=1).encode())
     console.print(f"{run}: {counts[OK]} clips ok, {counts[FAILED]} failed", markup=False)
     for row in [row for row in planned if row["status"] == FAILED][:5]:
@@ -221,9 +221,11 @@ def _report(
     if gains:
         curve = ", ".join(f"{mean:+.4f} of {n}" for n, mean in gains.items())
         console.print(f"mean {by} of the best candidate before post-processing: {curve}", markup=False)
-    if made:
-        spent = ", ".join(f"{name} {value / len(made):.2f}" for name, value in seconds.items())
-        console.print(f"{len(made)} made in {wall_s:.1f} s, {wall_s / len(made):.2f} s per clip (s per clip: {spent})")
+    if finished:
+        spent = ", ".join(f"{name} {value / len(finished):.2f}" for name, value in seconds.items())
+        console.print(
+            f"{len(finished)} made in {wall_s:.1f} s, {wall_s / len(finished):.2f} s per clip (s per clip: {spent})"
+        )
     return counts[FAILED]
 
 

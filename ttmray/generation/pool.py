@@ -127,11 +127,11 @@ def choose_prompts(config: CandidatesConfig) -> Prompts:
         assert config.corpus is not None
         source = config.corpus
         prompts, dropped = _free_captions(config, _captions(config.corpus, config.seed))
-    wanted = config.prompt_count or len(prompts)
-    if len(prompts) < wanted:
+    count = config.prompt_count or len(prompts)
+    if len(prompts) < count:
         less = f" ({dropped} more are held out)" if dropped else ""
-        raise UserError(f"{source} has {len(prompts)} prompts{less}, prompt_count is {wanted}.", "Lower prompt_count.")
-    prompts = prompts[:wanted]
+        raise UserError(f"{source} has {len(prompts)} prompts{less}, prompt_count is {count}.", "Lower prompt_count.")
+    prompts = prompts[:count]
     for prompt in prompts:
         if "." in prompt.id or len(prompt.id) > 64:
             raise UserError(
@@ -284,10 +284,10 @@ def most_similar(vectors: dict[str, np.ndarray]) -> dict[str, tuple[float, str]]
         return {}
     matrix = np.stack([vectors[key] for key in keys]).astype(np.float64)
     matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
-    found = {}
+    nearest = {}
     for i, key in enumerate(keys):
         cosines = np.round(matrix @ matrix[i], 6)
         cosines[i] = -2.0
         other = int(cosines.argmax())
-        found[key] = (float(cosines[other]), keys[other])
-    return found
+        nearest[key] = (float(cosines[other]), keys[other])
+    return nearest

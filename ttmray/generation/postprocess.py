@@ -330,11 +330,11 @@ def _one(
     except ClipError as error:
         out.delete(name)  # of an earlier version of the file, and no longer what the table says
         return row | {"status": error.status, "reason": error.reason, "message": error.message}, True
-    made = encode(wave, facts["sample_rate"], config)
-    out.write(name, made)
+    encoded = encode(wave, facts["sample_rate"], config)
+    out.write(name, encoded)
     reason = facts.pop("outcome")
     row |= {"status": "ok", "reason": "" if reason == "reached" else reason}
-    row["made_sha256"] = hashlib.sha256(made).hexdigest()
+    row["made_sha256"] = hashlib.sha256(encoded).hexdigest()
     row["duration_s"] = wave.shape[1] / facts["sample_rate"]
     return row | {key: "" if value is None else value for key, value in facts.items()}, True
 

@@ -375,12 +375,12 @@ def _check_fit(backbones: Sequence[FluxAudio], text: "TextEncoder", pooled: "Cla
         names, ("score", "second_score"), backbones, config.scores, strict=False
     ):
         shape = backbone.config
-        wanted = (shape.text_len, shape.text_dim, shape.text_c_dim)
-        given = (text.max_length, text.dim, pooled.dim)
-        if wanted != given:
+        needed = (shape.text_len, shape.text_dim, shape.text_c_dim)
+        offered = (text.max_length, text.dim, pooled.dim)
+        if needed != offered:
             raise UserError(
-                f"{name}: the backbone takes {wanted[0]} x {wanted[1]} token and {wanted[2]} pooled text features, "
-                f"the bundle's encoders give {given[0]} x {given[1]} and {given[2]}.",
+                f"{name}: the backbone takes {needed[0]} x {needed[1]} token and {needed[2]} pooled text features, "
+                f"the bundle's encoders give {offered[0]} x {offered[1]} and {offered[2]}.",
                 "Name the bundle that it was trained with.",
             )
         if score is not None and shape.head == "none":

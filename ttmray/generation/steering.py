@@ -158,11 +158,11 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     """A report of `compare` for people."""
     low, high = report["scores"]
     said = [f"steering from s = {low:g} to s = {high:g}, {report['prompts']} prompts:"]
-    for head, found in report["forwards"].items():
-        kept = "" if found["kept"] is None else f", {found['kept']:.0%} of the trained steering"
-        reward = found["reward"]
+    for head, forward in report["forwards"].items():
+        share = "" if forward["kept"] is None else f", {forward['kept']:.0%} of the trained steering"
+        reward = forward["reward"]
         heard = f"; delta_out {reward['delta_out']:+.3f} (sd {reward['sd']:.3f})" if reward else ""
-        said.append(f"  {head} forward: latents move by {found['moved']:.3f} sd{kept}{heard}")
+        said.append(f"  {head} forward: latents move by {forward['moved']:.3f} sd{share}{heard}")
     if report["no_reward"] is not None:
         said.append(f"  delta_out is not measured: {report['no_reward']}")
     return said

@@ -182,9 +182,9 @@ class ClipMaker:
             work.audio = work.wave
             facts = {"sample_rate": rate, "channels": 1} | levels(work.audio, rate)
         else:
-            work.audio, made = postprocess_clip(work.wave, rate, self.config.postprocess, self.separator)
-            facts = {name: made[name] for name in ("sample_rate", "channels", "outcome")}
-            facts |= {"lufs": made["lufs_after"], "true_peak_db": made["true_peak_after"]}
+            work.audio, processed = postprocess_clip(work.wave, rate, self.config.postprocess, self.separator)
+            facts = {name: processed[name] for name in ("sample_rate", "channels", "outcome")}
+            facts |= {"lufs": processed["lufs_after"], "true_peak_db": processed["true_peak_after"]}
         work.facts |= facts | {"duration_s": work.audio.shape[1] / facts["sample_rate"]}
 
     def _score(self, works: Sequence[_Work]) -> None:

@@ -229,8 +229,8 @@ def read_support(path: Path) -> ScoreSupport | None:
         UserError: the metadata hold something else.
     """
     try:
-        found = _described(path, "score_support")
-        return ScoreSupport.from_dict(found) if found else None
+        described = _described(path, "score_support")
+        return ScoreSupport.from_dict(described) if described else None
     except ValueError as error:
         raise UserError(f"{path}: its metadata {METADATA!r} hold {error}.", "Export it again.") from error
 
@@ -269,7 +269,7 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     try:
         hidden, latent_dim = state["audio_input_proj.0.weight"].shape[:2]
         text_len, text_dim = state["empty_string_feat"].shape
-        found: dict[str, Any] = {
+        shapes: dict[str, Any] = {
             "latent_dim": latent_dim,
             "hidden": hidden,
             "text_len": text_len,
@@ -288,7 +288,7 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     odd = {key: value for key, value in known.items() if not _plausible(key, value)}
     if odd:
         raise UserError(f"{what}: its config cannot be: {odd}.", "Export it again.")
-    wrong = {key: value for key, value in found.items() if key in known and known[key] != value}
+    wrong = {key: value for key, value in shapes.items() if key in known and known[key] != value}
     if wrong:
         raise UserError(f"{what}: its config and its tensors disagree: config {known}, tensors {wrong}.")
     scored = any(key.startswith(SCORE) for key in state)
@@ -302,7 +302,7 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     learned = NULL_EMBEDDING in state
     defaults = {"latent_len": LATENT_LENGTHS.get(latent_dim, 430), "head": "v1" if scored else "none"}
     defaults |= {"null": "learned"} if learned else {}
-    config = BackboneConfig(**{**defaults, **found, **known})
+    config = BackboneConfig(**{**defaults, **shapes, **known})
     if scored and (config.null == "learned") != learned:
         has = "are of a learned null score" if learned else f"lack {NULL_EMBEDDING}"
         raise UserError(f"{what}: its config says null {config.null}, and its tensors {has}.", "Export it again.")

@@ -206,11 +206,11 @@ class ReleasedBundle(Bundle):
         hashes: dict[str, str] = {}
         for role, name in self._entries(store).items():
             if roles is None or role in roles:
-                found = store.hashes(name)
+                entry_hashes = store.hashes(name)
                 beside = _read_beside(role, next(iter(store.find(name).values())))
-                if beside is not None and beside.is_file() and beside.name not in found:
-                    found[beside.name] = digest_file(beside).sha256
-                hashes |= {f"{name}/{file}": sha256 for file, sha256 in found.items()}
+                if beside is not None and beside.is_file() and beside.name not in entry_hashes:
+                    entry_hashes[beside.name] = digest_file(beside).sha256
+                hashes |= {f"{name}/{file}": sha256 for file, sha256 in entry_hashes.items()}
         return hashes
 
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:

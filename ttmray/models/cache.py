@@ -78,16 +78,16 @@ class EmbeddingCache:
         for key in keys:
             if len(key) != 64 or set(key) - set("0123456789abcdef"):
                 raise ValueError(f"{key!r} is not a key of audio_key")
-        found: dict[str, np.ndarray | None] = {key: self._read(key) for key in dict.fromkeys(keys)}
-        missing = {key: keys.index(key) for key, value in found.items() if value is None}
+        embeddings: dict[str, np.ndarray | None] = {key: self._read(key) for key in dict.fromkeys(keys)}
+        missing = {key: keys.index(key) for key, value in embeddings.items() if value is None}
         if missing:
-            made = make(list(missing.values()))
-            for key, embedding in zip(missing, made, strict=True):
+            computed = make(list(missing.values()))
+            for key, embedding in zip(missing, computed, strict=True):
                 if embedding.dtype != np.float32:
                     raise ValueError(f"embeddings must be float32, not {embedding.dtype}")
-                found[key] = embedding
+                embeddings[key] = embedding
                 self._write(key, embedding)
-        return [value.copy() for key in keys if (value := found[key]) is not None]
+        return [value.copy() for key in keys if (value := embeddings[key]) is not None]
 
     def _name(self, key: str) -> str:
         return f"{key[:2]}/{key}.npy"

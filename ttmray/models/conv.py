@@ -112,8 +112,8 @@ def matrices(outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
     out[-1, -1] = 1
     products = torch.einsum("ik,kj->ijk", out, kernel).reshape(outputs * taps, count)
     shifts = torch.arange(outputs)[:, None] + torch.arange(taps)
-    wanted = F.one_hot(shifts.reshape(-1), count).double()
-    solved = torch.linalg.lstsq(products, wanted).solution
+    target = F.one_hot(shifts.reshape(-1), count).double()
+    solved = torch.linalg.lstsq(products, target).solution
     return (solved * 64).round() / 64, kernel, out  # the true numbers are multiples of 1/4
 
 

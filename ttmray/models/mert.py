@@ -197,21 +197,21 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _hubert_config(path: Path) -> HubertConfig:
-    given = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads(path.read_text(encoding="utf-8"))
     # deepnorm changes the arithmetic without changing any shape. attention_relax is an identity in exact
     # arithmetic and unused with do_stable_layer_norm; a CQT input would show in the shapes.
-    if given.get("deepnorm"):
+    if settings.get("deepnorm"):
         raise UserError(f"{path}: deepnorm is not supported", "Use MERT-v1-330M.")
     known = HubertConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
-    return HubertConfig(**{key: value for key, value in given.items() if key in known})
+    return HubertConfig(**{key: value for key, value in settings.items() if key in known})
 
 
 def _do_normalize(path: Path) -> bool:
-    given = json.loads(path.read_text(encoding="utf-8"))
-    rate = given.get("sampling_rate", MERT_SAMPLE_RATE)
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    rate = settings.get("sampling_rate", MERT_SAMPLE_RATE)
     if rate != MERT_SAMPLE_RATE:
         raise UserError(f"{path}: sampling_rate is {rate}, MERT v1 runs at {MERT_SAMPLE_RATE}")
-    return bool(given.get("do_normalize", True))  # transformers' default where the file is silent
+    return bool(settings.get("do_normalize", True))  # transformers' default where the file is silent
 
 
 def debug_mert(

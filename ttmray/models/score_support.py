@@ -66,15 +66,15 @@ class ScoreSupport:
         return asdict(self) | {"trainings": list(self.trainings)}
 
     @classmethod
-    def from_dict(cls, found: Any) -> Self:
+    def from_dict(cls, described: Any) -> Self:
         """What `to_dict` gave.
 
         Raises:
             ValueError: something else, or numbers that are not finite and in order.
         """
         try:
-            numbers = {name: float(found[name]) for name in NUMBERS}
-            trainings = tuple(dict(one) for one in found.get("trainings", ()))
+            numbers = {name: float(described[name]) for name in NUMBERS}
+            trainings = tuple(dict(one) for one in described.get("trainings", ()))
             numbered = [float(one[name]) for one in trainings for name in NUMBERS]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no score support: {error!r}") from error

@@ -83,8 +83,8 @@ class Scorer:
 
     def rewards(self, embeddings: Embeddings, texts: np.ndarray) -> np.ndarray:
         """(n,) TuneJury scores; `texts` count only where the protocol says so."""
-        given = texts if self.protocol.text == "caption" else None
-        return self.models.tunejury.score(embeddings.clap, embeddings.mert, given)
+        captions = texts if self.protocol.text == "caption" else None
+        return self.models.tunejury.score(embeddings.clap, embeddings.mert, captions)
 
     def _clap(self, waves: list[np.ndarray]) -> np.ndarray:
         how = self.protocol
@@ -104,10 +104,10 @@ class Scorer:
         if self._cache is None:
             return make(self._resampled(waves, rate))
         keys = [audio_key(wave, SAMPLE_RATE, self._cache_name, name) for wave in waves]
-        found = self._cache.get_or_make(
+        embeddings = self._cache.get_or_make(
             keys, lambda missing: list(make(self._resampled([waves[i] for i in missing], rate)))
         )
-        return np.stack(found)
+        return np.stack(embeddings)
 
     def _resampled(self, waves: Sequence[np.ndarray], rate: int) -> list[np.ndarray]:
         with ThreadPoolExecutor(self._threads) as pool:

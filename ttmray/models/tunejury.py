@@ -124,8 +124,8 @@ class TuneJury:
             if name not in VARIANTS[self.variant]:
                 continue
             if block is None or block.shape != (count, dim):
-                found = "None" if block is None else block.shape
-                raise ValueError(f"{name} must have shape {(count, dim)}, not {found}")
+                shape = "None" if block is None else block.shape
+                raise ValueError(f"{name} must have shape {(count, dim)}, not {shape}")
             if not np.isfinite(block).all():
                 raise ValueError(f"{name} has features that are not finite")
             used.append(block.astype(np.float32, copy=False))

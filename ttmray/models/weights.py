@@ -152,13 +152,13 @@ def digest_file(path: Path, md5: bool = False) -> Digest:
     return Digest(size, sha256.hexdigest(), weak.hexdigest() if weak is not None else "")
 
 
-def mismatch(file: WeightFile, found: Digest, recorded: str | None) -> str:
+def mismatch(file: WeightFile, digest: Digest, recorded: str | None) -> str:
     """How a file differs from what is published and from what was recorded; empty when it does not."""
     expected = [
-        ("size", file.size, found.size, "published"),
-        ("sha256", file.sha256, found.sha256, "published"),
-        ("md5", file.md5, found.md5, "published"),
-        ("sha256", recorded, found.sha256, "recorded at the first pull"),
+        ("size", file.size, digest.size, "published"),
+        ("sha256", file.sha256, digest.sha256, "published"),
+        ("md5", file.md5, digest.md5, "published"),
+        ("sha256", recorded, digest.sha256, "recorded at the first pull"),
     ]
     for what, value, actual, origin in expected:
         if value is not None and value != actual:
@@ -289,8 +289,8 @@ class Store:
         recorded = self.records().get(label, {}).get("sha256")
         again = f"ttmray weights pull {entry.name}"
         if path.is_file():
-            found = digest_file(path, md5=file.md5 is not None)
-            if problem := mismatch(file, found, recorded):
+            digest = digest_file(path, md5=file.md5 is not None)
+            if problem := mismatch(file, digest, recorded):
                 raise UserError(f"{path} is not the file it should be: {problem}.", f"Delete it, then: {again}")
             console.print(f"{label}: present")
         else:
@@ -302,22 +302,22 @@ class Store:
                 )
             part = path.with_name(path.name + ".part")
             download(remote, part, label, file.size, f"Or set {entry.variable} to a local copy.")
-            found = digest_file(part, md5=file.md5 is not None)
-            if problem := mismatch(file, found, recorded):
-                kept = path.with_name(path.name + ".rejected")
-                os.replace(part, kept)
+            digest = digest_file(part, md5=file.md5 is not None)
+            if problem := mismatch(file, digest, recorded):
+                rejected = path.with_name(path.name + ".rejected")
+                os.replace(part, rejected)
                 forget(part)
-                way_out = f"It was kept as {kept}. Try once more: {again}."
+                way_out = f"It was kept as {rejected}. Try once more: {again}."
                 if recorded is not None:
                     way_out += f" If you trust the new one, remove {label!r} from {self.folder / 'hashes.json'} first."
                 raise UserError(f"{remote.url} gave something else: {problem}.", way_out)
             publish(part, path)
             forget(part)
         if recorded is None:
-            self.record("files", label, {"sha256": found.sha256, "size": found.size})
+            self.record("files", label, {"sha256": digest.sha256, "size": digest.size})
             if file.sha256 is None and file.md5 is None:
                 console.print(
-                    f"{label}: nobody published its hash; sha256 {found.sha256} is trusted now and checked ever after"
+                    f"{label}: nobody published its hash; sha256 {digest.sha256} is trusted now and checked ever after"
                 )
 
     def records(self, section: str = "files") -> dict[str, dict[str, Any]]:
@@ -367,9 +367,9 @@ def open_store(
     """
     registry = registry or released()
     root = folder or os.environ.get("TTMRAY_WEIGHTS") or "~/.cache/ttmray/weights"
-    given = {entry.name: os.environ.get(entry.variable, "") for entry in registry.entries} | dict(overrides or {})
+    paths = {entry.name: os.environ.get(entry.variable, "") for entry in registry.entries} | dict(overrides or {})
     offline = offline or os.environ.get("TTMRAY_OFFLINE", "0") not in ("", "0")
-    local = {name: absolute(path) for name, path in given.items() if path}
+    local = {name: absolute(path) for name, path in paths.items() if path}
     store = Store(registry, Path(absolute(str(root))), local, offline)
     for name in local:
         store.entry(name)

@@ -99,8 +99,8 @@ def verify(store: Store | None = None) -> int:
                 console.print(f"{state}  {label}")
     for name, record in store.records("converted").items():
         if os.path.isfile(name):
-            found = digest_file(Path(name))
-            differs = found.sha256 != record["sha256"]
+            digest = digest_file(Path(name))
+            differs = digest.sha256 != record["sha256"]
             bad += differs
             console.print(f"{'WRONG  ' if differs else 'ok     '}  {name} (converted)", markup=False)
     if bad:
@@ -159,11 +159,11 @@ def convert(path: str | Path, out: str | Path | None = None, store: Store | None
             raise UserError(f"{target} was not written: {error}", "Check the space on that disk.") from error
         finally:
             temporary.unlink(missing_ok=True)
-    made = digest_file(target)
+    written = digest_file(target)
     with locked(store.folder):
-        record = {"sha256": made.sha256, "size": made.size, "source": source.name, "source_sha256": digest.sha256}
+        record = {"sha256": written.sha256, "size": written.size, "source": source.name, "source_sha256": digest.sha256}
         store.record("converted", str(target), record)
-    console.print(f"{target}: {len(tensors)} tensors, sha256 {made.sha256}", markup=False)
+    console.print(f"{target}: {len(tensors)} tensors, sha256 {written.sha256}", markup=False)
     if left_out:
         console.print(f"left out: {', '.join(left_out)}", markup=False)
     return EXIT_OK
@@ -212,9 +212,9 @@ def _tensors(checkpoint: Mapping[str, Any], what: str) -> tuple[dict[str, "torch
         else:
             refused.append(f"{key} ({type(value).__name__})")
     if refused or not tensors:
-        found = f"{', '.join(refused[:6])} are no tensors" if refused else "there are no tensors in it"
+        problem = f"{', '.join(refused[:6])} are no tensors" if refused else "there are no tensors in it"
         raise UserError(
-            f"{what} cannot become safetensors: {found}.",
+            f"{what} cannot become safetensors: {problem}.",
             "It must be a dictionary of weights, alone or under 'state_dict' or 'generator'.",
         )
     return tensors, left_out

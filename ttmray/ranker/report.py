@@ -74,8 +74,8 @@ def fit_temperature(margin: np.ndarray, target: np.ndarray) -> float:
         return float(np.mean(np.logaddexp(0, logit) - target * logit))
 
     bound = math.log(100)
-    found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
-    return math.exp(found.x)
+    optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
+    return math.exp(optimum.x)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

@@ -143,9 +143,11 @@ def read_pairs(sources: Sequence[PairSource]) -> tuple[list[Pair], list[Dropped]
     dropped: list[Dropped] = []
     for source in sources:
         rows = read_rows(source.path, KNOWN)
-        found = _rated(source, rows) if source.format == "songs" else [_pair(source, row, place) for place, row in rows]
+        comparisons = (
+            _rated(source, rows) if source.format == "songs" else [_pair(source, row, place) for place, row in rows]
+        )
         released = read_splits(source.splits) if source.splits else None
-        for pair in found:
+        for pair in comparisons:
             if isinstance(pair, Dropped):
                 dropped.append(pair)
             else:
@@ -343,8 +345,8 @@ def _rated(source: PairSource, rows: Sequence[tuple[str, dict[str, Any]]]) -> li
 
 def _mean_rating(row: Mapping[str, Any], place: str) -> float:
     """Mean over axes of the mean over annotators; the axes are columns, or keys of `annotation` or its items."""
-    given = row.get("annotation", row.get("annotations", row))
-    judges = given if isinstance(given, list) else [given]
+    ratings = row.get("annotation", row.get("annotations", row))
+    judges = ratings if isinstance(ratings, list) else [ratings]
     try:
         if not judges:
             raise ValueError("no annotator")

@@ -122,14 +122,14 @@ def values_of(cell: Cell, paper: Mapping[str, Published] | None = None) -> dict[
     """FAD, CLAP score and reward, the latter two with a t interval over prompts."""
     known = paper or {}
     value, low, high = cell.fad
-    found = {"fad": Value(value, low, high, paper=known.get("fad"))}
+    by_metric = {"fad": Value(value, low, high, paper=known.get("fad"))}
     for metric in TESTED:
         values = np.array(list(cell.scores.get(metric, {}).values()))
         half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else math.nan
         mean = cell.mean(metric)
         low, high = (mean - half, mean + half) if mean is not None and math.isfinite(half) else (None, None)
-        found[metric] = Value(mean, low, high, paper=known.get(metric))
-    return found
+        by_metric[metric] = Value(mean, low, high, paper=known.get(metric))
+    return by_metric
 
 
 def head_table(
@@ -458,5 +458,5 @@ def _pairs(
         for metric in TESTED
         for prompt, value in cell.scores.get(metric, {}).items()
     ]
-    found, warnings = comparisons(scores, pairs=pairs)
-    return tuple(found), tuple(warnings)
+    compared, warnings = comparisons(scores, pairs=pairs)
+    return tuple(compared), tuple(warnings)

@@ -204,7 +204,7 @@ class AblationPlan:
         table: str,
         checkpoint: str,
         head: Head | None,
-        given: Mapping[str, Any],
+        settings: Mapping[str, Any],
         prompts: str | None = None,
         reference: str | None = None,
     ) -> str:
@@ -223,12 +223,12 @@ class AblationPlan:
                 f"Only {', '.join(SHARED)} share their tensors.",
             )
         if head is not None and own is not None:
-            force = bool(merged(self.config.generate, given).get("force_head"))
+            force = bool(merged(self.config.generate, settings).get("force_head"))
             cross_load(own, head, f"{table}: checkpoint {checkpoint}", force=force)
         head = None if head == own else head
         links: dict[str, Any] = {"checkpoint": self._weights(checkpoint), "prompts": prompts, "head": head}
         links |= {"bundle": self.config.bundle}
-        section = merged(self._tolerated(prompts), merged(self.config.generate, given))
+        section = merged(self._tolerated(prompts), merged(self.config.generate, settings))
         draft = fill(GenerateConfig, f"{table}: generate", section, links)
         if own == "none" and draft.sampler.score is not None:  # nothing would read it
             draft = fill(GenerateConfig, table, merged(section, {"sampler": {"score": None}}), links)

@@ -300,21 +300,21 @@ def _cross_load(run: Folder) -> list[tuple[str, Any]]:
     """What became of the score where a run started in another forward than that of its weights."""
     if not run.exists(CROSS_LOAD):
         return []
-    found = _json(run, CROSS_LOAD)
-    crossed = CrossLoad(found["weights"], found["forward"], found["forced"])
-    kept = found["forwards"][crossed.forward]["kept"]
-    left = "" if kept is None else f": {kept:.0%} of the steering by the score was left before the first update"
+    record = _json(run, CROSS_LOAD)
+    crossed = CrossLoad(record["weights"], record["forward"], record["forced"])
+    share = record["forwards"][crossed.forward]["kept"]
+    left = "" if share is None else f": {share:.0%} of the steering by the score was left before the first update"
     return [("cross-load", f"{crossed}{left}")]
 
 
 def _json(run: Folder, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(run.read(name))
+        content = json.loads(run.read(name))
     except ValueError as error:
         raise UserError(f"{run.path(name)} cannot be read: {error}", "Restore it, or make the run again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{run.path(name)} is no JSON object.", "Restore it, or make the run again.")
-    return found
+    return content
 
 
 def _progress(run: Folder) -> int:
@@ -328,9 +328,9 @@ def _progress(run: Folder) -> int:
 
 def _reward_rows(run: Folder, summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(split, column, statistics) of the corpus's own rewards and of its tables of scores."""
-    found = {"": summary["rewards"]}
-    found |= {f"{name}/": _json(run, f"{SCORES}/{name}/stats.json")["splits"] for name in table_names(run)}
-    for prefix, splits in found.items():
+    by_prefix = {"": summary["rewards"]}
+    by_prefix |= {f"{name}/": _json(run, f"{SCORES}/{name}/stats.json")["splits"] for name in table_names(run)}
+    for prefix, splits in by_prefix.items():
         for split, values in splits.items():
             yield from ((split, f"{prefix}{column}", values) for column in values if column != "clips")
 

@@ -83,12 +83,12 @@ def demo(config: DemoConfig) -> int:
     started = time.monotonic()
     if is_remote(config.output):
         raise UserError(f"output: {config.output} is a bucket, but the page is opened from a disk.", "Name a folder.")
-    given = config.scores or ()
-    if len(set(given)) < len(given):
-        raise UserError(f"scores: {list(given)} has one twice.", "Every score has a folder of clips.")
+    asked = config.scores or ()
+    if len(set(asked)) < len(asked):
+        raise UserError(f"scores: {list(asked)} has one twice.", "Every score has a folder of clips.")
     root = Folder.at(absolute(config.output))
     corpus = corpus_config(config, root)
-    for score in given or (0.0,):  # wrong settings are told before anything is made
+    for score in asked or (0.0,):  # wrong settings are told before anything is made
         clips_config(config, root, score)
     _chapter("songs of known quality, and broken files")
     paths = write_demo_songs(Path(root.path("songs")), config.seed)
@@ -96,7 +96,7 @@ def demo(config: DemoConfig) -> int:
     _chapter("the corpus job: songs in, scored clips out (jobs/score_corpus.py)")
     if (code := score_corpus(corpus)) != EXIT_OK:
         return code
-    scores = given or _worst_and_best(root)
+    scores = asked or _worst_and_best(root)
     for score in scores:
         _chapter(f"clips from {len(config.prompts)} prompts, asked for the score {score:g} (jobs/generate.py)")
         if (code := generate(clips_config(config, root, score))) != EXIT_OK:

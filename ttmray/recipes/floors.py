@@ -108,9 +108,9 @@ def measure_floors(name: str, seed: int, parts: Sequence[str] = PARTS, sizes: Si
         "reward": Scorer.roles,
         "generation": (*Scorer.roles, "latents", "vocoder", "backbone", "text", "clap_condition"),
     }
-    wanted = {role for part in parts for role in roles[part]}
+    needed = {role for part in parts for role in roles[part]}
     options = LoadOptions(device="cpu", clip_samples=round(bundle.clip_s * SAMPLE_RATE), instrumental="residual")
-    models = bundle.load(wanted, options)
+    models = bundle.load(needed, options)
     one_thread()
     world = World(seed, bundle.clip_s)
     measures = {
@@ -242,8 +242,8 @@ def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> It
     rng = np.random.default_rng(world.seed)
     texts = [caption(world[sizes.judges + i].heard, rng) for i in range(sizes.generated)]
     heard = [world[sizes.judges + i].heard for i in range(sizes.generated)]
-    made = generate(models, texts, good, world.seed)
-    embedded = scorer.embed(made)
+    generated = generate(models, texts, good, world.seed)
+    embedded = scorer.embed(generated)
     recall = recall_at_1(embedded.clap, models.clap.embed_text(texts), of=8)
     yield Floor("generation", "captions find their clip among 8", recall, 0.5, note="chance 0.125")
     for name, least, labels, asked in (

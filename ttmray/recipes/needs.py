@@ -91,23 +91,23 @@ def needs_of(section: str, config: Config, root: Folder, weights_field: str = ""
     from ttmray.training.config import TrainConfig
     from ttmray.training.pairs import PairsConfig
 
-    found: Iterable[Need] = ()
+    needs: Iterable[Need] = ()
     if isinstance(config, CorpusConfig):
-        found = _of_corpus(section, config)
+        needs = _of_corpus(section, config)
     elif isinstance(config, RankerConfig):
-        found = _of_ranker(section, config, root)
+        needs = _of_ranker(section, config, root)
     elif isinstance(config, TrainConfig):
-        found = _of_training(section, config, root)
+        needs = _of_training(section, config, root)
     elif isinstance(config, CandidatesConfig):
-        found = _of_pool(section, config, root)
+        needs = _of_pool(section, config, root)
     elif isinstance(config, GenerateConfig):
-        found = _of_generation(section, config, root, weights_field)
+        needs = _of_generation(section, config, root, weights_field)
     elif isinstance(config, EvaluateConfig):
-        found = _of_evaluation(section, config, root)
+        needs = _of_evaluation(section, config, root)
     elif isinstance(config, PairsConfig):
-        found = prompts(config.held_out)
+        needs = prompts(config.held_out)
     # a head that another step trains is not there yet
-    return tuple(need for need in found if not (need.check is open_head and inside(need.arguments[0], root)))
+    return tuple(need for need in needs if not (need.check is open_head and inside(need.arguments[0], root)))
 
 
 def prompts(path: str | None) -> Iterable[Need]:

@@ -213,8 +213,8 @@ class _Chain:
         self.scored_by: list[str] = []
         """Steps that make those rewards, beyond the corpus."""
 
-    def section(self, kind: type[ConfigT], name: str, given: Mapping[str, Any], **links: Any) -> ConfigT:
-        return fill(kind, name, given, {"bundle": self.bundle, **links})
+    def section(self, kind: type[ConfigT], name: str, fields: Mapping[str, Any], **links: Any) -> ConfigT:
+        return fill(kind, name, fields, {"bundle": self.bundle, **links})
 
     def add(
         self,
@@ -243,11 +243,11 @@ class _Chain:
         from ttmray.ranker.job import RankerConfig, train_ranker
         from ttmray.synth import votes
 
-        given, path, made_up = self.config.votes, self.path, None
-        if given is not None:
-            draws = [path("corpus"), path("votes.csv"), f"--count={given.count}", f"--seed={given.seed}"]
-            draws.append(f"--prefer={given.prefer}")
-            self.add("votes", given, lambda: votes.main(draws), "votes.csv", after=["corpus"])
+        ballot, path, made_up = self.config.votes, self.path, None
+        if ballot is not None:
+            draws = [path("corpus"), path("votes.csv"), f"--count={ballot.count}", f"--seed={ballot.seed}"]
+            draws.append(f"--prefer={ballot.prefer}")
+            self.add("votes", ballot, lambda: votes.main(draws), "votes.csv", after=["corpus"])
             made_up = [{"name": "votes", "path": path("votes.csv"), "corpus": path("corpus")}]
         if self.config.ranker is None:
             return
@@ -264,8 +264,8 @@ class _Chain:
             return
         places = {"corpus": self.path("corpus"), "head": self.path(RANKER)}
         rescoring = RescoreConfig(name=RANKER, **places)
-        made, page = f"corpus/{SCORES}/{RANKER}/{SUCCESS}", f"corpus/{SCORES}/{RANKER}/stats.json"
-        self.add("rescore", rescoring, lambda: rescore(rescoring), made, after=["corpus", RANKER], page=page)
+        marker, page = f"corpus/{SCORES}/{RANKER}/{SUCCESS}", f"corpus/{SCORES}/{RANKER}/stats.json"
+        self.add("rescore", rescoring, lambda: rescore(rescoring), marker, after=["corpus", RANKER], page=page)
         self.data["sources"][0]["score_column"] = f"{RANKER}/instrumental_reward_score"
         self.bundle = f"{base_name(self.config.bundle)}+{places['head']}"
         self.scored_by = ["rescore"]
@@ -297,15 +297,15 @@ class _Chain:
             if isinstance(step.config, CandidatesConfig) and not any(map(problem, step.needs)):
                 choose_prompts(step.config)
 
-    def candidates(self, kind: type[ConfigT], section: str, given: Mapping[str, Any], **links: Any) -> ConfigT:
-        texts = None if "prompts" in given else self.path("corpus")
-        return self.section(kind, section, given, corpus=texts, held_out=self.config.prompts, **links)
+    def candidates(self, kind: type[ConfigT], section: str, fields: Mapping[str, Any], **links: Any) -> ConfigT:
+        texts = None if "prompts" in fields else self.path("corpus")
+        return self.section(kind, section, fields, corpus=texts, held_out=self.config.prompts, **links)
 
-    def add_pool(self, name: str, given: Mapping[str, Any], parent: str) -> None:
+    def add_pool(self, name: str, fields: Mapping[str, Any], parent: str) -> None:
         from ttmray.generation.pool import generate_pool
 
         links = {"output": self.path(name), "checkpoint": self.path(self.weights[parent])}
-        pool = self.candidates(CandidatesConfig, name, given, **links)
+        pool = self.candidates(CandidatesConfig, name, fields, **links)
         self._check_forward(name, parent, pool)
         after, page = ["corpus", *self.scored_by, parent], f"{name}/summary.md"
         self.add(name, pool, lambda: generate_pool(pool), f"{name}/_SUCCESS.json", after=after, page=page)
@@ -330,17 +330,17 @@ class _Chain:
         how: dict[str, Any] = {"force": config.force_head, "score": score}
         check_forward(f"{what}: {stage}", model.head, model.null, config.head, config.null, **how)
 
-    def add_stage2(self, name: str, given: Mapping[str, Any]) -> None:
+    def add_stage2(self, name: str, fields: Mapping[str, Any]) -> None:
         from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
 
         control, path = name == "control", self.path
         links: dict[str, Any] = {"output": path("stage2"), "data": self.data, "model": self.model("stage1")}
         links |= {"weights": self.config.weights, "control": control, "pools": [] if control else [path("pool")]}
-        if given.get("rounds", 1) > 1:  # the later ones need pools of their own
+        if fields.get("rounds", 1) > 1:  # the later ones need pools of their own
             made_by = {"output": path("pool"), "checkpoint": path(self.weights["stage1"])}
             pool = self.candidates(CandidatesConfig, "pool", self.config.pool or {}, **made_by)
             links["pool"] = pool.model_dump(mode="json")
-        stage2 = self.section(ExpertIterationConfig, "stage2", given, **links)
+        stage2 = self.section(ExpertIterationConfig, "stage2", fields, **links)
         self._check_head("stage2", stage2.model, "stage1")
         place, end = f"stage2/{'control' if control else 'expert'}", "polish" if stage2.polish.steps else "finetune"
         self.weights[name], self.models[name] = f"{place}/round-{stage2.rounds}/{end}.safetensors", stage2.model
@@ -349,17 +349,17 @@ class _Chain:
         files = (f"{place}/_SUCCESS.json", self.weights[name])
         self.add(name, stage2, lambda: expert_iteration(stage2), *files, after=after, page=page, section="stage2")
 
-    def add_pairs(self, given: Mapping[str, Any]) -> None:
+    def add_pairs(self, fields: Mapping[str, Any]) -> None:
         from ttmray.training.pairs import PairsConfig, build_pairs
 
-        pairs = self.section(PairsConfig, "pairs", given, held_out=self.config.prompts)
+        pairs = self.section(PairsConfig, "pairs", fields, held_out=self.config.prompts)
 
         def run() -> int:
             return build_pairs(self.path("pairs_pool"), self.path("pairs"), pairs)
 
         self.add("pairs", pairs, run, "pairs/pairs.parquet", after=["pairs_pool"], page="pairs/pairs.md")
 
-    def add_stage3(self, given: Mapping[str, Any], parent: str) -> None:
+    def add_stage3(self, fields: Mapping[str, Any], parent: str) -> None:
         from ttmray.training.crpo import CrpoConfig, train_crpo
         from ttmray.training.export import export_again
 
@@ -367,7 +367,7 @@ class _Chain:
         links: dict[str, Any] = {"output": place, "pairs": self.path("pairs/pairs.parquet")}
         links |= {"model": self.model(parent)}
         links |= {"data": {"sources": [{"corpus": self.path("pairs_pool"), "split": "all"}]}}
-        stage3 = self.section(CrpoConfig, "stage3", given, **links)
+        stage3 = self.section(CrpoConfig, "stage3", fields, **links)
         self._check_head("stage3", stage3.model, parent)
         self.weights["stage3"], self.models["stage3"] = "stage3/weights.safetensors", stage3.model
         files = ("stage3/_SUCCESS.json", self.weights["stage3"])
@@ -377,7 +377,7 @@ class _Chain:
 
         self.add("stage3", stage3, run, *files, after=["pairs", parent])
 
-    def add_system(self, name: str, system: SystemConfig, given: Mapping[str, Any]) -> None:
+    def add_system(self, name: str, system: SystemConfig, fields: Mapping[str, Any]) -> None:
         """The clips of a system, and before them the step that finds out at which of its scores it is best."""
         from ttmray.generation.choose_score import chosen_score
         from ttmray.generation.generate import generate
@@ -392,7 +392,7 @@ class _Chain:
         changes |= {} if system.seed is None else {"seed": system.seed}
         changes = merged(changes, {} if system.score is None else {"sampler": {"score": system.score}})
         links = {"output": self.path(place), "checkpoint": weights, "prompts": self.config.prompts}
-        clips = self.section(GenerateConfig, "generate", merged(given, changes), **links)
+        clips = self.section(GenerateConfig, "generate", merged(fields, changes), **links)
         if system.stage is not None:
             self._check_forward(f"systems.{name}", system.stage, clips)
         choice = f"choices/{name}"
@@ -413,25 +413,25 @@ class _Chain:
         from ttmray.generation.choose_score import CHOICE, ScoreChoiceConfig, choose_score
 
         place = f"choices/{name}"
-        given = merged(self.config.pool or {}, {"candidates": 1})
+        fields = merged(self.config.pool or {}, {"candidates": 1})
         links: dict[str, Any] = {"output": self.path(place), "checkpoint": clips.checkpoint, "bundle": clips.bundle}
         links |= {"head": clips.head, "null": clips.null}
         scores = [] if system.scores == "trained" else list(system.scores)
-        choice = self.candidates(ScoreChoiceConfig, "pool", given, scores=scores, **links)
+        choice = self.candidates(ScoreChoiceConfig, "pool", fields, scores=scores, **links)
         if system.stage is not None:
             self._check_forward(f"systems.{name}.scores", system.stage, choice)
         run, after = (lambda: choose_score(choice)), ["corpus", *self.scored_by, *made_by]
-        made, page = f"{place}/{CHOICE}", f"{place}/choice.md"
-        self.add(f"choose-{name}", choice, run, made, after=after, page=page, section="pool")
+        marker, page = f"{place}/{CHOICE}", f"{place}/choice.md"
+        self.add(f"choose-{name}", choice, run, marker, after=after, page=page, section="pool")
 
-    def add_evaluation(self, systems: Mapping[str, SystemConfig], given: Mapping[str, Any]) -> None:
+    def add_evaluation(self, systems: Mapping[str, SystemConfig], fields: Mapping[str, Any]) -> None:
         from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
         from ttmray.evaluation.report import report
 
         places = {name: one.clips or self.path(f"generated/{name}") for name, one in systems.items()}
         links: dict[str, Any] = {"output": self.path("evaluation"), "prompts": self.config.prompts}
         links |= {"folders": [f"{name}={absolute(place)}" for name, place in places.items()]}
-        evaluation = self.section(EvaluateConfig, "evaluate", given, training=self.path("corpus"), **links)
+        evaluation = self.section(EvaluateConfig, "evaluate", fields, training=self.path("corpus"), **links)
         files = ("evaluation/_SUCCESS.json", "evaluation/report/index.html")
         after = [*self.scored_by, *(f"generate-{name}" for name, one in systems.items() if one.clips is None)]
 

@@ -50,7 +50,7 @@ def readings(
         crossed: curve in another forward -> curve of the same weights in their own.
         trained: range of the training rewards.
     """
-    found = []
+    sentences = []
     for other, own in crossed.items():
         if own not in curves or other not in curves:
             continue
@@ -66,10 +66,10 @@ def readings(
             verdict = "the cross-load loses the score, which training has not saturated"
         else:
             verdict = "too few prompts to tell what the cross-load keeps"
-        found.append(
+        sentences.append(
             f"Reward at s = {trained[1]:g} minus that at {trained[0]:g}, same weights: {numbers}. Reading: {verdict}."
         )
-    return tuple(found)
+    return tuple(sentences)
 
 
 def _steering(curve: Mapping[float, Cell], trained: tuple[float, float]) -> Paired | None:

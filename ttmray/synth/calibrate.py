@@ -73,13 +73,13 @@ def fit(features: np.ndarray, strengths: np.ndarray, qualities: np.ndarray) -> d
     return {name: np.round(values, 5).tolist() for name, values in models.items()}
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", type=int, default=1200)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=777)
     parser.add_argument("--write", action="store_true", help="replace measures.json by what was fitted")
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(argv)
     if arguments.write:
         data, tempos = examples(arguments.seed, arguments.pieces, arguments.seconds)
         content = {"seed": arguments.seed, "pieces": arguments.pieces, "seconds": arguments.seconds}
@@ -95,11 +95,11 @@ def report(seed: int, count: int, seconds: float) -> None:
     true, told, strengths, guessed = [], [], [], []
     for index in range(count):
         item = clip(seed, index, seconds)
-        found, quality = estimate(measure(item.mix))
+        faults, quality = estimate(measure(item.mix))
         true.append(item.quality)
         told.append(quality)
         strengths.append([item.faults.get(kind, 0.0) for kind in KINDS])
-        guessed.append([found[kind] for kind in KINDS])
+        guessed.append([faults[kind] for kind in KINDS])
     print(f"quality: Spearman {spearmanr(true, told).statistic:.3f} on {count} fresh clips of {seconds:g} s")
     for i, kind in enumerate(KINDS):
         rho = spearmanr(np.array(strengths)[:, i], np.array(guessed)[:, i]).statistic

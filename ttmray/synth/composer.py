@@ -68,11 +68,11 @@ def compose(seed: int, index: int, *, seconds: float | None = None, **attributes
     return piece.with_notes(tuple(_human(note, style.loose, rng) for note in notes if note.part in playing))
 
 
-def draw_attributes(rng: np.random.Generator, **given: Any) -> tuple[Attributes, Style]:
+def draw_attributes(rng: np.random.Generator, **fixed: Any) -> tuple[Attributes, Style]:
     """Attributes of a random style, and the style."""
     names = sorted(STYLES)
     name = names[rng.integers(len(names))]
-    name = given.get("style", name)
+    name = fixed.get("style", name)
     style = STYLES[name]
     low, high = style.tempo
     attributes = Attributes(
@@ -95,7 +95,7 @@ def draw_attributes(rng: np.random.Generator, **given: Any) -> tuple[Attributes,
     if attributes.lead == attributes.comp:
         others = [lead for lead in style.lead if lead != attributes.comp]
         attributes = replace(attributes, lead=others[rng.integers(len(others))])
-    return replace(attributes, **given), style
+    return replace(attributes, **fixed), style
 
 
 def _lowest(instrument: str) -> int:

@@ -129,7 +129,7 @@ def _dropped(notes: list[Note], piece: Piece, strength: float, rng: np.random.Ge
     eighth = 30 / piece.attributes.tempo
     slots = int(piece.seconds / eighth) + 2
     hole = rng.random(slots) < 0.4 * strength
-    kept = []
+    left = []
     for note in notes:
         slot = min(round(note.start / eighth - 0.2), slots - 1)
         if hole[slot]:
@@ -138,8 +138,8 @@ def _dropped(notes: list[Note], piece: Piece, strength: float, rng: np.random.Ge
         if note.part != "drums" and ends.size:
             stop = (slot + 1 + int(ends[0])) * eighth
             note = replace(note, length=max(0.03, min(note.length, stop - note.start)))
-        kept.append(note)
-    return kept
+        left.append(note)
+    return left
 
 
 def on_stems(stems: Stems, faults: Strengths, rng: np.random.Generator) -> Stems:

@@ -194,7 +194,7 @@ def read_clips(table: str) -> list[Heard]:
         raise UserError(f"{table} has no column {error}.", "Name the world.parquet of a small world.") from error
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Write the table that the command names; returns the exit code.
 
     Raises:
@@ -208,7 +208,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--prompts", action="store_true", help="listeners see the prompt")
     for name in ("certainty", "vocal_bias", "left_bias", "tie_width", "lapse"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Listeners(), name))
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(argv)
     if arguments.count < 1:
         raise UserError(f"--count is {arguments.count}, but a table needs at least one vote.", "Give 1 or more.")
     names = ("certainty", "vocal_bias", "left_bias", "tie_width", "lapse", "prompts")

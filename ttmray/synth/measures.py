@@ -327,7 +327,7 @@ def pitch(mono: Audio, low: float = 60.0, high: float = 1500.0) -> tuple[Floats,
     shape = irfft(np.abs(rfft(hann(window, sym=False), 2 * window)) ** 2)[: window // 2]
     auto = auto / np.maximum(auto[:, :1], 1e-9) / (shape / shape[0])
     first, last = int(RATE / high), int(RATE / low)
-    found, clarity = np.zeros(len(auto)), np.zeros(len(auto))
+    hertz, clarity = np.zeros(len(auto)), np.zeros(len(auto))
     for i, row in enumerate(auto):
         part = row[first:last]
         peaks = np.flatnonzero((part[1:-1] > part[:-2]) & (part[1:-1] >= part[2:])) + 1
@@ -336,6 +336,6 @@ def pitch(mono: Audio, low: float = 60.0, high: float = 1500.0) -> tuple[Floats,
         best = part[peaks].max()
         lag = int(peaks[part[peaks] > 0.9 * best][0])  # the first of the high ones is no multiple of the period
         y0, y1, y2 = part[lag - 1 : lag + 2]
-        found[i] = RATE / (first + lag + 0.5 * (y0 - y2) / (y0 - 2 * y1 + y2 - 1e-12))
+        hertz[i] = RATE / (first + lag + 0.5 * (y0 - y2) / (y0 - 2 * y1 + y2 - 1e-12))
         clarity[i] = y1
-    return found, np.clip(clarity, 0, 1)
+    return hertz, np.clip(clarity, 0, 1)

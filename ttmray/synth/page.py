@@ -100,12 +100,12 @@ def _pictures_can_be_made() -> bool:
     return True
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--pieces", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(argv)
     print(write_page(arguments.folder, arguments.seed, arguments.pieces))
     return 0
 

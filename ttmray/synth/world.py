@@ -170,7 +170,7 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[Clip]:
             yield song(arguments.seed, index, seconds=arguments.seconds, faults=clean)
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Write the folder that the command names; returns the exit code.
 
     Raises:
@@ -186,7 +186,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--format", default="wav", choices=sorted(SUBTYPES))
     parser.add_argument("--stems", action="store_true", help="write the stems too")
     parser.add_argument("--clean", action="store_true", help="no faults")
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(argv)
     for name, low in (("pieces", 1), ("seed", 0), ("first", 0), ("seconds", 1e-3), ("clips", 1e-3)):
         value = getattr(arguments, name)
         if value is not None and not low <= value < float("inf"):

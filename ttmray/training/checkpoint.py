@@ -146,9 +146,9 @@ def load(folder: Folder, name: str) -> TrainingState:
     return TrainingState(**rest, **tensors)
 
 
-def _require(what: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise Damaged(f"{what} is damaged: its SHA-256 is {found[:12]}..., expected {expected[:12]}...")
+def _require(what: str, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise Damaged(f"{what} is damaged: its SHA-256 is {actual[:12]}..., expected {expected[:12]}...")
 
 
 def committed(folder: Folder) -> list[str]:

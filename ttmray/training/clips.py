@@ -291,14 +291,14 @@ def _choose(run: Folder, table: pa.Table, split: str, keys: str | None, weights:
     if rows.num_rows == 0:
         raise UserError(f"{run} holds no {what}.", "See `ttmray corpus stats` for what it holds.")
     if weights is not None:
-        wanted = pa.array(list(weights), pa.string())
-        absent = wanted.filter(pc.invert(pc.is_in(wanted, rows["key"].combine_chunks())))
+        listed = pa.array(list(weights), pa.string())
+        absent = listed.filter(pc.invert(pc.is_in(listed, rows["key"].combine_chunks())))
         if len(absent):
             raise UserError(
-                f"{keys}: {len(absent)} of {len(wanted)} keys are not among the {what} of {run}, e.g. {absent[0]}.",
+                f"{keys}: {len(absent)} of {len(listed)} keys are not among the {what} of {run}, e.g. {absent[0]}.",
                 "Remove them, or choose the corpus and split that they come from.",
             )
-        rows = rows.filter(pc.is_in(rows["key"], wanted))
+        rows = rows.filter(pc.is_in(rows["key"], listed))
     return rows
 
 

@@ -221,9 +221,9 @@ def _describe(tensors: Mapping[str, Tensor]) -> str:
     return "; ".join([f"FluxAudio backbone: {size}", *problems])
 
 
-def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Equal but for leading ones: some public files hold the empty text with a batch axis."""
-    return found == expected or found == (1, *expected)
+    return shape == expected or shape == (1, *expected)
 
 
 def show(path: str, as_json: bool = False) -> int:

@@ -181,7 +181,7 @@ def make_pairs(
     for i, name in enumerate(columns["prompt_id"]):
         of_prompt.setdefault(name, []).append(i)
     prompts = Counter({"pool": len(set(table["prompt_id"].to_pylist()))})
-    found: list[tuple[int, str, int, int]] = []
+    all_pairs: list[tuple[int, str, int, int]] = []
     for name, members in of_prompt.items():
         text = plain(columns["caption"][members[0]] or "", prefix)
         if name in ids or text in texts or _unit(text) < config.held_out_share:
@@ -194,10 +194,10 @@ def make_pairs(
         possible = list(zip(ranked, reversed(ranked), strict=True))[: min(config.per_prompt, len(ranked) // 2)]
         pairs = [(best, worst) for best, worst in possible if score[best] - score[worst] > config.margin]
         prompts["with pairs" if pairs else "margin too small"] += 1
-        found += [(place, name, best, worst) for place, (best, worst) in enumerate(pairs)]
+        all_pairs += [(place, name, best, worst) for place, (best, worst) in enumerate(pairs)]
     prompts["no usable candidate"] = prompts["pool"] - len(of_prompt)
-    found.sort(key=lambda item: (item[0], _unit(f"{config.seed} {item[1]}"), item[1]))
-    chosen = [(best, worst) for _, _, best, worst in found[: config.count]]
+    all_pairs.sort(key=lambda item: (item[0], _unit(f"{config.seed} {item[1]}"), item[1]))
+    chosen = [(best, worst) for _, _, best, worst in all_pairs[: config.count]]
     pair_rows = [
         {
             "winner": columns["key"][best],
@@ -218,7 +218,7 @@ def make_pairs(
         "by": config.by,
         "clips": {"pool": table.num_rows, "ok": len(finite), "no score": int((~finite).sum())},
         "prompts": dict(prompts),
-        "pairs": {"possible": len(found), "made": len(pair_rows)},
+        "pairs": {"possible": len(all_pairs), "made": len(pair_rows)},
     }
     if pair_rows:
         best, worst = (np.array(side) for side in zip(*chosen, strict=True))

@@ -211,18 +211,18 @@ def init_cross_load(model: ModelConfig, state: Mapping[str, Tensor], path: Path)
     return cross_load(theirs, model.head, f"model.init: {path}", force=model.force_head)
 
 
-def refuse_another_null(model: FluxAudio, path: Path, found: BackboneConfig) -> None:
+def refuse_another_null(model: FluxAudio, path: Path, saved: BackboneConfig) -> None:
     """What a dropped score is has been learned with the head of a file, whatever the shapes of the tensors say.
 
     Args:
-        found: the file's config. A file that names no null may be of either of the two that are no tensor.
+        saved: the file's config. A file that names no null may be of either of the two that are no tensor.
 
     Raises:
         UserError: the file has a head, and another null than the model's.
     """
-    theirs, ours = found.null, model.config
+    theirs, ours = saved.null, model.config
     unsure = "null" not in read_config(path) and "learned" not in (theirs, ours.null)
-    if "none" not in (found.head, ours.head) and not unsure and theirs != ours.null:
+    if "none" not in (saved.head, ours.head) and not unsure and theirs != ours.null:
         raise UserError(
             f"model.init: {path} was trained with null {theirs}, model.null is {ours.null}.",
             f"Set model.null: {theirs}.",
