@@ -34,7 +34,7 @@ def micro_batch(device: "torch.device", batch: int) -> int:
 
 
 def to_float32(output: "torch.Tensor", shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Output of one forward pass as a float32 array on the CPU.
+    """Output of one forward pass, of any shape, as a float32 array on the CPU.
 
     Raises:
         RuntimeError: another shape than `shape`.
@@ -46,7 +46,7 @@ def to_float32(output: "torch.Tensor", shape: tuple[int, ...], what: str) -> np.
 
 
 def require_finite(array: np.ndarray, what: str) -> np.ndarray:
-    """`array`, whose first axis counts the items of a call.
+    """`array` (n, ...), whose first axis counts the items of a call.
 
     Raises:
         RuntimeError: NaN or infinity; names the items.

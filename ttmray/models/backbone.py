@@ -88,7 +88,7 @@ def gated_width(hidden: int) -> int:
 
 
 class GatedMLP(nn.Module):
-    """w2(SiLU(w1 x) * w3 x), without biases."""
+    """w2(SiLU(w1 x) * w3 x) of (..., D), without biases."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class GatedMLP(nn.Module):
 
 
 class GatedConvMLP(nn.Module):
-    """The same with convolutions over the sequence."""
+    """The same of (B, N, D) with convolutions over the sequence."""
 
     def __init__(self, width: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class TimeEmbedding(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over the channels of a head, in float32 (its epsilon is float32's)."""
+    """RMSNorm of (..., d) over the channels of a head, in float32 (its epsilon is float32's)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def rope_table(length: int, dim: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without parameters, then scale and shift by the condition."""
+    """Layer norm of x (B, N, D) without parameters, then scale and shift, (B, 1, D) each, by the condition."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
@@ -267,6 +267,10 @@ class JointBlock(nn.Module):
         token: Token | None = None,
         text_token: Token | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Latents x (B, N, D) and text (B, T, D), each under its condition (B, 1, D), after the block.
+
+        Tables are (2, N, d / 2) and (2, T, d / 2), see `rotate`.
+        """
         (q, q_flat, k, v), extra, modulation = self.latent_block.before(x, c, tables[0], token)
         (tq, tq_flat, tk, tv), text_extra, text_modulation = self.text_block.before(text, c_text, tables[1], text_token)
         length = x.shape[1]
@@ -288,6 +292,7 @@ class FusedBlock(StreamBlock):
         super().__init__(config, conv=True)
 
     def forward(self, x: Tensor, c: Tensor, table: Tensor | None, token: Token | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D) under the condition c (B, 1, D); the table is (2, N, d / 2), see `rotate`."""
         (q, q_flat, k, v), extra, modulation = self.before(x, c, table, token)
         attended = F.scaled_dot_product_attention(q, k, v)
         if extra:
@@ -304,6 +309,7 @@ class FinalLayer(nn.Module):
         self.conv = SameConv1d(width, latent_dim, 7)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, C) under the condition c (B, 1, D)."""
         return self.conv(modulate(x, *self.adaLN_modulation(c).chunk(2, dim=-1)))
 
 
@@ -374,7 +380,7 @@ class FluxAudio(nn.Module):
         return (latents - self.latent_mean) / self.latent_std
 
     def unnormalise(self, x: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
+        """The inverse of `normalise`, (B, N, C)."""
         return x * self.latent_std + self.latent_mean
 
     def conditions(self, text: Tensor, text_c: Tensor) -> Conditions:
@@ -440,7 +446,7 @@ class FluxAudio(nn.Module):
         score: Tensor | None = None,
         null: Tensor | None = None,
     ) -> Tensor:
-        """`velocity` from text features: one call, as training under DDP needs it."""
+        """`velocity` (B, N, C) from text features, see `conditions`: one call, as training under DDP needs it."""
         return self.velocity(x, t, self.conditions(text, text_c), score, null)
 
     def _inject(self, batch: int, x: Tensor, score: Tensor | None, null: Tensor | None) -> Injection:

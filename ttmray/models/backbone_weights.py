@@ -177,7 +177,7 @@ def file_head(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> Head | N
     """The head that a file's weights were trained with; None where they have one that the file does not name.
 
     Args:
-        state: its tensors, tidied.
+        state: its tensors, tidied, of any shape.
         known: its config, see `read_config`.
     """
     if not any(key.startswith(SCORE) for key in state):
@@ -258,7 +258,7 @@ def _described(path: Path, what: str) -> dict[str, Any]:
 
 
 def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) -> BackboneConfig:
-    """The config of a state dict: read from shapes, checked against what its file says.
+    """The config of a state dict: read from the shapes of its tensors, checked against what its file says.
 
     A learned null score is a tensor of its own; which of the other nulls it is, only `known` can say. Lengths and RoPE
     cannot be read from shapes: 430 latents for 40 channels, 312 for 20, and RoPE on, unless `known` says otherwise.
@@ -325,7 +325,10 @@ def _count(state: Mapping[str, Tensor], name: str) -> int:
 
 
 def transfer(model: FluxAudio, state: Mapping[str, Tensor]) -> Transfer:
-    """Put every tensor that fits by name and shape into `model` (paper III-D, Stage 3: v1 -> v2 transfers all 203)."""
+    """Put every tensor that fits by name and shape into `model` (paper III-D, Stage 3: v1 -> v2 transfers all 203).
+
+    Tensors of `state` may be of any shape; those that do not fit are listed.
+    """
     own = model.state_dict()
     shared = own.keys() & state.keys()
     fits = sorted(key for key in shared if own[key].shape == state[key].shape)
@@ -355,7 +358,7 @@ def with_head(
 
 
 def usable(state: Mapping[str, Tensor], crossed: CrossLoad | None) -> Mapping[str, Tensor]:
-    """A state dict without a score head that the model has no use for."""
+    """A state dict (any shapes) without a score head that the model has no use for."""
     if crossed is None or not crossed.new_head:
         return state
     return {key: value for key, value in state.items() if not key.startswith(SCORE)}

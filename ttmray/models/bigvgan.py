@@ -136,7 +136,7 @@ class Downsample2x(nn.Module):
 
 
 class SnakeBeta(nn.Module):
-    """x + sin^2(a x) / b per channel; parameters are ln a and ln b."""
+    """x + sin^2(a x) / b of (B, C, T), per channel; parameters are ln a and ln b."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class SnakeBeta(nn.Module):
 
 
 class AntiAliasedSnake(nn.Module):
-    """SnakeBeta at twice the rate, so that the harmonics it makes do not fold back."""
+    """SnakeBeta of (B, C, T) at twice the rate, so that the harmonics it makes do not fold back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class AntiAliasedSnake(nn.Module):
 
 
 class AMPBlock(nn.Module):
-    """Residual block: per dilation, activation, dilated convolution, activation, plain convolution."""
+    """Residual block of (B, C, T): per dilation, activation, dilated convolution, activation, plain convolution."""
 
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
         super().__init__()
@@ -211,7 +211,8 @@ class BigVGAN(nn.Module):
 
 
 def fold_weight_norm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict with every weight-normalised pair folded into a plain `weight`, w = g v / ||v||.
+    """State dict with every weight-normalised pair folded into a plain `weight`, w = g v / ||v||:
+    gains (A, 1, 1) and directions (A, B, K) of 1-D convolutions; other tensors may be of any shape.
 
     Takes the pairs of classic weight norm (`weight_g`, `weight_v`), those of torch's parametrisation
     (`parametrizations.weight.original0`, `original1`), and leaves plain weights alone. The norm runs over all

@@ -70,7 +70,7 @@ class EmbeddingCache:
                 arrays (or the rows of one). Without a cache it would be called with all positions.
 
         Returns:
-            As `make` gives them, bit for bit.
+            As `make` gives them, of any shape, bit for bit.
 
         Raises:
             ValueError: a key that is not hexadecimal, or something else than float32 from `make`.

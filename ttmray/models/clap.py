@@ -64,7 +64,7 @@ class ClapFrontEnd(torch.nn.Module):
 
 
 def quantise_int16(waves: torch.Tensor) -> torch.Tensor:
-    """Clips to [-1, 1] and rounds toward zero on the int16 grid, as laion_clap does before its front end."""
+    """Clips waves of any shape to [-1, 1] and rounds toward zero on the int16 grid, as laion_clap does first."""
     return waves.clamp(-1.0, 1.0).mul(32767.0).trunc().div(32767.0)
 
 

@@ -13,7 +13,7 @@ from ttmray.errors import UserError
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of a training checkpoint (or the mapping itself), without DDP's "module." prefix.
+    """The weights of a training checkpoint (or the mapping itself), of any shapes, without DDP's "module." prefix.
 
     Raises:
         UserError: a value is not a tensor, or only some keys carry the prefix.
@@ -132,6 +132,8 @@ def laion_dropped_keys(depths: list[int]) -> set[str]:
 
 def convert_laion_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """LAION-CLAP weights (HTSAT + RoBERTa, no fusion) under the names of transformers' `ClapModel`.
+
+    A joint query, key and value (3 * D, ...) becomes three of (D, ...); all others stay as they are.
 
     Accepts the bare state dict or the checkpoint around it, with or without "module.". Every source key is
     either used or on `laion_dropped_keys`; `token_type_ids` (zeros) is the only tensor that is created.

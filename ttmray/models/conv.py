@@ -55,11 +55,11 @@ def convolve(x: Tensor, *convs: SameConv1d) -> list[Tensor]:
     """Convolutions of one input that share what they can.
 
     Args:
-        x: (B, N, in).
+        x: (B, N, C_in).
         convs: of the same kernel size.
 
     Returns:
-        (B, N, out) for each.
+        (B, N, C_out) for each.
     """
     taps = convs[0].kernel_size[0]
     if x.device.type != "cpu" or taps not in OUTPUTS_PER_TILE:

@@ -143,7 +143,7 @@ class ScoreEmbedding(nn.Module):
         return e[:, None]
 
     def inject(self, score: Tensor, null: Tensor) -> Injection:
-        """The embedding where the head puts it."""
+        """The embedding (B, 1, D) of scores (B,) where the head puts it; `null` (B,) as in `forward`."""
         e = self(score, null)
         if self.own is not None:
             return self.own(e)

@@ -92,7 +92,8 @@ def _read_torch(path: Path) -> Any:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Gives `model` (usually built on the meta device) the tensors of `state` as float32: all and no others.
+    """Gives `model` (usually built on the meta device) the tensors of `state` as float32: all and no others, in
+    the shapes of its own.
 
     Raises:
         UserError: missing or unexpected names, other shapes, or values that are not tensors.

@@ -99,7 +99,7 @@ def _residual_sum(x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 
 
 class Conv(nn.Module):
-    """Convolution of odd kernel and equal length, without bias; a raw weight is normalised on the way."""
+    """Convolution (B, C_in, L) -> (B, C_out, L) of odd kernel, without bias; a raw weight is normalised on the way."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
         super().__init__()
@@ -112,6 +112,8 @@ class Conv(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Two convolutions beside a shortcut: (B, C_in, L) -> (B, C_out, L)."""
+
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         self.conv1 = Conv(c_in, c_out, 3)
@@ -127,7 +129,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the frames, one head."""
+    """Self-attention over the frames of (B, C, L), one head."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the length; the last frame of an odd length is dropped."""
+    """(B, C, L) -> (B, C, L // 2): the last frame of an odd length is dropped."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -156,6 +158,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, C, L) -> (B, C, 2 * L): every frame twice, then a convolution."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv(channels, channels, 3)
@@ -165,7 +169,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one width, with a change of length after them where the config asks for one."""
+    """Residual blocks (B, C_in, L) -> (B, C_out, L), then a change of length where the config asks for one."""
 
     def __init__(
         self, c_in: int, c_out: int, blocks: int, resample: tuple[str, nn.Module] | None, clip_act: float
@@ -184,6 +188,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, attention, residual block on (B, C, L), each clipped."""
+
     def __init__(self, channels: int, clip_act: float) -> None:
         super().__init__()
         self._clip = clip_act
