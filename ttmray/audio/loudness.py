@@ -59,7 +59,7 @@ def integrated_loudness(x: np.ndarray, rate: int) -> float:
 
 
 def true_peak(x: np.ndarray, rate: int) -> float:
-    """Highest true peak over all channels in dBTP; -inf for silence.
+    """Highest true peak over all channels of `x` (channels, frames) in dBTP; -inf for silence.
 
     See `true_peak_per_channel`, which also says how exact it is.
     """

@@ -57,7 +57,7 @@ def count_clips(duration_s: np.ndarray, sample_rate: int = ..., rule: SegmentRul
 def count_clips(
     duration_s: float | np.ndarray, sample_rate: int = 44100, rule: SegmentRule = _DEFAULT_RULE
 ) -> int | np.ndarray:
-    """Number of segments of a track of `duration_s` seconds; an array of durations gives an int64 array.
+    """Number of segments of a track of `duration_s` seconds; durations of any shape give int64 counts of that shape.
 
     Catalogues give durations rounded to, say, 0.1 s and MP3 headers may be estimates, so this is what to
     expect of a track, not what its decoded samples give.

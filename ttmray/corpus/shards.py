@@ -27,6 +27,7 @@ VERIFY = "Run `ttmray corpus verify` on the corpus: it finds every damaged file 
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
+    """A `.npy` file of an array of any shape."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -128,7 +129,11 @@ def _decode(extension: str, data: bytes) -> Any:
 
 
 def captions_bytes(caption_ids: list[str], texts: Mapping[str, np.ndarray]) -> bytes:
-    """Text features of some captions as safetensors `<caption_id>.<name>`."""
+    """Text features of some captions as safetensors `<caption_id>.<name>`.
+
+    Args:
+        texts: name -> (n, ...), row i of caption i.
+    """
     from safetensors.numpy import save
 
     tensors = {

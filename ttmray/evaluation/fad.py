@@ -187,7 +187,7 @@ def fad_inf(
     The interval is that of FAD at N, moved: the extrapolation takes off a bias and leaves the random part.
 
     Args:
-        generated, reference, halves: as in `fad`.
+        generated, reference, halves: (n, d), (m, d) or its statistics, (resamples,): as in `fad`.
 
     Raises:
         UserError: as `fad`, or fewer than 8 clips.

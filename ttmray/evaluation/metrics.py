@@ -111,14 +111,14 @@ def checked(array: np.ndarray, what: str, at_least: int = 1, dimension: int | No
 
 
 def half_samples(metric: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> np.ndarray:
-    """`metric(rows)` of `resamples` random halves of n clips; empty where a half would be less than two clips."""
+    """(resamples,) float64, `metric(rows)` of random halves of n clips; (0,) where a half would be less than two."""
     return np.array([metric(rows) for rows in _halves(n, resamples, seed)])
 
 
 def half_interval(value: float, halves: np.ndarray, n: int, confidence: float) -> tuple[float | None, float | None]:
-    """Interval about `value`, the metric of all n clips, from the metric of half-samples.
+    """Interval about `value`, the metric of all n clips, from its `halves` (resamples,) of `half_samples`.
 
-    The half-samples' mean is taken off, so that the bias of a small sample (which is larger in a half) does not
+    Their mean is taken off, so that the bias of a small sample (which is larger in a half) does not
     enter. For degenerate statistics, such as KAD between equal distributions, the interval is too wide by up to
     sqrt(3), never too narrow.
     """
@@ -222,6 +222,9 @@ def diversity(
 ) -> Metric:
     """Mean cosine distance (1 - cosine) over all pairs of different clips, in [0, 2]; 0 when all are the same.
 
+    Args:
+        generated: (n, d).
+
     Raises:
         UserError: bad embeddings, fewer than two, or a zero vector.
     """
@@ -279,6 +282,8 @@ def near_duplicate_rate(
     The interval is Wilson's (1927), which is sound at a rate of 0.
 
     Args:
+        generated: (n, d).
+        training: (m, d), or such arrays one after the other.
         training_clips: n_reference, where a clip has several rows, such as its mix and its instrumental; None counts
             the rows.
     """
@@ -305,7 +310,7 @@ def find_leaks(
 
     Args:
         reference_ids, training_ids: track id of each row; several clips may share one.
-        reference, training: embeddings, see `nearest`.
+        reference, training: embeddings (n, d) and (m, d), the latter also in parts; see `nearest`.
 
     Raises:
         UserError: bad embeddings, or other numbers of ids than of rows.

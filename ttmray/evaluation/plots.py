@@ -100,7 +100,11 @@ def differences(values: np.ndarray, a: str, b: str, label: str, theme: Theme, co
 
 
 def loudness(levels: Mapping[str, tuple[np.ndarray, np.ndarray]], theme: Theme) -> bytes:
-    """Integrated loudness (LUFS) against true peak (dBTP) of every clip, with a legend."""
+    """Integrated loudness (LUFS) against true peak (dBTP) of every clip, with a legend.
+
+    Args:
+        levels: system -> (n,) LUFS and (n,) dBTP of its clips.
+    """
 
     def draw(axes: "Axes") -> None:
         for i, (name, (lufs, peak)) in enumerate(levels.items()):

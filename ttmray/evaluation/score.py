@@ -25,7 +25,7 @@ CACHE_BYTES = 8 * 2**30
 
 
 def read_mono(path: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """A file as mono float32 at 44.1 kHz, as the corpus job makes it, and its level facts.
+    """A file as (samples,) mono float32 at 44.1 kHz, as the corpus job makes it, and its level facts.
 
     Raises:
         ClipError: why the file cannot be scored.

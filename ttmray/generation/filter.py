@@ -256,7 +256,7 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
     The same clips in any order give the same selection: equal blends are ordered by key.
 
     Args:
-        embeddings: by key; needed where `config.max_similarity` is set.
+        embeddings: (512,) by key; needed where `config.max_similarity` is set.
 
     Raises:
         UserError: scores that are all equal, or fewer clips than are to be kept.
@@ -350,14 +350,14 @@ def _pick(
 
 
 def describe(values: np.ndarray) -> dict[str, float]:
-    """Mean, standard deviation (ddof 1), extremes and percentiles."""
+    """Mean, standard deviation (ddof 1), extremes and percentiles of (n,) numbers."""
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     summary = {"mean": float(values.mean()), "std": spread, "min": float(values.min()), "max": float(values.max())}
     return summary | {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
 
 
 def train_rewards(corpus: str, column: str) -> np.ndarray:
-    """Rewards of the train split of a corpus.
+    """(n,) float64, the finite rewards of the train split of a corpus.
 
     Raises:
         UserError: there are none.
@@ -373,7 +373,10 @@ def train_rewards(corpus: str, column: str) -> np.ndarray:
 
 
 def compare(train: np.ndarray, kept_mean: float) -> dict[str, Any]:
-    """Where the mean reward of the kept clips lies among the training clips (the paper: +1.05, the upper 20 %)."""
+    """Where the mean reward of the kept clips lies among those of n training clips, (n,).
+
+    In the paper it is +1.05, in the upper 20 %.
+    """
     return {
         "clips": len(train),
         **describe(train),

@@ -274,7 +274,7 @@ def _more(
 
 
 def most_similar(vectors: dict[str, np.ndarray]) -> dict[str, tuple[float, str]]:
-    """Highest cosine of every vector with another one, and the key of that one; empty for fewer than two.
+    """Highest cosine of every vector (d,) with another one, and the key of that one; empty for fewer than two.
 
     Cosines are rounded to 6 digits, and of equal ones the first key in order wins: sums of another library or number of
     threads would otherwise show in the index.

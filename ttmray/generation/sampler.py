@@ -168,7 +168,7 @@ def integrate(velocity: Velocity, x: Tensor, grid: Tensor, solver: str = "euler"
 
 
 def noise(seed: int, prompt_id: str, shape: tuple[int, ...], candidate: int = 0) -> Tensor:
-    """Standard normal float32 noise on the CPU that depends on its arguments alone.
+    """Standard normal float32 noise of any shape on the CPU that depends on its arguments alone.
 
     Drawn by numpy's Philox generator, whose key is a SHA-256. torch's generator is not used, because its vectorised
     Box-Muller transform has other last bits on other CPUs. numpy's depends on the system's `log1p` alone, in the tails

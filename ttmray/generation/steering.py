@@ -133,6 +133,9 @@ def compare(
 ) -> dict[str, Any]:
     """Steering of the same weights in several forwards; the first is the one that they were trained in.
 
+    Args:
+        text, pooled: (P, T, D) and (P, E), see `steer`.
+
     Returns:
         What the report holds: `scores`, `prompts`, `steps`, and per forward `moved`, `kept` and `reward`
         (`delta_out`), the latter null with a reason in `no_reward` where it was not measured.

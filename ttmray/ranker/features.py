@@ -133,7 +133,7 @@ def extract(clips: Iterable[str], prompts: Iterable[str], bundle: str, run: Fold
 
 
 def read_clip(address: str) -> np.ndarray:
-    """An audio file as mono float32 at 44.1 kHz; 5 to 10 s are padded to 10 s, as in the corpus job.
+    """An audio file as (samples,) mono float32 at 44.1 kHz; 5 to 10 s are padded to 10 s, as in the corpus job.
 
     Raises:
         ClipError: why it cannot be used.

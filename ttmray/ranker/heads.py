@@ -101,8 +101,8 @@ def pack(
     """Features of a variant on a device; blocks that it does without are left out, not zeroed.
 
     Args:
-        blocks: `clap_audio` (n, .), `mert` (n, .) and `text` (m, .), float32.
-        pairs: row numbers `a`, `b` (clips) and `prompt` (of `text`), and `target`.
+        blocks: `clap_audio` and `mert` (n, d) of any d, and `text` (m, d), float32.
+        pairs: (P,) row numbers `a`, `b` (clips) and `prompt` (of `text`), and `target`.
         variant: A1 to A7.
     """
     used = VARIANTS[variant]

@@ -65,7 +65,9 @@ def calibration(margin: np.ndarray, right: np.ndarray, bins: int = BINS) -> Cali
 
 
 def fit_temperature(margin: np.ndarray, target: np.ndarray) -> float:
-    """T that minimises the cross-entropy of sigmoid(margin / T), ties included; in [0.01, 100], 1 without margins."""
+    """T that minimises the cross-entropy of sigmoid(margin / T), both (P,), ties included; in [0.01, 100], 1 without
+    margins.
+    """
     if not np.any(margin):
         return 1.0
 
@@ -90,7 +92,13 @@ def metrics(
     temperature: float = 1.0,
     groups: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Everything about one ranker on one set of pairs, as plain JSON types; ties count in `pairs` only."""
+    """Everything about one ranker on P pairs, as plain JSON types; ties count in `pairs` only.
+
+    Args:
+        margin: (P,) logits.
+        target: (P,) in {0, 0.5, 1}, 1 where a was preferred.
+        sources, groups: name of each pair's source, and of the group that intervals draw it with.
+    """
     keep = decided(target)
     margin, target = margin[keep], target[keep]
     names = np.asarray(sources, object)[keep]
