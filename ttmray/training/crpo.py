@@ -236,7 +236,7 @@ class CrpoTask:
         return Losses(pair.total, t, extra)
 
     def gradient_norms(self, samples: Samples, forward: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Norms of the gradients of the two terms of the loss, and their ratio, on a micro-batch of this rank.
+        """Norms () of the gradients of the two terms of the loss, and their ratio (), on a micro-batch of this rank.
 
         Nothing of it touches the gradients of the update. Each term has a forward of its own, because a compiled
         model goes backward once.

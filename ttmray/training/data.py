@@ -160,7 +160,7 @@ class Mixture:
         return clips
 
     def sources_of(self, clips: np.ndarray) -> np.ndarray:
-        """The source of every clip."""
+        """The sources (n,) of clips (n,)."""
         return np.searchsorted(self._starts, clips, side="right") - 1
 
     def counts(self, start: int, stop: int) -> list[int]:
@@ -189,7 +189,7 @@ class Mixture:
         """Latents, text, scores and draws of some clips.
 
         Args:
-            clips: as `clips` gives them.
+            clips: (B,), as `clips` gives them.
             numbers: to be reported in the samples.
             streams: of the draws.
             pin: into pinned memory.

@@ -48,7 +48,8 @@ def beta_of(step: int, gamma: float, *, correction: bool = True, update_every: i
 
 
 class PowerEMA:
-    """Running averages of a model's trainable weights, one per `sigma_rel`, in float32 on the model's device.
+    """Running averages of a model's trainable weights, one per `sigma_rel`, in float32 on the model's device and in the
+    shapes of its weights.
 
     Args:
         model: the bare module (no DDP wrapper), already on its device.
@@ -188,7 +189,7 @@ def synthesise(folder: Folder, sigma_rel: float, step: int | None = None) -> tup
         step: default: that of the newest snapshot.
 
     Returns:
-        The state dict, averaged tensors in float32, and the step.
+        The state dict in the shapes of the model, averaged tensors in float32, and the step.
 
     Raises:
         UserError: no snapshots, a step that lies after the newest one, a sigma_rel out of range, a damaged file or

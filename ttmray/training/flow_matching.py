@@ -150,7 +150,7 @@ def noise_level_sums(t: Tensor, losses: Tensor, bins: int = 10) -> Tensor:
 
 
 def noise_level_report(sums: Tensor) -> list[dict[str, float | int | None]]:
-    """Rows `from`, `to`, `loss`, `count` per interval of t; `loss` is None where there was no sample."""
+    """Rows `from`, `to`, `loss`, `count` per interval of t, of sums (2, bins); `loss` is None without samples."""
     bins = sums.shape[1]
     return [
         {"from": i / bins, "to": (i + 1) / bins, "loss": total / count if count else None, "count": int(count)}

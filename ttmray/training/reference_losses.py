@@ -45,6 +45,7 @@ class ReferenceLosses:
         return [part for part in range(-(-samples // self.PART)) if self._name(part) not in there]
 
     def write(self, part: int, losses: Tensor) -> None:
+        """Save the losses (B, 2) of winner and loser of the B = `PART` samples of a part."""
         self.folder.write(self._name(part), pack({"losses": losses.float().cpu()}))
 
     def _part(self, part: int) -> Tensor:

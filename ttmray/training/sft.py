@@ -102,6 +102,7 @@ class SftTask:
         return Losses(losses * samples.weights, t)  # by 1 exactly, but in reward-weighted fine-tuning
 
     def validate(self, device: torch.device, rank: int, world: int) -> tuple[Tensor, Tensor] | None:
+        """(n,) losses and (n,) times without dropout; None where no clips are held out."""
         if self.held_out is None:
             return None
         undropped = FlowMatchingConfig(
@@ -189,7 +190,7 @@ def init_cross_load(model: ModelConfig, state: Mapping[str, Tensor], path: Path)
 
     Args:
         model: of the run.
-        state: tensors of the file, tidied.
+        state: tensors of the file, tidied, of any shape.
         path: of the file, with its config.
 
     Raises:

@@ -100,7 +100,7 @@ def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State tensors named `<parameter>/<slot>` (no copies), and the layout of the groups as plain JSON types.
+    """State tensors (any shapes, no copies) by `<parameter>/<slot>`, and the layout of the groups as plain JSON types.
 
     Raises:
         ValueError: an optimiser with state that is no tensor (AdamW, fused or not, has none).
@@ -123,7 +123,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
 def load_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], layout: Mapping[str, Any]
 ) -> None:
-    """Give the optimiser its state back. Options such as weight decay stay those of `optimizer`: the config rules.
+    """Give the optimiser its state back, tensors of any shape. Options such as weight decay stay those of `optimizer`:
+    the config rules.
 
     Raises:
         UserError: another optimiser, or other parameters in its groups.

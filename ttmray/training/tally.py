@@ -89,12 +89,12 @@ class Tally:
         self.update.append((samples.keys, result.losses.detach()))
 
     def update_done(self, number: int, norm: Tensor) -> Tensor:
-        """Note the gradient of an update; nothing here waits for the device.
+        """Note the gradient norm () of an update; nothing here waits for the device.
 
         Gradients are averaged over ranks, so a bad one makes the norm bad everywhere.
 
         Returns:
-            What fused optimisers take as `found_inf`: float32 without dimensions, 1 from the first update on whose
+            What fused optimisers take as `found_inf`: float32 (), 1 from the first update on whose
             gradient was not finite, so that neither it nor any later one is applied.
         """
         new = (self.first_bad == 0) & ~torch.isfinite(norm)
@@ -118,7 +118,7 @@ class Tally:
         self.updates.clear()
 
     def suspects(self, update: Sequence[tuple[list[str], Tensor]], count: int = 4) -> str:
-        """Clips of an update with losses that are not finite, then with the largest; on every rank."""
+        """Clips whose losses (B,) are not finite, then those of the largest, in an update; on every rank."""
         own = [pair for keys, losses in update for pair in zip(losses.tolist(), keys, strict=True)]
         pairs = [pair for rank in self.ranks.gather(own) for pair in rank]
         pairs.sort(key=lambda pair: (math.isfinite(pair[0]), -pair[0]))

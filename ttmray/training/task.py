@@ -43,7 +43,7 @@ class Task(Protocol):
         """Losses of a micro-batch on its device; `forward` is the model, perhaps wrapped."""
 
     def validate(self, device: torch.device, rank: int, world: int) -> tuple[Tensor, Tensor] | None:
-        """Losses and times of this rank's share of the held-out clips, with the weights as they are."""
+        """Losses (n,) and times (n,) of this rank's share of the held-out clips, with the weights as they are."""
 
     def sample(self, folder: Folder, step: int) -> None:
         """Write audio to listen to (rank 0 only)."""
@@ -68,7 +68,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
+        """Sum of a tensor of any shape over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -15,13 +15,13 @@ _KEY = "ttmray"
 
 
 def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> bytes:
-    """Bytes of a safetensors file; `about` goes as JSON into its metadata, under "ttmray"."""
+    """Bytes of a safetensors file of tensors of any shape; `about` goes as JSON into its metadata, under "ttmray"."""
     metadata = None if about is None else {_KEY: json.dumps(about, sort_keys=True)}
     return save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def unpack(data: bytes, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors on the CPU, and the description (empty in files that are not ours).
+    """Tensors of any shape on the CPU, and the description (empty in files that are not ours).
 
     Raises:
         UserError: not a complete safetensors file; `what` names it.
