@@ -203,7 +203,7 @@ def write_bpe(tokenizer: RobertaTokenizer, out: Folder) -> None:
 
 
 def recall_at_1(audio: np.ndarray, text: np.ndarray, of: int = 50) -> float:
-    """Text to audio, row i of both a pair: the mean over all whole groups of `of` rows; of fewer rows, of all."""
+    """Text to audio, rows i of (n, d) a pair: the mean over all whole groups of `of` rows; of fewer rows, of all."""
     size = min(of, len(text))
     groups = [slice(start, start + size) for start in range(0, len(text) - size + 1, size)]
     hits = [(text[group] @ audio[group].T).argmax(axis=1) == np.arange(size) for group in groups]

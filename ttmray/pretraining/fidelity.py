@@ -15,7 +15,7 @@ DB_PER_NEPER = 20 / math.log(10)
 
 
 def mel_errors(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """Mean absolute errors of natural-log mels of equal shape.
+    """Mean absolute errors of two natural-log mels (B, n_mels, frames).
 
     Returns:
         `mel_db`, over all elements; `mel_heard_db`, of what is above the floor of the losses; `mel_of_silence`, the
@@ -44,7 +44,7 @@ def pitch_error(ours: np.ndarray, theirs: np.ndarray, clarity: float = 0.85) -> 
 
 
 def compare_waves(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Errors of the log-mel, and whether the tempo is within 2 %, of two mono waves at 44.1 kHz.
+    """Errors of the log-mel, and whether the tempo is within 2 %, of two mono waves (samples,) at 44.1 kHz.
 
     The shorter one's length is compared. Tempo is that which is measured in the original.
     """

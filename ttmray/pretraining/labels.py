@@ -70,7 +70,9 @@ def quality_r(features: np.ndarray, quality: Sequence[float], seed: int = 0) -> 
 
 
 def ridge(features: np.ndarray, targets: np.ndarray, test: np.ndarray, penalty: float = 0.1) -> np.ndarray:
-    """Predictions (test, K) of a ridge regression on the rest; `penalty` is per training row."""
+    """Predictions (m, K) of a ridge regression from features (n, D) to targets (n, K), for the m rows where `test` (n,)
+    is true, fitted on the others; `penalty` is per training row.
+    """
     train = features[~test]
     mean, scale = train.mean(axis=0), train.std(axis=0) + 1e-6
     x, y = (train - mean) / scale, targets[~test]

@@ -72,7 +72,7 @@ class Part(ABC):
 
     @abstractmethod
     def loss(self, batch: Any) -> dict[str, Tensor]:
-        """`loss` to descend, and other scalars for the log."""
+        """`loss` () to descend, and other scalars () for the log, of what `batch` gives."""
 
     @abstractmethod
     def measure(self, fresh: ClipSet) -> dict[str, float]:
@@ -180,13 +180,13 @@ def parameters(model: nn.Module) -> int:
 
 
 def weights_of(model: nn.Module, half: bool) -> dict[str, Tensor]:
-    """State dict on the CPU, contiguous and unshared, its floats in half precision if asked for."""
+    """State dict in the shapes of the model, on the CPU, contiguous, unshared; with `half`, floats are float16."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     return to_half(state) if half else state
 
 
 def to_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floats in half precision.
+    """Floats in half precision; any shapes, other types as they are.
 
     Raises:
         UserError: a weight is beyond what half precision holds.

@@ -12,12 +12,12 @@ not count, otherwise half the loss is about digital silence."""
 
 
 def heard(mel: Tensor, floor: float = MEL_FLOOR) -> Tensor:
-    """Log-mel with all that is below the floor raised to it."""
+    """Log-mel of any shape with all that is below the floor raised to it."""
     return mel.clamp_min(floor)
 
 
 def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL divergence in nats of diagonal Gaussians from the unit normal, the mean over all elements (Kingma and
+    """KL divergence in nats of diagonal Gaussians from the unit normal, the mean () over all elements (Kingma and
     Welling 2014)."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 

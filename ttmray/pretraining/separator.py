@@ -136,7 +136,9 @@ class SeparatorPart(Part):
 
 
 def si_sdr(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB, at most 80 (Le Roux et al., ICASSP 2019)."""
+    """Scale-invariant signal-to-distortion ratio in dB, within +-80, of two arrays of one size and any shape (Le Roux
+    et al., ICASSP 2019).
+    """
     x, y = (np.asarray(a, np.float64).ravel() for a in (ours, theirs))
     x, y = x - x.mean(), y - y.mean()
     target = (x @ y) / max(float(y @ y), 1e-12) * y

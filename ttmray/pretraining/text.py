@@ -72,7 +72,7 @@ class TextPart(Part):
         cast(torch.nn.Module, self.model).to(device)
 
     def batch(self, position: int, count: int) -> dict[str, Tensor]:
-        """Token rows with gaps, their mask, and what was in the gaps (-100 beyond)."""
+        """Token rows with gaps (count, n), their mask (count, n), and what was in the gaps (count, m), -100 beyond."""
         inputs, targets = [], []
         for i in range(position, position + count):
             rng = np.random.default_rng([self.config.seed, i])

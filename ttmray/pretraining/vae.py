@@ -65,7 +65,7 @@ class VAEPart(Part):
         return self.mel(torch.from_numpy(self.clips.mono(index))[None].to(self.device))
 
     def batch(self, position: int, count: int) -> Tensor:
-        """(count, 128, crop_frames) log-mel."""
+        """(count, 128, crop_frames) log-mel; shorter clips give fewer frames."""
         hop, waves = self.mel.config.hop, []
         samples = min(self.config.crop_frames * hop, self.clips.samples // (2 * hop) * 2 * hop)
         for i in range(position, position + count):

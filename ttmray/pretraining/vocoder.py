@@ -74,7 +74,7 @@ class VocoderPart(Part):
         self.model: BigVGAN = model.to(device)
 
     def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """Log-mels (count, 128, segment_frames) of segments within their music, and waves (count, 512 x frames)."""
+        """Log-mels (count, 128, T) of segments within their music, T = segment_frames, and waves (count, 512 * T)."""
         hop, context = self.mel.config.hop, 4
         samples = (self.config.segment_frames + 2 * context) * hop
         waves = []

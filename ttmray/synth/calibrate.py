@@ -27,8 +27,8 @@ def examples(seed: int, count: int, seconds: float) -> tuple[Examples, list[tupl
 
     Returns:
         Features (count, features), strengths (count, kinds) and true qualities (count,); and for each clip that is
-        played
-        in time and has the true tempo among its candidates, the candidates' features and the number of the right one.
+        played in time and has the true tempo among its candidates, the candidates' features (k, 17) and the number of
+        the right one.
     """
     measured, strengths, qualities, tempos = [], [], [], []
     for index in range(count):
@@ -47,7 +47,7 @@ def examples(seed: int, count: int, seconds: float) -> tuple[Examples, list[tupl
 
 
 def fit_tempo(tempos: list[tuple[np.ndarray, int]], rounds: int = 400) -> list[float]:
-    """Weights whose score is highest for the right candidate: softmax regression by gradient descent."""
+    """17 weights whose score is highest for the right one of k candidates (k, 17): softmax regression."""
     stacked = np.concatenate([features for features, _ in tempos])
     scale = stacked.std(axis=0) + 1e-6
     weights = np.zeros(scale.size)
@@ -62,6 +62,7 @@ def fit_tempo(tempos: list[tuple[np.ndarray, int]], rounds: int = 400) -> list[f
 
 
 def fit(features: np.ndarray, strengths: np.ndarray, qualities: np.ndarray) -> dict[str, list[float]]:
+    """Ridge regressions of strengths (n, kinds) and qualities (n,) on features (n, D), as in `measures.json`."""
     mean, scale = features.mean(axis=0), np.maximum(1e-3, features.std(axis=0))
     x = np.clip((features - mean) / scale, -4, 4)
     targets = np.column_stack([strengths, qualities])

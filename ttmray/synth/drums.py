@@ -42,7 +42,7 @@ LOUDNESS = {
 
 
 def strokes(kit: str, drum: str, tone: float, rng: np.random.Generator) -> list[Audio]:
-    """Two takes of a drum, mono float32.
+    """Two takes (samples,) of a drum, mono float32.
 
     Args:
         kit: a name in `KITS`.

@@ -143,7 +143,7 @@ def _dropped(notes: list[Note], piece: Piece, strength: float, rng: np.random.Ge
 
 
 def on_stems(stems: Stems, faults: Strengths, rng: np.random.Generator) -> Stems:
-    """Audio faults on stems (changed in place), in this order: tone, wow, noise, clipping; then -16 LUFS again."""
+    """Audio faults on stems (2, samples), changed in place: tone, wow, noise, clipping in this order; then -16 LUFS."""
     if not mix(stems).any():
         return stems
     if faults.get("dull"):
@@ -161,7 +161,7 @@ def on_stems(stems: Stems, faults: Strengths, rng: np.random.Generator) -> Stems
 
 
 def level(stems: Stems) -> None:
-    """One gain to -16 LUFS, or to the peak of -1.5 dBFS if that comes first: flat tops stay flat."""
+    """One gain for stems (2, samples) to -16 LUFS, or a peak of -1.5 dBFS if that comes first: flat tops stay flat."""
     total = mix(stems)
     peak, loudness = float(np.abs(total).max()), measured_loudness(total)
     if peak == 0 or loudness == -np.inf:
@@ -224,5 +224,5 @@ def _clip(stems: Stems, strength: float) -> None:
 
 
 def sum_error(stems: Stems, total: Audio) -> float:
-    """Largest difference of a mix and the sum of its stems, against full scale."""
+    """Largest difference of a mix (2, samples) and the sum of its stems, against full scale."""
     return float(np.abs(sum(stems[stem].astype(np.float64) for stem in STEMS) - total).max())

@@ -147,7 +147,7 @@ FAMILIES = ("plucked", "struck", "bowed", "blown", "synth", "bass")
 def tone(
     name: str, midi: float, seconds: float, bright: float, rng: np.random.Generator, velocity: float = 0.8
 ) -> Audio:
-    """One note, mono float32, about as loud as any other of any instrument; it rings on after `seconds`.
+    """One note (samples,), mono float32, about as loud as any other of any instrument; it rings on after `seconds`.
 
     Args:
         midi: pitch, fractions allowed.
@@ -223,6 +223,7 @@ def _tables(name: str, semitone: int, tilt: float) -> tuple[Audio, Audio]:
 
 
 def resonances(frequencies: np.ndarray, formants: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """Gain at frequencies of any shape, in Hz; formants are (centre in Hz, level)."""
     gain = np.ones_like(frequencies)
     for centre, level in formants:
         gain = gain + level / (1 + ((frequencies - centre) / (centre / 6)) ** 2)
@@ -230,7 +231,7 @@ def resonances(frequencies: np.ndarray, formants: tuple[tuple[float, float], ...
 
 
 def wavetable(harmonics: np.ndarray, levels: np.ndarray) -> Audio:
-    """One cycle of 8192 samples with an RMS of 0.3."""
+    """One cycle (8192,) with an RMS of 0.3; numbers of harmonics (n,) and their levels (n,)."""
     spectrum = np.zeros(TABLE // 2 + 1, complex)
     spectrum[harmonics] = levels * np.exp(1j * (np.pi * harmonics**2 / (len(harmonics) + 1)))  # spread: low crest
     cycle = np.fft.irfft(spectrum)
@@ -239,7 +240,7 @@ def wavetable(harmonics: np.ndarray, levels: np.ndarray) -> Audio:
 
 
 def read_table(table: Audio, turns: np.ndarray) -> Audio:
-    """A wavetable at a phase in turns."""
+    """A wavetable (8192,) at phases in turns, of any shape."""
     return table[(turns * TABLE).astype(np.int64) & (TABLE - 1)]
 
 
@@ -286,7 +287,7 @@ def _noise(kind: str) -> Audio:
 
 
 def noise(kind: str, samples: int, rng: np.random.Generator) -> Audio:
-    """A piece of a fixed noise from a random place on."""
+    """A piece (samples,) of a fixed noise from a random place on."""
     source = _noise(kind)
     start = int(rng.integers(source.size))
     return (

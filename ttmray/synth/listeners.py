@@ -77,12 +77,12 @@ class Heard:
 
 
 def worth(clips: Sequence[Heard], panel: Listeners) -> Floats:
-    """Mean worth over the panel, before prompts."""
+    """Mean worth over the panel, before prompts: (clips,)."""
     return np.array([clip.quality + panel.vocal_bias * clip.sings for clip in clips])
 
 
 def chances(difference: Floats, panel: Listeners) -> tuple[Floats, Floats, Floats]:
-    """Probabilities of a, tie and b for differences of worth (a - b), lapses and lean included."""
+    """Probabilities of a, tie and b for differences of worth (a - b) of any shape, lapses and lean included."""
     lean = np.asarray(difference, np.float64) + panel.left_bias
     a = _sigmoid(panel.certainty * (lean - panel.tie_width))
     b = _sigmoid(panel.certainty * (-lean - panel.tie_width))

@@ -122,7 +122,7 @@ def estimate(measures: Measures) -> tuple[dict[str, float], float]:
 
 
 def features_of(measures: Measures) -> Floats:
-    """The inputs of the linear models: the measures but tempo and level, and bends where a fault shows on one side."""
+    """Inputs (26,) of the linear models: measures but tempo and level, and bends where a fault shows on one side."""
     row = asdict(measures)
     plain = np.array([row[field.name] for field in fields(Measures) if field.name not in ("tempo", "level")])
     bends = [
@@ -136,6 +136,9 @@ def features_of(measures: Measures) -> Floats:
 
 @cache
 def fitted() -> dict[str, Floats]:
+    """The linear models of `measures.json`, see `ttmray.synth.calibrate.fit`: `mean`, `scale` and `quality` (26,),
+    `strengths` (9, 26), `offsets` (9,), `quality_offset` () and `tempo` (17,).
+    """
     text = (resources.files("ttmray.synth") / "measures.json").read_text()
     return {name: np.asarray(values, np.float64) for name, values in json.loads(text)["models"].items()}
 
@@ -148,7 +151,7 @@ def _power(mono: Audio, window: int, hop: int) -> Floats:
 
 
 def onsets(mono: Audio) -> Floats:
-    """Onset strength every 5.8 ms: the rise of the logarithmic spectrum, summed over 40 bands."""
+    """Onset strength (frames,) every 5.8 ms of (samples,): the rise of the log spectrum, summed over 40 bands."""
     if mono.size < 2 * ONSET_WINDOW:
         return np.zeros(1)
     power = _power(mono, ONSET_WINDOW, ONSET_HOP)
@@ -159,7 +162,7 @@ def onsets(mono: Audio) -> Floats:
 
 
 def tempo(envelope: Floats) -> tuple[float, float]:
-    """(beats per minute, pulse) of an onset envelope; zeros where nothing pulses.
+    """(beats per minute, pulse) of an onset envelope (frames,); zeros where nothing pulses.
 
     Which of several candidates is the beat (and not half or double of it) is decided by a fitted linear score. The
     pulse is how well onsets fit a grid of 1 to 4 parts of the beat.
@@ -315,7 +318,7 @@ def _gaps(mono: Audio) -> float:
 
 
 def pitch(mono: Audio, low: float = 60.0, high: float = 1500.0) -> tuple[Floats, Floats]:
-    """Fundamental in Hz every 46 ms, and how periodic the frame is (0 to 1), of one melody.
+    """Fundamental (frames,) in Hz every 46 ms, and how periodic the frame is (0 to 1), of one melody (samples,).
 
     Autocorrelation of frames of 186 ms; frames without a period have 0 Hz.
     """

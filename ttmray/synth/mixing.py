@@ -169,7 +169,7 @@ def _fade(stems: Stems) -> None:
 
 
 def master(stems: Stems) -> Stems:
-    """Stems whose mix is at -16 LUFS under -1.5 dBFS, changed in place; a limiter works on all of them alike."""
+    """Stems (2, samples) whose mix is at -16 LUFS under -1.5 dBFS, changed in place; one limiter works on all alike."""
     for _ in range(2):
         total = mix(stems)
         loudness = measured_loudness(total)
@@ -194,7 +194,7 @@ def master(stems: Stems) -> Stems:
 
 
 def measured_loudness(audio: Audio) -> float:
-    """Integrated loudness in LUFS; below 400 ms of the clip repeated; -inf for silence."""
+    """Integrated loudness of (channels, samples) in LUFS; clips below 0.5 s are repeated; -inf for silence."""
     shortest = int(0.5 * RATE)
     if audio.shape[1] < shortest:
         audio = np.tile(audio, (1, -(-shortest // audio.shape[1])))

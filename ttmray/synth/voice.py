@@ -130,7 +130,7 @@ def _turns(notes: Sequence[Note], starts: Sequence[int], samples: int, rng: np.r
 
 @lru_cache(maxsize=2048)
 def vowel_table(vowel: str, pitch: int, register: str, bright: float) -> Audio:
-    """One cycle of a vowel at a MIDI pitch."""
+    """One cycle (8192,) of a vowel at a MIDI pitch."""
     base = hertz(pitch)
     k = np.arange(1, max(3, min(TABLE // 4, int(0.7 * TOP_HZ / base))))
     frequency = k * base

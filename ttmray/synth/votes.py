@@ -24,7 +24,7 @@ TIE = 0.05
 
 
 def draw_votes(keys: list[str], rewards: np.ndarray, count: int, seed: int) -> list[dict[str, str]]:
-    """Rows `a`, `b`, `label` about random pairs of different clips.
+    """Rows `a`, `b`, `label` about random pairs of different ones of n clips, with rewards (n,).
 
     Raises:
         UserError: fewer than two clips, or rewards that are all equal.
