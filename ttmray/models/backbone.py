@@ -222,7 +222,11 @@ class StreamBlock(nn.Module):
     def before(
         self, x: Tensor, c: Tensor, table: Tensor | None, token: Token | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(q, q not rotated, k, v) of the stream; (k, v, gate) of its score token, if any; the other modulations."""
+        """(q, q not rotated, k, v) of the stream; (k, v, gate) of its score token, if any; the other modulations.
+
+        From x (B, N, D) and c (B, 1, D): q, k and v are (B, H, N, d), those of the token (B, H, 1, d), its gate (H,),
+        and modulations (B, 1, D).
+        """
         shift, scale, *rest = self.adaLN_modulation(c).chunk(2 if self.last else 6, dim=-1)
         q, k, v = self.attn(modulate(x, shift, scale))
         extra: tuple[Tensor, ...] = ()

@@ -156,8 +156,8 @@ def load_mert(
 
     Args:
         source: folder with model.safetensors or pytorch_model.bin, or one such file (config.json and
-            preprocessor_config.json beside it are read if present), or a state dict. Weight-norm tensors may be named
-            weight_g / weight_v.
+            preprocessor_config.json beside it are read if present), or a state dict in the shapes of the
+            architecture. Weight-norm tensors may be named weight_g / weight_v.
         config: architecture; default: the folder's config.json, else `mert_330m_config()`. Weights are
             checked against it.
         normalize: input normalisation; default: the folder's `do_normalize`, else False (as in training).
