@@ -3,7 +3,7 @@
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,18 @@ TREES = {file: ast.parse(file.read_text("utf-8")) for file in FILES}
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 """Known to be too long."""
+ARRAYS = ("ndarray", "NDArray", "Tensor")
+AXES = (
+    "n m d k samples frames channels batch blocks prompts pieces notes tokens width hidden dim bands stems partials "
+    "resamples seeds clips count kinds labels features sources size length steps bins hop C_in C_out T_i n_mels n_fft "
+    "num_mels data_dim embed_dim text_dim text_c_dim max_length crop_frames segment_frames candidates"
+)
+"""Words for sizes in shapes."""
+_SIZE = rf"(?:\.\.\.|[A-Z][a-z]?\d?|\d+|{AXES.replace(' ', '|')})"
+_SIZES = rf"{_SIZE}(?: (?:[-+*/]|//) {_SIZE})*"
+SHAPE = re.compile(rf"(?<!\w)\((?:{_SIZES},|{_SIZES}(?:, {_SIZES})+)?\)|\bany shapes?\b|\bshapes of (?:the|its)\b")
+"""`(B, T)`, `(samples,)`, `(2 * N, 512)`, `()`: sizes are capitals, numbers, `...` or words of `AXES`. Where nothing
+depends on it, "any shape"; of the weights of a model, "the shapes of ..."."""
 EMPTY_NAMES = {"made", "found", "kept", "given", "wanted"}
 """They tell that something happened, not what the thing is."""
 EMPTY_FILES = {f"ttmray/{name}.py" for name in ("config", "corpus/verify", "recipes/chain", "runs", "training/launch")}
@@ -111,6 +123,8 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.arg, node.lineno
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
             yield node.name or "", node.lineno
+        elif isinstance(node, ast.alias):
+            yield node.asname or "", node.lineno
         elif isinstance(node, ast.MatchMapping):
             yield node.rest or "", node.lineno
 
@@ -129,7 +143,8 @@ def test_names_say_what_they_hold() -> None:
 
 def test_every_way_to_bind_a_name_is_seen() -> None:
     code = """
-a = b: int = 1
+a = 1
+b: int = 1
 c, (d, *e) = x
 for f in x: pass
 with x as g: pass
@@ -139,9 +154,9 @@ except E as j: pass
 match x:
     case [k, *l] | {"m": m, **u}: pass
 def n(o, /, p, *q, r=1, **s): lambda t: t
+import os as v
 """
-    code = code.replace("a = b: int = 1", "a = 1\nb: int = 1")
-    assert {name for name, _ in bound_names(ast.parse(code))} >= set("abcdefghijklmnopqrstu")
+    assert {name for name, _ in bound_names(ast.parse(code))} >= set("abcdefghijklmnopqrstuv")
 
 
 def test_public_functions_that_refuse_something_say_so() -> None:
@@ -157,6 +172,96 @@ def test_public_functions_that_refuse_something_say_so() -> None:
                 if refuses and "UserError" not in (ast.get_docstring(node) or ""):
                     silent.append(f"{name_of(file)}.{node.name}")
     assert silent == []
+
+
+def holds_arrays(annotation: ast.expr | None, arrays: Collection[str]) -> bool:
+    """Whether it names arrays, alone or in a container. A function of arrays is none."""
+    if annotation is None:
+        return False
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Callable"):
+        return False
+    if isinstance(annotation, ast.Name | ast.Attribute):
+        return ast.unparse(annotation).rpartition(".")[2] in arrays
+    return any(holds_arrays(child, arrays) for child in ast.iter_child_nodes(annotation) if isinstance(child, ast.expr))
+
+
+def array_names(trees: Iterable[ast.Module]) -> set[str]:
+    """The types of arrays, and what modules call them: `Floats = NDArray[np.float64]`."""
+    arrays = set(ARRAYS)
+    for tree in trees:
+        for node in tree.body:
+            alias = isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.Attribute)
+            if alias and holds_arrays(node.value, arrays):
+                arrays |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return arrays
+
+
+def shapeless(trees: Mapping[str, ast.Module]) -> list[str]:
+    """Public functions and methods of arrays whose docstrings, and those of their classes, name no shape.
+
+    An override needs none where the method of a base class has one.
+    """
+    arrays = array_names(trees.values())
+    classes = {node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+    def told(node: ast.FunctionDef | ast.ClassDef) -> bool:
+        return SHAPE.search(ast.get_docstring(node) or "") is not None
+
+    def told_by_a_base(owner: ast.ClassDef, method: str) -> bool:
+        for base in owner.bases:
+            above = classes.get(ast.unparse(base).partition("[")[0].rpartition(".")[2])
+            if above is not None:
+                own = [node for node in above.body if isinstance(node, ast.FunctionDef) and node.name == method]
+                if (own and (told(own[0]) or told(above))) or told_by_a_base(above, method):
+                    return True
+        return False
+
+    def of_arrays(node: ast.FunctionDef) -> bool:
+        args = node.args
+        all_args = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+        annotations = [node.returns, *(arg.annotation for arg in all_args if arg is not None)]
+        return any(holds_arrays(annotation, arrays) for annotation in annotations)
+
+    places = []
+    for module, tree in trees.items():
+        owners: list[ast.Module | ast.ClassDef] = [
+            tree,
+            *(node for node in tree.body if isinstance(node, ast.ClassDef)),
+        ]
+        for owner in owners:
+            if isinstance(owner, ast.ClassDef) and (owner.name.startswith("_") or told(owner)):
+                continue
+            for node in owner.body:
+                if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or not of_arrays(node):
+                    continue
+                if any(ast.unparse(decorator).endswith("overload") for decorator in node.decorator_list):
+                    continue
+                inherited = isinstance(owner, ast.ClassDef) and told_by_a_base(owner, node.name)
+                if not told(node) and not inherited:
+                    name = f"{owner.name}.{node.name}" if isinstance(owner, ast.ClassDef) else node.name
+                    places.append(f"{module}.{name}")
+    return places
+
+
+def test_public_functions_of_arrays_give_shapes() -> None:
+    assert shapeless({name_of(file): tree for file, tree in TREES.items()}) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["(B, T)", "(n,)", "()", "(..., samples)", "(2, 3)", "(2 * N, 512)", "(samples // 2,)"]
+)
+def test_a_shape_is_seen(text: str) -> None:
+    assert SHAPE.search(f"A {text} array.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(see above)", "(N)", "(key, address)", "(T x 2)", "(a note)", "(1)", "zeros(2, 3)", "call()", "shape of a net"],
+)
+def test_what_is_no_shape_is_not_taken_for_one(text: str) -> None:
+    assert not SHAPE.search(f"A {text} array.")
 
 
 def test_dependencies_point_down() -> None:
