@@ -156,7 +156,7 @@ def test_values_that_are_there_already_are_taken_as_they_are_and_count_last(tmp_
     texts.append("later")
     assert "later" not in config.texts
     with pytest.raises(UserError, match=r"did you mean sampler\?"):
-        load_config(GenerateConfig, given={"sampelr": {}})
+        load_config(GenerateConfig, fields={"sampelr": {}})
 
 
 def test_actors_of_older_files_lie_in_a_mapping_of_their_own():

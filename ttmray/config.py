@@ -115,7 +115,7 @@ def load_config(
     kind: type[ConfigT],
     path: str | None = None,
     sets: Sequence[str] = (),
-    given: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Read a YAML file, apply `a.b=value` overrides in order, then values that are there already, and validate.
 
@@ -125,7 +125,7 @@ def load_config(
             defaults.
         sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work, but a `#` is part of
             it and begins no comment. Positions of a list count from 0: `sources.0.split=all`.
-        given: field -> value, such as the flags of a command; these count before all others.
+        fields: field -> value, such as the flags of a command; these count before all others.
 
     Raises:
         UserError: naming the file, each wrong field and the way out.
@@ -142,7 +142,7 @@ def load_config(
             raise UserError(f"{path} holds a {type(plain).__name__}, not a mapping of fields.", "Write `field: value`.")
     for assignment in sets:
         plain = _with_override(plain, assignment)
-    plain |= copy.deepcopy(dict(given or {}))
+    plain |= copy.deepcopy(dict(fields or {}))
     try:
         return kind.model_validate(plain)
     except ValidationError as error:

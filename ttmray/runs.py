@@ -52,15 +52,15 @@ def read(run: Folder, kind: str) -> dict[str, Any]:
     if not run.exists(RUN):
         raise UserError(f"{run} is no {kind} run: it has no {RUN}.", "Give the output folder of such a run.")
     try:
-        found: dict[str, Any] = json.loads(run.read(RUN))
-        other, sound = found["kind"], found["fingerprint"] == fingerprint(found["identity"])
+        record: dict[str, Any] = json.loads(run.read(RUN))
+        other, sound = record["kind"], record["fingerprint"] == fingerprint(record["identity"])
     except (ValueError, KeyError, TypeError):
         other, sound = kind, False
     if other != kind:
         raise UserError(f"{run} holds a run of kind {other}, not {kind}.", "Choose another folder.")
     if not sound:
         raise UserError(f"{run.path(RUN)} describes no {kind} run.", "Restore it, or choose an empty or new folder.")
-    return found
+    return record
 
 
 def existing(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, Any] | None:

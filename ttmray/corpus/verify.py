@@ -37,14 +37,14 @@ def problems(run: Folder) -> Iterator[str]:
     tables: list[pa.Table] = []
     read: list[dict[str, Any]] = []
     latents: dict[str, dict[str, int]] = {}
-    wanted: set[str] = set()
+    indexed: set[str] = set()
     captions: set[str] = set()
     shapes: dict[str, tuple[Any, ...]] = {}
     for name in committed:
         try:
             rows, metadata = index.read_units(run, [name])[0]
             tables.append(rows)
-            wanted.update(metadata["files"])
+            indexed.update(metadata["files"])
             read.append(metadata)
             yield from _unit_problems(run, rows, metadata, captions, shapes, latents)
         except UserError as error:
@@ -57,7 +57,7 @@ def problems(run: Folder) -> Iterator[str]:
     yield from (f"caption {caption_id} has no text features" for caption_id in sorted(needed - captions))
     for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS):
         for entry in run.files(folder, sizes=False):
-            if f"{folder}/{entry.name}" not in wanted and run.exists(SUCCESS):
+            if f"{folder}/{entry.name}" not in indexed and run.exists(SUCCESS):
                 yield f"{folder}/{entry.name} belongs to no committed unit"
     if not run.exists(SUCCESS):
         yield f"{SUCCESS} is missing: the run is not finished"
@@ -148,9 +148,9 @@ def _unit_problems(
                 yield from _array_problems(name, caption_id, arrays, shapes)
             continue
         latents.update(_read_places(latent_places, data))
-        found = set()
+        keys = set()
         for key, sample in shards.read_samples(data, name):
-            found.add(key)
+            keys.add(key)
             arrays = {kind: value for kind, value in sample.items() if isinstance(value, np.ndarray)}
             missing = {
                 "json",
@@ -161,8 +161,8 @@ def _unit_problems(
             } - sample.keys()
             yield from (f"{name}: {key} has no {kind}" for kind in sorted(missing))
             yield from _array_problems(name, key, arrays, shapes)
-        if found != expected.get(name, set()) or len(found) != facts["clips"]:
-            yield f"{name}: holds {len(found)} clips, the index has {len(expected.get(name, ()))}"
+        if keys != expected.get(name, set()) or len(keys) != facts["clips"]:
+            yield f"{name}: holds {len(keys)} clips, the index has {len(expected.get(name, ()))}"
 
 
 def _read_places(find: Callable[[BinaryIO], dict[str, Any]], data: bytes) -> dict[str, Any]:

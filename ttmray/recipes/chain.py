@@ -249,17 +249,17 @@ def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -
     root.write("index.html", pages.render("chain.html.j2", rows=cells, **values).encode())
 
 
-def fill(kind: type[ConfigT], name: str, given: Mapping[str, Any], links: Mapping[str, Any]) -> ConfigT:
+def fill(kind: type[ConfigT], name: str, section: Mapping[str, Any], links: Mapping[str, Any]) -> ConfigT:
     """The config of a step: its section, and where that says nothing what the chain fills in.
 
     Raises:
         UserError: for a section that is wrong, with its name.
     """
-    if "output" in given:
+    if "output" in section:
         raise UserError(f"{name}.output: every step has its own folder below output.", "Leave it out.")
     known = {field: value for field, value in links.items() if field in kind.model_fields and value is not None}
     try:
-        return load_config(kind, given=merged(known, given))
+        return load_config(kind, fields=merged(known, section))
     except UserError as error:
         raise UserError(f"section {name}: {error.message}", error.hint) from error
 

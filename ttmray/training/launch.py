@@ -280,13 +280,13 @@ def user_error(error: BaseException) -> UserError | None:
     return None
 
 
-def _on_worker(given: dict[str, Any]) -> None:
+def _on_worker(settings: dict[str, Any]) -> None:
     """What a Ray Train worker runs."""
     import ray.train
     from ray.train.torch import get_device
 
     context = ray.train.get_context()
-    config = given["class"].model_validate_json(given["config"])
+    config = settings["class"].model_validate_json(settings["config"])
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -295,7 +295,7 @@ def _on_worker(given: dict[str, Any]) -> None:
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     console.quiet = True  # the driver has made its own task, and said what there is to say
     try:
-        task = given["make_task"](config, device)
+        task = settings["make_task"](config, device)
     finally:
         console.quiet = False
-    train(task, config, ranks, device, given["device_batch"], given["force"])
+    train(task, config, ranks, device, settings["device_batch"], settings["force"])
