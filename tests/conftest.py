@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
 
+from ttmray import cost
 from ttmray.cluster import leave
 
 REPO = Path(__file__).resolve().parents[1]
@@ -42,6 +43,25 @@ def golden_dir() -> Path:
 def data_dir() -> Path:
     """Folder of real audio and metadata (environment variable TTMRAY_DATA)."""
     return _outside("TTMRAY_DATA", "data")
+
+
+class Clock:
+    """The time of accounts, which passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def time(self) -> float:
+        return self.now
+
+    def pass_s(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(cost, "time", ticking := Clock())
+    return ticking
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -42,7 +42,7 @@ LAYERS = (
     ("models",),
     ("audio",),
     ("cluster",),
-    ("runs", "parts"),
+    ("cost", "runs", "parts"),
     ("config", "tables"),
     ("presets",),
     ("config_docs", "storage", "pages", "plugins", "quarantine", "statistics", "yaml_text"),

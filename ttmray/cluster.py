@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
+from ttmray import cost
 from ttmray.config import Config, Device
 from ttmray.console import console
 from ttmray.errors import UserError
@@ -57,9 +58,22 @@ def each(make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], co
         Exception: what the work raised, with its own type.
         UserError: GPUs that are not there, or a worker that dies again and again.
     """
-    if config.runner == "local" or not items:
-        yield from map(make(), items) if items else ()
+    if not items:
         return
+    with cost.holding(gpus_held(config, len(items))):
+        for result in map(make(), items) if config.runner == "local" else _on_ray(make, items, config):
+            cost.note()  # before the caller has it: it is committed already
+            yield result
+
+
+def gpus_held(config: ActorsConfig, items: int) -> float:
+    """GPUs that work over so many items holds from its start to its end."""
+    return cost.on_cuda(config.device) if config.runner == "local" else min(config.workers, items) * config.gpus
+
+
+def _on_ray(
+    make: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: ActorsConfig
+) -> Iterator[Result]:
     import ray
     from ray.util import ActorPool
 
@@ -153,18 +167,6 @@ def connected() -> bool:
     import ray
 
     return bool(ray.is_initialized())
-
-
-def connected_gpus() -> float:
-    """GPUs of the cluster that this process has joined; 0 where it has joined none."""
-    if not connected():
-        return 0.0
-    import ray
-
-    try:
-        return float(ray.cluster_resources().get("GPU", 0))
-    except ray.exceptions.RaySystemError:  # another thread has left it meanwhile
-        return 0.0
 
 
 @contextmanager

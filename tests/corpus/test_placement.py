@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ttmray.corpus.assembly import stage_classes
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.placement import layout, least_cpus, place
+from ttmray.corpus.placement import gpus_held, layout, least_cpus, place
 from ttmray.errors import UserError
 
 
@@ -47,6 +47,16 @@ def test_each_gpu_gets_one_process_that_holds_all_models() -> None:
     groups = {group.name: group for group in place(config(), cpus=64, gpus=8, units=1000)}
     assert (groups["models"].most, groups["models"].gpus) == (8, 1.0)
     assert groups["decode"].most > 40
+
+
+def test_gpus_that_are_held_are_those_of_all_workers_and_no_more_than_there_are() -> None:
+    assert gpus_held(place(config(), cpus=64, gpus=8, units=1000), 8) == 8
+    assert gpus_held(place(config(), cpus=64, gpus=8, units=3), 8) == 3
+    assert gpus_held(place(config("none"), cpus=8, gpus=1, units=1000), 1) == pytest.approx(0.99)
+    assert gpus_held(place(config(), cpus=8, gpus=0, units=1000), 0) == 0
+    asked = config("models", models={"workers": [1, 6], "gpus": 0.5})
+    assert gpus_held(place(asked, cpus=64, gpus=8, units=1000), 8) == 3
+    assert gpus_held(place(asked, cpus=64, gpus=2, units=1000), 2) == 2
 
 
 def test_three_model_processes_share_one_gpu() -> None:

@@ -20,7 +20,7 @@ from ttmray.config import fingerprint, load_config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
-from ttmray.training.launch import claim, user_error
+from ttmray.training.launch import claim, gpus_held, user_error
 
 pytestmark = pytest.mark.timeout(600)
 REPO = Path(__file__).resolve().parents[2]
@@ -84,6 +84,14 @@ def test_presets_of_the_paper_differ_in_how_they_run_only():
     assert (plain.optimizer.lr, plain.optimizer.warmup, plain.optimizer.schedule) == (1e-4, 1000, "constant")
     assert plain.ema.sigma_rels == (0.05, 0.1)
     assert plain.flow.score_dropout_rate == plain.flow.text_dropout == 0.1
+
+
+def test_gpus_of_a_training_are_those_of_its_workers():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    here = load_config(TrainConfig, None, ["output=x", "data={sources: [{corpus: x}]}"])
+    on_ray = load_config(TrainConfig, given=here.model_dump() | {"runtime": {"runner": "ray", "workers": 4}})
+    assert (gpus_held(here, gpu), gpus_held(here, cpu)) == (1, 0)
+    assert (gpus_held(on_ray, gpu), gpus_held(on_ray, cpu)) == (4, 0)
 
 
 def described(**changes: object) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.corpus import index
@@ -115,9 +115,30 @@ def carry_out(
     Raises:
         UserError: most rows fail, rows and plan do not add up, or what `work` raises.
     """
-    timing: dict[str, list[float]] = {}
     counts: Counter[str] = Counter()
     units = len(plan.table["unit"].unique())
+    if todo or not run.exists(SUCCESS):
+        with cost.account(run, since=started):
+            timing = _make(plan, todo, units, work, counts, way_out)
+            summary = finalise(run, plan, described, timing, time.time() - started, more)
+    else:
+        summary = json.loads(run.read(SUCCESS))["summary"]
+        console.print(f"nothing to do: all {units} units of {run} are committed, 0 clips to process")
+    summary["this_launch"] = {"clips": counts[OK], "rejected": counts[REJECTED], "failed": counts[FAILED]}
+    for line in summary_lines(summary, run):
+        console.print(line, markup=False)
+    allowed = _failures_allowed(max_failures, summary["rows"]["total"])
+    if summary["rows"][FAILED] > allowed:
+        console.print(f"[red]{summary['rows'][FAILED]} rows failed, {allowed} are allowed (max_failures)[/red]")
+        return EXIT_TOO_MANY_FAILURES
+    return EXIT_OK
+
+
+def _make(
+    plan: Plan, todo: Sequence[Unit], units: int, work: Work, counts: Counter[str], way_out: str
+) -> dict[str, list[float]]:
+    """Make units and count their rows by status; the times of the stages."""
+    timing: dict[str, list[float]] = {}
     if todo:
         if len(todo) < units:
             console.print(f"resuming: {units - len(todo)} of {units} units are committed, {len(todo)} to do")
@@ -130,22 +151,11 @@ def carry_out(
                     timing[stage] = [a + b for a, b in zip(total, values, strict=True)]
                 note = f"{counts[REJECTED]} rejected, {counts[FAILED]} failed"
                 progress.advance(sum(row["segment"] >= 0 for row in unit.rows), note)
+                cost.note()
                 _stop_if_hopeless(unit, counts, way_out)
 
             work(todo, done)
-    if todo or not run.exists(SUCCESS):
-        summary = finalise(run, plan, described, timing, time.time() - started, more)
-    else:
-        summary = json.loads(run.read(SUCCESS))["summary"]
-        console.print(f"nothing to do: all {units} units of {run} are committed, 0 clips to process")
-    summary["this_launch"] = {"clips": counts[OK], "rejected": counts[REJECTED], "failed": counts[FAILED]}
-    for line in summary_lines(summary, run):
-        console.print(line, markup=False)
-    allowed = _failures_allowed(max_failures, summary["rows"]["total"])
-    if summary["rows"][FAILED] > allowed:
-        console.print(f"[red]{summary['rows'][FAILED]} rows failed, {allowed} are allowed (max_failures)[/red]")
-        return EXIT_TOO_MANY_FAILURES
-    return EXIT_OK
+    return timing
 
 
 def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) -> tuple[Plan, str]:

@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ttmray import cost
 from ttmray.cluster import connect
 from ttmray.corpus import index
 from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
-from ttmray.corpus.placement import least_cpus, place
+from ttmray.corpus.placement import gpus_held, least_cpus, place
 from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.stage import AT_HOME, Stage, alive, reads
 from ttmray.corpus.unit import FAILED, Unit, merge
@@ -116,12 +117,13 @@ def run_local(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     config = job.corpus
     workers = config.runtime.workers
     count = (os.cpu_count() or 1) if workers == "auto" else workers
-    if count == 0:
-        work = whole_worker(job.to_json())
-        for unit in units:
-            done(work(unit))
-        return
-    _run_processes(job, units, min(count, max(len(units), 1)), done)
+    with cost.holding(cost.on_cuda(config.runtime.device)):
+        if count == 0:
+            work = whole_worker(job.to_json())
+            for unit in units:
+                done(work(unit))
+        else:
+            _run_processes(job, units, min(count, max(len(units), 1)), done)
 
 
 def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done) -> None:
@@ -193,7 +195,9 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     context.max_errored_blocks = 0  # a lost block would be lost clips
     dataset = ray.data.from_blocks([unit.to_table() for unit in units])
     cluster = ray.cluster_resources()
-    for group in place(config, cluster.get("CPU", 0), cluster.get("GPU", 0), len(units)):
+    gpus = cluster.get("GPU", 0)
+    groups = place(config, cluster.get("CPU", 0), gpus, len(units))
+    for group in groups:
         dataset = dataset.map_batches(
             StageWorker,
             fn_constructor_args=(job.to_json(), group.name, group.stages),
@@ -205,8 +209,9 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
             num_gpus=group.gpus or None,
         )
     try:
-        for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            done(Unit.from_table(table))
+        with cost.holding(gpus_held(groups, gpus)):
+            for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+                done(Unit.from_table(table))
     except ray.exceptions.RayError as error:
         raise _root_cause(error) from error
 

@@ -101,6 +101,11 @@ def place(config: CorpusConfig, cpus: float, gpus: float, units: int) -> list[Gr
     return groups
 
 
+def gpus_held(groups: Sequence[Group], gpus: float) -> float:
+    """GPUs that the groups take of the `gpus` of a cluster; of a range of workers, which grows under load, the most."""
+    return min(gpus, sum(group.gpus * group.most for group in groups))
+
+
 def least_cpus(config: CorpusConfig) -> int:
     """Logical CPUs that one worker of each group needs, GPU or not: what a Ray of our own must at least offer."""
     needs = [sum(group.cpus * group.fewest for group in _groups(config, gpus)) for gpus in (0, 1)]

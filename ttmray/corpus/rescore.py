@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.cluster import ActorsConfig, each
 from ttmray.config import Config, Location, execution
 from ttmray.console import console, meter
@@ -89,10 +89,11 @@ def rescore(config: RescoreConfig) -> int:
     if len(todo) < len(parts):
         console.print(f"resuming: {len(parts) - len(todo)} of {len(parts)} parts are there", markup=False)
     make = partial(PartScorer, run.uri, out.uri, head.location, protocol.text, config.runtime.device)
-    with meter("clips", sum(part.rows.num_rows for part in todo)) as progress:
-        for count in each(make, todo, config.runtime):
-            progress.advance(count)
-    _finish(run, out, parts, corpus, head)
+    with cost.account(out):
+        with meter("clips", sum(part.rows.num_rows for part in todo)) as progress:
+            for count in each(make, todo, config.runtime):
+                progress.advance(count)
+        _finish(run, out, parts, corpus, head)
     return EXIT_OK
 
 

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from rich.markup import escape
 from safetensors.numpy import save as save_tensors
 
-from ttmray import __version__, runs
+from ttmray import __version__, cost, runs
 from ttmray.config import Config, Location, added, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
@@ -152,34 +152,35 @@ def evaluate(config: EvaluateConfig) -> int:
     _claim(out)
     if bundle.note:
         console.print(f"[yellow]{escape(bundle.note)}[/yellow]")
-    rows, claps, seconds = _clip_rows(systems, config, out)
-    warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows)
-    warnings += judge_warnings(rows) if config.judge else []
-    leaks, leak_warnings = _leaks(reference, training, config.near_duplicate)
-    described, metric_warnings = _described(systems, rows, claps, config, bundle, reference, training)
-    cells, pair_warnings = comparisons(_compared(rows), config.baseline, config.alpha, config.seed)
-    warnings += leak_warnings + metric_warnings + pair_warnings
-    results = {
-        "kind": KIND,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": __version__,
-        "protocol": f"{bundle.name}/{protocol.id()}",
-        "embedding_protocol": audio_protocol,
-        "bundle": bundle.name,
-        "note": bundle.note,
-        "config": identity(config),
-        "prompts": {"file": config.prompts, "count": len(prompts)},
-        "systems": described,
-        "comparisons": cells,
-        "alpha": config.alpha,
-        "reference": reference.about if reference else {},
-        "leaks": _plain_leaks(leaks, training, config.near_duplicate) if training else {},
-        "warnings": list(dict.fromkeys(warnings)),
-        "license_notes": list(bundle.licence_notes),
-        "timing": {"wall_s": time.perf_counter() - started, **seconds},
-    }
-    _write(out, results, rows, claps)
-    return _report(out, results, rows, config)
+    with cost.account(out):
+        rows, claps, seconds = _clip_rows(systems, config, out)
+        warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows)
+        warnings += judge_warnings(rows) if config.judge else []
+        leaks, leak_warnings = _leaks(reference, training, config.near_duplicate)
+        described, metric_warnings = _described(systems, rows, claps, config, bundle, reference, training)
+        cells, pair_warnings = comparisons(_compared(rows), config.baseline, config.alpha, config.seed)
+        warnings += leak_warnings + metric_warnings + pair_warnings
+        results = {
+            "kind": KIND,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "version": __version__,
+            "protocol": f"{bundle.name}/{protocol.id()}",
+            "embedding_protocol": audio_protocol,
+            "bundle": bundle.name,
+            "note": bundle.note,
+            "config": identity(config),
+            "prompts": {"file": config.prompts, "count": len(prompts)},
+            "systems": described,
+            "comparisons": cells,
+            "alpha": config.alpha,
+            "reference": reference.about if reference else {},
+            "leaks": _plain_leaks(leaks, training, config.near_duplicate) if training else {},
+            "warnings": list(dict.fromkeys(warnings)),
+            "license_notes": list(bundle.licence_notes),
+            "timing": {"wall_s": time.perf_counter() - started, **seconds},
+        }
+        _write(out, results, rows, claps)
+        return _report(out, results, rows, config)
 
 
 def _check_names(config: EvaluateConfig, systems: Sequence[SystemFolder]) -> None:

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 import soundfile
 from pydantic import Field, field_validator
 
+from ttmray import cost
 from ttmray.audio import io as audio_io
 from ttmray.audio.clip import LIMITS
 from ttmray.config import Config, Device, execution, fingerprint
@@ -145,12 +146,14 @@ def judge(clips: Sequence[tuple[str, str, str]], config: JudgeConfig, output: Fo
         except ClipError as error:
             return None, str(error)
 
-    with ThreadPoolExecutor(config.parallel) as pool, meter("judged", len(clips)) as progress:
+    gpus = cost.on_cuda(config.device) if config.endpoint is None else 0.0
+    with cost.holding(gpus), ThreadPoolExecutor(config.parallel) as pool, meter("judged", len(clips)) as progress:
         concepts = dict(zip(prompts, pool.map(concepts_of, prompts), strict=True))
         scores = []
         for score in pool.map(coverage, clips):
             scores.append(score)
             progress.advance(1)
+            cost.note()
     return scores
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.cluster import each
 from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
@@ -71,10 +71,12 @@ def generate(
         run.sweep_temporary()
         fresh = runs.write(run, described)
         try:
-            finished = _make(config, described, todo, seconds)
+            with cost.account(run):
+                finished = _make(config, described, todo, seconds)
         except UserError:
             if fresh and not run.files(manifest.ROWS, sizes=False):
                 run.delete(RUN)  # settings that made nothing shall not bind the folder
+                run.delete(cost.COST)
             raise
     else:
         console.print(f"nothing to do: all {len(clips)} clips of {run} are done")

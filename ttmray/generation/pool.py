@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.cluster import each
 from ttmray.config import identity
 from ttmray.console import console
@@ -94,6 +94,7 @@ def generate_pool(config: CandidatesConfig) -> int:
         if existing is None and not index.committed_units(run):
             run.delete(RUN)  # settings that made nothing shall not bind the folder
             run.delete("plan.parquet")
+            run.delete(cost.COST)
         raise
 
 

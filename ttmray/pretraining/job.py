@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.config import Config, Device, Location, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK
@@ -116,7 +116,9 @@ def train_parts(config: PartsConfig) -> int:
         if _claim(out, name, config, settings) and not _unfinished(out, settings):
             console.print(f"{name} is complete: {out}")
             continue
-        if not _one(name, config, settings, clips, fresh, out, device):
+        with cost.account(out), cost.holding(float(device.type == "cuda")):
+            ended = _one(name, config, settings, clips, fresh, out, device)
+        if not ended:
             return EXIT_INTERRUPTED
     return EXIT_OK
 

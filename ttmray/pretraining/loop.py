@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ttmray import cost
 from ttmray.config import Config, execution
 from ttmray.console import console
 from ttmray.errors import UserError
@@ -142,6 +143,7 @@ def train(
                 row |= {"samples_per_s": per_s * config.batch, "eta_s": (config.steps - progress.step) / per_s}
                 log.write(row | {"cpu_s": progress.cpu_s})
                 _show(part, config, row)
+                cost.note()
             if time.monotonic() - saved_at >= checkpoint_every_s:
                 log.flush()
                 _save(out, model, optimizer, progress)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.cluster import ActorsConfig, each
 from ttmray.config import Config, Location, execution, fingerprint, identity
 from ttmray.console import console, meter
@@ -111,11 +111,19 @@ def train_ranker(config: RankerConfig) -> int:
     if unknown:
         raise UserError(f"leave_out: no pair of {', '.join(sorted(unknown))}.", "Name sources of the tables.")
     _claim(run, config, fingerprint([[p.id, p.source, p.target, p.text, p.split] for p in used]))
+    with cost.account(run):
+        return _train(config, run, splits, used, dropped + across)
+
+
+def _train(
+    config: RankerConfig, run: Folder, splits: dict[str, list[Pair]], used: Sequence[Pair], dropped: list[Dropped]
+) -> int:
+    """Features, heads and report; `used` are the pairs of all splits."""
     features = extract(
         (c for p in used for c in (p.a, p.b)), (p.text for p in used), config.bundle, run, config.encoding
     )
     missing = _missing(used, features, config)
-    dropped += across + missing
+    dropped = dropped + missing
     _write_dropped(run, dropped)
     lost = {(row.id, row.source) for row in missing}
     splits = {name: [p for p in members if (p.id, p.source) not in lost] for name, members in splits.items()}

@@ -5,18 +5,14 @@
 
 import json
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from rich.table import Table
 
-from ttmray import pages
-from ttmray.cluster import alone, connected_gpus
+from ttmray import cost, pages
+from ttmray.cluster import alone
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
@@ -25,8 +21,6 @@ from ttmray.storage import Folder
 
 PAPER_GPU_HOURS = 40
 """On an RTX A5000: ranker, supervised training, expert iteration and CRPO (III-D). Stage 1 alone is 32."""
-BEAT_S = 30.0
-"""A killed launch loses at most so much of its time in the accounts."""
 
 
 @dataclass(frozen=True)
@@ -137,67 +131,20 @@ def _record(root: Folder, name: str) -> dict[str, Any]:
 
 
 def _run(root: Folder, step: Step, made_with: str) -> int:
-    with alone(), _accounted(root, step, made_with) as finish:  # the account's end asks a cluster that is still joined
+    file, record = f"steps/{step.name}.json", _record(root, step.name)
+    record |= {"fingerprint": made_with, "done": False, "launches": record["launches"] + 1}
+    root.write(file, json.dumps(record, indent=1).encode())
+    with alone(), cost.account(root, file):
         try:
             code = step.run()
         except UserError as error:
             raise UserError(f"step {step.name}: {error.message}", error.hint) from error
-        if code == EXIT_OK:
-            missing = [name for name in step.makes if not root.exists(name)]
-            if missing:
-                raise RuntimeError(f"step {step.name} ended well, but {missing[0]} is missing")
-            finish()
-        return code
-
-
-@contextmanager
-def _accounted(root: Folder, step: Step, made_with: str) -> Iterator[Callable[[], None]]:
-    """Notes the time of the block while it runs and at its end, added to that of earlier launches."""
-    record = _record(root, step.name)
-    spent, on_gpus, started = record["seconds"], record["gpu_seconds"], time.monotonic()
-    record |= {"fingerprint": made_with, "done": False, "launches": record["launches"] + 1}
-    ended = threading.Event()
-    held = 0.0
-
-    def save() -> None:
-        nonlocal held
-        seconds = time.monotonic() - started
-        held = max(held, gpus(step.config))  # a step joins its cluster after its start, and may leave before its end
-        record.update(seconds=spent + seconds, gpu_seconds=on_gpus + seconds * held)
-        root.write(f"steps/{step.name}.json", json.dumps(record, indent=1).encode())
-
-    def beat() -> None:
-        while not ended.wait(BEAT_S):
-            save()
-
-    save()
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield lambda: record.update(done=True)
-    finally:
-        ended.set()
-        thread.join()
-        save()
-
-
-def gpus(config: Config) -> float:
-    """GPUs that a job holds while it runs, busy or not."""
-    parts = [getattr(config, name, None) for name in ("runtime", "encoding", "training")]
-    return max((_held(part) for part in parts if part is not None and not isinstance(part, str)), default=0.0)
-
-
-def _held(runtime: Any) -> float:
-    here = runtime.runner == "local"
-    any_gpu = torch.cuda.is_available() if here else connected_gpus() > 0
-    on_cuda = runtime.device.startswith("cuda") or (runtime.device == "auto" and any_gpu)
-    if here:
-        return float(on_cuda)
-    if hasattr(runtime, "gpus"):
-        return float(runtime.workers * runtime.gpus)
-    if hasattr(runtime, "models"):  # the corpus job takes all that the cluster has
-        return connected_gpus()
-    return float(runtime.workers * on_cuda)
+    if code == EXIT_OK:
+        missing = [name for name in step.makes if not root.exists(name)]
+        if missing:
+            raise RuntimeError(f"step {step.name} ended well, but {missing[0]} is missing")
+        root.write(file, json.dumps(_record(root, step.name) | {"done": True}, indent=1).encode())
+    return code
 
 
 def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> list[StepCost]:

@@ -18,6 +18,7 @@ from ttmray.config import Config, execution, fingerprint, identity
 from ttmray.console import meter
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
+from ttmray.cost import COST
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.folder_bundle import WEIGHTS, describe_folder
 from ttmray.models.reward_head import HEAD
@@ -193,7 +194,7 @@ def _write_songs(clips: ClipSet, out: Folder) -> int:
 
 def _sources(config: MicroConfig, root: Folder) -> dict[str, dict[str, str]]:
     """Role -> file of the bundle -> file of the parts' training."""
-    beside = {CHECKPOINT, UNTRAINED, FACTS, RUN, LOG}
+    beside = {CHECKPOINT, UNTRAINED, FACTS, RUN, LOG, COST}
     roles: dict[str, dict[str, str]] = {}
     for part in PARTS:
         folder = root.sub(part)

@@ -45,7 +45,7 @@ def report_cross_load(config: TrainConfig, make_task: "MakeTask", device: torch.
     if report is None and config.cross_load.prompts:
         runtime = config.runtime
         gpus = float(device.type == "cuda")
-        pool = ActorsConfig(runner=runtime.runner, workers=1, cpus=runtime.cpus, gpus=gpus)
+        pool = ActorsConfig(runner=runtime.runner, device=device.type, workers=1, cpus=runtime.cpus, gpus=gpus)
         make = partial(_Measure, type(config), config.model_dump_json(), make_task, str(device), crossed.weights)
         with alone():
             (measured,) = each(make, [config.cross_load], pool)

@@ -387,7 +387,9 @@ def _precompute(config: TrainConfig, task: Task, device_batch: int, device: torc
     todo = table.missing(config.steps * config.batch)
     runtime = config.runtime
     gpus = float(device.type == "cuda")
-    pool = ActorsConfig(runner=runtime.runner, workers=runtime.workers, cpus=runtime.cpus, gpus=gpus)
+    pool = ActorsConfig(
+        runner=runtime.runner, device=device.type, workers=runtime.workers, cpus=runtime.cpus, gpus=gpus
+    )
     make = partial(_ReferencePart, config.model_dump_json(), str(device), device_batch)
     with alone(), meter("reference, pairs", len(todo) * ReferenceLosses.PART) as progress:
         for part, losses in each(make, todo, pool):

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.cluster import alone
 from ttmray.config import Config, Location, execution, identity
 from ttmray.console import console
@@ -122,19 +122,20 @@ def expert_iteration(
         parent = places[to_do - 1].path(last) if to_do else weights
         _need_pool(config, to_do + 1, places[to_do], parent, sample_pool)
     claim(root, described, force)
-    for number, place in enumerate(places, 1):
-        if done[number - 1]:
-            if not config.control and not force:
-                refuse_another_selection(_pool(config, number, place).uri, place.path(SELECTION), config.filter)
-            weights = place.path(last)
-            continue
-        console.print(f"round {number} of {config.rounds}, from {weights}", markup=False)
-        experts = None if config.control else _experts(config, number, weights, place, sample_pool)
-        weights = _trained(config, finetuning(config, place, weights, experts), "finetune", place, force)
-        if config.polish.steps:
-            weights = _trained(config, polishing(config, place, weights, experts), "polish", place, force)
-    body = {"fingerprint": described["fingerprint"], "steps": config.steps, "weights": weights}
-    root.write(SUCCESS, json.dumps(body, indent=1).encode())
+    with cost.account(root):
+        for number, place in enumerate(places, 1):
+            if done[number - 1]:
+                if not config.control and not force:
+                    refuse_another_selection(_pool(config, number, place).uri, place.path(SELECTION), config.filter)
+                weights = place.path(last)
+                continue
+            console.print(f"round {number} of {config.rounds}, from {weights}", markup=False)
+            experts = None if config.control else _experts(config, number, weights, place, sample_pool)
+            weights = _trained(config, finetuning(config, place, weights, experts), "finetune", place, force)
+            if config.polish.steps:
+                weights = _trained(config, polishing(config, place, weights, experts), "polish", place, force)
+        body = {"fingerprint": described["fingerprint"], "steps": config.steps, "weights": weights}
+        root.write(SUCCESS, json.dumps(body, indent=1).encode())
     console.print(f"Stage 2 is done: {weights}", markup=False)
     return EXIT_OK
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ttmray import runs
+from ttmray import cost, runs
 from ttmray.cluster import connect, require_gpus
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
@@ -67,16 +67,25 @@ def launch(
     described = describe(kind, config, task)
     claim(out, described, force)
     out.sweep_temporary(older_than_s=0)  # of a killed launch: one at a time writes to a run folder
-    report_cross_load(config, make_task, device)
-    if keep is not None:
-        keep(config, task, split.device_batch, device)
-    if local:
-        train(task, config, Ranks(), device, split.device_batch, force)
-    else:
-        del task
-        _train_on_ray(config, device, make_task, split.device_batch, force)
+    with cost.account(out):
+        report_cross_load(config, make_task, device)
+        if keep is not None:
+            keep(config, task, split.device_batch, device)
+        with cost.holding(gpus_held(config, device)):
+            if local:
+                train(task, config, Ranks(), device, split.device_batch, force)
+            else:
+                del task
+                _train_on_ray(config, device, make_task, split.device_batch, force)
     finish(out, described, config)
     return EXIT_OK
+
+
+def gpus_held(config: TrainConfig, device: torch.device) -> int:
+    """GPUs of this process or of all Ray workers, which train on `device`."""
+    if device.type == "cpu":
+        return 0
+    return 1 if config.runtime.runner == "local" else config.runtime.workers
 
 
 def _local_device(config: TrainConfig) -> tuple[torch.device, int | None]:
@@ -215,6 +224,7 @@ def _train_on_ray(
         "make_task": make_task,
         "device_batch": device_batch,
         "force": force,
+        "accounts": cost.opened(),
     }
     places = Folder.at(config.output).sub(CHECKPOINTS)
     restarts, reached = 0, committed(places)[:1]
@@ -298,4 +308,6 @@ def _on_worker(settings: dict[str, Any]) -> None:
         task = settings["make_task"](config, device)
     finally:
         console.quiet = False
+    if ranks.first:
+        cost.carry_on(settings["accounts"])
     train(task, config, ranks, device, settings["device_batch"], settings["force"])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ttmray import cost
 from ttmray.config import identity
 from ttmray.console import console
 from ttmray.errors import UserError
@@ -82,6 +83,7 @@ def train(
                 if book is not None:
                     book.write(values)
                     show(values, config.steps, last.extra)
+                    cost.note()
             if config.validation.clips and (run.step % config.validation.every == 0 or done):
                 run.validate(book)
             if (run.step % config.ema.snapshot_every == 0 or done) and ranks.first:
@@ -94,6 +96,7 @@ def train(
                 if book is not None:
                     book.flush()  # before the checkpoint: lines after it are taken out again, none before it is missing
                 run.save(saver)
+                cost.note()
             alive()
             if stop and not done:
                 console.print(f"interrupted after update {run.step}, which is saved")

@@ -1,0 +1,143 @@
+"""What a run has cost: `cost.json` in its folder, wall and GPU seconds of all its launches.
+
+A job opens an account of its folder around its work. Who takes GPUs says how many for as long as they are held, busy or
+not; who commits something notes the time so far, in every account that is open: that of a chain's step has what the
+jobs inside of it cost. So a killed launch loses no more than what it has spent since its last commit.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ttmray.console import console
+from ttmray.errors import UserError
+from ttmray.storage import Folder
+
+COST = "cost.json"
+LOCAL_S, REMOTE_S = 1.0, 60.0
+"""A file is written at most once in so many seconds: commits may be many, and a bucket takes its time."""
+
+
+@dataclass
+class Account:
+    """Cost so far, in the fields `seconds` and `gpu_seconds` of a JSON file; its other fields stay. It pickles.
+
+    Attributes:
+        fields: of the file.
+        since: time up to which `fields` has the cost, as of `time.time`, which machines share.
+        gpus: held since then.
+        saved: time of the last write.
+    """
+
+    folder: Folder
+    name: str
+    fields: dict[str, Any]
+    since: float
+    gpus: float = 0.0
+    saved: float = 0.0
+
+    def settle(self) -> None:
+        """Add the time since the last call, which a clock that was put back does not make less."""
+        now = time.time()
+        spent = max(0.0, now - self.since)
+        self.fields["seconds"] += spent
+        self.fields["gpu_seconds"] += spent * self.gpus
+        self.since = now
+
+    def save(self) -> None:
+        self.settle()
+        self.folder.write(self.name, json.dumps(self.fields, indent=1).encode())
+        self.saved = self.since
+
+
+_open: list[Account] = []
+"""Accounts of this process, the outermost first."""
+
+
+@contextmanager
+def account(folder: Folder, name: str = COST, since: float | None = None) -> Iterator[None]:
+    """Add what the block costs to an account, which is there when it ends, in whatever way.
+
+    Args:
+        folder: of a run that has been claimed: nothing is written to those of others.
+        since: time at which the work began, as of `time.time`; default: now.
+
+    Raises:
+        UserError: the file is damaged, or cannot be written.
+    """
+    _open.append(Account(folder, name, read(folder, name), since or time.time(), _open[-1].gpus if _open else 0.0))
+    try:
+        yield
+    finally:
+        _open.pop().save()
+    if name == COST:
+        console.print(f"cost so far: {said(folder)}")
+
+
+@contextmanager
+def holding(gpus: float) -> Iterator[None]:
+    """So many GPUs are held inside. Of two blocks, one in the other, the one with more counts."""
+    before = [(one, one.gpus) for one in _open]
+    _hold((one, max(one.gpus, gpus)) for one, _ in before)
+    try:
+        yield
+    finally:
+        _hold(before)
+
+
+def _hold(held: Any) -> None:
+    for one, gpus in held:
+        one.settle()
+        one.gpus = gpus
+
+
+def note() -> None:
+    """Something was committed: write the cost so far, unless it was written just now."""
+    for one in _open:
+        one.settle()
+        if not 0 <= one.since - one.saved < (REMOTE_S if one.folder.remote else LOCAL_S):
+            one.save()
+
+
+def opened() -> list[Account]:
+    """The accounts that are open, for a process that notes while this one waits for it."""
+    return list(_open)
+
+
+def carry_on(accounts: Sequence[Account]) -> None:
+    """Note in accounts of a process that waits for this one."""
+    _open.extend(accounts)
+
+
+def read(folder: Folder, name: str = COST) -> dict[str, Any]:
+    """The fields of an account; no cost where there is none yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not folder.exists(name):
+        return {"seconds": 0.0, "gpu_seconds": 0.0}
+    try:
+        fields: dict[str, Any] = json.loads(folder.read(name))
+        fields |= {field: float(fields[field]) for field in ("seconds", "gpu_seconds")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.path(name)} is damaged.", "Delete it: only what the run has cost is lost.") from error
+    return fields
+
+
+def said(folder: Folder) -> str:
+    """The cost of a run in words."""
+    fields = read(folder)
+    return f"{fields['seconds'] / 3600:.3f} h, {fields['gpu_seconds'] / 3600:.3f} GPU-hours"
+
+
+def on_cuda(device: str) -> float:
+    """GPUs that this process holds with models on a device: 1 or 0."""
+    if device != "auto":
+        return float(device != "cpu")
+    import torch
+
+    return float(torch.cuda.is_available())
