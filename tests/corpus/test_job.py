@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ttmray import cost
 from ttmray.corpus import index, pipeline
 from ttmray.corpus.job import ABORT_AFTER, score_corpus
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
@@ -72,7 +73,7 @@ def test_an_interrupted_run_goes_on_where_it_was(songs, finished_run, make_confi
     run = Folder.at(config.output)
     assert index.committed_units(run) == ["u000000"]
     assert not run.exists("_SUCCESS.json")
-    first = run.read("index/u000000.parquet")
+    first, before = run.read("index/u000000.parquet"), cost.read(run)
 
     processed = []
 
@@ -83,6 +84,8 @@ def test_an_interrupted_run_goes_on_where_it_was(songs, finished_run, make_confi
     assert score_corpus(config) == EXIT_OK
     assert processed == ["u000001", "u000002"]
     assert run.read("index/u000000.parquet") == first
+    after = cost.read(run)
+    assert (0 < before["seconds"] < after["seconds"], after["gpu_seconds"]) == (True, 0)
     assert rows(config.output) == rows(finished_run)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from ttmray import cost
 from ttmray.cli import main
 from ttmray.cluster import leave
 from ttmray.config import load_config
@@ -72,6 +73,7 @@ def test_a_relaunch_goes_on_with_the_parts_that_are_missing(
     head = write_head(tmp_path / "head")
     run_rescore(run, head, name="whole")
     score, calls = rescore.PartScorer.__call__, []
+    of_corpus = (run / cost.COST).read_bytes()
 
     def dies(self: rescore.PartScorer, part: rescore.Portion) -> int:
         if calls:
@@ -86,7 +88,11 @@ def test_a_relaunch_goes_on_with_the_parts_that_are_missing(
     assert scores.table_names(Folder.at(str(run))) == ["whole"]
     with pytest.raises(UserError, match="has no score column 'mine/reward_score'"):
         rewards(run, "mine/")
+    table = Folder.at(str(run / "scores/mine"))
+    before = cost.read(table)["seconds"]
     run_rescore(run, head)
+    assert 0 < before < cost.read(table)["seconds"]
+    assert (run / cost.COST).read_bytes() == of_corpus  # a table has its own
     assert "resuming: 1 of 3 parts are there" in " ".join(capsys.readouterr().out.split())
     for name in ("scores.parquet", "stats.json"):
         assert (run / "scores/mine" / name).read_bytes() == (run / "scores/whole" / name).read_bytes()

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from synthetic_pool import Candidate, write_pool
 
+from ttmray import cost
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.generation.filter import FilterConfig
@@ -226,6 +227,12 @@ def test_a_second_round_starts_from_the_first_and_a_relaunch_does_only_what_is_m
     assert expert_iteration(config, sampler(20, calls)) == 0
     assert len(calls) == 2
     assert second.read_bytes() == bytes_of
+    stage2 = Folder.at(str(tmp_path / "expert"))
+    trainings = [
+        cost.read(stage2.sub(f"round-{i}/{name}"))["seconds"] for i in (1, 2) for name in ("finetune", "polish")
+    ]
+    assert min(trainings) > 0
+    assert cost.read(stage2)["seconds"] > sum(trainings)  # it samples and exports, too
     assert json.loads((tmp_path / "expert" / "_SUCCESS.json").read_text())["weights"] == str(second)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from ttmray import cost
 from ttmray.cli import main
 from ttmray.config import fingerprint, load_config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
@@ -255,11 +256,14 @@ def test_a_run_that_loses_a_worker_goes_on_by_itself(longer, make_sets, look, tm
     run = tmp_path / "run"
     driver = start(make_sets(run, *on_ray(workers), "steps=60"), tmp_path / "log")
     wait_for(lambda: (run / "checkpoints/step-00000010/state.json").exists() or driver.poll() is not None)
+    noted = cost.read(Folder.at(str(run)))["seconds"]  # by the first worker: the driver waits for it
     os.kill(workers_of(driver.pid)[-1], signal.SIGKILL)
     assert driver.wait(timeout=560) == EXIT_OK
     text = (tmp_path / "log").read_text()
     assert "restart 1 of at most 3 without a new checkpoint" in text
     assert "resuming after update" in text
+    spent = cost.read(Folder.at(str(run)))
+    assert (0 < noted < spent["seconds"], spent["gpu_seconds"]) == (True, 0)
     difference = lost(look, run, longer)
     assert difference == 0 if workers == 1 else difference < 5 * ORDER_OF_SUMS
     keys = [line["keys_of_rank_0"] for line in look.metrics(run) if "loss" in line]
