@@ -90,7 +90,7 @@ def test_presets_of_the_paper_differ_in_how_they_run_only():
 def test_gpus_of_a_training_are_those_of_its_workers():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     here = load_config(TrainConfig, None, ["output=x", "data={sources: [{corpus: x}]}"])
-    on_ray = load_config(TrainConfig, given=here.model_dump() | {"runtime": {"runner": "ray", "workers": 4}})
+    on_ray = load_config(TrainConfig, fields=here.model_dump() | {"runtime": {"runner": "ray", "workers": 4}})
     assert (gpus_held(here, gpu), gpus_held(here, cpu)) == (1, 0)
     assert (gpus_held(on_ray, gpu), gpus_held(on_ray, cpu)) == (4, 0)
 
