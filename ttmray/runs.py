@@ -13,6 +13,8 @@ from ttmray.errors import UserError
 from ttmray.storage import Folder
 
 RUN, SUCCESS = "run.json", "_SUCCESS.json"
+KINDS_OF_CORPUS = ("corpus", "pool")
+"""A pool is a corpus, too."""
 
 
 def describe(kind: str, what: Any, config: Config, libraries: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -36,6 +38,15 @@ def describe(kind: str, what: Any, config: Config, libraries: Sequence[str], **m
         "versions": {"ttmray": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in libraries},
     }
+
+
+def kind_of(run: Folder, known: Sequence[str]) -> str:
+    """Which of some kinds of run `run.json` speaks of; the first where it says nothing, as its reader then explains."""
+    try:
+        kind = str(json.loads(run.read(RUN))["kind"])
+    except (UserError, ValueError, KeyError, TypeError):
+        return known[0]
+    return kind if kind in known else known[0]
 
 
 def write(run: Folder, described: dict[str, Any]) -> bool:

@@ -78,7 +78,9 @@ def explained(what: str) -> Iterator[None]:
         raise UserError(f"{what}: not found.", "Check the path or the bucket name.") from error
     except (IsADirectoryError, NotADirectoryError) as error:
         wrong = "is a folder, not a file" if isinstance(error, IsADirectoryError) else "lies below a file, not a folder"
-        raise UserError(f"{what}: {wrong}.", "Check the path.") from error
+        raise UserError(
+            f"{what}: {wrong}.", "Check the path; a folder that is in the way of a file must be moved."
+        ) from error
     except PermissionError as error:
         raise UserError(
             f"{what}: permission denied ({error}).",
@@ -228,6 +230,8 @@ class Folder:
                 else:
                     _local_write(Path(self.path(name)), data, replace=False)
             except FileExistsError:
+                if not self.remote and os.path.isdir(self.path(name)):  # nobody's commit
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.path(name)) from None
                 return False
             return True
 

@@ -155,7 +155,7 @@ def test_a_head_of_other_encoders_is_refused(
         (lambda run, head: (run / "_SUCCESS.json").unlink(), "is not finished"),
         (lambda run, head: (head / "tunejury.safetensors").unlink(), "is no reward head"),
         (lambda run, head: (head / "tunejury.safetensors").write_bytes(b"PK"), "tunejury.safetensors"),
-        (lambda run, head: (run / "run.json").unlink(), "is not a corpus run"),
+        (lambda run, head: (run / "run.json").unlink(), "is no corpus run"),
         (lambda run, head: _flip(next((run / "shards").iterdir())), "hash is not that of its name"),
     ],
 )

@@ -75,7 +75,9 @@ def test_an_edited_reward_is_found(run):
     rows[0]["reward_score"] += 1
     edited = pa.Table.from_pylist(rows, schema=table.schema)
     pq.write_table(edited, file)
-    assert found(run) == ["index.parquet differs from the units' index files"]
+    lines = found(run)
+    assert lines[0].startswith("index/u000000.parquet: has ")
+    assert lines[1:] == ["index.parquet differs from the units' index files"]
 
 
 def test_a_row_taken_out_of_the_index_is_found(run):

@@ -20,7 +20,7 @@ def count(text: str) -> int:
 RUN = argument("folder", metavar="RUN", help="run folder or s3:// prefix")
 JOB, CONFIG = "ttmray.corpus.job:score_corpus", "ttmray.corpus.config:CorpusConfig"
 LOOK = "ttmray.corpus.look"
-GROUPS = {"corpus": "look into a corpus: stats, verify, ls, sample; rescore or upgrade it"}
+GROUPS = {"corpus": "look into a corpus: stats, verify, ls, sample; repair, rescore or upgrade it"}
 COMMANDS = (
     Command(
         "score-corpus",
@@ -36,6 +36,12 @@ COMMANDS = (
     Command("plan", "the same as score-corpus --plan-only", JOB, config=CONFIG, fixed={"plan_only": True}),
     Command("corpus stats", "counts, reasons, rewards and latent statistics", f"{LOOK}:stats", (RUN,)),
     Command("corpus verify", "recompute hashes and counts, open every tar and latent", f"{LOOK}:verify", (RUN,)),
+    Command(
+        "corpus repair",
+        "verify, and make again what is damaged or missing (corpora and pools)",
+        "ttmray.corpus.repair:repair",
+        (RUN,),
+    ),
     Command("corpus upgrade", "add to the index of an older run what training reads by now", f"{LOOK}:upgrade", (RUN,)),
     Command(
         "corpus ls",

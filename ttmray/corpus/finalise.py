@@ -11,12 +11,13 @@ import pyarrow.compute as pc
 
 from ttmray.corpus import index, shards
 from ttmray.corpus.guard import ATTEMPTS
-from ttmray.corpus.plan import Plan
+from ttmray.corpus.plan import PLAN_FILES, Plan
 from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.corpus.upgrade import located
 from ttmray.errors import UserError
-from ttmray.runs import SUCCESS
+from ttmray.inventory import Entry, entries, entry, seal
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 
 More = Callable[[pa.Table, list[dict[str, Any]]], tuple[pa.Table, dict[str, Any]]]
@@ -57,10 +58,16 @@ def finalise(
     table, facts = more(table, metadata) if more is not None else (table, {})
     latents = latent_statistics(metadata)
     rewards = reward_statistics(table)
-    run.write(index.MERGED, index.parquet_bytes(table))
-    run.write("stats/latents.json", json.dumps(latents, indent=1).encode())
+    files = _of_units(names, metadata)
+
+    def write(name: str, data: bytes) -> None:
+        run.write(name, data)
+        files[name] = entry(data)
+
+    write(index.MERGED, index.parquet_bytes(table))
+    write("stats/latents.json", json.dumps(latents, indent=1).encode())
     scored = {"protocol": described["protocol_id"], "splits": rewards}  # conditioning on z-scores needs mean and std
-    run.write("stats/rewards.json", json.dumps(scored, indent=1).encode())
+    write("stats/rewards.json", json.dumps(scored, indent=1).encode())
     swept = sweep(run, metadata)
     summary = {
         "rows": {"total": table.num_rows} | {s: _count(table, s) for s in (OK, REJECTED, FAILED)},
@@ -81,11 +88,21 @@ def finalise(
         "stages": _stage_rates(timing),
         **facts,
     }
-    run.write("summary.json", json.dumps(summary, indent=1).encode())
+    write("summary.json", json.dumps(summary, indent=1).encode())
     markdown = [f"# {described['kind'].capitalize()}", "", *(f"- {line}" for line in summary_lines(summary, run))]
-    run.write("summary.md", ("\n".join(markdown) + "\n").encode())
-    run.write(SUCCESS, json.dumps({"fingerprint": described["fingerprint"], "summary": summary}, indent=1).encode())
+    write("summary.md", ("\n".join(markdown) + "\n").encode())
+    files |= entries(run, [name for name in (RUN, *PLAN_FILES) if run.exists(name)])
+    seal(run, described, {"summary": summary}, files)
     return summary
+
+
+def _of_units(names: list[str], metadata: list[dict[str, Any]]) -> dict[str, Entry]:
+    """The files of units as they were committed."""
+    files = {}
+    for name, unit in zip(names, metadata, strict=True):
+        files[f"{index.INDEX}/{name}.parquet"] = unit["entry"]
+        files |= {file: Entry(facts["bytes"], facts["sha256"]) for file, facts in unit["files"].items()}
+    return files
 
 
 def check_rows(table: pa.Table, plan: Plan) -> list[str]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
+from ttmray.inventory import entry
 from ttmray.storage import Folder, parquet_table
 
 INDEX = "index"
@@ -160,7 +161,7 @@ def _table(data: bytes, name: str, columns: Sequence[str] | None = None) -> pa.T
 def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(
         f"{name} is not a readable index file: {error}",
-        "Delete it and start the job again: what it described is then made once more.",
+        "Delete it and start the same command again: what it described is then made once more.",
     )
 
 
@@ -174,12 +175,17 @@ def committed_units(run: Folder) -> list[str]:
 
 
 def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
-    """Index rows and metadata of some units, in the given order; files are read by 16 threads."""
+    """Index rows and metadata of some units, in the given order; files are read by 16 threads.
+
+    The metadata also has `entry`: size and SHA-256 of the index file itself.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     def one(unit: str) -> tuple[pa.Table, dict[str, Any]]:
         name = f"{INDEX}/{unit}.parquet"
-        return from_bytes(run.read(name), run.path(name))
+        data = run.read(name)
+        rows, metadata = from_bytes(data, run.path(name))
+        return rows, metadata | {"entry": entry(data)}
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(one, units))

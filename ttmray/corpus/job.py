@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -16,10 +17,12 @@ from ttmray.corpus import index
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import More, finalise, summary_lines
-from ttmray.corpus.plan import Plan, build_plan, derived_numbers, plan_difference, replaced
+from ttmray.corpus.plan import PLAN_FILE, PLAN_FILES, Plan, build_plan, derived_numbers, plan_difference, replaced
+from ttmray.corpus.repair import existing_run, forget_damaged
 from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.inventory import read_marker, restore_run
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.runs import SUCCESS
@@ -30,12 +33,17 @@ ABORT_AFTER = 200
 morning that a wrong setting failed every clip of the night."""
 
 
-def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed: bool = False) -> int:
+def score_corpus(
+    config: CorpusConfig, *, plan_only: bool = False, retry_failed: bool = False, repair: bool = False
+) -> int:
     """Run, or go on with, the corpus job of `config`; returns the exit code.
+
+    What is damaged or missing is made again (`corpus/repair.py`).
 
     Args:
         plan_only: print and save the plan and every derived number, do nothing else.
         retry_failed: make the units with failed rows once more.
+        repair: look for damage in every byte, and do the end of the run once more.
 
     Raises:
         UserError: for everything that the user can mend.
@@ -43,30 +51,34 @@ def score_corpus(config: CorpusConfig, *, plan_only: bool = False, retry_failed:
     started = time.time()
     run = Folder.at(config.output)
     bundle = open_bundle(config.bundle)
-    existing = runs.existing(run, "corpus", beside=("plan.parquet", "plan.json", "plan.md"))
+    existing = existing_run(run, "corpus", beside=PLAN_FILES)
     plan, catalogue_digest = _plan(config, run, existing)
     if plan_only and existing is None:  # before the weights are here, too
         _show_plan(plan, config, run, save=True)
         return EXIT_OK
     described = _describe(config, plan, bundle, catalogue_digest)
     if existing is not None:
+        existing = restore_run(run, "corpus", described["fingerprint"]) or existing
         _check_same(run, existing, described, plan)
+        described = existing  # as it was written
     if plan_only:
         _show_plan(plan, config, run, save=True)
         return EXIT_OK
     _claim(run, described, plan)
     run.sweep_temporary()
     if bundle.note:
-        console.print(f"[yellow]{bundle.note}[/yellow]")
+        console.print(f"[yellow]{escape(bundle.note)}[/yellow]")
+    if existing is not None:
+        forget_damaged(run, plan, described["fingerprint"], repair)
     if retry_failed:
         _forget_failed(run)
     todo = not_committed(run, plan)
-    if todo:
-        if max(plan.table["size"].to_pylist(), default=-1) < 0:
-            raise UserError(
-                f"{plan.root}: no file of the {plan.table.num_rows} tracks of {config.input} is there.",
-                "Name the folder that its paths are relative to: --set catalogue.audio_root=...",
-            )
+    if todo and max(plan.table["size"].to_pylist(), default=-1) < 0:
+        raise UserError(
+            f"{plan.root}: no file of the {plan.table.num_rows} tracks of {config.input} is there.",
+            "Name the folder that its paths are relative to: --set catalogue.audio_root=...",
+        )
+    if todo or not all(run.exists(name) for name in PLAN_FILES):
         # also when the songs have moved: the saved plan says where they are
         _show_plan(plan, config, run, save=True)
 
@@ -117,12 +129,13 @@ def carry_out(
     """
     counts: Counter[str] = Counter()
     units = len(plan.table["unit"].unique())
-    if todo or not run.exists(SUCCESS):
+    marker = None if todo else read_marker(run)
+    if marker is None:
         with cost.account(run, since=started):
             timing = _make(plan, todo, units, work, counts, way_out)
             summary = finalise(run, plan, described, timing, time.time() - started, more)
     else:
-        summary = json.loads(run.read(SUCCESS))["summary"]
+        summary = marker["summary"]
         console.print(f"nothing to do: all {units} units of {run} are committed, 0 clips to process")
     summary["this_launch"] = {"clips": counts[OK], "rejected": counts[REJECTED], "failed": counts[FAILED]}
     for line in summary_lines(summary, run):
@@ -167,10 +180,16 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
     # messages name folders, and songs may move, which changes the times of files
     columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
     digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
-    if existing is not None and run.exists("plan.parquet"):
+    if existing is not None and run.exists(PLAN_FILE):
         saved = existing["identity"]
         if saved["catalogue"] == digest and saved["config"] == identity(config):
-            plan = Plan.load(run).at(catalogue.root.uri)
+            try:
+                plan = Plan.load(run).at(catalogue.root.uri)
+                if plan.identity() != saved["plan"]:
+                    raise UserError(f"{run.path(PLAN_FILE)} is the plan of another run.")
+            except UserError as error:
+                console.print(f"[yellow]{escape(error.message)} It is made again.[/yellow]")
+                return build_plan(catalogue, config), digest
             for line in replaced(plan, catalogue):
                 console.print(f"[yellow]{escape(line)}[/yellow]")
             return plan.with_versions([track.version for track in catalogue.tracks]), digest
@@ -182,7 +201,7 @@ def _show_plan(plan: Plan, config: CorpusConfig, run: Folder, save: bool) -> Non
     width = max(len(name) for name, _, _ in numbers)
     lines = [f"{name:<{width}}  {value}  ({reason})" for name, value, reason in numbers]
     for line in lines:
-        console.print(line)
+        console.print(line, markup=False)
     if save:
         plan.save(run)
         run.write("plan.json", json.dumps({n: {"value": v, "reason": r} for n, v, r in numbers}, indent=1).encode())
@@ -218,7 +237,10 @@ def _claim(run: Folder, described: dict[str, Any], plan: Plan) -> None:
 
 
 def _check_same(run: Folder, existing: dict[str, Any], described: dict[str, Any], plan: Plan) -> None:
-    songs = plan_difference(Plan.load(run), plan) if run.exists("plan.parquet") else []
+    songs = []
+    if existing["fingerprint"] != described["fingerprint"]:
+        with suppress(UserError):  # no plan, or a damaged one: then the two hashes have to do
+            songs = plan_difference(Plan.load(run), plan)
     runs.refuse_another(run, existing, described, songs, covered=("catalogue:", "plan:"))  # two hashes say little
 
 

@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.markup import escape
 from rich.table import Table
 
 from ttmray import pages
 from ttmray.audio import io as audio_io
 from ttmray.audio import segment
 from ttmray.console import console
-from ttmray.corpus import index
+from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import latent_statistics, summary_lines
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import REWARDS, reward_statistics, table_names, with_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.inventory import finished, marker_problem, read_marker
 from ttmray.runs import RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
 
@@ -31,7 +33,7 @@ LISTED = ("key", "status", "stage", "reason", "message", "instrumental_reward_sc
 
 def _open(folder: str) -> Folder:
     run = Folder.at(folder)
-    if not run.exists(RUN):
+    if not run.exists(RUN) and not run.exists(SUCCESS):
         raise UserError(f"{run} is not a corpus run: it has no {RUN}.", "Give the output folder of a corpus job.")
     return run
 
@@ -43,10 +45,14 @@ def status(folder: str) -> int:
     names = index.committed_units(run)
     units = list(plan.units())
     clips = plan.expected_clips(set(names))
-    console.print(f"{run}: {len(names)} of {len(units)} units, about {clips} of {plan.expected_clips()} clips")
-    if run.exists(SUCCESS):
+    console.print(
+        f"{run}: {len(names)} of {len(units)} units, about {clips} of {plan.expected_clips()} clips", markup=False
+    )
+    if finished(run):
         console.print("finished")
         return EXIT_OK
+    if run.exists(SUCCESS):
+        console.print(f"[yellow]{escape(marker_problem(run))}[/yellow]")
     table = index.read_index(run)
     for state in (OK, REJECTED, FAILED):
         console.print(f"  {state}: {pc.sum(pc.equal(table['status'], state)).as_py() or 0}")
@@ -57,9 +63,9 @@ def status(folder: str) -> int:
 def stats(folder: str) -> int:
     """Print counts, reasons, rewards per split and latent statistics."""
     run = _open(folder)
-    if run.exists(SUCCESS):
-        for line in summary_lines(json.loads(run.read(SUCCESS))["summary"], run):
-            console.print(line)
+    if (marker := read_marker(run)) is not None and "summary" in marker:
+        for line in summary_lines(marker["summary"], run):
+            console.print(line, markup=False)
     names = index.committed_units(run)
     units = index.read_units(run, names)
     table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
@@ -88,14 +94,18 @@ def verify(folder: str) -> int:
     count = 0
     for line in problems(run):
         count += 1
-        console.print(f"[red]{line.replace('[', chr(92) + '[')}[/red]")
+        console.print(f"[red]{escape(line)}[/red]")
+    if count:
+        console.print(f"{run}: {count} problems", markup=False)
+        console.print(f"  {shards.mend(run)}", markup=False)
+        return EXIT_BAD_INPUT
     rows = index.read_index(run)
     clips = pc.sum(pc.equal(rows["status"], OK)).as_py() or 0
     console.print(
-        f"{run}: {len(index.committed_units(run))} units, {rows.num_rows} rows, {clips} clips, "
-        + (f"{count} problems" if count else "no problems")
+        f"{run}: {len(index.committed_units(run))} units, {rows.num_rows} rows, {clips} clips, no problems",
+        markup=False,
     )
-    return EXIT_BAD_INPUT if count else EXIT_OK
+    return EXIT_OK
 
 
 def upgrade(folder: str) -> int:
@@ -130,7 +140,7 @@ def ls(folder: str, status: str | None, limit: int, json: bool, columns: str | N
         return EXIT_OK
     printed = Table(*names)
     for row in shown.select(names).to_pylist():
-        printed.add_row(*(f"{v:+.3f}" if isinstance(v, float) else str(v or "") for v in row.values()))
+        printed.add_row(*(f"{v:+.3f}" if isinstance(v, float) else escape(str(v or "")) for v in row.values()))
     console.print(printed)
     console.print(f"{shown.num_rows} of {table.num_rows} rows")
     return EXIT_OK
@@ -179,5 +189,5 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
         columns=["reward_score", "instrumental_reward_score", *others, "clap_score", "vocal_ratio", "lufs"],
     )
     (target / "index.html").write_text(text, encoding="utf-8")
-    console.print(f"{len(clips)} clips: open {target / 'index.html'}")
+    console.print(f"{len(clips)} clips: open {target / 'index.html'}", markup=False)
     return EXIT_OK

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from ttmray.errors import UserError
 from ttmray.storage import Folder, parquet_table
 
 PLAN_FILE = "plan.parquet"
+PLAN_FILES = (PLAN_FILE, "plan.json", "plan.md")
+"""The others are for people; pools have only the first."""
 FORMAT = "1"
 MAX_UNIT_TRACKS = 64
 """Bounds units of rejected tracks, which have no clips."""
@@ -123,7 +126,7 @@ class Plan:
             UserError: when the file is absent, damaged, of another format or changed since.
         """
         where = folder.path(PLAN_FILE)
-        way_out = "Choose another output folder, or remove this one."
+        way_out = f"`ttmray corpus repair {shlex.quote(folder.uri)}` makes it again, as does the command of the run."
         try:
             table = parquet_table(folder.read(PLAN_FILE))
         except (pa.ArrowException, OSError) as error:  # pyarrow reports some damage as OSError

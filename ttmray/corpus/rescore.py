@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.cluster import ActorsConfig, each
 from ttmray.config import Config, Location, execution
 from ttmray.console import console, meter
@@ -72,8 +72,8 @@ def rescore(config: RescoreConfig) -> int:
         UserError: no finished run, a head that does not fit its embeddings, damaged shards, or a name that is taken.
     """
     run, head = Folder.at(config.corpus), open_head(config.head)
-    corpus = runs.read(run, _kind(run))
-    if not run.exists(SUCCESS):
+    corpus = runs.read(run, runs.kind_of(run, runs.KINDS_OF_CORPUS))
+    if not inventory.finished(run):
         raise UserError(f"{run} is not finished.", "Finish it first: start its command again.")
     require_same_encoders(head, corpus["identity"].get("bundle") or {}, str(run))
     out = run.sub(f"{scores.SCORES}/{scores.check_name(config.name)}")
@@ -81,7 +81,7 @@ def rescore(config: RescoreConfig) -> int:
     rows = index.read_index(run)
     rows = rows.filter(pc.equal(rows["status"], OK)).select(COLUMNS)
     _claim(out, config, corpus, head, protocol, rows)
-    if out.exists(SUCCESS):
+    if not _forget_damaged(out):
         console.print(f"nothing to do: {out} is finished, {rows.num_rows} clips are scored", markup=False)
         return EXIT_OK
     parts = list(_parts(run, rows, protocol.text == "caption"))
@@ -95,17 +95,6 @@ def rescore(config: RescoreConfig) -> int:
                 progress.advance(count)
         _finish(run, out, parts, corpus, head)
     return EXIT_OK
-
-
-def _kind(run: Folder) -> str:
-    """A pool is a corpus, too."""
-    if not run.exists(RUN):
-        raise UserError(f"{run} is not a corpus run: it has no {RUN}.", "Give the output folder of a corpus job.")
-    try:
-        kind = str(json.loads(run.read(RUN))["kind"])
-    except (ValueError, KeyError, TypeError):
-        kind = "corpus"  # whose reader says what is wrong
-    return kind if kind == "pool" else "corpus"
 
 
 def _protocol(corpus: dict[str, Any], text: Literal["empty", "caption"] | None, head: RewardHead) -> Protocol:
@@ -133,10 +122,24 @@ def _claim(
     described = runs.describe(
         "scores", what, config, ("torch", "numpy"), protocol_id=f"{bundle}/{protocol.id()}", head=head.sha256
     )
-    old = runs.existing(out, "scores")
+    old = inventory.restore_run(out, "scores") or runs.existing(out, "scores")
     if old is None and runs.write(out, described):
         return
     runs.refuse_another(out, old or runs.read(out, "scores"), described, way_out="Another table needs another name.")
+
+
+def _forget_damaged(out: Folder) -> bool:
+    """Whether the table is still to be made: what is damaged is said and deleted, and the parts are gone by its end."""
+    marker = inventory.read_marker(out)
+    found = inventory.damage(out, marker, every_hash=True) if marker is not None and "files" in marker else []
+    for problem in found:
+        console.print(f"{out.path(problem.name)} {problem.how}; the table is made again", markup=False)
+        if problem.name != RUN:
+            inventory.clear(out, problem.name)
+    if out.exists(SUCCESS) and (found or marker is None):
+        inventory.clear(out, SUCCESS)
+        marker = None
+    return marker is None
 
 
 def _parts(run: Folder, rows: pa.Table, with_text: bool) -> Iterator[Portion]:
@@ -225,13 +228,13 @@ class PartScorer:
         """Key -> CLAP (2, 512) and MERT (2, H) of a shard whose bytes are those that its name promises."""
         data, where = self.run.read(shard), self.run.path(shard)
         if hashlib.sha256(data).hexdigest()[:12] != shard.rpartition("-")[2].removesuffix(".tar"):
-            raise UserError(f"{where} is damaged: its hash is not that of its name.", shards.VERIFY)
+            raise UserError(f"{where} is damaged: its hash is not that of its name.", shards.mend(self.run))
         embeddings = {}
         for key, sample in shards.read_samples(data, where, only=("clap_audio.npy", "mert.npy")):
             embeddings[key] = (np.atleast_2d(sample["clap_audio.npy"]), np.atleast_2d(sample["mert.npy"]))
         for key in rows["key"].to_pylist():
             if key not in embeddings:
-                raise UserError(f"{where} is damaged: clip {key} is not there.", shards.VERIFY)
+                raise UserError(f"{where} is damaged: clip {key} is not there.", shards.mend(self.run))
         return embeddings
 
 
@@ -251,9 +254,12 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
         rows = rows.append_column(name, table[name])
     described = runs.read(out, "scores")
     statistics = {"protocol": described["protocol_id"], "splits": scores.reward_statistics(rows)}
-    out.write("stats.json", json.dumps(statistics, indent=1).encode())
+    files = inventory.entries(out, [RUN]) | {scores.TABLE: inventory.entry(data)}
+    text = json.dumps(statistics, indent=1).encode()
+    out.write("stats.json", text)
+    files["stats.json"] = inventory.entry(text)
     summary = {"clips": table.num_rows, "sha256": hashlib.sha256(data).hexdigest(), "head": head.sha256, **statistics}
-    out.write(SUCCESS, json.dumps({"fingerprint": described["fingerprint"], "summary": summary}, indent=1).encode())
+    inventory.seal(out, described, {"summary": summary}, files)
     for entry in out.files(PARTS, sizes=False):
         out.delete(f"{PARTS}/{entry.name}")
     out.sweep_temporary(older_than_s=0.0)

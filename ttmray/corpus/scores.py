@@ -4,7 +4,6 @@
 of the index may stand: `ranker/instrumental_reward_score`.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 from ttmray.corpus import index
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
-from ttmray.runs import RUN, SUCCESS
+from ttmray.runs import KINDS_OF_CORPUS, SUCCESS, kind_of, read
 from ttmray.storage import Folder, parquet_table
 
 SCORES, TABLE = "scores", "scores.parquet"
@@ -53,6 +52,11 @@ def table_names(run: Folder) -> list[str]:
     return sorted(
         name.removesuffix(f"/{SUCCESS}") for name in names if re.fullmatch(f"[^/]+/{re.escape(SUCCESS)}", name)
     )
+
+
+def begun_tables(run: Folder) -> list[str]:
+    """The tables of a run, finished or not, sorted."""
+    return sorted({entry.name.partition("/")[0] for entry in run.files(SCORES, sizes=False)})
 
 
 def numbers(rows: pa.Table) -> list[str]:
@@ -110,8 +114,8 @@ def protocol_of(run: Folder, name: str) -> str:
     table, _, column = name.rpartition("/")
     if column not in REWARDS:
         return ""
-    described = json.loads(run.read(f"{SCORES}/{table}/{RUN}" if table else RUN))
-    return str(described["protocol_id"])
+    where = run.sub(f"{SCORES}/{table}") if table else run
+    return str(read(where, "scores" if table else kind_of(run, KINDS_OF_CORPUS))["protocol_id"])
 
 
 def read_table(run: Folder, name: str) -> pa.Table:
@@ -129,7 +133,7 @@ def read_table(run: Folder, name: str) -> pa.Table:
 
 def again(run: Folder, name: str) -> str:
     """How to make a table again."""
-    return f"Delete {run.path(f'{SCORES}/{name}')} and rescore once more."
+    return f"Delete {run.path(f'{SCORES}/{name}')} and rescore once more, by the same command."
 
 
 def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[str, Any]:

@@ -10,6 +10,7 @@ never replace the bytes that a committed index describes.
 import hashlib
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
@@ -23,7 +24,11 @@ from ttmray.storage import Folder
 SHARDS = "shards"
 CAPTIONS = "captions"
 LATENTS = ("latent_mean", "latent_std")
-VERIFY = "Run `ttmray corpus verify` on the corpus: it finds every damaged file and says how to mend it."
+
+
+def mend(run: Folder) -> str:
+    """The way out where a file of a corpus or pool is damaged."""
+    return f"`ttmray corpus repair {shlex.quote(run.uri)}` finds every damaged file of it and makes it again."
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -194,9 +199,7 @@ def read_captions(run: Folder, name: str) -> dict[str, dict[str, np.ndarray]]:
     try:
         tensors = load(run.read(name))
     except SafetensorError as error:
-        raise UserError(
-            f"{run.path(name)} is damaged: {error}", "Delete its unit's index file and start the job again."
-        ) from error
+        raise UserError(f"{run.path(name)} is damaged: {error}", mend(run)) from error
     features: dict[str, dict[str, np.ndarray]] = {}
     for tensor, array in tensors.items():
         caption_id, _, kind = tensor.partition(".")

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from ttmray.corpus import index, shards
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
-from ttmray.runs import RUN, SUCCESS
+from ttmray.inventory import finished
+from ttmray.runs import RUN
 from ttmray.storage import Folder, explained
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ def upgrade(run: Folder) -> int:
     Raises:
         UserError: no finished run, or a damaged file.
     """
-    if not run.exists(RUN) or not run.exists(SUCCESS):
+    if not run.exists(RUN) or not finished(run):
         raise UserError(
             f"{run} is not a finished corpus or pool.", "Start its job again: its end adds what is missing."
         )
@@ -78,7 +79,7 @@ def located(run: Folder, rows: pa.Table, metadata: Sequence[Mapping[str, Any]]) 
     absent = rows.filter(pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"])))
     if absent.num_rows:
         shard, key = absent["shard"][0].as_py(), absent["key"][0].as_py()
-        raise UserError(f"{run.path(shard)} is damaged: clip {key} is not there.", shards.VERIFY)
+        raise UserError(f"{run.path(shard)} is damaged: clip {key} is not there.", shards.mend(run))
     return rows
 
 
@@ -133,7 +134,7 @@ def _each(run: Folder, names: Sequence[str], find: Callable[[BinaryIO], T]) -> l
             with _opened(run, name) as file:
                 return find(file)
         except ValueError as error:
-            raise UserError(f"{run.path(name)} is damaged: {error}.", shards.VERIFY) from error
+            raise UserError(f"{run.path(name)} is damaged: {error}.", shards.mend(run)) from error
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(one, names))

@@ -3,13 +3,14 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ttmray import inventory, runs
 from ttmray.corpus import index, scores, shards
 from ttmray.corpus.finalise import check_rows
 from ttmray.corpus.guard import ATTEMPTS
@@ -17,7 +18,8 @@ from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import OK
 from ttmray.corpus.upgrade import lacking_places, latent_places
 from ttmray.errors import UserError
-from ttmray.runs import SUCCESS
+from ttmray.runs import KINDS_OF_CORPUS as KINDS
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
 
@@ -29,7 +31,12 @@ def problems(run: Folder) -> Iterator[str]:
     its kind and is finite; every caption of a clip has its text features; no files that no index describes; the merged
     index equals the units' rows, and says of latents and text features where in the files they really lie.
     """
-    plan = Plan.load(run)
+    damaged = yield from _damage(run)
+    try:
+        plan = Plan.load(run)
+    except UserError as error:
+        yield error.message
+        return
     names = [name for name, _ in plan.units()]
     committed = index.committed_units(run)
     yield from (f"unit {name} is not committed" for name in names if name not in set(committed))
@@ -55,12 +62,13 @@ def problems(run: Folder) -> Iterator[str]:
     clips = table.filter(pc.equal(table["status"], OK)).select(["caption_id", "caption"]).to_pylist()
     needed = {row["caption_id"] for row in clips if row["caption"]}
     yield from (f"caption {caption_id} has no text features" for caption_id in sorted(needed - captions))
+    done = inventory.finished(run)
     for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS):
         for entry in run.files(folder, sizes=False):
-            if f"{folder}/{entry.name}" not in indexed and run.exists(SUCCESS):
+            if f"{folder}/{entry.name}" not in indexed and done:
                 yield f"{folder}/{entry.name} belongs to no committed unit"
-    if not run.exists(SUCCESS):
-        yield f"{SUCCESS} is missing: the run is not finished"
+    if not done:
+        yield inventory.marker_problem(run)
         return
     try:
         merged = index.read_merged(run, table.column_names)
@@ -69,9 +77,29 @@ def problems(run: Folder) -> Iterator[str]:
         else:
             yield from _place_problems(run, merged, index.with_text_places(table, read), latents)
     except UserError as error:
-        yield error.message
-    for name in scores.table_names(run):
+        if index.MERGED not in damaged:
+            yield error.message
+    for name in scores.begun_tables(run):
         yield from _table_problems(run, name, table)
+
+
+def _damage(run: Folder) -> Generator[str, None, set[str]]:
+    """What is wrong with `run.json`, and with the files that `_SUCCESS.json` lists beside shards and captions, which
+    are read anyway; returns the names of the latter."""
+    marker = inventory.read_marker(run)
+    said: dict[str, Any] | None = None
+    try:
+        said = runs.read(run, runs.kind_of(run, KINDS))
+    except UserError as error:
+        yield error.message
+    if marker is None:
+        return set()
+    if said is not None and marker.get("fingerprint", said["fingerprint"]) != said["fingerprint"]:
+        yield f"{RUN} and {SUCCESS} are of two runs"
+        return set()
+    found = inventory.damage(run, marker, every_hash=True, leave_out=(shards.SHARDS, shards.CAPTIONS))
+    yield from map(str, found)
+    return {problem.name for problem in found}
 
 
 def _place_problems(
@@ -98,6 +126,13 @@ def _place_problems(
 def _table_problems(run: Folder, name: str, rows: pa.Table) -> Iterator[str]:
     """A table of scores must be the bytes that its success marker names, of the run's clips of now, and finite."""
     place = f"{scores.SCORES}/{name}"
+    where = run.sub(place)
+    if problem := inventory.marker_problem(where):
+        yield f"{place}/{problem}. {scores.again(run, name)}"
+        return
+    for damage in inventory.damage(where, inventory.read_marker(where) or {}, every_hash=True):
+        if damage.name != scores.TABLE:
+            yield f"{place}/{damage}. {scores.again(run, name)}"
     try:
         promised = json.loads(run.read(f"{place}/{SUCCESS}"))["summary"]["sha256"]
         if hashlib.sha256(run.read(f"{place}/{scores.TABLE}")).hexdigest() != promised:

@@ -29,7 +29,7 @@ from safetensors.numpy import save as save_tensors
 
 from ttmray.config import differences, fingerprint
 from ttmray.console import console
-from ttmray.corpus import index
+from ttmray.corpus import index, shards
 from ttmray.corpus.catalogue import track_ids
 from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
@@ -406,7 +406,7 @@ def _corpus_parts(
         ):
             absent = clips.keys() - embeddings.keys()
             if absent:
-                raise UserError(f"{run.path(shard)} lacks the embedding of {min(absent)}.", "ttmray corpus verify")
+                raise UserError(f"{run.path(shard)} lacks the embedding of {min(absent)}.", shards.mend(run))
             keys = list(clips) * len(stems)
             arrays = [embeddings[key][stem] for stem in stems for key in clips]
             yield keys, [clips[key] for key in keys], np.stack(arrays)
@@ -426,7 +426,7 @@ def _embeddings(run: Folder, shard: str) -> dict[str, np.ndarray]:
                     arrays[member.name.removesuffix(suffix)] = array
             return arrays
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise UserError(f"{run.path(shard)} is damaged: {error}", "ttmray corpus verify") from error
+        raise UserError(f"{run.path(shard)} is damaged: {error}", shards.mend(run)) from error
 
 
 def _about(folder: Folder) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def read_embeddings(run: Folder, table: pa.Table) -> dict[str, np.ndarray]:
             embeddings[key] = np.atleast_2d(sample["clap_audio.npy"])[0].astype(np.float64)
     for row in rows.select(["key", "shard"]).to_pylist():
         if row["key"] not in embeddings:
-            raise UserError(f"{run.path(row['shard'])} is damaged: clip {row['key']} is not there.", shards.VERIFY)
+            raise UserError(f"{run.path(row['shard'])} is damaged: clip {row['key']} is not there.", shards.mend(run))
     return embeddings
 
 

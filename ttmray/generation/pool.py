@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,12 +29,14 @@ from ttmray.console import console
 from ttmray.corpus import index, shards
 from ttmray.corpus.job import Done, carry_out, not_committed
 from ttmray.corpus.pipeline import whole_worker
-from ttmray.corpus.plan import SCHEMA, Plan, pack_units, plan_difference
+from ttmray.corpus.plan import PLAN_FILE, SCHEMA, Plan, pack_units, plan_difference
+from ttmray.corpus.repair import existing_run, forget_damaged
 from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import OK, Unit
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, PoolJob, candidates
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
+from ttmray.inventory import restore_run
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
@@ -54,8 +57,11 @@ COLUMNS = pa.schema(
 """What the merged index has beside the columns of a corpus; `clipping` is also in every clip's JSON."""
 
 
-def generate_pool(config: CandidatesConfig) -> int:
+def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
     """Make, or go on making, a pool; returns the exit code.
+
+    Args:
+        repair: look for damage in every byte, and do the end of the run once more.
 
     Raises:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
@@ -65,10 +71,14 @@ def generate_pool(config: CandidatesConfig) -> int:
     prompts = choose_prompts(config)
     plan = plan_pool(prompts.chosen, config)
     described = _describe(config, plan, bundle, prompts.held_out)
-    existing = runs.existing(run, "pool", beside=("plan.parquet",))
+    existing = existing_run(run, "pool", beside=(PLAN_FILE,))
     if existing is not None:
-        changes = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
+        existing = restore_run(run, "pool", described["fingerprint"]) or existing
+        changes = []
+        with suppress(UserError):  # no plan, or a damaged one
+            changes = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
         runs.refuse_another(run, existing, described, changes)
+        described = existing  # as it was written
     if prompts.held_out:
         console.print(f"{_left_out(prompts.held_out)}: {config.held_out}", markup=False)
     if bundle.note:
@@ -77,6 +87,10 @@ def generate_pool(config: CandidatesConfig) -> int:
     if existing is None:
         plan.save(run)
         runs.write(run, described)
+    else:
+        forget_damaged(run, plan, described["fingerprint"], repair)
+        if not run.exists(PLAN_FILE):
+            plan.save(run)
     job = PoolJob(config.model_dump_json(), "", described["protocol_id"])
     todo = not_committed(run, plan)
     for unit in todo:

@@ -115,11 +115,11 @@ class Clips:
     def damage(self, row: int, what: str, text: bool = False) -> UserError:
         """The error for a clip whose latents (or text features) cannot be used."""
         file = self._text_files[self._text_file[self._caption[row]]] if text else self._shards[self._shard[row]]
-        return damaged(self.files.run.path(file), f"clip {self.key(row)}: {what}")
+        return damaged(self.files.run, file, f"clip {self.key(row)}: {what}")
 
     def _read_into(self, descriptor: int, name: str, row: int, target: np.ndarray, at: int) -> None:
         if os.preadv(descriptor, [target.data], at) != target.nbytes:
-            raise damaged(self.files.run.path(name), f"clip {self.key(row)}: the file is cut short")
+            raise damaged(self.files.run, name, f"clip {self.key(row)}: the file is cut short")
 
     def _read_member(self, descriptor: int, row: int, member: str, target: np.ndarray, at: int) -> None:
         """Read an array of a tar, behind the tar's header with its name and the array's own with shape and type."""
@@ -327,7 +327,8 @@ def _one_shape(run: Folder, rows: pa.Table, *columns: str) -> tuple[int, int]:
     if len(other):
         key, names = rows["key"][int(other[0])], " x ".join(columns)
         raise damaged(
-            run.path(index.MERGED),
+            run,
+            index.MERGED,
             f"clip {key}: {names} is {shapes[other[0]].tolist()}, elsewhere {shapes[0].tolist()}",
         )
     return int(shapes[0, 0]), int(shapes[0, 1])
@@ -346,8 +347,8 @@ def _require_texts(run: Folder, texts: pa.Table, shape: tuple[int, int]) -> None
         if name not in sizes:
             raise _no_text(run, key)
         if end > sizes[name]:
-            raise damaged(run.path(name), f"clip {key}: it has no text features at the place that the index says")
+            raise damaged(run, name, f"clip {key}: it has no text features at the place that the index says")
 
 
 def _no_text(run: Folder, key: str) -> UserError:
-    return UserError(f"{run}: no text features of the caption of clip {key}.", shards.VERIFY)
+    return UserError(f"{run}: no text features of the caption of clip {key}.", shards.mend(run))

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ttmray.corpus.shards import VERIFY
+from ttmray.corpus.shards import mend
 from ttmray.errors import UserError
 from ttmray.storage import Folder, explained
 
@@ -17,8 +17,8 @@ _COPIES = "ttmray-copies"  # below the cache folder: nothing else is ever evicte
 _THREADS = 16  # that copy remote files side by side
 
 
-def damaged(where: str, how: str) -> UserError:
-    return UserError(f"{where} is damaged: {how}.", VERIFY)
+def damaged(run: Folder, name: str, how: str) -> UserError:
+    return UserError(f"{run.path(name)} is damaged: {how}.", mend(run))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Files:
                 return
             data = self.run.read(name)
             if not digest or not hashlib.sha256(data).hexdigest().startswith(digest):
-                raise damaged(self.run.path(name), "its SHA-256 is not that of its name")
+                raise damaged(self.run, name, "its SHA-256 is not that of its name")
             self.cache.write(name, data)
 
 

@@ -1,0 +1,208 @@
+"""What a run has written, noted at its end, so that whoever comes next finds what is missing or changed.
+
+`_SUCCESS.json` is written last. It has size and SHA-256 of the run's files, a copy of `run.json`, and a hash of itself.
+A relaunch compares all sizes and the hashes of the smallest files (`damage`): seconds for any run. `ttmray corpus
+verify` compares every hash. Files that are no result of the run (costs, events for TensorBoard) are not listed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+from ttmray.config import fingerprint
+from ttmray.errors import UserError
+from ttmray.runs import RUN, SUCCESS
+from ttmray.storage import Folder, explained
+
+HASHED_FILES, HASHED_BYTES = 500, 64 << 20
+"""Of a relaunch: it hashes so many files of a run, and so many bytes, the smallest first."""
+_THREADS, _BLOCK = 16, 8 << 20
+
+
+class Entry(NamedTuple):
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class Damage(NamedTuple):
+    """A file that is not what was written, and in which way."""
+
+    name: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.how}"
+
+
+def entry(data: bytes) -> Entry:
+    return Entry(len(data), hashlib.sha256(data).hexdigest())
+
+
+def entries(run: Folder, names: Iterable[str]) -> dict[str, Entry]:
+    """Entries of files as they are now, read block by block, several side by side.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+
+    chosen = list(names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(chosen, pool.map(partial(_hashed, run), chosen), strict=True))
+
+
+def _hashed(run: Folder, name: str) -> Entry:
+    size, digest = 0, hashlib.sha256()
+    with run.open(name) as file, explained(run.path(name)):
+        while block := file.read(_BLOCK):
+            size += len(block)
+            digest.update(block)
+    return Entry(size, digest.hexdigest())
+
+
+def seal(run: Folder, described: Mapping[str, Any], body: Mapping[str, Any], files: Mapping[str, Entry]) -> None:
+    """Write `_SUCCESS.json`: the run is complete.
+
+    Args:
+        described: `run.json`.
+        body: what the marker says beside.
+        files: all that the run has written and nothing makes again by itself.
+    """
+    listed = {name: f"{known.bytes} {known.sha256}" for name, known in sorted(files.items())}
+    marker = {"fingerprint": described["fingerprint"], **body, "run": dict(described), "files": listed}
+    marker = json.loads(json.dumps(marker))  # as it will be read
+    run.write(SUCCESS, json.dumps({"sha256": fingerprint(marker), **marker}, indent=1).encode())
+
+
+def read_marker(run: Folder) -> dict[str, Any] | None:
+    """`_SUCCESS.json`, where there is one and it is whole: else the run is not finished, and its command ends it."""
+    return _parsed(run)[0]
+
+
+def finished(run: Folder) -> bool:
+    """Whether the run has a success marker that is whole."""
+    return read_marker(run) is not None
+
+
+def marker_problem(run: Folder) -> str:
+    """What is wrong with `_SUCCESS.json`; empty where nothing is."""
+    return _parsed(run)[1]
+
+
+def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
+    if not run.exists(SUCCESS):
+        return None, f"{SUCCESS} is missing: the run is not finished"
+    try:
+        marker: dict[str, Any] = json.loads(run.read(SUCCESS))
+        promised = marker.pop("sha256", None)  # those of earlier versions have none
+        if promised is not None and promised != fingerprint(marker):
+            return None, f"{SUCCESS} is damaged: its hash differs"
+        if promised is None and "files" in marker:
+            return None, f"{SUCCESS} is damaged: it has no hash"
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        return None, f"{SUCCESS} is damaged: {error}"
+    except UserError as error:
+        return None, error.message
+    return marker, ""
+
+
+def damage(
+    run: Folder, marker: Mapping[str, Any], every_hash: bool = False, leave_out: Sequence[str] = ()
+) -> list[Damage]:
+    """Files that are missing or not what `_SUCCESS.json` says, by name; none where an earlier version wrote it.
+
+    Args:
+        marker: of `read_marker`.
+        every_hash: read all files; else the sizes of all and the hashes of the smallest (`HASHED_FILES`).
+        leave_out: folders whose files are not looked at.
+    """
+    promised = {}
+    for name, text in marker.get("files", {}).items():
+        if name.partition("/")[0] in leave_out:
+            continue
+        size, _, digest = text.partition(" ")
+        promised[name] = Entry(int(size), digest)
+    sizes = {listed.name: listed.size for listed in run.files()}
+    wrong = {}
+    for name, known in promised.items():
+        if name not in sizes:
+            wrong[name] = "is missing"
+        elif sizes[name] != known.bytes:
+            wrong[name] = f"has {sizes[name]} bytes, {known.bytes} were written"
+    same = sorted(promised.keys() - wrong.keys(), key=lambda name: (promised[name].bytes, name))
+    if not every_hash:
+        same, total = same[:HASHED_FILES], 0
+        for count, name in enumerate(same):
+            total += promised[name].bytes
+            if total > HASHED_BYTES:
+                same = same[:count]
+                break
+    for name, found in _readable(run, same, wrong).items():
+        if found.sha256 != promised[name].sha256:
+            wrong[name] = "its SHA-256 differs from what was written"
+    return [Damage(name, how) for name, how in sorted(wrong.items())]
+
+
+def _readable(run: Folder, names: Iterable[str], wrong: dict[str, str]) -> dict[str, Entry]:
+    """Entries of the files that can be read; why the others cannot goes into `wrong`."""
+
+    def one(name: str) -> Entry | str:
+        try:
+            return _hashed(run, name)
+        except UserError as error:
+            return error.message.removeprefix(f"{run.path(name)}: ")
+
+    chosen = list(names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        results = dict(zip(chosen, pool.map(one, chosen), strict=True))
+    wrong.update({name: result for name, result in results.items() if isinstance(result, str)})
+    return {name: result for name, result in results.items() if isinstance(result, Entry)}
+
+
+def restore_run(run: Folder, kind: str, identity: str = "") -> dict[str, Any] | None:
+    """Write `run.json` again from its copy in `_SUCCESS.json`, where it is missing or damaged and the copy is whole.
+
+    Args:
+        kind: of the run.
+        identity: fingerprint that the run must have; empty: any.
+
+    Returns:
+        What it says now; None where nothing was to be done, or could be.
+    """
+    marker = read_marker(run)
+    copy = (marker or {}).get("run")
+    if marker is None or copy is None or copy["kind"] != kind or (identity and copy["fingerprint"] != identity):
+        return None
+    with suppress(ValueError, KeyError, TypeError, UserError):
+        said = json.loads(run.read(RUN))
+        sound = said["fingerprint"] == fingerprint(said["identity"])
+        ours = said["fingerprint"] == (identity or said["fingerprint"])
+        if sound and ours and (said == copy or said["fingerprint"] != copy["fingerprint"]):
+            return None
+    clear(run, RUN)
+    run.write(RUN, json.dumps(copy, indent=1).encode())
+    return dict(copy)
+
+
+def clear(run: Folder, name: str) -> None:
+    """Make room for a file: delete it, or the empty folder that has its name.
+
+    Raises:
+        UserError: a folder with something in it, which a person put there.
+    """
+    if run.remote or not os.path.isdir(run.path(name)):
+        run.delete(name)
+        return
+    try:
+        os.rmdir(run.path(name))
+    except OSError as error:
+        raise UserError(
+            f"{run.path(name)} is a folder, where the run has a file.",
+            "Move it away and start the same command again.",
+        ) from error
