@@ -112,6 +112,12 @@ def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
     return marker, ""
 
 
+def promised(marker: Mapping[str, Any]) -> dict[str, Entry]:
+    """The files that `_SUCCESS.json` lists; none where an earlier version wrote it."""
+    parts = {name: text.partition(" ") for name, text in marker.get("files", {}).items()}
+    return {name: Entry(int(size), digest) for name, (size, _, digest) in parts.items()}
+
+
 def damage(
     run: Folder, marker: Mapping[str, Any], every_hash: bool = False, leave_out: Sequence[str] = ()
 ) -> list[Damage]:
@@ -122,29 +128,24 @@ def damage(
         every_hash: read all files; else the sizes of all and the hashes of the smallest (`HASHED_FILES`).
         leave_out: folders whose files are not looked at.
     """
-    promised = {}
-    for name, text in marker.get("files", {}).items():
-        if name.partition("/")[0] in leave_out:
-            continue
-        size, _, digest = text.partition(" ")
-        promised[name] = Entry(int(size), digest)
-    sizes = {listed.name: listed.size for listed in run.files()}
+    listed = {n: known for n, known in promised(marker).items() if n.partition("/")[0] not in leave_out}
+    sizes = {file.name: file.size for file in run.files()}
     wrong = {}
-    for name, known in promised.items():
+    for name, known in listed.items():
         if name not in sizes:
             wrong[name] = "is missing"
         elif sizes[name] != known.bytes:
             wrong[name] = f"has {sizes[name]} bytes, {known.bytes} were written"
-    same = sorted(promised.keys() - wrong.keys(), key=lambda name: (promised[name].bytes, name))
+    same = sorted(listed.keys() - wrong.keys(), key=lambda name: (listed[name].bytes, name))
     if not every_hash:
         same, total = same[:HASHED_FILES], 0
         for count, name in enumerate(same):
-            total += promised[name].bytes
+            total += listed[name].bytes
             if total > HASHED_BYTES:
                 same = same[:count]
                 break
     for name, found in _readable(run, same, wrong).items():
-        if found.sha256 != promised[name].sha256:
+        if found.sha256 != listed[name].sha256:
             wrong[name] = "its SHA-256 differs from what was written"
     return [Damage(name, how) for name, how in sorted(wrong.items())]
 
@@ -165,12 +166,13 @@ def _readable(run: Folder, names: Iterable[str], wrong: dict[str, str]) -> dict[
     return {name: result for name, result in results.items() if isinstance(result, Entry)}
 
 
-def restore_run(run: Folder, kind: str, identity: str = "") -> dict[str, Any] | None:
+def restore_run(run: Folder, kind: str, identity: str = "", exact: bool = True) -> dict[str, Any] | None:
     """Write `run.json` again from its copy in `_SUCCESS.json`, where it is missing or damaged and the copy is whole.
 
     Args:
         kind: of the run.
         identity: fingerprint that the run must have; empty: any.
+        exact: also where `run.json` is sound and of the same run, but says something else.
 
     Returns:
         What it says now; None where nothing was to be done, or could be.
@@ -183,7 +185,7 @@ def restore_run(run: Folder, kind: str, identity: str = "") -> dict[str, Any] | 
         said = json.loads(run.read(RUN))
         sound = said["fingerprint"] == fingerprint(said["identity"])
         ours = said["fingerprint"] == (identity or said["fingerprint"])
-        if sound and ours and (said == copy or said["fingerprint"] != copy["fingerprint"]):
+        if sound and ours and (not exact or said == copy or said["fingerprint"] != copy["fingerprint"]):
             return None
     clear(run, RUN)
     run.write(RUN, json.dumps(copy, indent=1).encode())

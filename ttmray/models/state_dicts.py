@@ -1,12 +1,15 @@
 """Weights files as tensors, and tensors into a model: all of them and no others."""
 
 import codecs
+import hashlib
+import json
 import pickle
+import re
 import types
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,46 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,
 }
+
+
+# The only metadata key: safetensors writes several in random order, and equal states should give equal bytes.
+KEY, DIGEST = "ttmray", "sha256"
+_BLOCK = 8 << 20
+
+
+def content_digest(header: Mapping[str, Any], numbers: Iterable[bytes | memoryview]) -> str:
+    """Hex SHA-256 of all that a safetensors file of ours says: description, names, shapes, types and numbers.
+
+    Args:
+        header: of the file; a digest in its description does not count.
+        numbers: what follows the header, in blocks.
+    """
+    about = json.loads(header["__metadata__"][KEY]) if KEY in header.get("__metadata__", {}) else {}
+    about.pop(DIGEST, None)
+    tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
+    digest = hashlib.sha256(json.dumps([about, tensors], sort_keys=True).encode())
+    for block in numbers:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def altered(what: str) -> UserError:
+    return UserError(f"{what} is damaged: its content is not what was written.", "Fetch or make it again.")
+
+
+def _require_unaltered(path: Path) -> None:
+    """Check a safetensors file against the digest in its description, if it has one: one pass over its bytes.
+
+    Raises:
+        UserError: another content.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        about = json.loads((header.get("__metadata__") or {}).get(KEY, "{}"))
+        if isinstance(about, dict) and DIGEST in about:
+            blocks = iter(lambda: file.read(_BLOCK), b"")
+            if content_digest(header, blocks) != about[DIGEST]:
+                raise altered(str(path))
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -58,19 +101,34 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file not found: {path}")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty.", "Fetch or make it again.")
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except OSError:
+        if path.suffix == ".safetensors":
+            loaded: Any = load_file(path)
+            _require_unaltered(path)
+        else:
+            loaded = _read_torch(path)
+    except (OSError, UserError):
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise UserError(
-            f"{path} was not read: {error or type(error).__name__}",
+            f"{path} was not read: {_reason(error)}",
             "Only safetensors and torch checkpoints of tensors, numbers and strings are accepted; check where the file "
             "comes from.",
         ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of weights")
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """What a reader says, without torch's advice to switch its protection off."""
+    text = str(error) or type(error).__name__
+    if "weights_only" in text:
+        refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL [\w.]+|refused to load [\w.]+", text)
+        return refused[0].rstrip(".") if refused else "it is no checkpoint of plain tensors, or a damaged one"
+    return text
 
 
 def _read_torch(path: Path) -> Any:

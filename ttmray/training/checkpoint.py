@@ -174,7 +174,8 @@ def newest_valid(folder: Folder) -> str | None:
     newest = _first_valid(folder, names)
     if names and newest is None:
         raise UserError(
-            f"{folder}: none of the {len(names)} checkpoints is valid.", "Restore one or delete the folder."
+            f"{folder}: none of the {len(names)} checkpoints is valid.",
+            f"Restore one, or delete {folder} and start the same command again: it trains from the start.",
         )
     return newest
 

@@ -5,7 +5,7 @@ Whether training has saturated the score or the cross-load has lost it shows her
 """
 
 import json
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 
 from ttmray.cluster import ActorsConfig, alone, each
 from ttmray.console import console
+from ttmray.errors import UserError
 from ttmray.generation.steering import SteeringConfig, compare, lines, lost
 from ttmray.models.backbone_weights import read_config, tidy, with_head
 from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
@@ -41,7 +42,9 @@ def report_cross_load(config: TrainConfig, make_task: "MakeTask", device: torch.
     if crossed is None or crossed.new_head:
         return
     out = Folder.at(config.output)
-    report = json.loads(out.read(CROSS_LOAD)) if out.exists(CROSS_LOAD) else None
+    report = None
+    with suppress(ValueError, UserError):  # none, or a damaged one: it is measured again
+        report = json.loads(out.read(CROSS_LOAD))
     if report is None and config.cross_load.prompts:
         runtime = config.runtime
         gpus = float(device.type == "cuda")

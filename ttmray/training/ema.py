@@ -216,7 +216,11 @@ def synthesise(folder: Folder, sigma_rel: float, step: int | None = None) -> tup
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     for weight, (_, _, name) in zip(weights.tolist(), snapshots, strict=True):
-        tensors, about = unpack(folder.read(name), folder.path(name))
+        try:
+            tensors, about = unpack(folder.read(name), folder.path(name))
+        except UserError as error:
+            way_out = "Delete it: averages are then made of the others; or train again in a new folder."
+            raise UserError(error.message, way_out) from error
         if sums and set(about.get("averaged", ())) != sums.keys():
             raise UserError(f"{folder.path(name)} holds other averages than the snapshots before it.")
         for key in about.get("averaged", ()):

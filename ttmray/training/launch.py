@@ -8,22 +8,23 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.cluster import connect, require_gpus
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import resolve_device
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
-from ttmray.training.checkpoint import committed
+from ttmray.training.checkpoint import STATE, committed
 from ttmray.training.config import TrainConfig
 from ttmray.training.cross_load import report_cross_load
+from ttmray.training.export import EXPORTED
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import CHECKPOINTS, train, trajectory
 from ttmray.training.memory import Split, split_batch
@@ -65,7 +66,10 @@ def launch(
     if plan_only:
         return EXIT_OK
     described = describe(kind, config, task)
+    if inventory.restore_run(out, kind, "" if force else described["fingerprint"], exact=False) is not None:
+        console.print(f"{out.path(RUN)} was missing or damaged and is made again", markup=False)
     claim(out, described, force)
+    before = look_at(out)
     out.sweep_temporary(older_than_s=0)  # of a killed launch: one at a time writes to a run folder
     with cost.account(out):
         report_cross_load(config, make_task, device)
@@ -77,7 +81,7 @@ def launch(
             else:
                 del task
                 _train_on_ray(config, device, make_task, split.device_batch, force)
-    finish(out, described, config)
+    finish(out, described, config, before)
     return EXIT_OK
 
 
@@ -172,14 +176,68 @@ def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
     if not force:
         runs.refuse_another(out, existing, described, way_out="--force goes on with the new ones.")
     out.write(RUN, json.dumps(described | {"created": existing["created"]}, indent=1).encode())
-    if out.exists(SUCCESS) and json.loads(out.read(SUCCESS)).get("steps") != described["config"]["steps"]:
-        out.delete(SUCCESS)  # it goes on to more
+    marker = inventory.read_marker(out) or {}
+    ours = marker.get("fingerprint", described["fingerprint"]) == described["fingerprint"]
+    if out.exists(SUCCESS) and (marker.get("steps") != described["config"]["steps"] or not ours):
+        inventory.clear(out, SUCCESS)  # damaged, or it goes on to more
 
 
-def finish(out: Folder, described: dict[str, Any], config: TrainConfig) -> None:
-    """`_SUCCESS.json`, and where things lie."""
-    body = {"fingerprint": described["fingerprint"], "steps": config.steps, "samples": config.steps * config.batch}
-    out.write(SUCCESS, json.dumps(body, indent=1).encode())
+class Before(NamedTuple):
+    """What a run folder holds before a launch trains.
+
+    Attributes:
+        newest: the newest checkpoint and the version of its `state.json`; empty where there is none.
+        noted: files of a finished run as its end has noted them.
+        damaged: those that are otherwise: name -> as they are, None: gone.
+    """
+
+    newest: tuple[str, ...]
+    noted: Mapping[str, inventory.Entry]
+    damaged: Mapping[str, inventory.Entry | None]
+
+
+def look_at(out: Folder) -> Before:
+    """What is there; a run without checkpoints is made again as a whole, so nothing of it is damaged."""
+    marker, newest = inventory.read_marker(out), _newest(out)
+    if marker is None or not newest:
+        return Before(newest, {}, {})
+    present = {listed.name for listed in out.files(sizes=False)}
+    names = [problem.name for problem in inventory.damage(out, marker) if problem.name != RUN]
+    damaged = {name: inventory.entries(out, [name])[name] if name in present else None for name in names}
+    return Before(newest, inventory.promised(marker), damaged)
+
+
+def _newest(out: Folder) -> tuple[str, ...]:
+    places = out.sub(CHECKPOINTS)
+    for name in committed(places)[:1]:
+        return (f"{CHECKPOINTS}/{name}/{STATE}", *(file.version for file in places.files(name) if file.name == STATE))
+    return ()
+
+
+def finish(out: Folder, described: dict[str, Any], config: TrainConfig, before: Before) -> None:
+    """`_SUCCESS.json`, and where things lie.
+
+    Args:
+        before: of `look_at`. What is still damaged, the training could not make again: it is said, and stays noted.
+    """
+    newest = _newest(out)
+    names = [*newest[:1], *(listed.name for listed in out.files(sizes=False) if _is_result(listed.name))]
+    noted = before.noted
+    fresh = newest != before.newest  # else nothing was trained, and what was noted is as it was
+    known = {name: noted[name] for name in names if not fresh and name in noted.keys() - before.damaged.keys() - {RUN}}
+    files = known | inventory.entries(out, [name for name in names if name not in known])
+    lost = [name for name, was in before.damaged.items() if files.get(name) == was or name == METRICS]
+    for name in lost:
+        files[name] = noted.get(name, inventory.Entry(0, ""))
+        console.print(f"{out.path(name)} is missing or damaged, and no checkpoint goes back to it", markup=False)
+    if lost:
+        console.print(
+            f"Weights and newest checkpoint are sound. To have all again, delete {out.path(CHECKPOINTS)} and start the "
+            "same command again: it trains from the start.",
+            markup=False,
+        )
+    body = {"steps": config.steps, "samples": config.steps * config.batch}
+    inventory.seal(out, runs.read(out, described["kind"]), body, files)
     console.print(f"{config.steps:,} updates, {config.steps * config.batch:,} samples: {out}", markup=False)
     console.print(f"metrics: {out.path(METRICS)}; checkpoints: {out.path(CHECKPOINTS)}", markup=False)
     sigma = config.ema.sigma_rels[0]
@@ -187,6 +245,12 @@ def finish(out: Folder, described: dict[str, Any], config: TrainConfig) -> None:
         f"inference weights: ttmray checkpoint export {out} --weights ema:{sigma:g} --out model.safetensors",
         markup=False,
     )
+
+
+def _is_result(name: str) -> bool:
+    """Whether the end of a run notes a file. Checkpoints check themselves, as do exported weights."""
+    unlisted = (SUCCESS, EXPORTED, "cost.json")
+    return name not in unlisted and name.partition("/")[0] not in (CHECKPOINTS, "tensorboard", "wandb")
 
 
 def _ray_device(config: TrainConfig) -> tuple[torch.device, int | None]:

@@ -18,7 +18,9 @@ from ttmray import cost
 from ttmray.config import identity
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.inventory import clear
 from ttmray.models.backbone import FluxAudio
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 from ttmray.training import checkpoint
 from ttmray.training.config import TrainConfig
@@ -135,6 +137,8 @@ class Training:
             if ranks.first:
                 console.print(f"nothing to do: {self.out} has all {self.step} updates", markup=False)
             return False
+        if ranks.first:
+            clear(self.out, SUCCESS)  # of an end whose checkpoint is damaged: from here on the run is not finished
         self.forward = wrap(self.model, config, ranks, self.device)
         self.log = Tally(self.task, config, ranks, self.device, self.step, tally)
         return True

@@ -316,10 +316,13 @@ def corpus_latents(corpus: str, std: str) -> tuple[Tensor, Tensor]:
 def empty_text(config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Features (T, D) and (512,) of a dropped text by the corpus's bundle: those kept in the run folder, else new."""
     out, bundle = Folder.at(config.output), corpus_bundle(config.data)
-    if out.exists(EMPTY_TEXT):
-        tensors, about = unpack(out.read(EMPTY_TEXT), out.path(EMPTY_TEXT))
-        if {"null_text": "zeros"} | about == {"bundle": bundle, "null_text": config.model.null_text}:
-            return tensors["text"], tensors["pooled"]
+    try:
+        tensors, about = unpack(out.read(EMPTY_TEXT), out.path(EMPTY_TEXT)) if out.exists(EMPTY_TEXT) else ({}, {})
+    except UserError as error:
+        console.print(f"{error.message} It is made again.", markup=False)
+        tensors = {}
+    if tensors and {"null_text": "zeros"} | about == {"bundle": bundle, "null_text": config.model.null_text}:
+        return tensors["text"], tensors["pooled"]
     models = open_bundle(bundle).load(["text", "clap_condition"], LoadOptions())
     zeros = config.model.null_text == "zeros"
     text, pooled = models.text.encode([""])[0], models.clap_condition.embed_text([""], empty_is_zero=zeros)[0]
