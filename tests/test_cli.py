@@ -83,9 +83,9 @@ def test_the_commands_are_these(capsys):
     models = {"train-sft", "train-ranker", "train-micro", "generate", "postprocess", "params", "checkpoint"}
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card", "synth", "demo"}
-    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config"}
+    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config", "verify"}
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
-    assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "upgrade"}
+    assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "repair", "upgrade"}
 
 
 @pytest.mark.parametrize("command", [[], ["sing"], ["corpus"], ["corpus", "ls"], ["plan", "--limit", "3"]])

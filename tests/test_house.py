@@ -32,6 +32,7 @@ EMPTY_NAMES = {"made", "found", "kept", "given", "wanted"}
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("verify",),
     ("recipes",),
     ("pretraining",),
     ("synth",),
@@ -42,6 +43,7 @@ LAYERS = (
     ("models",),
     ("audio",),
     ("cluster",),
+    ("inventory",),
     ("cost", "runs", "parts"),
     ("config", "tables"),
     ("presets",),

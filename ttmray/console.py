@@ -22,10 +22,11 @@ class _Console(Console):
         raise BrokenPipeError  # rich would exit with code 1; `ttmray.cli.main` ends quietly
 
 
-console = _Console(highlight=False, soft_wrap=True)
+# Texts of users go everywhere (names of files, captions, ids), so nothing is markup; styles are arguments.
+console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 if not console.is_terminal:
     console.width = 160  # tables in logs and pipes
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 LOG_EVERY_S = 10.0
 
@@ -61,14 +62,14 @@ def meter(what: str, total: int) -> Iterator[Meter]:
         yield Meter(what, total, None)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TaskProgressColumn(show_speed=True),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         yield Meter(what, total, bar)

@@ -24,7 +24,7 @@ HASHED_FILES, HASHED_BYTES = 500, 64 << 20
 _THREADS, _BLOCK = 16, 8 << 20
 
 
-class Entry(NamedTuple):
+class Written(NamedTuple):
     """A file as it was written."""
 
     bytes: int
@@ -41,11 +41,11 @@ class Damage(NamedTuple):
         return f"{self.name}: {self.how}"
 
 
-def entry(data: bytes) -> Entry:
-    return Entry(len(data), hashlib.sha256(data).hexdigest())
+def entry(data: bytes) -> Written:
+    return Written(len(data), hashlib.sha256(data).hexdigest())
 
 
-def entries(run: Folder, names: Iterable[str]) -> dict[str, Entry]:
+def entries(run: Folder, names: Iterable[str]) -> dict[str, Written]:
     """Entries of files as they are now, read block by block, several side by side.
 
     Raises:
@@ -57,16 +57,16 @@ def entries(run: Folder, names: Iterable[str]) -> dict[str, Entry]:
         return dict(zip(chosen, pool.map(partial(_hashed, run), chosen), strict=True))
 
 
-def _hashed(run: Folder, name: str) -> Entry:
+def _hashed(run: Folder, name: str) -> Written:
     size, digest = 0, hashlib.sha256()
     with run.open(name) as file, explained(run.path(name)):
         while block := file.read(_BLOCK):
             size += len(block)
             digest.update(block)
-    return Entry(size, digest.hexdigest())
+    return Written(size, digest.hexdigest())
 
 
-def seal(run: Folder, described: Mapping[str, Any], body: Mapping[str, Any], files: Mapping[str, Entry]) -> None:
+def seal(run: Folder, described: Mapping[str, Any], body: Mapping[str, Any], files: Mapping[str, Written]) -> None:
     """Write `_SUCCESS.json`: the run is complete.
 
     Args:
@@ -112,10 +112,10 @@ def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
     return marker, ""
 
 
-def promised(marker: Mapping[str, Any]) -> dict[str, Entry]:
+def promised(marker: Mapping[str, Any]) -> dict[str, Written]:
     """The files that `_SUCCESS.json` lists; none where an earlier version wrote it."""
     parts = {name: text.partition(" ") for name, text in marker.get("files", {}).items()}
-    return {name: Entry(int(size), digest) for name, (size, _, digest) in parts.items()}
+    return {name: Written(int(size), digest) for name, (size, _, digest) in parts.items()}
 
 
 def damage(
@@ -150,10 +150,10 @@ def damage(
     return [Damage(name, how) for name, how in sorted(wrong.items())]
 
 
-def _readable(run: Folder, names: Iterable[str], wrong: dict[str, str]) -> dict[str, Entry]:
+def _readable(run: Folder, names: Iterable[str], wrong: dict[str, str]) -> dict[str, Written]:
     """Entries of the files that can be read; why the others cannot goes into `wrong`."""
 
-    def one(name: str) -> Entry | str:
+    def one(name: str) -> Written | str:
         try:
             return _hashed(run, name)
         except UserError as error:
@@ -163,7 +163,7 @@ def _readable(run: Folder, names: Iterable[str], wrong: dict[str, str]) -> dict[
     with ThreadPoolExecutor(_THREADS) as pool:
         results = dict(zip(chosen, pool.map(one, chosen), strict=True))
     wrong.update({name: result for name, result in results.items() if isinstance(result, str)})
-    return {name: result for name, result in results.items() if isinstance(result, Entry)}
+    return {name: result for name, result in results.items() if isinstance(result, Written)}
 
 
 def restore_run(run: Folder, kind: str, identity: str = "", exact: bool = True) -> dict[str, Any] | None:

@@ -1,12 +1,11 @@
-"""`ttmray verify`: is a run of any kind what was written? Reads every byte once, changes nothing."""
+"""`ttmray verify`: is a run of any kind what was written? And `ttmray corpus repair`, which makes it so again."""
 
 import json
 from collections.abc import Iterator
 
-from rich.markup import escape
-
 from ttmray import inventory, runs
 from ttmray.console import console
+from ttmray.corpus.plan import Plan
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
@@ -27,7 +26,7 @@ def verify(folder: str) -> int:
         return look.verify(folder)
     lines = list(problems(run))
     for line in lines:
-        console.print(f"[red]{escape(line)}[/red]")
+        console.print(line, style="red")
     console.print(f"{run}: {len(lines) or 'no'} problems", markup=False)
     if lines:
         console.print(
@@ -99,3 +98,59 @@ def _clip_problems(run: Folder) -> Iterator[str]:
     ok = [row for row in rows.values() if row["status"] == manifest.OK]
     whole = manifest.intact(run, ok)
     yield from (f"{row['file']} is missing or damaged" for row in ok if row["name"] not in whole)
+
+
+def repair(folder: str) -> int:
+    """`ttmray corpus repair`: make again what is damaged or missing, with the settings in `run.json`.
+
+    Every byte is read. The songs (or the checkpoint) must be where the run found them.
+
+    Raises:
+        UserError: no run of this kind, or what its command raises.
+    """
+    from ttmray.corpus.verify import problems as problems_of
+
+    run = Folder.at(folder)
+    kind, config = _settings(run)
+    before = list(problems_of(run))
+    for line in before:
+        console.print(line, style="yellow")
+    if not before:
+        console.print(f"nothing to repair: {run} has no problems", markup=False)
+        return EXIT_OK
+    if kind == "pool":
+        from ttmray.generation.pool import generate_pool
+        from ttmray.generation.pool_worker import CandidatesConfig
+
+        code = generate_pool(CandidatesConfig.model_validate(config | {"output": run.uri}), repair=True)
+    else:
+        from ttmray.corpus.config import CorpusConfig
+        from ttmray.corpus.job import score_corpus
+
+        code = score_corpus(CorpusConfig.model_validate(config | {"output": run.uri}), repair=True)
+    after = list(problems_of(run))
+    for line in after:
+        console.print(line, style="red")
+    console.print(f"{run}: {len(before)} problems before, {len(after) or 'none'} now", markup=False)
+    return EXIT_BAD_INPUT if after else code
+
+
+def _settings(run: Folder) -> tuple[str, dict[str, object]]:
+    """Kind and config of a run: by `run.json`, or by its copy in `_SUCCESS.json` where the plan speaks for that."""
+    marker = inventory.read_marker(run) or {}
+    candidates, problem = [], UserError(f"{run} is no corpus run: it has no {RUN}.", "Give the output folder of one.")
+    for kind in ("corpus", "pool"):
+        try:
+            candidates.append(runs.read(run, kind))
+        except UserError as error:
+            if run.exists(RUN):
+                problem = error
+    candidates += [marker["run"]] if "run" in marker else []
+    if not candidates:
+        raise problem
+    try:
+        plan = Plan.load(run).identity()
+    except UserError:
+        plan = ""
+    chosen = next((said for said in candidates if said["identity"].get("plan") == plan), candidates[0])
+    return str(chosen["kind"]), dict(chosen["config"])

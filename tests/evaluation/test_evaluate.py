@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from damages import DAMAGES, out_of_the_way
 from safetensors.numpy import load_file
 from scipy import stats
 
+from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.evaluation import measure, metrics
@@ -164,6 +166,27 @@ def test_a_reference_that_the_model_was_trained_on_is_a_leak(finished):
     assert leaks["by_id"] == ["r0", "r1", "r2"]
     assert {(a, b) for a, b, cosine in leaks["by_embedding"] if cosine > 0.999999} >= {("r0", "r0")}
     assert any("shares 3 tracks with the training split" in text for text in results_of(finished / "out")["warnings"])
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "of another run"])
+@pytest.mark.parametrize("name", ["run.json", "_SUCCESS.json", "results.json", "clips.parquet", "parts/*"])
+def test_whatever_happens_to_a_file_the_same_command_makes_it_again(root, finished, name, damage, tmp_path):
+    assert evaluate(make(root)) == 0
+    assert main(["verify", str(root / "out")]) == 0
+    rows, file = rows_of(root / "out"), sorted((root / "out").glob(name))[0]
+    DAMAGES[damage](file, finished)
+    assert main(["verify", str(root / "out")]) == 2
+    try:
+        code = evaluate(make(root))
+    except UserError as error:
+        if damage == "a folder" and ("move" in error.hint.lower() or "Delete it" in error.hint):
+            out_of_the_way(file, tmp_path / "mine")
+        elif "Delete it" in error.hint:
+            file.unlink()
+        code = evaluate(make(root))  # raises again where there was no other way out
+    assert code == 0
+    assert main(["verify", str(root / "out")]) == 0
+    assert rows_of(root / "out") == rows
 
 
 def test_readers_of_the_results_understand_them(finished):

@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from damages import DAMAGES
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
@@ -17,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttmray import statistics
 from ttmray.audio.mel import LogMel
+from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.models.tunejury import VARIANTS, TuneJuryHead, load_tunejury
@@ -341,6 +344,20 @@ def test_relaunching_trains_nothing_and_other_settings_are_refused(finished, vot
     assert (finished / "metrics.json").read_bytes() == before
     with pytest.raises(UserError, match=r"config\.seed: 42 -> 7"):
         train_ranker(same.model_copy(update={"seed": 7}))
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "flipped", "empty"])
+@pytest.mark.parametrize("pattern", ["tunejury.safetensors", "heads/*.safetensors", "heads/*.json", "run.json", "*.md"])
+def test_a_damaged_ranker_is_made_again_with_the_same_bits(finished, votes, tmp_path, pattern, damage):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    file = sorted(run.glob(pattern))[0]
+    DAMAGES[damage](file, finished)
+    assert main(["verify", str(run)]) == 2
+    assert train_ranker(job(votes, run, variants=["A7", "A1", "A3"], seeds=2, leave_out=["Y"])) == 0
+    assert main(["verify", str(run)]) == 0
+    name = file.relative_to(run)
+    if file.name != "run.json":  # names the folder that it was copied from
+        assert file.read_bytes() == (finished / name).read_bytes()
 
 
 def test_an_interrupted_job_goes_on_to_the_same_head(votes, finished, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import soundfile
 import soxr
 from scipy.io import wavfile
 
+from ttmray.audio.chatter import held_back
 from ttmray.audio.survey import (
     FORMATS,
     TOLERANCE_S,
@@ -120,7 +121,7 @@ def probe(source: Source) -> AudioInfo:
             `length_mismatch`.
         OSError: if the file cannot be opened.
     """
-    with _stream(source) as stream:
+    with _stream(source) as stream, held_back():
         told, format = None, None
         try:
             with _sound(stream) as sound:
@@ -177,7 +178,7 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
         OSError: if the file cannot be opened.
     """
     try:
-        with _stream(source) as stream:
+        with _stream(source) as stream, held_back():
             audio, rate = _decode(stream, limits)
         # After decoding, as an MP3's header may promise a little too much.
         duration_s = audio.shape[1] / rate

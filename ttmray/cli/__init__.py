@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.text import Text
+
 from ttmray import __version__
 from ttmray.cli import corpus, evaluation, generation, models, recipes, training
 from ttmray.cli.command import Command, add_parsers, execute
@@ -39,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return execute(typed["table_row"], typed)
     except UserError as error:
-        errors.print(f"[red]error:[/red] {_plain(error.message)}")
+        errors.print(Text.assemble(("error:", "red"), " ", error.message))
         if error.hint:
-            errors.print(f"  {_plain(error.hint)}")
+            errors.print(f"  {error.hint}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         errors.print("interrupted; what was committed is kept, the same command goes on from there")
@@ -49,10 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ttmray corpus ls RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.padding import Padding
 
 if TYPE_CHECKING:
@@ -56,9 +55,9 @@ def config(name: str, *, schema: bool = False) -> int:
         print(json.dumps(full, indent=1))
         return EXIT_OK
     for line, description in field_lines(full):
-        console.print(f"[bold]{escape(line)}[/bold]")
+        console.print(line, style="bold")
         if description:
-            console.print(Padding(escape(description), (0, 0, 0, 4), expand=False))
+            console.print(Padding(description, (0, 0, 0, 4), expand=False))
     console.print(f"Presets: {', '.join(presets())}.", markup=False)
     return EXIT_OK
 

@@ -39,7 +39,7 @@ COMMANDS = (
     Command(
         "corpus repair",
         "verify, and make again what is damaged or missing (corpora and pools)",
-        "ttmray.corpus.repair:repair",
+        "ttmray.verify:repair",
         (RUN,),
     ),
     Command("corpus upgrade", "add to the index of an older run what training reads by now", f"{LOOK}:upgrade", (RUN,)),

@@ -16,7 +16,7 @@ from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.corpus.upgrade import located
 from ttmray.errors import UserError
-from ttmray.inventory import Entry, entries, entry, seal
+from ttmray.inventory import Written, entries, entry, seal
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 
@@ -96,12 +96,12 @@ def finalise(
     return summary
 
 
-def _of_units(names: list[str], metadata: list[dict[str, Any]]) -> dict[str, Entry]:
+def _of_units(names: list[str], metadata: list[dict[str, Any]]) -> dict[str, Written]:
     """The files of units as they were committed."""
     files = {}
     for name, unit in zip(names, metadata, strict=True):
         files[f"{index.INDEX}/{name}.parquet"] = unit["entry"]
-        files |= {file: Entry(facts["bytes"], facts["sha256"]) for file, facts in unit["files"].items()}
+        files |= {file: Written(facts["bytes"], facts["sha256"]) for file, facts in unit["files"].items()}
     return files
 
 

@@ -8,8 +8,6 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
-from rich.markup import escape
-
 from ttmray import cost, runs
 from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
@@ -67,7 +65,7 @@ def score_corpus(
     _claim(run, described, plan)
     run.sweep_temporary()
     if bundle.note:
-        console.print(f"[yellow]{escape(bundle.note)}[/yellow]")
+        console.print(bundle.note, style="yellow")
     if existing is not None:
         forget_damaged(run, plan, described["fingerprint"], repair)
     if retry_failed:
@@ -142,7 +140,7 @@ def carry_out(
         console.print(line, markup=False)
     allowed = _failures_allowed(max_failures, summary["rows"]["total"])
     if summary["rows"][FAILED] > allowed:
-        console.print(f"[red]{summary['rows'][FAILED]} rows failed, {allowed} are allowed (max_failures)[/red]")
+        console.print(f"{summary['rows'][FAILED]} rows failed, {allowed} are allowed (max_failures)", style="red")
         return EXIT_TOO_MANY_FAILURES
     return EXIT_OK
 
@@ -175,8 +173,8 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
     """The plan: the saved one where the catalogue is unchanged (headers are then not read again)."""
     catalogue = build_catalogue(config.input, config.catalogue)
     for name, value in catalogue.report.items():
-        line = f"catalogue: {name.replace('_', ' ')}: {escape(str(value))}"
-        console.print(f"[yellow]{line}[/yellow]" if name.startswith("warning") or name == "audio" else line)
+        warning = name.startswith("warning") or name == "audio"
+        console.print(f"catalogue: {name.replace('_', ' ')}: {value}", style="yellow" if warning else None)
     # messages name folders, and songs may move, which changes the times of files
     columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
     digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
@@ -188,10 +186,10 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
                 if plan.identity() != saved["plan"]:
                     raise UserError(f"{run.path(PLAN_FILE)} is the plan of another run.")
             except UserError as error:
-                console.print(f"[yellow]{escape(error.message)} It is made again.[/yellow]")
+                console.print(f"{error.message} It is made again.", style="yellow")
                 return build_plan(catalogue, config), digest
             for line in replaced(plan, catalogue):
-                console.print(f"[yellow]{escape(line)}[/yellow]")
+                console.print(line, style="yellow")
             return plan.with_versions([track.version for track in catalogue.tracks]), digest
     return build_plan(catalogue, config), digest
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.markup import escape
 from rich.table import Table
 
 from ttmray import pages
@@ -52,7 +51,7 @@ def status(folder: str) -> int:
         console.print("finished")
         return EXIT_OK
     if run.exists(SUCCESS):
-        console.print(f"[yellow]{escape(marker_problem(run))}[/yellow]")
+        console.print(marker_problem(run), style="yellow")
     table = index.read_index(run)
     for state in (OK, REJECTED, FAILED):
         console.print(f"  {state}: {pc.sum(pc.equal(table['status'], state)).as_py() or 0}")
@@ -94,7 +93,7 @@ def verify(folder: str) -> int:
     count = 0
     for line in problems(run):
         count += 1
-        console.print(f"[red]{escape(line)}[/red]")
+        console.print(line, style="red")
     if count:
         console.print(f"{run}: {count} problems", markup=False)
         console.print(f"  {shards.mend(run)}", markup=False)
@@ -140,7 +139,7 @@ def ls(folder: str, status: str | None, limit: int, json: bool, columns: str | N
         return EXIT_OK
     printed = Table(*names)
     for row in shown.select(names).to_pylist():
-        printed.add_row(*(f"{v:+.3f}" if isinstance(v, float) else escape(str(v or "")) for v in row.values()))
+        printed.add_row(*(f"{v:+.3f}" if isinstance(v, float) else str(v or "") for v in row.values()))
     console.print(printed)
     console.print(f"{shown.num_rows} of {table.num_rows} rows")
     return EXIT_OK

@@ -9,74 +9,16 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from rich.markup import escape
-
 from ttmray import inventory, runs
 from ttmray.console import console
 from ttmray.corpus import index, shards
 from ttmray.corpus.plan import PLAN_FILE, Plan
-from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.errors import UserError
 from ttmray.inventory import Damage, restore_run
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
 _OF_UNIT = re.compile(rf"(?:{index.INDEX}/([^/]+)\.parquet|(?:{shards.SHARDS}|{shards.CAPTIONS})/([^/]+)-[^/-]+)")
-
-
-def repair(folder: str) -> int:
-    """`ttmray corpus repair`: make again what is damaged or missing, with the settings in `run.json`.
-
-    Every byte is read. The songs (or the checkpoint) must be where the run found them.
-
-    Raises:
-        UserError: no run of this kind, or what its command raises.
-    """
-    from ttmray.corpus.verify import problems
-
-    run = Folder.at(folder)
-    kind, config = _settings(run)
-    before = list(problems(run))
-    for line in before:
-        console.print(f"[yellow]{escape(line)}[/yellow]")
-    if not before:
-        console.print(f"nothing to repair: {run} has no problems", markup=False)
-        return EXIT_OK
-    if kind == "pool":
-        from ttmray.generation.pool import generate_pool
-        from ttmray.generation.pool_worker import CandidatesConfig
-
-        code = generate_pool(CandidatesConfig.model_validate(config | {"output": run.uri}), repair=True)
-    else:
-        from ttmray.corpus.config import CorpusConfig
-        from ttmray.corpus.job import score_corpus
-
-        code = score_corpus(CorpusConfig.model_validate(config | {"output": run.uri}), repair=True)
-    after = list(problems(run))
-    for line in after:
-        console.print(f"[red]{escape(line)}[/red]")
-    console.print(f"{run}: {len(before)} problems before, {len(after) or 'none'} now", markup=False)
-    return EXIT_BAD_INPUT if after else code
-
-
-def _settings(run: Folder) -> tuple[str, dict[str, object]]:
-    """Kind and config of a run: by `run.json`, or by its copy in `_SUCCESS.json` where the plan speaks for that."""
-    marker = inventory.read_marker(run) or {}
-    candidates, problem = [], UserError(f"{run} is no corpus run: it has no {RUN}.", "Give the output folder of one.")
-    for kind in ("corpus", "pool"):
-        try:
-            candidates.append(runs.read(run, kind))
-        except UserError as error:
-            if run.exists(RUN):
-                problem = error
-    candidates += [marker["run"]] if "run" in marker else []
-    if not candidates:
-        raise problem
-    try:
-        plan = Plan.load(run).identity()
-    except UserError:
-        plan = ""
-    chosen = next((said for said in candidates if said["identity"].get("plan") == plan), candidates[0])
-    return str(chosen["kind"]), dict(chosen["config"])
 
 
 def existing_run(run: Folder, kind: str, beside: Collection[str]) -> dict[str, Any] | None:
@@ -86,7 +28,7 @@ def existing_run(run: Folder, kind: str, beside: Collection[str]) -> dict[str, A
         UserError: as there.
     """
     if restore_run(run, kind) is not None:
-        console.print(f"[yellow]{RUN} is missing or damaged; it is made again[/yellow]")
+        console.print(f"{RUN} is missing or damaged; it is made again", style="yellow")
     return runs.existing(run, kind, beside)
 
 
@@ -117,7 +59,7 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
             found.append(Damage(PLAN_FILE, error.message.removeprefix(f"{run.path(PLAN_FILE)} ")))
     units = set()
     for problem in found:
-        console.print(f"[yellow]{escape(str(problem))}; it is made again[/yellow]")
+        console.print(f"{problem}; it is made again", style="yellow")
         if match := _OF_UNIT.match(problem.name):
             units.add(match[1] or match[2])
             if match[2]:

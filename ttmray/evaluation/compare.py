@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from ttmray.console import console
@@ -167,7 +166,7 @@ def compare(
         scorers = dict.fromkeys(protocol or "an unknown protocol" for known in protocols.values() for protocol in known)
         console.print(f"scores by {', '.join(scorers)}; {legend(alpha)}", markup=False)
         for warning in warnings:
-            console.print(f"[yellow]{escape(warning)}[/yellow]")
+            console.print(warning, style="yellow")
     return EXIT_OK
 
 
@@ -255,7 +254,7 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, drawn by rich."""
     table = Table(*header)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
 
 
@@ -269,7 +268,7 @@ def show_pairs(cells: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             line = dict(zip(header, row, strict=True))
             line["p Holm"] += line[""] or " "  # the star; a blank keeps the digits aligned
-            table.add_row(*(escape(line[name]) for name in TERMINAL))
+            table.add_row(*(line[name] for name in TERMINAL))
         console.print(f"A {a}, B {b}", markup=False)
         console.print(table)
 

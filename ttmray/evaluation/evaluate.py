@@ -19,17 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
-from rich.markup import escape
 from safetensors.numpy import save as save_tensors
 
-from ttmray import __version__, cost, runs
+from ttmray import __version__, cost, inventory, runs
 from ttmray.config import Config, Location, added, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.compare import COMPARED, ClipScore, comparisons, legend, plain, show, show_pairs
 from ttmray.evaluation.fad import fad, fad_inf, half_distances
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
-from ttmray.evaluation.measure import FACTS, FAILED, OK, MeasureConfig, embedding_protocol, measure
+from ttmray.evaluation.measure import FACTS, FAILED, OK, PARTS, MeasureConfig, embedding_protocol, measure
 from ttmray.evaluation.metrics import (
     NEAR_DUPLICATE,
     RESAMPLES,
@@ -47,7 +46,7 @@ from ttmray.evaluation.warnings import file_warnings, judge_warnings, unjudged
 from ttmray.generation.prompts import given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, BundleName, open_bundle
 from ttmray.plugins import ENTRY, function_named
-from ttmray.runs import SUCCESS
+from ttmray.runs import RUN, SUCCESS
 from ttmray.statistics import Seeds, hierarchical_bootstrap
 from ttmray.storage import Folder
 
@@ -151,7 +150,7 @@ def evaluate(config: EvaluateConfig) -> int:
     out = Folder.at(config.output)
     _claim(out)
     if bundle.note:
-        console.print(f"[yellow]{escape(bundle.note)}[/yellow]")
+        console.print(bundle.note, style="yellow")
     with cost.account(out):
         rows, claps, seconds = _clip_rows(systems, config, out)
         warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows)
@@ -269,9 +268,11 @@ def _check_crossed(systems: Sequence[SystemFolder]) -> None:
 
 def _claim(out: Folder) -> None:
     """Anything may be evaluated into the folder of another evaluation, so nothing decides its identity."""
+    inventory.restore_run(out, KIND)
     if runs.existing(out, KIND) is None:
         runs.write(out, {"kind": KIND, "fingerprint": fingerprint({}), "identity": {}})
-    out.delete(SUCCESS)
+    if out.exists(SUCCESS):
+        inventory.clear(out, SUCCESS)
 
 
 def _clip_rows(
@@ -410,7 +411,9 @@ def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, 
     out.write(CLIPS, sink.getvalue())
     out.write(EMBEDDINGS, save_tensors({"clap": claps}, {"protocol": results["embedding_protocol"]}))
     out.write(RESULTS, json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False).encode())
-    out.write(SUCCESS, json.dumps({"kind": KIND, "created": results["created"]}).encode())
+    parts = [f"{PARTS}/{file.name}" for file in out.files(PARTS, sizes=False)]
+    files = inventory.entries(out, (RUN, CLIPS, EMBEDDINGS, RESULTS, *parts))
+    inventory.seal(out, runs.read(out, KIND), {"kind": KIND, "created": results["created"]}, files)
 
 
 def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], config: EvaluateConfig) -> int:
@@ -420,7 +423,7 @@ def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str,
         console.print(legend(config.alpha))
     console.print(f"scores by {results['protocol']}", markup=False)
     for warning in results["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+        console.print(f"warning: {warning}", style="yellow")
     bad = [row for row in rows if row["status"] != OK] + (unjudged(rows) if config.judge else [])
     for row in bad[:5]:
         where = row["path"] or f"{row['system']}, prompt {row['prompt_id']}"
@@ -436,7 +439,7 @@ def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str,
         console.print(f"nothing to measure: all {len(rows)} clips are done; {timing['wall_s']:.1f} s of statistics")
     console.print(f"{out}/{RESULTS}", markup=False)
     if len(bad) > config.max_failures:
-        console.print(f"[red]{len(bad)} clips failed, {config.max_failures} are allowed (max_failures)[/red]")
+        console.print(f"{len(bad)} clips failed, {config.max_failures} are allowed (max_failures)", style="red")
         return EXIT_TOO_MANY_FAILURES
     return EXIT_OK
 

@@ -146,7 +146,7 @@ def build_reference(
         what["separation"] = separation_identity(bundle, separation)
     _refuse_another(folder, name, what)
     if chosen.note:
-        console.print(f"[yellow]{chosen.note}[/yellow]")
+        console.print(chosen.note, style="yellow")
     if from_corpus:
         stems = (("mix", "instrumental").index(what["stem"]),)
         parts = list(_corpus_parts(origin, protocol, stems, split, selected))
@@ -155,7 +155,7 @@ def build_reference(
     else:
         rows = _folder_rows(origin, folder, bundle, runtime, separation)
         if rows.failed > max_failures:
-            console.print(f"[red]{rows.failed} tracks failed, {max_failures} are allowed[/red]; not built")
+            console.print(f"{rows.failed} tracks failed, {max_failures} are allowed; not built", style="red")
             return EXIT_TOO_MANY_FAILURES
     if len(rows.clap) < 2:
         count = len(rows.clap)
@@ -212,8 +212,9 @@ def _write(folder: Folder, about: dict[str, Any], rows: _Rows) -> None:
     gaussian = Gaussian.of(clap, protocol)
     if len(clap) <= clap.shape[1]:
         console.print(
-            f"[yellow]{len(clap)} reference clips are no more than {clap.shape[1]} dimensions: FAD against them is too "
-            "high and only good for comparing systems with each other[/yellow]"
+            f"{len(clap)} reference clips are no more than {clap.shape[1]} dimensions: FAD against them is too "
+            "high and only good for comparing systems with each other",
+            style="yellow",
         )
     sink = io.BytesIO()
     pq.write_table(pa.table({"id": rows.ids, "track_id": rows.tracks, **rows.facts}), sink)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from ttmray.audio.clip import read_clip
@@ -89,8 +88,8 @@ def _print(rows: list[dict[str, Any]], protocol: str, note: str) -> None:
     for row in rows:
         numbers = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in columns]
         status = "ok" if row["status"] == "ok" else f"{row['status']}: {row['reason']}: {row['message']}"
-        table.add_row(*(escape(cell) for cell in (row["file"], *numbers, status)))
+        table.add_row(row["file"], *numbers, status)
     console.print(table)
     console.print(f"scores by {protocol}")
     if note:
-        errors.print(f"[yellow]{note}[/yellow]")
+        errors.print(note, style="yellow")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.cluster import each
 from ttmray.config import fingerprint, identity
 from ttmray.console import console, meter
@@ -31,6 +31,7 @@ from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 
+MERGED = ("manifest.parquet", "manifest.csv", "summary.json")
 ABORT_AFTER = 50
 """Once this many clips are done and more than half of them failed, the job stops."""
 
@@ -56,12 +57,14 @@ def generate(
     bundle = open_bundle(config.bundle)
     described = _describe(config, bundle)
     rows: dict[str, dict[str, Any]] = {}
+    if inventory.restore_run(run, "generate", described["fingerprint"]) is not None:
+        console.print(f"{run.path(RUN)} was missing or damaged and is made again", style="yellow")
     if (existing := runs.existing(run, "generate")) is not None:
         runs.refuse_another(run, existing, described)
         rows = manifest.read_rows(run)
     _check_prompts(run, clips, rows)
     if bundle.note:
-        console.print(f"[yellow]{bundle.note}[/yellow]")
+        console.print(bundle.note, style="yellow")
     todo = _todo(run, clips, rows, retry_failed)
     seconds: Counter[str] = Counter()
     finished: list[dict[str, Any]] = []
@@ -84,11 +87,14 @@ def generate(
     planned = [rows.pop(clip.name) for clip in clips]
     manifest.merge(run, planned + [rows[name] for name in sorted(rows)])  # clips of other prompts stay in the table
     failed = _report(run, planned, finished, seconds, time.perf_counter() - started, config.best_by)
+    names = [RUN, *(name for name in MERGED if run.exists(name))]
+    names += [file for row in planned for file in (f"{manifest.ROWS}/{row['name']}.json", row["file"]) if file]
+    inventory.seal(run, runs.read(run, "generate"), {"clips": len(planned)}, inventory.entries(run, sorted(set(names))))
     if play_page:
         page = write_page(run, planned, described)
         console.print(f"players: open {page}", markup=False)
     if zip_to is not None and failed:
-        console.print(f"[red]no {zip_to}: {failed} clips are missing[/red]; --retry-failed makes them once more")
+        console.print(f"no {zip_to}: {failed} clips are missing; --retry-failed makes them once more", style="red")
     elif zip_to is not None:
         console.print(f"{manifest.write_zip(run, planned, zip_to)} clips in {zip_to}", markup=False)
     return EXIT_TOO_MANY_FAILURES if failed > (0 if zip_to is not None else config.max_failures) else EXIT_OK
@@ -157,7 +163,7 @@ def _todo(
     done = manifest.intact(run, finished)
     if len(done) < len(finished):
         damaged = [row["name"] for row in finished if row["name"] not in done]
-        console.print(f"[yellow]{len(damaged)} files are gone or changed and are made again: {damaged[0]}...[/yellow]")
+        console.print(f"{len(damaged)} files are gone or changed and are made again: {damaged[0]}...", style="yellow")
     if not retry_failed:
         done |= {row["name"] for row in mine if row["status"] == FAILED}
     return [clip for clip in clips if clip.name not in done]
@@ -215,7 +221,7 @@ def _report(
     gains = best_of_curve(planned)
     if gains:
         summary["best_of"] = gains
-    if finished or not run.exists("summary.json"):
+    if finished or "summary.json" in _changed(run):
         run.write("summary.json", json.dumps(summary, indent=1).encode())
     console.print(f"{run}: {counts[OK]} clips ok, {counts[FAILED]} failed", markup=False)
     for row in [row for row in planned if row["status"] == FAILED][:5]:
@@ -229,6 +235,13 @@ def _report(
             f"{len(finished)} made in {wall_s:.1f} s, {wall_s / len(finished):.2f} s per clip (s per clip: {spent})"
         )
     return counts[FAILED]
+
+
+def _changed(run: Folder) -> set[str]:
+    """Merged files that are not there, or not what an earlier end has noted."""
+    marker = inventory.read_marker(run)
+    absent = {name for name in MERGED if not run.exists(name)}
+    return absent if marker is None else absent | {problem.name for problem in inventory.damage(run, marker)}
 
 
 def best_of_curve(rows: Sequence[dict[str, Any]]) -> dict[int, float]:

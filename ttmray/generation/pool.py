@@ -82,7 +82,7 @@ def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
     if prompts.held_out:
         console.print(f"{_left_out(prompts.held_out)}: {config.held_out}", markup=False)
     if bundle.note:
-        console.print(f"[yellow]{bundle.note}[/yellow]")
+        console.print(bundle.note, style="yellow")
     run.sweep_temporary()
     if existing is None:
         plan.save(run)

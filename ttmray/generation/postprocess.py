@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 import soundfile
 from pydantic import Field
-from rich.markup import escape
 from rich.table import Table
 
 from ttmray.audio import io as audio_io
@@ -219,7 +218,7 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
         _write_table(out, rows)  # from now on the folder is ours
     run = fingerprint(_settings(config))
     if separator is not None and (note := open_bundle(config.bundle).note):
-        errors.print(f"[yellow]{note}[/yellow]")
+        errors.print(note, style="yellow")
 
     count = (os.cpu_count() or 1) if config.workers == "auto" else max(1, config.workers)
     shown: list[dict[str, Any]] = []
@@ -403,7 +402,7 @@ def _print(rows: Sequence[Mapping[str, Any]], done_before: int, out: Folder) -> 
         for row in odd:
             details = row["message"] or _level_details(row)
             cells = (row["file"], row["status"], row["reason"], details)
-            table.add_row(*(escape(cell.encode(errors="replace").decode()) for cell in cells))
+            table.add_row(*(cell.encode(errors="replace").decode() for cell in cells))
         console.print(table)
     console.print(f"{out}/{TABLE}", markup=False)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.markup import escape
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -241,7 +240,7 @@ def score_warning(path: str, score: float | None, what: str) -> str | None:
     support = read_support(weights_file(path, "checkpoint"))
     warning = support.warning(score, what) if support else None
     if warning is not None:
-        console.print(f"[yellow]{escape(warning)}[/yellow]")
+        console.print(warning, style="yellow")
     return warning
 
 
@@ -458,7 +457,7 @@ def show_params(size: Size, head: Head, path: str | None = None) -> int:
         table.add_row(row[0], f"{row[1]:,}", f"{row[2]:,}")
     console.print(table)
     total = trainable + frozen
-    verdict = "within" if total <= CHALLENGE_LIMIT else "[red]over[/red]"
+    verdict = "within" if total <= CHALLENGE_LIMIT else "over"
     console.print(
         f"{total:,} parameters, {total / CHALLENGE_LIMIT:.1%} of the challenge's {CHALLENGE_LIMIT:,}: {verdict}"
     )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from ttmray.console import console
@@ -42,7 +41,7 @@ def list_weights(store: Store | None = None) -> int:
             here = f"local copy: {store.overrides[entry.name]}"
         size, bundles = _size(entry, records), ", ".join(entry.bundles)
         cells = (entry.name, entry.role, bundles, size, licence_text(entry), here)
-        table.add_row(*map(escape, cells), _hash_state(entry, records))
+        table.add_row(*cells, _hash_state(entry, records))
     console.print(table)
     return EXIT_OK
 

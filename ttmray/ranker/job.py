@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.cluster import ActorsConfig, each
 from ttmray.config import Config, Location, execution, fingerprint, identity
 from ttmray.console import console, meter
@@ -28,6 +28,7 @@ from ttmray.ranker import report as report
 from ttmray.ranker.features import EncodingConfig, Features, extract
 from ttmray.ranker.heads import HeadConfig, margins, pack, scores, train_head
 from ttmray.ranker.votes import SPLITS, Dropped, Pair, PairSource, PairSplit, read_pairs, split_pairs
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
 PACKED, HEAD, METRICS = "packed.safetensors", "tunejury", "metrics.json"
@@ -100,7 +101,7 @@ def train_ranker(config: RankerConfig) -> int:
     run = Folder.at(config.output)
     bundle = open_bundle(config.bundle)
     if bundle.note:
-        console.print(f"[yellow]{bundle.note}[/yellow]")
+        console.print(bundle.note, style="yellow")
     pairs, dropped = read_pairs(config.sources)
     if not pairs and dropped:
         why = ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in dropped).most_common())
@@ -111,6 +112,7 @@ def train_ranker(config: RankerConfig) -> int:
     if unknown:
         raise UserError(f"leave_out: no pair of {', '.join(sorted(unknown))}.", "Name sources of the tables.")
     _claim(run, config, fingerprint([[p.id, p.source, p.target, p.text, p.split] for p in used]))
+    _forget_damaged(run)
     with cost.account(run):
         return _train(config, run, splits, used, dropped + across)
 
@@ -141,6 +143,7 @@ def _train(
     run.write(METRICS, json.dumps(result, indent=1).encode())
     text = report.summary(result)
     run.write("summary.md", text.encode())
+    _seal(run)
     console.print(text, markup=False)
     return EXIT_OK
 
@@ -203,10 +206,29 @@ def _claim(run: Folder, config: RankerConfig, pairs: str) -> None:
     """Write `run.json`, or check that it describes the same run."""
     what = {"config": identity(config), "pairs": pairs, "bundle": open_bundle(config.bundle).identity()}
     described = runs.describe("ranker", what, config, ("torch", "numpy"))
-    old = runs.existing(run, "ranker")
+    old = inventory.restore_run(run, "ranker", described["fingerprint"]) or runs.existing(run, "ranker")
     if old is None and runs.write(run, described):
         return
     runs.refuse_another(run, old or runs.read(run, "ranker"), described)
+
+
+def _forget_damaged(run: Folder) -> None:
+    """Delete what is not as the end of an earlier launch has noted it, with what was made of it: it is made again."""
+    marker = inventory.read_marker(run)
+    for problem in inventory.damage(run, marker) if marker is not None else ():
+        console.print(f"{problem}; it is made again", style="yellow")
+        if problem.name != RUN:
+            inventory.clear(run, problem.name)
+        head, _, ending = problem.name.rpartition(".")
+        if head.startswith("heads/") and ending == "safetensors":
+            inventory.clear(run, f"{head}.json")  # its commit
+    if run.exists(SUCCESS):
+        inventory.clear(run, SUCCESS)
+
+
+def _seal(run: Folder) -> None:
+    names = [file.name for file in run.files(sizes=False) if file.name not in (SUCCESS, "cost.json")]
+    inventory.seal(run, runs.read(run, "ranker"), {}, inventory.entries(run, names))
 
 
 def _missing(pairs: Sequence[Pair], features: Features, config: RankerConfig) -> list[Dropped]:

@@ -16,7 +16,9 @@ from ttmray.cluster import alone
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.inventory import damage, read_marker
 from ttmray.recipes.needs import Need, refuse_missing
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
 PAPER_GPU_HOURS = 40
@@ -99,7 +101,7 @@ def run_chain(
             console.rule(f"{step.name} ({names.index(step.name) + 1} of {len(names)})")
             code = _run(root, step, prints[step.name])
             if code != EXIT_OK:
-                console.print(f"[red]step {step.name} ended with exit code {code}, and the chain with it[/red]")
+                console.print(f"step {step.name} ended with exit code {code}, and the chain with it", style="red")
                 return code
     finally:
         write_page(root, steps, prints)
@@ -113,7 +115,17 @@ def run_chain(
 def is_done(root: Folder, step: Step, made_with: str) -> bool:
     """Whether the step ended well with this fingerprint, and what it made is there."""
     record = _record(root, step.name)
-    return record["done"] and record["fingerprint"] == made_with and all(root.exists(name) for name in step.makes)
+    return record["done"] and record["fingerprint"] == made_with and all(_sound(root, name) for name in step.makes)
+
+
+def _sound(root: Folder, name: str) -> bool:
+    """Whether a file that a step made is there; a success marker with its run's files as it says (`inventory.damage`):
+    else the step runs once more, which makes them again."""
+    if not root.exists(name) or name.rpartition("/")[2] != SUCCESS:
+        return root.exists(name)
+    run = root.sub(name.rpartition("/")[0])
+    marker = read_marker(run)
+    return marker is not None and not damage(run, marker)
 
 
 def _record(root: Folder, name: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def check_bundle(
     console.print(_table(result))
     console.print(_summary(result), markup=False)
     if result.note:
-        console.print(f"[yellow]{result.note}[/yellow]")
+        console.print(result.note, style="yellow")
     if out is not None:
         target = Folder.at(out)
         target.write(RESULT, json.dumps(asdict(result), indent=1).encode())

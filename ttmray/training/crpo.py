@@ -304,9 +304,10 @@ class CrpoTask:
         rises = losers_rise(lines)
         if rises and not self.rank and not losers_rise(list(lines)[:-1]):
             console.print(
-                f"[yellow]update {stop // self.config.batch}: over the last {WATCHED} log lines the losers' loss rose "
+                f"update {stop // self.config.batch}: over the last {WATCHED} log lines the losers' loss rose "
                 "and the winners' did not fall: the policy unlearns losers and learns nothing from winners. Compare "
-                "earlier checkpoints, or lower optimizer.lr.[/yellow]"
+                "earlier checkpoints, or lower optimizer.lr.",
+                style="yellow",
             )
         return {"loser_rises": rises}
 

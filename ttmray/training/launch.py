@@ -192,8 +192,8 @@ class Before(NamedTuple):
     """
 
     newest: tuple[str, ...]
-    noted: Mapping[str, inventory.Entry]
-    damaged: Mapping[str, inventory.Entry | None]
+    noted: Mapping[str, inventory.Written]
+    damaged: Mapping[str, inventory.Written | None]
 
 
 def look_at(out: Folder) -> Before:
@@ -228,7 +228,7 @@ def finish(out: Folder, described: dict[str, Any], config: TrainConfig, before: 
     files = known | inventory.entries(out, [name for name in names if name not in known])
     lost = [name for name, was in before.damaged.items() if files.get(name) == was or name == METRICS]
     for name in lost:
-        files[name] = noted.get(name, inventory.Entry(0, ""))
+        files[name] = noted.get(name, inventory.Written(0, ""))
         console.print(f"{out.path(name)} is missing or damaged, and no checkpoint goes back to it", markup=False)
     if lost:
         console.print(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from torch import Tensor
 
 from ttmray.audio.io import encode_flac
@@ -268,7 +267,7 @@ def score_facts(config: TrainConfig, scores: np.ndarray) -> dict[str, Any]:
         return {}
     warning = support.warning(config.samples.score, "samples.score") if config.samples.every else None
     if warning is not None:
-        console.print(f"[yellow]{escape(warning)}[/yellow]")
+        console.print(warning, style="yellow")
     return {"score_support": support.to_dict()}
 
 
