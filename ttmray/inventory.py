@@ -144,8 +144,8 @@ def damage(
             if total > HASHED_BYTES:
                 same = same[:count]
                 break
-    for name, found in _readable(run, same, wrong).items():
-        if found.sha256 != listed[name].sha256:
+    for name, now in _readable(run, same, wrong).items():
+        if now.sha256 != listed[name].sha256:
             wrong[name] = "its SHA-256 differs from what was written"
     return [Damage(name, how) for name, how in sorted(wrong.items())]
 

@@ -4,13 +4,14 @@ import hashlib
 import io
 import json
 import tarfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttmray.corpus import shards
+from ttmray.corpus import shards, upgrade
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 
@@ -181,3 +182,31 @@ def test_damaged_caption_features_are_one_message(tmp_path):
     run.write("captions/u.safetensors", b"no safetensors")
     with pytest.raises(UserError, match=r"captions/u\.safetensors"):
         shards.read_captions(run, "captions/u.safetensors")
+
+
+def crafted(name: str, size: int = 0, type: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
+    """A tar of one member whose header says so, with two bytes behind it."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, type, link
+    return info.tobuf() + b"{}".ljust(512, b"\0") + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        crafted("a.latent_mean.npy", 0, tarfile.SYMTYPE, "/etc/passwd"),
+        crafted("a.latent_mean.npy", 0, tarfile.LNKTYPE, "b.npy"),
+        crafted("a.json", 0, tarfile.LNKTYPE, "a.json"),
+        crafted("a.json", 0, tarfile.DIRTYPE),
+        crafted("a.json", 0, tarfile.FIFOTYPE),
+        crafted("a.json", 8**11 - 1),
+        crafted("a.json", 2**80),
+        crafted("a.json", 2**63),
+        shards.tar_bytes({"a": {"json": b"[" * 200_000}}),
+    ],
+)
+def test_a_crafted_tar_is_one_message(data):
+    with pytest.raises(UserError, match=r"shard\.tar"):
+        list(shards.read_samples(data, "shard.tar"))
+    with suppress(ValueError):
+        upgrade.latent_places(io.BytesIO(data))

@@ -48,17 +48,17 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
     """
     marker = inventory.read_marker(run)
     sealed = marker is not None and marker.get("fingerprint") == fingerprint and "files" in marker
-    found = inventory.damage(run, marker, everything) if marker is not None and sealed else []
+    damaged = inventory.damage(run, marker, everything) if marker is not None and sealed else []
     if everything or not sealed:
-        known = {problem.name for problem in found}
-        found += [problem for problem in _unit_damage(run, plan, everything) if problem.name not in known]
+        known = {problem.name for problem in damaged}
+        damaged += [problem for problem in _unit_damage(run, plan, everything) if problem.name not in known]
     try:
         Plan.load(run)
     except UserError as error:
-        if run.exists(PLAN_FILE) and PLAN_FILE not in {problem.name for problem in found}:
-            found.append(Damage(PLAN_FILE, error.message.removeprefix(f"{run.path(PLAN_FILE)} ")))
+        if run.exists(PLAN_FILE) and PLAN_FILE not in {problem.name for problem in damaged}:
+            damaged.append(Damage(PLAN_FILE, error.message.removeprefix(f"{run.path(PLAN_FILE)} ")))
     units = set()
-    for problem in found:
+    for problem in damaged:
         console.print(f"{problem}; it is made again", style="yellow")
         if match := _OF_UNIT.match(problem.name):
             units.add(match[1] or match[2])
@@ -68,7 +68,7 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
             inventory.clear(run, problem.name)
     for name in sorted(units):
         inventory.clear(run, f"{index.INDEX}/{name}.parquet")
-    if run.exists(SUCCESS) and (found or everything or not sealed):
+    if run.exists(SUCCESS) and (damaged or everything or not sealed):
         inventory.clear(run, SUCCESS)  # last: whoever is killed before finds the same damage again
 
 

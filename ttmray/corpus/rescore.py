@@ -131,12 +131,12 @@ def _claim(
 def _forget_damaged(out: Folder) -> bool:
     """Whether the table is still to be made: what is damaged is said and deleted, and the parts are gone by its end."""
     marker = inventory.read_marker(out)
-    found = inventory.damage(out, marker, every_hash=True) if marker is not None and "files" in marker else []
-    for problem in found:
+    damaged = inventory.damage(out, marker, every_hash=True) if marker is not None and "files" in marker else []
+    for problem in damaged:
         console.print(f"{out.path(problem.name)} {problem.how}; the table is made again", markup=False)
         if problem.name != RUN:
             inventory.clear(out, problem.name)
-    if out.exists(SUCCESS) and (found or marker is None):
+    if out.exists(SUCCESS) and (damaged or marker is None):
         inventory.clear(out, SUCCESS)
         marker = None
     return marker is None

@@ -118,8 +118,10 @@ def read_samples(data: bytes, name: str, only: Collection[str] | None = None) ->
                     sample[extension] = _decode(extension, file.read())
             if sample:
                 yield key, sample
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise UserError(f"{name} is damaged: {error}", "Delete its index file and start the job again.") from error
+    except (tarfile.TarError, ValueError, EOFError, KeyError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{name} is damaged: {error}", "Delete its index file and start the same command again."
+        ) from error
 
 
 def _decode(extension: str, data: bytes) -> Any:

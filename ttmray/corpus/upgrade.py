@@ -105,7 +105,7 @@ def latent_places(file: BinaryIO) -> dict[str, dict[str, int]]:
                 if (place["latent_frames"], place["latent_channels"]) != (frames, channels):
                     raise ValueError(f"the latents of {key} have two shapes")
                 place[members[extension]] = member.offset_data + data.tell()
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, KeyError, OverflowError) as error:
         raise ValueError(str(error)) from error
     return {key: place for key, place in places.items() if len(place) == len(index.LATENT_PLACES)}
 

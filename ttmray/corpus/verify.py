@@ -97,9 +97,9 @@ def _damage(run: Folder) -> Generator[str, None, set[str]]:
     if said is not None and marker.get("fingerprint", said["fingerprint"]) != said["fingerprint"]:
         yield f"{RUN} and {SUCCESS} are of two runs"
         return set()
-    found = inventory.damage(run, marker, every_hash=True, leave_out=(shards.SHARDS, shards.CAPTIONS))
-    yield from map(str, found)
-    return {problem.name for problem in found}
+    damaged = inventory.damage(run, marker, every_hash=True, leave_out=(shards.SHARDS, shards.CAPTIONS))
+    yield from map(str, damaged)
+    return {problem.name for problem in damaged}
 
 
 def _place_problems(

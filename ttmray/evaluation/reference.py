@@ -426,7 +426,7 @@ def _embeddings(run: Folder, shard: str) -> dict[str, np.ndarray]:
                         raise ValueError(f"{member.name} is {array.dtype} {array.shape}")
                     arrays[member.name.removesuffix(suffix)] = array
             return arrays
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, KeyError, OverflowError) as error:
         raise UserError(f"{run.path(shard)} is damaged: {error}", shards.mend(run)) from error
 
 

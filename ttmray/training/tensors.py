@@ -13,7 +13,8 @@ from ttmray.models.state_dicts import DIGEST, KEY, altered, content_digest
 
 
 def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> bytes:
-    """Bytes of a safetensors file of tensors of any shape; `about` goes as JSON into its metadata, under "ttmray", and with it a hash of all
+    """Bytes of a safetensors file of tensors of any shape; `about` goes as JSON into its metadata, under "ttmray", and
+    with it a hash of all
     (`models.state_dicts.content_digest`): the format itself has none."""
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     if about is None:
