@@ -160,7 +160,7 @@ def test_latents_that_cannot_be_used_stop_training_with_shard_and_clip(copy, kin
     with pytest.raises(UserError, match=words) as caught:
         read_all(copy, threads)
     assert shard.name in caught.value.message
-    assert "verify" in caught.value.hint
+    assert "corpus repair" in caught.value.hint
 
 
 def test_a_shard_without_a_clip_of_the_index_is_noticed(copy):

@@ -394,7 +394,7 @@ def test_the_reference_runs_where_the_workers_train(configure, tmp_path, monkeyp
     asked = []
     monkeypatch.setattr(crpo, "each", lambda make, todo, pool: asked.append((make.args[1:], todo, pool)) or [])
     crpo._precompute(config, CrpoTask(config, CPU), 2, torch.device(device))  # the driver of workers has it on its CPU
-    assert asked == [((device, 2), [0], ActorsConfig(runner="ray", workers=2, cpus=2, gpus=gpus))]
+    assert asked == [((device, 2), [0], ActorsConfig(runner="ray", device=device, workers=2, cpus=2, gpus=gpus))]
 
 
 def test_damaged_reference_losses_are_named(configure, tmp_path, monkeypatch):

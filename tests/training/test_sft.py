@@ -356,6 +356,7 @@ def test_corpora_of_different_models_are_not_mixed(make_train_config, debug_corp
     other = shutil.copytree(debug_corpus, tmp_path / "other")
     described = json.loads((other / "run.json").read_text())
     described["identity"]["bundle"] = {"name": "paper"}
+    described["fingerprint"] = fingerprint(described["identity"])
     (other / "run.json").write_text(json.dumps(described))
     both = f"data.sources=[{{corpus: {debug_corpus}}}, {{corpus: {other}}}]"
     with pytest.raises(UserError, match=r"made by different models: bundle: None -> .*'paper'"):
