@@ -77,7 +77,7 @@ WHOLE = index.to_bytes(rows(5), METADATA)
 def test_a_cut_index_file_is_one_message(length):
     with pytest.raises(UserError, match=r"u\.parquet is not a readable index file") as caught:
         index.from_bytes(WHOLE[:length], "u.parquet")
-    assert "start the job again" in caught.value.hint
+    assert "start the same command again" in caught.value.hint
 
 
 def test_a_column_whose_name_has_changed_is_damage_and_one_from_outside_is_none():
