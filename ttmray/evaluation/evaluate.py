@@ -153,7 +153,7 @@ def evaluate(config: EvaluateConfig) -> int:
         console.print(bundle.note, style="yellow")
     with cost.account(out):
         rows, claps, seconds = _clip_rows(systems, config, out)
-        warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows)
+        warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows, bundle.clip_s)
         warnings += judge_warnings(rows) if config.judge else []
         leaks, leak_warnings = _leaks(reference, training, config.near_duplicate)
         described, metric_warnings = _described(systems, rows, claps, config, bundle, reference, training)

@@ -1,8 +1,8 @@
 """`ttmray score FILE...`: reward, CLAP score, loudness and true peak of any audio files, as a table or JSON.
 
-A file of 5 to 10 s has the numbers that the corpus job gives its one clip, which is padded with zeros to 10 s. Shorter
-files are scored as they are. Longer ones are scored under the protocol of the released TuneJury tables: the 10 s in
-the middle for CLAP, all of it for MERT.
+A file of half a clip to a whole one (5 to 10 s, but for small bundles) has the numbers that the corpus job gives its
+one clip, which is padded with zeros. Shorter files are scored as they are. Longer ones are scored under the protocol of
+the released TuneJury tables: the 10 s in the middle for CLAP, all of it for MERT.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ttmray.audio.clip import read_clip
+from ttmray.audio.clip import CLIP_S, read_clip
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
@@ -23,13 +23,16 @@ from ttmray.models.scoring import Scorer
 CACHE_BYTES = 8 * 2**30
 
 
-def read_mono(path: str) -> tuple[np.ndarray, dict[str, Any]]:
+def read_mono(path: str, clip_s: float = CLIP_S) -> tuple[np.ndarray, dict[str, Any]]:
     """A file as (samples,) mono float32 at 44.1 kHz, as the corpus job makes it, and its level facts.
+
+    Args:
+        clip_s: length of the bundle's clips, in seconds.
 
     Raises:
         ClipError: why the file cannot be scored.
     """
-    reading = read_clip(path)
+    reading = read_clip(path, clip_s)
     names = ("duration_s", "sample_rate", "channels", "lufs", "true_peak_db")
     return reading.mono(), {name: reading.facts[name] for name in names}
 
@@ -67,7 +70,7 @@ def score(
     for path in files:
         row: dict[str, Any] = {"file": path, "status": "ok", "reason": "", "message": ""}
         try:
-            wave, facts = read_mono(path)
+            wave, facts = read_mono(path, chosen.clip_s)
             embeddings = scorer.embed([wave])
             row |= facts | {"reward": float(scorer.rewards(embeddings, text)[0])}
             row["clap_score"] = float(embeddings.clap[0] @ text[0]) if caption else None
