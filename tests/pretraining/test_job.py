@@ -1,14 +1,16 @@
 """The command that trains the parts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ttmray.cli import main
 from ttmray.config import load_config
+from ttmray.models.folder_bundle import describe_folder
 from ttmray.pretraining.clips import SHARD
-from ttmray.pretraining.job import PARTS
+from ttmray.pretraining.job import FACTS, PARTS
 from ttmray.recipes.micro import MicroConfig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -46,6 +48,31 @@ def test_a_budget_stops_a_part_and_a_larger_one_goes_on_to_the_same_weights(clip
     names = "whole", "parts"
     whole, parts = ((tmp_path / name / "text/model.safetensors").read_bytes() for name in names)
     assert whole == parts
+
+
+def test_a_part_of_a_bundle_that_the_same_settings_made_is_copied_and_another_is_trained(clips, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    assert main(arguments(clips, tmp_path / "first")) == 0
+    (bundle / "text").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", FACTS):
+        shutil.copy(tmp_path / "first/text" / name, bundle / "text" / name)
+    describe_folder(bundle, "mine", "a note", clips.seconds)
+    capsys.readouterr()
+    assert main(arguments(clips, tmp_path / "second", f"reuse={bundle}")) == 0
+    out = capsys.readouterr().out
+    assert "text is that of" in out
+    assert "updates in" not in out  # nothing was trained
+    for name in ("model.safetensors", FACTS):
+        assert (tmp_path / "second/text" / name).read_bytes() == (bundle / "text" / name).read_bytes()
+    assert main(arguments(clips, tmp_path / "second", f"reuse={bundle}")) == 0
+    assert "text is complete" in capsys.readouterr().out
+    assert main(arguments(clips, tmp_path / "third", f"reuse={bundle}", "text.lr=0.002")) == 0
+    assert "updates in" in capsys.readouterr().out
+    (bundle / "text/config.json").write_text("{}")
+    assert main(arguments(clips, tmp_path / "fourth", f"reuse={bundle}")) == 2
+    assert "text/config.json" in capsys.readouterr().err
+    assert main(arguments(clips, tmp_path / "fifth", "reuse=debug")) == 2
+    assert "debug has no files" in capsys.readouterr().err
 
 
 def test_other_settings_are_another_run(clips, tmp_path, capsys):

@@ -19,9 +19,9 @@ from pydantic import Field
 from ttmray import cost, runs
 from ttmray.config import Config, Device, Location, execution, identity
 from ttmray.console import console
-from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK
+from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import resolve_device
+from ttmray.models.bundle import BundleName, FolderBundle, open_bundle, resolve_device
 from ttmray.pretraining.clap import CLAPConfig, CLAPPart
 from ttmray.pretraining.clips import ClipSet
 from ttmray.pretraining.loop import CHECKPOINT, Part, PartConfig, parameters, train
@@ -37,6 +37,8 @@ UNTRAINED = "untrained.json"
 PartName = Literal["vae", "vocoder", "clap", "clap_condition", "separator", "mert", "text"]
 PARTS: tuple[PartName, ...] = ("clap", "mert", "clap_condition", "vae", "text", "separator")
 """Of a bundle. There is a trainer of vocoders, too, but Griffin-Lim is nearer to the truth than what a CPU trains."""
+ROLES: dict[str, str] = {"vae": "latents"}
+"""Part -> role of the bundle, where the names differ."""
 
 
 class ClipsConfig(Config):
@@ -73,6 +75,8 @@ class PartsConfig(Config):
     separator: SeparatorConfig = SeparatorConfig()
     mert: MERTConfig = MERTConfig()
     text: TextConfig = TextConfig()
+    reuse: BundleName | None = execution(None)
+    """Bundle in a folder: its parts are copied where the same settings made them; the others are trained."""
     device: Device = execution("cpu")
     """On a CPU one thread is used, so that a part's weights can be made again to the bit."""
     checkpoint_every_s: float = execution(60.0, gt=0)
@@ -116,11 +120,32 @@ def train_parts(config: PartsConfig) -> int:
         if _claim(out, name, config, settings) and not _unfinished(out, settings):
             console.print(f"{name} is complete: {out}")
             continue
+        if config.reuse is not None and _copied(name, config.reuse, out):
+            console.print(f"{name} is that of {config.reuse}: {out}", markup=False)
+            continue
         with cost.account(out), cost.holding(float(device.type == "cuda")):
             ended = _one(name, config, settings, clips, fresh, out, device)
         if not ended:
             return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _copied(name: PartName, reuse: str, out: Folder) -> bool:
+    """Copy the files of a part from a bundle, if the same settings and clips made it; whether they did."""
+    bundle, role = open_bundle(reuse), ROLES.get(name, name)
+    if not isinstance(bundle, FolderBundle):
+        raise UserError(f"reuse: bundle {reuse} has no files of parts.", "Name a bundle that train-micro made.")
+    if f"{role}/{FACTS}" not in bundle.files.of_role(role):
+        return False
+    folder = bundle.files.folder(role)
+    facts = (folder / FACTS).read_bytes()
+    if json.loads(facts)["fingerprint"] != runs.read(out, f"micro-{name}")["fingerprint"]:
+        return False
+    for file in folder.iterdir():
+        if file.name != FACTS:
+            out.write(file.name, file.read_bytes())
+    out.write(FACTS, facts)
+    return True
 
 
 def _one(
@@ -145,6 +170,7 @@ def _one(
     measured = part.measure(fresh)
     facts: dict[str, Any] = {
         "part": name,
+        "fingerprint": runs.read(out, f"micro-{name}")["fingerprint"],
         "seed": settings.seed,
         "data_seed": clips.seed,
         "fresh_seed": fresh.seed,
