@@ -32,7 +32,7 @@ EMPTY_NAMES = {"made", "found", "kept", "given", "wanted"}
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("verify",),
+    ("status", "verify"),
     ("recipes",),
     ("pretraining",),
     ("synth",),

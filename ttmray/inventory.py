@@ -90,6 +90,20 @@ def finished(run: Folder) -> bool:
     return read_marker(run) is not None
 
 
+def kind_of(run: Folder) -> str:
+    """Kind of a run, by `run.json` or the copy of it in `_SUCCESS.json`.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not run.exists(RUN) and not run.exists(SUCCESS):
+        raise UserError(f"{run} is no run: it has no {RUN}.", "Give the output folder of a command.")
+    try:
+        return str(json.loads(run.read(RUN))["kind"])
+    except (UserError, ValueError, KeyError, TypeError):
+        return str((read_marker(run) or {}).get("run", {}).get("kind", "corpus"))
+
+
 def marker_problem(run: Folder) -> str:
     """What is wrong with `_SUCCESS.json`; empty where nothing is."""
     return _parsed(run)[1]

@@ -1,13 +1,12 @@
 """`ttmray verify`: is a run of any kind what was written? And `ttmray corpus repair`, which makes it so again."""
 
-import json
 from collections.abc import Iterator
 
 from ttmray import inventory, runs
 from ttmray.console import console
 from ttmray.corpus.plan import Plan
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
-from ttmray.runs import RUN, SUCCESS
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "ema"
@@ -20,7 +19,7 @@ def verify(folder: str) -> int:
         UserError: the folder holds no run.
     """
     run = Folder.at(folder)
-    if _kind(run) in runs.KINDS_OF_CORPUS:
+    if inventory.kind_of(run) in runs.KINDS_OF_CORPUS:
         from ttmray.corpus import look
 
         return look.verify(folder)
@@ -42,7 +41,7 @@ def problems(run: Folder) -> Iterator[str]:
     Raises:
         UserError: the folder holds no run.
     """
-    kind = _kind(run)
+    kind = inventory.kind_of(run)
     try:
         runs.read(run, kind)
     except UserError as error:
@@ -74,16 +73,6 @@ def _snapshot_problems(run: Folder) -> Iterator[str]:
             unpack(snapshots.read(name), snapshots.path(name))
         except UserError as error:
             yield error.message
-
-
-def _kind(run: Folder) -> str:
-    """Kind of a run, by `run.json` or the copy of it in `_SUCCESS.json`."""
-    if not run.exists(RUN) and not run.exists(SUCCESS):
-        raise UserError(f"{run} is no run: it has no {RUN}.", "Give the output folder of a command.")
-    try:
-        return str(json.loads(run.read(RUN))["kind"])
-    except (UserError, ValueError, KeyError, TypeError):
-        return str((inventory.read_marker(run) or {}).get("run", {}).get("kind", "corpus"))
 
 
 def _clip_problems(run: Folder) -> Iterator[str]:
