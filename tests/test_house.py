@@ -305,3 +305,12 @@ def test_the_layers_are_those_of_the_architecture() -> None:
     assert {name_of(file).split(".")[1] for file in FILES if file.parent != PACKAGE or file.stem != "__init__"} == {
         *named
     }
+
+
+def test_every_environment_variable_that_is_read_is_in_the_readme():
+    text = (REPO / "README.md").read_text("utf-8")
+    reads = re.compile(r"environ(?:\.get\(|\[)\"(\w+)\"")
+    names = {name for file in FILES for name in reads.findall(file.read_text("utf-8"))}
+    names |= {name for file in FILES for name in re.findall(r"\"(TTMRAY_[A-Z_]*[A-Z])\"", file.read_text("utf-8"))}
+    assert {"TTMRAY_WEIGHTS", "RAY_ADDRESS", "TTMRAY_JUDGE_KEY"} <= names
+    assert not [name for name in sorted(names) if f"`{name}`" not in text]
