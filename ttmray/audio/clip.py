@@ -68,12 +68,44 @@ def read_clip(path: str, clip_s: float = CLIP_S, *, middle: bool = False, measur
     """
     reading = Reading()
     try:
-        reading.wave = _read(path, segment.SegmentRule.for_files(clip_s), middle, measured, reading.facts)
+        reading.wave = _measured(*_decoded(path, reading.facts), clip_s, middle, measured, reading.facts)
     except UserError as error:
         reading.error = ClipError("failed", "unreadable", error.message)
     except Exception as error:
         reading.error = clip_error(error)
     return reading
+
+
+def clip_of(
+    audio: np.ndarray, rate: int, clip_s: float = CLIP_S, *, middle: bool = False, measured: bool = True
+) -> Reading:
+    """Samples that are in memory already as a clip: the same numbers as those of a file that holds them.
+
+    Args:
+        audio: (channels, samples) float32, full scale 1.0.
+        rate: Hz.
+        clip_s, middle, measured: as in `read_clip`.
+
+    Raises:
+        Exception: what would hit every other clip too (`quarantine.clip_error`).
+    """
+    reading = Reading()
+    try:
+        audio_io.check_samples(audio, rate, LIMITS)
+        reading.wave = _measured(audio, rate, clip_s, middle, measured, reading.facts)
+    except Exception as error:
+        reading.error = clip_error(error)
+    return reading
+
+
+def read_whole(path: str) -> tuple[np.ndarray, int]:
+    """A file as it is: (channels, samples) float32, and its rate in Hz.
+
+    Raises:
+        ClipError: it cannot be decoded, or is outside of `LIMITS`.
+        UserError: it is not there.
+    """
+    return _decoded(path, {})
 
 
 def levels(x: np.ndarray, rate: int = SAMPLE_RATE) -> dict[str, float | None]:
@@ -86,11 +118,17 @@ def levels(x: np.ndarray, rate: int = SAMPLE_RATE) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _read(path: str, rule: segment.SegmentRule, middle: bool, measured: bool, facts: dict[str, Any]) -> np.ndarray:
+def _decoded(path: str, facts: dict[str, Any]) -> tuple[np.ndarray, int]:
     folder, name = split_path(path)
     data = folder.read(name)
     facts["sha256"] = hashlib.sha256(data).hexdigest()
-    audio, rate = audio_io.decode(io.BytesIO(data), LIMITS)
+    return audio_io.decode(io.BytesIO(data), LIMITS)
+
+
+def _measured(
+    audio: np.ndarray, rate: int, clip_s: float, middle: bool, measured: bool, facts: dict[str, Any]
+) -> np.ndarray:
+    rule = segment.SegmentRule.for_files(clip_s)
     facts |= {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
     segments = segment.partition(audio.shape[1], rate, rule)
     if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded

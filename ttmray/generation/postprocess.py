@@ -40,7 +40,7 @@ from ttmray.config import Config, Device, execution, fingerprint, identity
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import BundleName, LoadOptions, ReleasedBundle, open_bundle
+from ttmray.models.bundle import Bundle, BundleName, LoadOptions, ReleasedBundle, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
 from ttmray.storage import Folder, is_remote, split_path
@@ -85,15 +85,18 @@ class PostprocessConfig(Config):
     """Files worked on at the same time, each in one thread; `auto` is one per CPU."""
 
 
-def open_separator(config: PostprocessConfig) -> "Separator | None":
+def open_separator(config: PostprocessConfig, bundle: Bundle | None = None) -> "Separator | None":
     """The separator that `postprocess_clip` wants; None for no passes.
+
+    Args:
+        bundle: that of the config, where it is open already.
 
     Raises:
         UserError: the bundle, its weights or the device are not there.
     """
     if config.passes == 0:
         return None
-    return open_bundle(config.bundle).load({"separator"}, LoadOptions(device=config.device)).separator
+    return (bundle or open_bundle(config.bundle)).load({"separator"}, LoadOptions(device=config.device)).separator
 
 
 def postprocess_clip(
@@ -172,6 +175,20 @@ def _paper_levels(wave: np.ndarray, rate: int, config: PostprocessConfig) -> tup
     y = mono * np.float32(gain)
     levels = (before, integrated_loudness(y, rate), peak_before, true_peak(y, rate), 20 * math.log10(gain), 0.0)
     return y, Levels(*levels, "missed" if peak > PAPER_PEAK_LIMIT else "reached")
+
+
+def format_of(path: str) -> Literal["wav", "flac"]:
+    """The format of an audio file that is to be written, by its ending.
+
+    Raises:
+        UserError: another ending.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".wav":
+        return "wav"
+    if ending == ".flac":
+        return "flac"
+    raise UserError(f"{path} is neither .wav nor .flac.", "WAV is float32 and keeps every bit, FLAC has 16 bits.")
 
 
 def encode(wave: np.ndarray, sample_rate: int, config: PostprocessConfig) -> bytes:
