@@ -103,7 +103,7 @@ def test_damaged_latents_are_one_message(corpus, tmp_path):
         run.write(file.name, Folder.at(str(corpus)).read(file.name))
     shard = sorted((tmp_path / "run/shards").iterdir())[0]
     shard.write_bytes(shard.read_bytes()[:2000])
-    with pytest.raises(UserError, match="the file is cut short"):
+    with pytest.raises(UserError, match="is damaged: clip t000000_0"):
         list(ttmray.open_corpus(run.uri))
 
 
@@ -134,8 +134,8 @@ def test_an_evaluation_without_prompts_or_folders_is_one_message(tmp_path):
         ttmray.evaluate(tmp_path)
     with pytest.raises(UserError, match="absent"):
         ttmray.evaluate([tmp_path / "absent"], "a harp", output=tmp_path / "out")
-    with pytest.raises(UserError, match="folders is no setting"):
-        ttmray.evaluate(tmp_path, "a harp", folders=["x"])
+    with pytest.raises(UserError, match="texts is no setting"):
+        ttmray.evaluate(tmp_path, "a harp", texts=["x"])
 
 
 def test_a_training_is_that_of_the_command(corpus, tmp_path):

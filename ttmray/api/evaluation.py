@@ -51,8 +51,8 @@ def evaluate(
     from ttmray.cluster import alone
     from ttmray.evaluation.evaluate import EvaluateConfig, evaluate_run
 
-    if reserved := sorted({"folders", "texts"} & fields.keys()):
-        raise UserError(f"{reserved[0]} is no setting of evaluate.", "Folders and prompts are its first arguments.")
+    if "texts" in fields:
+        raise UserError("texts is no setting of evaluate.", "Prompts are its second argument.")
     if isinstance(folders, Mapping):
         places = [f"{name}={os.fspath(folder)}" for name, folder in folders.items()]
     elif isinstance(folders, str | os.PathLike):

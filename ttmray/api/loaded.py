@@ -131,7 +131,7 @@ class LoadedBundle:
         >>> list(table["status"]), list(table["reason"])
         (['ok', 'rejected'], ['', 'silent'])
         >>> float(table["lufs"][0])
-        -22.8...
+        -23.7...
         """
         import pandas as pd
 

@@ -1,6 +1,5 @@
 """`ttmray.train`: a training job from a config, and what it left behind."""
 
-import json
 import os
 from functools import cached_property
 from importlib import import_module
@@ -91,18 +90,19 @@ class TrainingRun:
 
     @cached_property
     def metrics(self) -> "pd.DataFrame":
-        """A row per logged step: loss, learning rate, speed, and what else the run logs.
+        """A row per step that was logged or validated: losses, learning rate, speed, and what else the run logs.
 
         Raises:
             UserError: the run logs none: the ranker, and expert iteration, whose trainings are runs of their own below.
         """
         import pandas as pd
 
-        from ttmray.training.logbook import METRICS
+        from ttmray.training.logbook import METRICS, read_lines
 
         if not self._out.exists(METRICS):
             raise UserError(f"{self._out} has no {METRICS}.", "Runs of Stage 1 and 3 have it.")
-        return pd.DataFrame([json.loads(line) for line in self._out.read(METRICS).decode().splitlines()])
+        lines = pd.DataFrame(read_lines(self._out))
+        return lines.groupby("step", as_index=False).first() if len(lines) else lines
 
     def export(self, path: str | os.PathLike[str], weights: str = "raw") -> str:
         """Write the weights of the newest checkpoint as one file, which `generate(checkpoint=...)` takes; returns its
