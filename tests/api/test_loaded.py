@@ -64,6 +64,21 @@ def test_samples_in_memory_score_like_the_files_that_hold_them(studio, files):
     assert alone["reward"][0] == of_files["reward"][1]
 
 
+def test_sounds_are_padded_to_the_clips_of_their_bundle(tmp_path, monkeypatch, capsys):
+    soundfile.write(tmp_path / "a.wav", music(1.5).T, RATE, subtype="FLOAT")
+    monkeypatch.setattr(DebugBundle, "clip_s", 2.0)
+    capsys.readouterr()
+    main(["score", str(tmp_path / "a.wav"), "--json", "--device", "cpu"])
+    row = json.loads(capsys.readouterr().out)
+    short = ttmray.load("debug", device="cpu", threads=1)
+    table = short.score(
+        [str(tmp_path / "a.wav"), (music(1.5), RATE), (np.pad(music(1.5), ((0, 0), (0, 22_050))), RATE)]
+    )
+    assert short.clip_s == 2.0
+    assert table["reward"].tolist() == [row["reward"]] * 3
+    assert table["lufs"].tolist() == [row["lufs"]] * 3
+
+
 def test_every_sound_has_its_own_caption_and_none_is_left_out(studio):
     sounds = [music(1.0), music(1.0), music(1.0)]
     table = studio.score(sounds, [CAPTION, "", "drums"], rate=RATE)

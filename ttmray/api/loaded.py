@@ -140,7 +140,7 @@ class LoadedBundle:
         scorer = self._scorer(reward_text)
         rows = []
         with threads_restored(), meter("sounds", len(named)) as progress:
-            readings = ((sound.name, sound.read()) for sound in named)
+            readings = ((sound.name, sound.read(self.clip_s)) for sound in named)
             for row in score_sounds(scorer, readings, texts):
                 rows.append(row | {"protocol": f"{self._bundle.name}/{scorer.protocol.id()}"})
                 progress.advance(1)
@@ -170,7 +170,7 @@ class LoadedBundle:
         with threads_restored(), meter("sounds", len(named)) as progress:
             one_thread()
             for sound in named:
-                rows.append(scorer.embed([sound.mono()]))
+                rows.append(scorer.embed([sound.mono(self.clip_s)]))
                 progress.advance(1)
             empty = scorer.embed([])
         clap = np.concatenate([empty.clap, *(row.clap for row in rows)])

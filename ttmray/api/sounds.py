@@ -93,20 +93,20 @@ class NamedSound:
     name: str
     content: str | AudioClip
 
-    def read(self) -> Reading:
-        """As the clip that is scored."""
+    def read(self, clip_s: float) -> Reading:
+        """As the clip that is scored, by a bundle whose clips have `clip_s` seconds."""
         if isinstance(self.content, str):
-            return read_clip(self.content)
-        return clip_of(self.content.audio, self.content.rate)
+            return read_clip(self.content, clip_s)
+        return clip_of(self.content.audio, self.content.rate, clip_s)
 
-    def mono(self) -> np.ndarray:
-        """(samples,) float32 at 44.1 kHz, as encoders hear it.
+    def mono(self, clip_s: float) -> np.ndarray:
+        """(samples,) float32 at 44.1 kHz, as encoders hear it, by a bundle whose clips have `clip_s` seconds.
 
         Raises:
             UserError: it is no clip, and why.
         """
         try:
-            return self.read().mono()
+            return self.read(clip_s).mono()
         except ClipError as error:
             raise self.unusable(error) from error
 
