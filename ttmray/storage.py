@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEMPORARY_PREFIX = ".tmp-"
+UNPACKED = "/runtime_resources/working_dir_files/"
+"""Where a node's Ray unpacks what `--working-dir` has sent, below the folder of its session."""
 
 
 def absolute(path: str) -> str:
@@ -48,6 +50,19 @@ def absolute(path: str) -> str:
 def is_remote(path: str) -> bool:
     """True for URIs such as `s3://bucket/prefix`."""
     return "://" in path
+
+
+def refuse_vanishing(place: str) -> None:
+    """Refuse a place to write at which Ray deletes after a job: its copy of the folder of `--working-dir`.
+
+    Raises:
+        UserError: the place is in there.
+    """
+    if UNPACKED in place:
+        raise UserError(
+            f"{place} would vanish with this job: it lies in the copy that Ray has made of the working directory.",
+            "Give an absolute path that all nodes share, or an address such as s3://bucket/prefix.",
+        )
 
 
 def safe_relative(name: str) -> str:
@@ -209,6 +224,7 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write the whole file atomically, replacing what was there."""
+        refuse_vanishing(self.uri)
         with explained(self.path(name)):
             if self.remote:
                 fs, root = self._filesystem()
@@ -222,6 +238,7 @@ class Folder:
         Of several concurrent writers exactly one gets True: `os.link` locally, a conditional PUT
         (`If-None-Match: *`) on S3.
         """
+        refuse_vanishing(self.uri)
         with explained(self.path(name)):
             try:
                 if self.remote:
