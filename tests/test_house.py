@@ -47,7 +47,7 @@ LAYERS = (
     ("cost", "runs", "parts"),
     ("config", "tables"),
     ("presets",),
-    ("config_docs", "storage", "pages", "plugins", "quarantine", "statistics", "yaml_text"),
+    ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
     ("console", "errors", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""
