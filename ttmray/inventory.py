@@ -104,7 +104,8 @@ class Reopened(NamedTuple):
 
 def reopen(folder: Folder, kind: str) -> Reopened:
     """Before the command of a folder that is no run, or of a run that needs no other care, writes again: what is
-    damaged is said and deleted, so that it is made once more, and the marker is gone until the end.
+    damaged is said and deleted, so that it is made once more, and the marker is gone until the end. `run.json` is the
+    business of `restore_run`.
 
     Args:
         kind: as of `note`, or of the run.
@@ -114,7 +115,7 @@ def reopen(folder: Folder, kind: str) -> Reopened:
     """
     marker = read_marker(folder)
     complete = marker is not None and kind in (marker.get("kind"), marker.get("run", {}).get("kind"))
-    damaged = damage(folder, marker or {}) if complete else []
+    damaged = [problem for problem in damage(folder, marker or {}) if problem.name != RUN] if complete else []
     for problem in damaged:
         console.print(f"{folder.path(problem.name)} {problem.how}; it is made again", style="yellow")
         clear(folder, problem.name)

@@ -21,6 +21,7 @@ from ttmray.generation import pool
 from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool, refuse_another_selection
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.weights import digest_file, weights_file
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.training.config import OptimizerConfig, TrainConfig
 from ttmray.training.data import SourceConfig, open_mixture
@@ -32,7 +33,7 @@ SELECTION = "selection"
 """Folder of a round: what was kept of its pool."""
 KIND = "expert-iteration"
 _OWN = re.compile(rf"round-\d+/(?:\w+\.safetensors|{SELECTION}/[^/]+)")
-"""Files that the end lists; pools and training runs have lists of their own."""
+"""Files that the end lists beside `run.json`; pools and training runs have lists of their own."""
 SamplePool = Callable[[str, str], None]
 """(weights file, run folder): sample a pool from the weights, or go on with one."""
 
@@ -124,6 +125,8 @@ def expert_iteration(
         to_do = done.index(False)
         parent = places[to_do - 1].path(last) if to_do else weights
         _need_pool(config, to_do + 1, places[to_do], parent, sample_pool)
+    if inventory.restore_run(root, KIND, described["fingerprint"]) is not None:
+        console.print(f"{root.path(RUN)} was missing or damaged and is made again", style="yellow")
     claim(root, described, force)
     if not all(done):
         inventory.reopen(root, KIND)
@@ -139,16 +142,19 @@ def expert_iteration(
             weights = _trained(config, finetuning(config, place, weights, experts), "finetune", place, force)
             if config.polish.steps:
                 weights = _trained(config, polishing(config, place, weights, experts), "polish", place, force)
-        if not inventory.finished(root):
-            _seal(config, root, weights)
+        _seal(config, root, weights)
     console.print(f"Stage 2 is done: {weights}", markup=False)
     return EXIT_OK
 
 
 def _seal(config: ExpertIterationConfig, root: Folder, weights: str) -> None:
-    names = [file.name for file in root.files(sizes=False) if _OWN.fullmatch(file.name)]
-    body = {"steps": config.steps, "weights": weights}
-    inventory.seal(root, runs.read(root, KIND), body, inventory.entries(root, names))
+    """`_SUCCESS.json`; of a run that was whole before no file is read but `run.json`, which notes the last launch."""
+    files, now = inventory.promised(inventory.read_marker(root) or {}), inventory.entries(root, [RUN])
+    if files.get(RUN) == now[RUN]:
+        return
+    if not files:
+        files = inventory.entries(root, filter(_OWN.fullmatch, [file.name for file in root.files(sizes=False)]))
+    inventory.seal(root, runs.read(root, KIND), {"steps": config.steps, "weights": weights}, files | now)
 
 
 def finetuning(config: ExpertIterationConfig, place: Folder, weights: str, experts: SourceConfig | None) -> TrainConfig:
