@@ -48,7 +48,7 @@ LAYERS = (
     ("config", "tables"),
     ("presets",),
     ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
-    ("console", "errors", ""),
+    ("console", "errors", "listing", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
