@@ -48,8 +48,8 @@ LAYERS = (
     ("cost", "runs", "parts"),
     ("config", "tables"),
     ("presets",),
-    ("config_docs", "storage", "pages", "plugins", "quarantine", "statistics", "yaml_text"),
-    ("console", "errors", ""),
+    ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
+    ("console", "errors", "listing", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from damages import DAMAGES, content
 
 from ttmray.cli import main
 from ttmray.config import load_config
@@ -92,3 +93,19 @@ def test_what_cannot_be_trained_is_said_before_anything_is_done(wrong, clips, tm
     assert main(arguments(clips, tmp_path / "out", wrong)) == 2
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "facts.json", "checkpoint.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("way", ["deleted", "flipped"])
+def test_a_damaged_file_of_a_part_is_found_and_the_same_command_makes_it_again(clips, tmp_path, capsys, name, way):
+    assert main(arguments(clips, tmp_path)) == 0
+    part = tmp_path / "text"
+    whole = content(part)
+    DAMAGES[way](part / name, part)
+    assert main(["verify", str(part)]) == 2
+    assert main(arguments(clips, tmp_path)) == 0
+    assert "it is made again" in capsys.readouterr().out
+    assert main(["verify", str(part)]) == 0
+    again = content(part)
+    assert again.keys() == whole.keys()
+    assert again["model.safetensors"] == whole["model.safetensors"]

@@ -33,6 +33,7 @@ import soundfile
 from pydantic import Field
 from rich.table import Table
 
+from ttmray import inventory
 from ttmray.audio import io as audio_io
 from ttmray.audio.limiter import Levels, to_loudness
 from ttmray.audio.loudness import integrated_loudness, true_peak
@@ -226,7 +227,7 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
     out = Folder.at(output)
     ending = ".flac" if config.format == "flac" else ".wav"
     jobs = _outputs(sources, out, ending)
-    rows = _read_table(out)
+    rows = _read_table(out, inventory.reopen(out, "postprocess").complete)
     for name, source in jobs.items():
         if name in rows and rows[name]["source"] != source:
             raise UserError(f"{out}/{name} was made from {rows[name]['source']}.", "Choose another --output.")
@@ -261,6 +262,7 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
         pool.shutdown(cancel_futures=True)
         if done_before < len(shown):
             _write_table(out, rows)
+    inventory.note(out, "postprocess", (TABLE, *(name for name, row in rows.items() if row["status"] == "ok")))
     _print(sorted(shown, key=lambda row: row["file"]), done_before, out)
     return EXIT_OK if all(row["status"] == "ok" for row in shown) else EXIT_TOO_MANY_FAILURES
 
@@ -375,10 +377,11 @@ def _is_made(out: Folder, row: Mapping[str, Any]) -> bool:
         return _sha256(file) == row["made_sha256"]
 
 
-def _read_table(out: Folder) -> dict[str, dict[str, Any]]:
+def _read_table(out: Folder, ours: bool) -> dict[str, dict[str, Any]]:
+    """Rows by file; none where the table is gone of a folder that is `ours`, so that all is made again."""
     if not out.exists(TABLE):
         foreign = next(iter(out.files(sizes=False)), None)
-        if foreign is not None:
+        if foreign is not None and not ours:
             raise UserError(
                 f"{out} holds {foreign.name} but no {TABLE}: it was not made by this command.",
                 "Choose an empty or new --output.",

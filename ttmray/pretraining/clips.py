@@ -17,6 +17,7 @@ import numpy as np
 
 from ttmray.console import meter
 from ttmray.errors import UserError
+from ttmray.signals import deaf_children
 from ttmray.storage import Folder
 from ttmray.synth.captions import caption
 from ttmray.synth.faults import true_quality
@@ -91,7 +92,9 @@ class ClipSet:
                     progress.advance(SHARD)
                 return
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-                for done in as_completed([pool.submit(_write_shard, self, shard) for shard in missing]):
+                with deaf_children():
+                    shards = [pool.submit(_write_shard, self, shard) for shard in missing]
+                for done in as_completed(shards):
                     done.result()
                     progress.advance(SHARD)
 

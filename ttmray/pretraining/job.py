@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.config import Config, Device, Location, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
@@ -30,6 +30,7 @@ from ttmray.pretraining.separator import SeparatorConfig, SeparatorPart
 from ttmray.pretraining.text import TextConfig, TextPart
 from ttmray.pretraining.vae import VAEConfig, VAEPart
 from ttmray.pretraining.vocoder import VocoderConfig, VocoderPart
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
 FACTS = "facts.json"
@@ -117,7 +118,8 @@ def train_parts(config: PartsConfig) -> int:
     for name in config.parts:
         settings: PartConfig = getattr(config, name)
         out = Folder.at(config.output).sub(name)
-        if _claim(out, name, config, settings) and not _unfinished(out, settings):
+        begun = _claim(out, name, config, settings)
+        if begun and _whole(out) and not _unfinished(out, settings):
             console.print(f"{name} is complete: {out}")
             continue
         if config.reuse is not None and _copied(name, config.reuse, out):
@@ -185,6 +187,8 @@ def _one(
         "untrained": untrained,
     }
     out.write(FACTS, json.dumps(facts, indent=1).encode())
+    files = (file.name for file in out.files(sizes=False) if file.name not in (RUN, cost.COST))
+    inventory.seal(out, runs.read(out, _kind(name)), {"part": name}, inventory.entries(out, files))
     shown = ", ".join(f"{key} {value:.3f} (untrained {untrained[key]:.3f})" for key, value in measured.items())
     console.print(f"{name}: {progress.step} of {settings.steps} updates in {progress.cpu_s:.0f} CPU seconds: {shown}")
     return True
@@ -192,18 +196,38 @@ def _one(
 
 def _claim(out: Folder, name: str, config: PartsConfig, settings: PartConfig) -> bool:
     """Write the part's `run.json`, or check that it describes the same run; whether there was one."""
-    kind = f"micro-{name}"
     described = runs.describe(
-        kind,
+        _kind(name),
         {"part": identity(settings), "data": identity(config.data)},
         config,
         ("torch", "transformers", "tokenizers", "demucs"),
     )
-    old = runs.existing(out, kind)
+    inventory.restore_run(out, _kind(name), described["fingerprint"])
+    old = runs.existing(out, _kind(name))
     if old is None and runs.write(out, described):
         return False
-    runs.refuse_another(out, old or runs.read(out, kind), described)
+    runs.refuse_another(out, old or runs.read(out, _kind(name)), described)
     return True
+
+
+def _kind(name: str) -> str:
+    return f"micro-{name}"
+
+
+def _whole(out: Folder) -> bool:
+    """Whether the files of a finished part are what was written. What is not is deleted, and with it the facts that say
+    that the part is complete: it is then made again, from the last checkpoint where that is sound."""
+    marker = inventory.read_marker(out)
+    if marker is None:
+        return True  # of an earlier version, or not at its end yet
+    damaged = inventory.damage(out, marker)
+    for problem in damaged:
+        console.print(f"{out.path(problem.name)} {problem.how}; it is made again", style="yellow")
+        inventory.clear(out, problem.name)
+    if damaged:
+        inventory.clear(out, FACTS)
+        inventory.clear(out, SUCCESS)
+    return not damaged
 
 
 def _unfinished(out: Folder, settings: PartConfig) -> bool:
