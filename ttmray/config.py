@@ -156,8 +156,8 @@ def merged(plain: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
     changed = copy.deepcopy(dict(plain))
     for name, value in fields.items():
         old = changed.get(name)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        changed[name] = merged(old, value) if both else copy.deepcopy(value)
+        nested = isinstance(value, Mapping) and isinstance(old, Mapping)
+        changed[name] = merged(old or {}, value) if nested else copy.deepcopy(value)
     return changed
 
 

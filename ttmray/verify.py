@@ -54,7 +54,8 @@ def _places(root: Folder) -> list[str]:
     for place in sorted({folder for folder, _, name in folders if name in (RUN, SUCCESS)}):
         if not place.startswith(tuple(corpora)):
             places.append(place)
-            corpora += [f"{place}/"] if inventory.kind_of(root.sub(place) if place else root) in runs.KINDS_OF_CORPUS else []
+            if inventory.kind_of(root.sub(place) if place else root) in runs.KINDS_OF_CORPUS:
+                corpora.append(f"{place}/")
     if not places:
         raise UserError(f"{root} is no run: it has no {RUN}.", "Give the output folder of a command.")
     return places

@@ -93,8 +93,8 @@ class ClipSet:
                 return
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 with deaf_children():
-                    shards = [pool.submit(_write_shard, self, shard) for shard in missing]
-                for done in as_completed(shards):
+                    writing = [pool.submit(_write_shard, self, shard) for shard in missing]
+                for done in as_completed(writing):
                     done.result()
                     progress.advance(SHARD)
 

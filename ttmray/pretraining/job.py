@@ -141,12 +141,13 @@ def _copied(name: PartName, reuse: str, out: Folder) -> bool:
         return False
     folder = bundle.files.folder(role)
     facts = (folder / FACTS).read_bytes()
-    if json.loads(facts)["fingerprint"] != runs.read(out, f"micro-{name}")["fingerprint"]:
+    if json.loads(facts)["fingerprint"] != runs.read(out, _kind(name))["fingerprint"]:
         return False
     for file in folder.iterdir():
         if file.name != FACTS:
             out.write(file.name, file.read_bytes())
     out.write(FACTS, facts)
+    _seal(out, name)
     return True
 
 
@@ -172,7 +173,7 @@ def _one(
     measured = part.measure(fresh)
     facts: dict[str, Any] = {
         "part": name,
-        "fingerprint": runs.read(out, f"micro-{name}")["fingerprint"],
+        "fingerprint": runs.read(out, _kind(name))["fingerprint"],
         "seed": settings.seed,
         "data_seed": clips.seed,
         "fresh_seed": fresh.seed,
@@ -187,11 +188,15 @@ def _one(
         "untrained": untrained,
     }
     out.write(FACTS, json.dumps(facts, indent=1).encode())
-    files = (file.name for file in out.files(sizes=False) if file.name not in (RUN, cost.COST))
-    inventory.seal(out, runs.read(out, _kind(name)), {"part": name}, inventory.entries(out, files))
+    _seal(out, name)
     shown = ", ".join(f"{key} {value:.3f} (untrained {untrained[key]:.3f})" for key, value in measured.items())
     console.print(f"{name}: {progress.step} of {settings.steps} updates in {progress.cpu_s:.0f} CPU seconds: {shown}")
     return True
+
+
+def _seal(out: Folder, name: str) -> None:
+    files = (file.name for file in out.files(sizes=False) if file.name not in (RUN, cost.COST))
+    inventory.seal(out, runs.read(out, _kind(name)), {"part": name}, inventory.entries(out, files))
 
 
 def _claim(out: Folder, name: str, config: PartsConfig, settings: PartConfig) -> bool:

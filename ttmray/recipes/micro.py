@@ -27,7 +27,7 @@ from ttmray.pretraining.job import FACTS, PARTS, ROLES, UNTRAINED, PartsConfig, 
 from ttmray.pretraining.loop import CHECKPOINT
 from ttmray.ranker.job import METRICS, RankerConfig, train_ranker
 from ttmray.recipes.chain import Step, fill, run_chain
-from ttmray.runs import RUN
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.synth import listeners
 from ttmray.synth.world import CAPTIONS, TABLE, clip, encoded, write_world
@@ -192,7 +192,7 @@ def _write_songs(clips: ClipSet, out: Folder) -> int:
 
 def _sources(config: MicroConfig, root: Folder) -> dict[str, dict[str, str]]:
     """Role -> file of the bundle -> file of the parts' training."""
-    beside = {CHECKPOINT, UNTRAINED, RUN, LOG, COST}
+    beside = {CHECKPOINT, UNTRAINED, RUN, SUCCESS, LOG, COST}
     roles: dict[str, dict[str, str]] = {}
     for part in PARTS:
         folder = root.sub(part)
