@@ -49,6 +49,7 @@ LAYERS = (
     ("config", "tables"),
     ("presets",),
     ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
+    ("object_store",),
     ("console", "errors", "listing", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""

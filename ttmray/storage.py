@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from ttmray import object_store
 from ttmray.console import errors
 from ttmray.errors import UserError
 from ttmray.listing import ListedFile, walk
+from ttmray.object_store import PatientFile, patiently
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,7 +147,12 @@ class Folder:
 
         try:
             # listing caches would hide what other workers committed
-            return fsspec.core.url_to_fs(self.uri, use_listings_cache=False, skip_instance_cache=False)
+            fs, root = fsspec.core.url_to_fs(
+                self.uri, use_listings_cache=False, skip_instance_cache=False, **object_store.options(self.uri)
+            )
+            if hasattr(fs, "retries"):
+                fs.retries = 1  # `patiently` tries again
+            return fs, root
         except ImportError as error:
             scheme = self.uri.split("://")[0]
             raise UserError(
@@ -166,7 +173,7 @@ class Folder:
             return os.path.exists(self.path(name))
         fs, root = self._filesystem()
         with explained(self.path(name)):
-            return bool(fs.exists(f"{root}/{safe_relative(name)}"))
+            return bool(patiently(self.path(name), lambda: fs.exists(f"{root}/{safe_relative(name)}")))
 
     def files(self, under: str = "", sizes: bool = True, unreadable: dict[str, str] | None = None) -> list[ListedFile]:
         """All files below `under`, in sorted order; empty where the folder does not exist.
@@ -191,7 +198,7 @@ class Folder:
                         int(info.get("size") or 0),
                         str(info.get("ETag") or "").strip('"'),
                     )
-                    for full, info in fs.find(base, detail=True).items()
+                    for full, info in patiently(where, lambda: fs.find(base, detail=True)).items()
                     if info.get("type") == "file"
                 ]
             else:
@@ -208,7 +215,7 @@ class Folder:
             if not self.remote:
                 return Path(self.path(name)).read_bytes()
             fs, root = self._filesystem()
-            return fs.cat_file(f"{root}/{safe_relative(name)}")
+            return patiently(self.path(name), lambda: bytes(fs.cat_file(f"{root}/{safe_relative(name)}")))
 
     def read_as(self, name: str) -> tuple[bytes, str]:
         """All bytes of a file and their version (see `ListedFile`), which belong together: of an object replaced
@@ -229,13 +236,19 @@ class Folder:
                         raise
         raise UserError(f"{self.path(name)} is replaced again and again while it is read.", "Wait until it is whole.")
 
-    def open(self, name: str) -> BinaryIO:
-        """A seekable reader of the file; ranges are fetched on demand from object stores."""
+    def open(self, name: str, block_bytes: int | None = None) -> BinaryIO:
+        """A seekable reader of the file; ranges are fetched on demand from object stores.
+
+        Args:
+            block_bytes: of a range, where little is read; default: the store's own, for s3 50 MiB.
+        """
         with explained(self.path(name)):
             if not self.remote:
                 return open(self.path(name), "rb")
             fs, root = self._filesystem()
-            return cast(BinaryIO, fs.open(f"{root}/{safe_relative(name)}", "rb"))
+            size = {} if block_bytes is None else {"block_size": block_bytes}
+            file = patiently(self.path(name), lambda: fs.open(f"{root}/{safe_relative(name)}", "rb", **size))
+            return cast(BinaryIO, PatientFile(self.path(name), file))
 
     def write(self, name: str, data: bytes) -> None:
         """Write the whole file atomically, replacing what was there."""
@@ -243,7 +256,7 @@ class Folder:
         with explained(self.path(name)):
             if self.remote:
                 fs, root = self._filesystem()
-                fs.pipe_file(f"{root}/{safe_relative(name)}", data)
+                patiently(self.path(name), lambda: fs.pipe_file(f"{root}/{safe_relative(name)}", data))
             else:
                 _local_write(Path(self.path(name)), data, replace=True)
 
@@ -257,15 +270,24 @@ class Folder:
         with explained(self.path(name)):
             try:
                 if self.remote:
-                    fs, root = self._filesystem()
-                    fs.pipe_file(f"{root}/{safe_relative(name)}", data, mode="create")
-                else:
-                    _local_write(Path(self.path(name)), data, replace=False)
+                    return self._create_remote(name, data)
+                _local_write(Path(self.path(name)), data, replace=False)
             except FileExistsError:
                 if not self.remote and os.path.isdir(self.path(name)):  # nobody's commit
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.path(name)) from None
                 return False
             return True
+
+    def _create_remote(self, name: str, data: bytes) -> bool:
+        fs, root = self._filesystem()
+        full = f"{root}/{safe_relative(name)}"
+        try:
+            patiently(self.path(name), lambda: fs.pipe_file(full, data, mode="create"))
+        except OSError as error:
+            if object_store.taken(error):
+                return False
+            raise
+        return True
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens when it is gone already (another worker may have been faster)."""
@@ -273,7 +295,7 @@ class Folder:
             try:
                 if self.remote:
                     fs, root = self._filesystem()
-                    fs.rm_file(f"{root}/{safe_relative(name)}")
+                    patiently(self.path(name), lambda: fs.rm_file(f"{root}/{safe_relative(name)}"))
                 else:
                     os.unlink(self.path(name))
             except FileNotFoundError:
@@ -347,7 +369,8 @@ def local_file(path: str) -> Path:
         return Path(folder.path(name))
     with explained(path):
         fs, root = folder._filesystem()
-        version = hashlib.sha256(f"{path} {fs.ukey(f'{root}/{safe_relative(name)}')}".encode()).hexdigest()
+        key = patiently(path, lambda: fs.ukey(f"{root}/{safe_relative(name)}"))
+        version = hashlib.sha256(f"{path} {key}".encode()).hexdigest()
     copy = Folder.at(os.environ.get("TTMRAY_COPIES") or "~/.cache/ttmray/copies").sub(version[:32])
     if not copy.exists(name):
         copy.write(name, folder.read(name))

@@ -436,7 +436,7 @@ def _hash(root: Folder, path: str, limit: int | None) -> tuple[str, int]:
     """
     digest, read = hashlib.sha256(), 0
     try:
-        with root.open(path) as file:
+        with root.open(path, limit) as file:
             while block := file.read(READ_BYTES if limit is None else limit - read):
                 digest.update(block)
                 read += len(block)

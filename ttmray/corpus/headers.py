@@ -6,6 +6,9 @@ from ttmray.audio.io import AudioInfo, probe
 from ttmray.errors import ClipError, UserError
 from ttmray.storage import Folder, explained
 
+HEADER_BYTES = 64 * 2**10
+"""Read from a bucket at once: most headers need one or two of them, and a song has hundreds."""
+
 
 def read_header(root: Folder, path: str) -> AudioInfo | Exception | None:
     """Header of one audio file; None where it is no audio or damaged, the error where it cannot be read at all."""
@@ -21,7 +24,7 @@ def read_header(root: Folder, path: str) -> AudioInfo | Exception | None:
 def _read(root: Folder, path: str) -> AudioInfo:
     if not root.remote:
         return probe(root.path(path))
-    with root.open(path) as file:
+    with root.open(path, HEADER_BYTES) as file:
         watched = _Watched(file)
         try:
             return probe(watched)  # type: ignore[arg-type]
