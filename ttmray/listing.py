@@ -55,9 +55,8 @@ def walk(base: str, sizes: bool, unreadable: dict[str, str] | None) -> Iterator[
                 yield ListedFile(relative, -1)
                 continue
             if stat.S_ISREG(status.st_mode):
-                yield (
-                    ListedFile(relative, status.st_size, str(status.st_mtime_ns)) if sizes else ListedFile(relative, -1)
-                )
+                looked_at = ListedFile(relative, status.st_size, str(status.st_mtime_ns))
+                yield looked_at if sizes else ListedFile(relative, -1)
 
 
 def _leads_back(folder: str, name: str) -> bool:

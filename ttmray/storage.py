@@ -218,8 +218,8 @@ class Folder:
             return patiently(self.path(name), lambda: bytes(fs.cat_file(f"{root}/{safe_relative(name)}")))
 
     def read_as(self, name: str) -> tuple[bytes, str]:
-        """All bytes of a file and their version (see `ListedFile`), which belong together: of an object replaced
-        in the meantime, those of the new one.
+        """All bytes of a file and their version (see `ListedFile`), which belong together: of an object that is
+        replaced in the meantime, those of the new one.
 
         Raises:
             UserError: when it is missing or cannot be read.

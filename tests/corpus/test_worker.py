@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -119,6 +120,21 @@ def test_a_child_that_does_not_answer_in_time_is_ended(endless, before):
         worker.run(unit, 0.5)
     assert caught.value.how == "no answer within 0.5 s"
     assert children() == before
+
+
+def test_a_child_that_is_ended_while_another_thread_waits_for_it_dies_once(endless, before):
+    """As at Ctrl-C: the thread of the child and the one that ends it take leave of it at the same moment."""
+    unit, worker, _ = endless
+    with ThreadPoolExecutor(8) as pool:
+        waiting = pool.submit(worker.run, unit, TIMEOUT_S)
+        until = time.monotonic() + TIMEOUT_S
+        while children() == before:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        for ended in [pool.submit(worker.kill) for _ in range(7)]:
+            assert ended.result() is None
+        with pytest.raises((WorkerDied, UserError)):  # at work, or just starting
+            waiting.result()
 
 
 def test_an_error_in_the_child_arrives_with_its_traceback_and_the_child_lives_on(worker, unit, before):

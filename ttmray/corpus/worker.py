@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from types import ModuleType
 
@@ -53,6 +53,7 @@ class ChildWorker:
         self._job, self._stages = job, tuple(stages)
         self._child: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._burial = threading.Lock()
 
     def run(self, unit: Unit, timeout_s: float) -> Unit:
         """The unit after the stages.
@@ -77,19 +78,22 @@ class ChildWorker:
         return Unit.from_table(answer)
 
     def kill(self) -> None:
-        """End the child at once."""
-        if self._child is not None:
-            self._child.kill()
+        """End the child at once; from any thread, also while another one waits for its answer."""
+        child = self._child
+        if child is not None:
+            with suppress(ValueError):  # closed by now: the other thread was faster
+                child.kill()
             self._bury(None)
 
     def _start(self) -> None:
-        self._pipe, theirs = _spawn.Pipe()
-        self._child = _spawn.Process(target=_serve, args=(theirs, self._job, self._stages), daemon=True)
+        pipe, theirs = _spawn.Pipe()
+        child = _spawn.Process(target=_serve, args=(theirs, self._job, self._stages), daemon=True)
         with _without_main(), deaf_children():
-            self._child.start()
+            child.start()
         theirs.close()  # else the child's death would not close the pipe
+        self._child, self._pipe = child, pipe  # only now there is something that `kill` could end
         try:
-            _receive(self._pipe, START_TIMEOUT_S)
+            _receive(pipe, START_TIMEOUT_S)
         except (OSError, EOFError) as error:
             how = self._bury(START_TIMEOUT_S if isinstance(error, TimeoutError) else None)
             # no clip's fault: nothing was sent yet
@@ -101,16 +105,17 @@ class ChildWorker:
         Args:
             timeout_s: what it did not answer within; None: it is dead, or dying.
         """
-        child, pipe = self._child, self._pipe
-        assert child is not None
-        assert pipe is not None
-        if timeout_s is not None:
-            child.kill()
-        child.join()
-        code = child.exitcode or 0
-        child.close()
-        pipe.close()
-        self._child = self._pipe = None
+        with self._burial:
+            child, pipe = self._child, self._pipe
+            if child is None or pipe is None:
+                return "was ended"
+            if timeout_s is not None:
+                child.kill()
+            child.join()
+            code = child.exitcode or 0
+            child.close()
+            pipe.close()
+            self._child = self._pipe = None
         if timeout_s is not None:
             return f"no answer within {timeout_s:g} s"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
