@@ -156,8 +156,10 @@ def merged(plain: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
     changed = copy.deepcopy(dict(plain))
     for name, value in fields.items():
         old = changed.get(name)
-        nested = isinstance(value, Mapping) and isinstance(old, Mapping)
-        changed[name] = merged(old or {}, value) if nested else copy.deepcopy(value)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            changed[name] = merged(old, value)
+        else:
+            changed[name] = copy.deepcopy(value)
     return changed
 
 
