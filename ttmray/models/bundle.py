@@ -336,9 +336,11 @@ class BundleWithHead(Bundle):
         return makers | {"tunejury": lambda: self.head.load(device=device)}
 
 
+MICRO = FolderFiles(Path(__file__).with_name("micro"), "Install ttmray again: its own bundle is not whole.")
 BUNDLES: dict[str, Bundle] = {
     "paper": ReleasedBundle("paper"),
     "public-16k": ReleasedBundle("public-16k", rate=16_000),
+    "micro": FolderBundle(MICRO),
     "debug": DebugBundle("debug", width=1),
     "debug-16k": DebugBundle("debug-16k", width=1, rate=16_000),
     "debug-wide": DebugBundle("debug-wide", width=4),

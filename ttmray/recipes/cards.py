@@ -16,7 +16,7 @@ from ttmray.evaluation.results import Results, System, read_results
 from ttmray.inventory import read_marker
 from ttmray.models.backbone import BackboneConfig
 from ttmray.models.backbone_weights import count_parameters
-from ttmray.models.bundle import BUNDLES, ReleasedBundle, base_name
+from ttmray.models.bundle import BUNDLES, FolderBundle, ReleasedBundle, base_name
 from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
 from ttmray.models.weights import licences
 from ttmray.ranker.job import HEAD, METRICS
@@ -99,8 +99,8 @@ def model_card(
     if evaluation is not None:
         results = read_results(Folder.at(evaluation))
         measured = _system(results, system)
-    notes = [BUNDLES[bundle].note for bundle in bundles if _is_debug(bundle)]
-    if results and _is_debug(results.bundle):
+    notes = [BUNDLES[bundle].note for bundle in bundles if _has_note(bundle)]
+    if results and _has_note(results.bundle):
         notes.append(f"Evaluated with the {results.note}")
     steps, total = _progress(run), config["steps"]
     backbone = BackboneConfig(**identity["backbone"])
@@ -146,7 +146,7 @@ def _ranker_card(run: Folder, described: Mapping[str, Any], name: str, license: 
         raise UserError(f"{run} is not finished.", "A card says how good the ranker is: start its job again first.")
     metrics, head = _json(run, METRICS), _json(run, f"{HEAD}.json")
     config, bundle = described["identity"]["config"], base_name(described["config"]["bundle"])
-    notes = [BUNDLES[bundle].note] if _is_debug(bundle) else []
+    notes = [BUNDLES[bundle].note] if _has_note(bundle) else []
     published = f"{head['variant']}-seed{head['seed']}"
     facts = [
         ("published head", published),
@@ -203,7 +203,7 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
     config, bundle = described["identity"]["config"], base_name(described["config"]["bundle"])
     name = name or folder.rstrip("/").rpartition("/")[2]
     clips = summary["rows"]["ok"]
-    notes = [described["note"]] if _is_debug(bundle) else []
+    notes = [described["note"]] if _has_note(bundle) else []
     heads = {table: _json(run, f"{SCORES}/{table}/{RUN}")["protocol_id"] for table in table_names(run)}
     audio = config["keep_audio"]
     front = {
@@ -357,7 +357,7 @@ def _corpus(address: str, column: str | None) -> dict[str, str]:
     return facts
 
 
-def _is_debug(bundle: str) -> bool:
+def _has_note(bundle: str) -> bool:
     return bundle in BUNDLES and not isinstance(BUNDLES[bundle], ReleasedBundle)
 
 
@@ -366,6 +366,8 @@ def _licences(bundles: Sequence[str]) -> list[str]:
     for bundle in bundles:
         if isinstance(BUNDLES.get(bundle), ReleasedBundle):
             lines += [f"{bundle}: {line}" for line in licences(bundle)]
+        elif isinstance(BUNDLES.get(bundle), FolderBundle):
+            lines.append(f"{bundle}: Apache-2.0, as ttmray")
         elif bundle in BUNDLES:
             lines.append(f"{bundle}: weights are drawn from a seed and have no licence")
         else:

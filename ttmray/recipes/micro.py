@@ -20,7 +20,7 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.cost import COST
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.models.folder_bundle import WEIGHTS, describe_folder
+from ttmray.models.folder_bundle import FOLDERS, WEIGHTS, describe_folder
 from ttmray.models.reward_head import HEAD
 from ttmray.pretraining.clips import ClipSet
 from ttmray.pretraining.job import FACTS, PARTS, ROLES, UNTRAINED, PartsConfig, train_parts
@@ -219,6 +219,7 @@ def card(config: MicroConfig, root: Folder) -> str:
     """The model card of a bundle: what was trained on what, how long, and how well it does on fresh clips."""
     facts: list[dict[str, Any]] = [json.loads(root.read(f"{part}/{FACTS}")) for part in PARTS]
     heads: dict[str, Any] = json.loads(root.read(f"ranker/{METRICS}"))["heads"]
+    roles = [role for role in FOLDERS if root.files(f"bundle/{role}", sizes=False)]
     measures = []
     for fact in facts:
         for name, value in fact["measured"].items():
@@ -228,6 +229,8 @@ def card(config: MicroConfig, root: Folder) -> str:
         front={"license": "apache-2.0", "library_name": "ttmray", "tags": ["music", "text-to-audio", "synthetic"]},
         name=config.name,
         notes=[config.note],
+        roles=roles,
+        missing=[role for role in FOLDERS if role not in (*roles, "vocoder")],
         parts=[
             (
                 fact["part"],
