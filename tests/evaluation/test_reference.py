@@ -191,6 +191,9 @@ def test_files_of_two_sets_do_not_go_together(store, tmp_path):
     mine = Path(shutil.copytree(store, tmp_path / "store"))
     clap = load((mine / "three/clap.safetensors").read_bytes())["clap"]
     (mine / "three/clap.safetensors").write_bytes(save({"clap": clap[:2]}))
+    with pytest.raises(UserError, match=r"clap\.safetensors is not what was written"):
+        load_reference("three", str(mine), PROTOCOL)
+    (mine / "three/_SUCCESS.json").unlink()  # as of a version that wrote none
     with pytest.raises(UserError, match="do not belong together"):
         load_reference("three", str(mine), PROTOCOL)
 

@@ -66,7 +66,10 @@ def test_the_page_refers_to_files_of_its_own_folder_only(made: Path) -> None:
     for link in links:
         assert link.startswith("#") or (made / link).is_file(), link
     used = {link for link in links if not link.startswith("#")}
-    assert {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()} - used == {"index.html"}
+    assert {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()} - used == {
+        "index.html",
+        "_SUCCESS.json",
+    }
 
 
 def test_the_content_security_policy_allows_exactly_the_script_and_style_of_the_page(made: Path) -> None:

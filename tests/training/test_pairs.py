@@ -198,6 +198,10 @@ def test_files_that_hold_no_pairs_are_refused(pool, tmp_path):
     build_pairs(pool, str(out), PairsConfig())
     path = out / "pairs.parquet"
     table = pq.read_table(path)
+    path.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="is not what was written"):
+        read_pairs(str(path))
+    (out / "_SUCCESS.json").unlink()  # files of one's own come without
     for changed, message in (
         (table.slice(0, 0), "holds no pairs"),
         (table.set_column(1, "loser", table["winner"]), "winner and loser of one pair"),
