@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ttmray.console import console
 from ttmray.corpus.placement import Group, Node, lacking
@@ -20,11 +21,15 @@ class WorkerFault(Exception):
     """
 
     def __init__(self, node: str, where: str, message: str, hint: str, expected: bool) -> None:
-        super().__init__(node, where, message, hint, expected)  # all in args, so that it survives pickling
+        super().__init__(message)
         self.node, self.where, self.message, self.hint, self.expected = node, where, message, hint, expected
 
     def __str__(self) -> str:
         return f"on {self.where}: {self.message}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # not from `args`, to which Ray Data adds its hints on the way
+        return type(self), (self.node, self.where, self.message, self.hint, self.expected)
 
 
 @dataclass

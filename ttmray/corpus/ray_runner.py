@@ -155,10 +155,10 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
                 if left:
                     raise _RoundEnded(RuntimeError(f"{len(left)} units did not come back, and nothing says why"))
             except _RoundEnded as ended:
-                if (fault := _worker_fault(ended.why)) is not None:
-                    left_out.leave_out(fault, _nodes(), groups, ended.why)
+                if isinstance(why := _innermost(ended.why), WorkerFault):
+                    left_out.leave_out(why, _nodes(), groups, ended.why)
                 else:
-                    left_out.start_again(ended.why)
+                    left_out.start_again(why)
     finally:
         wishes.end()
 
@@ -216,17 +216,19 @@ def _elsewhere(nodes: Sequence[str]) -> dict[str, Any]:
 
 
 def _quiet(config: CorpusConfig) -> None:
-    """Ray Data's settings; its hints are about its own progress bars, and its files keep all that it says."""
-    import ray
+    """Ray Data's settings. What it says is in its files; what it gives up for is raised, and said once, by us."""
+    import ray.data
 
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts clips and knows the whole plan
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = config.runtime.no_progress_timeout_s
     context.max_errored_blocks = 0  # a lost block would be lost clips
+    # Ray Data's own exception around a fault has it as `__cause__` only, which does not survive pickling
+    context.raise_original_map_exception = True
 
 
 class Wishes:
@@ -337,13 +339,10 @@ def _connect(config: CorpusConfig) -> None:
     connect(max(cores, least_cpus(config)), object_store_gib=config.runtime.object_store_gib)
 
 
-def _worker_fault(error: BaseException) -> WorkerFault | None:
-    """The fault of a worker inside Ray's wrappers, if there is one."""
-    seen: set[int] = set()
-    node: BaseException | None = error
-    while node is not None and id(node) not in seen:
-        seen.add(id(node))
-        if isinstance(node, WorkerFault):
-            return node
-        node = getattr(node, "cause", None) or node.__cause__
-    return None
+def _innermost(error: Exception) -> Exception:
+    """What is inside of Ray's wrappers: an error of a task has what the task raised as its `cause`."""
+    seen: list[Exception] = []
+    while isinstance(error, Exception) and error not in seen:
+        seen.append(error)
+        error = getattr(error, "cause", error)
+    return seen[-1]
