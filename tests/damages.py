@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ttmray.cli import main
+from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 
 
 def _flip(file: Path, other: Path) -> None:
@@ -53,6 +56,8 @@ CLOCK = {"launch_seconds", "stages", "created", "this_launch", "swept_files", "c
 
 def without_clock(name: str, data: bytes) -> Any:
     """The content of a file without what depends on when and how fast it was made."""
+    if name.endswith("_SUCCESS.json") and b'"fingerprint"' not in data:
+        return sorted(json.loads(data)["files"])
     if name.endswith("summary.md"):
         return [line for line in data.decode().splitlines() if not re.match(r"- (index:|.* ms per clip)", line)]
     if not name.endswith(".json"):
@@ -72,3 +77,32 @@ def content(run: Path, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
     files = {name: path for name, path in files.items() if path.name != "cost.json"}
     return {n: without_clock(n, p.read_bytes()) for n, p in files.items() if not n.startswith(leave_out or ("\0",))}
+
+
+def damage_every_file(folder: Path, other: Path, work: Path, again: Callable[[Path], int], ways: Sequence[str]) -> int:
+    """Damage each file that the marker of `folder` lists, and the marker, in copies: `ttmray verify` must find it, and
+    `again`, called with the copy, make it what it was; returns how many damages there were.
+
+    Args:
+        other: a folder of the same kind with other content.
+        work: empty folder for the copies.
+        ways: names of `DAMAGES`.
+    """
+    names = [*json.loads((folder / "_SUCCESS.json").read_text())["files"], "_SUCCESS.json"]
+    before = content(folder)
+    assert main(["verify", str(folder)]) == EXIT_OK
+    for number, (name, way) in enumerate((name, way) for name in names for way in ways):
+        what, copy = f"{name} {way}", Path(shutil.copytree(folder, work / f"{number}/copy"))
+        DAMAGES[way](copy / name, other)
+        assert main(["verify", str(copy)]) == EXIT_BAD_INPUT, what
+        try:
+            code = again(copy)
+        except UserError as error:
+            if way != "a folder" or "Move it away" not in error.hint:
+                raise
+            out_of_the_way(copy / name, work / f"{number}/mine")
+            code = again(copy)
+        assert code == EXIT_OK, what
+        assert main(["verify", str(copy)]) == EXIT_OK, what
+        assert content(copy) == before, what
+    return len(names) * len(ways)

@@ -13,7 +13,8 @@ from synthetic_corpus import PROTOCOL
 from ttmray.config import fingerprint
 from ttmray.corpus import index, shards
 from ttmray.generation.pool import COLUMNS
-from ttmray.runs import RUN, SUCCESS
+from ttmray.inventory import seal
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 
 UNIT = "u000000"
@@ -103,7 +104,7 @@ def write_pool(folder: str, candidates: Sequence[Candidate], prompts: Mapping[st
     run.write(index.MERGED, index.parquet_bytes(table))
     described = {"kind": "pool", "fingerprint": fingerprint(identity), "identity": identity, "protocol_id": PROTOCOL}
     run.write(RUN, json.dumps(described | {"config": {"bundle": PROTOCOL}}).encode())
-    run.write(SUCCESS, b"{}")
+    seal(run, described, {}, {})
     return run
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from packaging.version import Version
 
-from ttmray.cli import main
+from ttmray.cli import _parser, main
+from ttmray.models.weights import released
 
 REPO = Path(__file__).resolve().parents[1]
 CLUSTER = REPO / "cluster"
@@ -37,8 +40,15 @@ def aws() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def rayjob() -> dict[str, Any]:
-    return yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text())
+def manifests() -> dict[str, dict[str, Any]]:
+    """What `kubectl apply` makes of the file, by kind."""
+    documents = list(yaml.safe_load_all((CLUSTER / "kuberay-rayjob.yaml").read_text()))
+    return {document["kind"]: document for document in documents}
+
+
+@pytest.fixture(scope="module")
+def rayjob(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return manifests["RayJob"]
 
 
 def pods(rayjob: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -93,6 +103,48 @@ def test_the_rayjob_has_token_auth_and_the_tested_ray(rayjob: dict[str, Any]) ->
     assert cluster["rayVersion"] == locked[1]
 
 
+RAYJOB_FIELDS = {
+    "spec": {"backoffLimit", "submitterConfig", "submissionMode", "shutdownAfterJobFinishes"}
+    | {"ttlSecondsAfterFinished", "entrypoint", "rayClusterSpec"},
+    "rayClusterSpec": {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions"}
+    | {"headGroupSpec", "workerGroupSpecs"},
+    "headGroupSpec": {"rayStartParams", "template"},
+    "workerGroupSpec": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
+}
+"""Of what KubeRay's types have (`ray-operator/apis/ray/v1` of KubeRay), the fields in use: another spelling is dropped
+by the API server or refused."""
+
+
+def test_the_rayjob_has_fields_that_kuberay_knows(rayjob: dict[str, Any]) -> None:
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    assert rayjob["spec"].keys() == RAYJOB_FIELDS["spec"]
+    assert rayjob["spec"]["submitterConfig"].keys() == {"backoffLimit"}
+    assert cluster.keys() == RAYJOB_FIELDS["rayClusterSpec"]
+    assert cluster["headGroupSpec"].keys() == RAYJOB_FIELDS["headGroupSpec"]
+    for group in cluster["workerGroupSpecs"]:
+        assert group.keys() == RAYJOB_FIELDS["workerGroupSpec"]
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_pods_and_account_pass_the_schema_of_kubernetes(manifests: dict[str, dict[str, Any]]) -> None:
+    """Strictly: a field that Kubernetes does not know is an error, too."""
+    kubernetes_validate.validate(manifests["ServiceAccount"], "1.32", strict=True)
+    for name, spec in pods(manifests["RayJob"]).items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+        kubernetes_validate.validate(pod, "1.32", strict=True)
+        assert spec["serviceAccountName"] == manifests["ServiceAccount"]["metadata"]["name"]
+        misspelt = pod | {"spec": spec | {"serviceAcountName": "x"}}
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(misspelt, "1.32", strict=True)
+
+
+def test_an_exit_code_of_the_job_boots_no_further_gpu_cluster(rayjob: dict[str, Any]) -> None:
+    """Codes 2 and 3 would be the same the next time. The submitter's own tries are for a head that was lost."""
+    assert rayjob["spec"]["backoffLimit"] == 0
+    assert rayjob["spec"]["submitterConfig"]["backoffLimit"] > 0
+
+
 def test_pods_of_the_rayjob_have_shared_memory_and_equal_requests_and_limits(rayjob: dict[str, Any]) -> None:
     specs = pods(rayjob)
     assert specs.keys() == {"head", "cpu", "gpu"}
@@ -120,6 +172,7 @@ def test_the_image_holds_what_the_commands_name() -> None:
     text = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
     copied = [word for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for word in line.split()[:-1]]
     assert "WORKDIR /opt/ttmray" in text
+    assert "ENV TTMRAY_WEIGHTS=/opt/ttmray/weights" in text, "where `ttmray` then looks, on every node"
     assert {"jobs", "configs", "ttmray", "pyproject.toml", "constraints.txt"} <= set(copied)
     assert all((REPO / name).exists() for name in copied)
     allowed = [line[1:] for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
@@ -127,8 +180,28 @@ def test_the_image_holds_what_the_commands_name() -> None:
     assert text.rstrip().split("\n")[-2] == "USER ray", "nothing runs as root"
 
 
+@pytest.mark.parametrize(("bundle", "pulled"), [("debug", []), ("paper", ["weights pull --bundle paper"])])
+def test_the_image_is_built_with_the_weights_that_are_asked_for(bundle: str, pulled: list[str], tmp_path: Path) -> None:
+    """The line of the Dockerfile runs, with a `ttmray` that notes its arguments; the command itself is a real one."""
+    (line,) = re.findall(r"^RUN (.*weights pull.*)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    tool = tmp_path / "ttmray"
+    tool.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
+    tool.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BUNDLE": bundle}
+    subprocess.run(["sh", "-c", line], env=environment, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines() if pulled else []
+    assert calls == pulled
+    for call in calls:
+        typed = vars(_parser().parse_args(shlex.split(call)))
+        assert [entry for entry in released().entries if typed["bundle"] in entry.bundles]
+
+
 def test_the_slurm_script_is_a_valid_script() -> None:
+    """By the shell's own parser, and by shellcheck's rules."""
     subprocess.run(["bash", "-n", str(CLUSTER / "slurm.sbatch")], check=True)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, str(CLUSTER / "slurm.sbatch")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_slurm_script_starts_ray_on_every_node_and_then_the_job(songs: Path, tmp_path: Path) -> None:
@@ -139,7 +212,7 @@ def test_the_slurm_script_starts_ray_on_every_node_and_then_the_job(songs: Path,
     tools.mkdir()
     for name in ("jobs", "configs"):
         (submit / name).symlink_to(REPO / name)
-    note = f'echo "$RAY_AUTH_MODE ${{#RAY_AUTH_TOKEN}} $*" >> {tmp_path}/ray.txt'
+    note = f'echo "$RAY_AUTH_MODE ${{#RAY_AUTH_TOKEN}} $RAY_enable_metrics_collection $*" >> {tmp_path}/ray.txt'
     scripts = {
         submit / ".venv/bin/ray": note,
         submit / ".venv/bin/python": f"""
@@ -147,7 +220,9 @@ def test_the_slurm_script_starts_ray_on_every_node_and_then_the_job(songs: Path,
             until [ "$(grep -c " start " {tmp_path}/ray.txt)" = 2 ]; do sleep 0.05; done  # nodes join when they can
             exec {sys.executable} "$@" --plan-only""",
         tools / "scontrol": "printf 'node1\\nnode2\\n'",
-        tools / "srun": """
+        # like srun: a step has one CPU per task unless the script asks for more, whatever sbatch was told
+        tools / "srun": f"""
+            echo "${{SRUN_CPUS_PER_TASK:-1}}" >> {tmp_path}/cpus.txt
             while [[ $1 == --* ]]; do shift; done
             [[ $1 == hostname ]] && echo 10.0.0.1 && exit
             exec "$@\"""",
@@ -164,7 +239,7 @@ def test_the_slurm_script_starts_ray_on_every_node_and_then_the_job(songs: Path,
         "SLURM_CPUS_PER_TASK": "16",
     }
     done = subprocess.run(
-        ["bash", str(CLUSTER / "slurm.sbatch"), str(songs), str(tmp_path / "run")],
+        ["bash", str(CLUSTER / "slurm.sbatch"), str(songs), str(tmp_path / "run"), "configs/debug/corpus.yaml"],
         env=os.environ | slurm,
         capture_output=True,
         text=True,
@@ -172,14 +247,21 @@ def test_the_slurm_script_starts_ray_on_every_node_and_then_the_job(songs: Path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run/plan.parquet").exists()
     started = [line.split() for line in (tmp_path / "ray.txt").read_text().splitlines() if " start " in line]
-    assert {words[3] for words in started} == {"--head", "--block"}
+    assert {words[4] for words in started} == {"--head", "--block"}
     for words in started:
-        assert words[:2] == ["token", "64"]
+        assert words[:3] == ["token", "64", "0"]
+    assert set((tmp_path / "cpus.txt").read_text().split()) == {"16"}
     head = next(words for words in started if "--head" in words)
     worker = next(words for words in started if "--head" not in words)
     assert "--dashboard-host=127.0.0.1" in head
     port = next(word.removeprefix("--port=") for word in head if word.startswith("--port="))
     assert f"--address=10.0.0.1:{port}" in worker
+
+
+def test_no_ray_without_tokens_of_local_instances_is_allowed() -> None:
+    """Before 2.60 an instance that `ray.init` starts here asks nobody for a token."""
+    (bound,) = re.findall(r'"ray\[[^]]*\]>=([\d.]+)', (REPO / "pyproject.toml").read_text())
+    assert Version(bound) >= Version("2.60")
 
 
 def test_the_installed_ray_is_the_locked_one() -> None:

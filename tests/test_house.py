@@ -32,7 +32,8 @@ EMPTY_NAMES = {"made", "found", "kept", "given", "wanted"}
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("verify",),
+    ("api",),
+    ("status", "verify"),
     ("recipes",),
     ("pretraining",),
     ("synth",),
@@ -47,9 +48,9 @@ LAYERS = (
     ("cost", "runs", "parts"),
     ("config", "tables"),
     ("presets",),
-    ("config_docs", "storage", "pages", "plugins", "quarantine", "statistics", "yaml_text"),
+    ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
     ("object_store",),
-    ("console", "errors", ""),
+    ("console", "errors", "listing", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
@@ -306,3 +307,12 @@ def test_the_layers_are_those_of_the_architecture() -> None:
     assert {name_of(file).split(".")[1] for file in FILES if file.parent != PACKAGE or file.stem != "__init__"} == {
         *named
     }
+
+
+def test_every_environment_variable_that_is_read_is_in_the_readme():
+    text = (REPO / "README.md").read_text("utf-8")
+    reads = re.compile(r"environ(?:\.get\(|\[)\"(\w+)\"")
+    names = {name for file in FILES for name in reads.findall(file.read_text("utf-8"))}
+    names |= {name for file in FILES for name in re.findall(r"\"(TTMRAY_[A-Z_]*[A-Z])\"", file.read_text("utf-8"))}
+    assert {"TTMRAY_WEIGHTS", "RAY_ADDRESS", "TTMRAY_JUDGE_KEY"} <= names
+    assert not [name for name in sorted(names) if f"`{name}`" not in text]

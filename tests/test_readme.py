@@ -28,6 +28,7 @@ from ttmray.storage import Folder
 
 REPO = Path(__file__).resolve().parents[1]
 IN_IMAGE = "/opt/ttmray/"
+DOCUMENTS = (REPO / "cluster/README.md", *(REPO / "docs").glob("*.md"))
 
 
 def commands(document: str) -> list[str]:
@@ -153,6 +154,35 @@ def check_entrypoint(words: list[str]) -> None:
     assert run_here([*words, "--plan-only"]) == 0
 
 
+def check_aws(words: list[str]) -> None:
+    """The stack is deployed, on the object store's server, which imitates more of AWS than buckets."""
+    import boto3
+
+    assert words[1:3] == ["cloudformation", "deploy"]
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    (parameter,) = (dict([options.pop("--parameter-overrides").split("=")])).items()
+    assert options.keys() == {"--template-file", "--stack-name", "--capabilities"}
+    client = boto3.client("cloudformation")
+    client.create_stack(
+        StackName=options["--stack-name"],
+        TemplateBody=(REPO / options["--template-file"]).read_text(),
+        Capabilities=[options["--capabilities"]],
+        Parameters=[{"ParameterKey": parameter[0], "ParameterValue": parameter[1]}],
+    )
+    (stack,) = client.describe_stacks(StackName=options["--stack-name"])["Stacks"]
+    assert stack["StackStatus"] == "CREATE_COMPLETE"
+
+
+def check_chmod(words: list[str]) -> None:
+    """The file is the one that the command before has written."""
+    from ray._private.authentication import authentication_token_setup
+
+    mode, name = words[1:]
+    assert mode == "600", "nobody else may read a token"
+    default = authentication_token_setup._get_default_token_path()
+    assert Path(name).expanduser() == default
+
+
 def check_file(option: str | None) -> Callable[[list[str]], None]:
     """The file after `option` (None: the first argument) is there."""
 
@@ -170,6 +200,8 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "source": check_activate,
     "export": check_export,
     "ray": check_ray,
+    "aws": check_aws,
+    "chmod": check_chmod,
     "docker": check_file("-f"),
     "kubectl": check_file("-f"),
     "sbatch": check_file(None),
@@ -197,6 +229,14 @@ def test_every_command_of_the_document_works(
             raise AssertionError(f"{document}: {line}\n{error}\n{printed.out[-3000:]}{printed.err[-2000:]}") from error
     if document == "README.md":
         assert_tree(workplace / "runs/my-corpus")
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted(p.relative_to(REPO).as_posix() for p in DOCUMENTS)])
+def test_no_word_of_a_command_is_a_pattern_for_the_shell(document: str) -> None:
+    """zsh, the shell of macOS, ends a command whose [1,16] matches no file; bash passes it on, if none is there."""
+    for line in commands(document):
+        bare = re.sub(r"""'[^']*'|"[^"]*\"""", "", line)
+        assert not re.search(r"[][*?{}<>|&;!]", bare), line
 
 
 def assert_tree(run: Path) -> None:

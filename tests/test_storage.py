@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray import storage
+from ttmray import runs, storage
 from ttmray.errors import UserError
 from ttmray.storage import (
     TEMPORARY_PREFIX,
@@ -369,3 +369,19 @@ def test_a_local_file_is_itself(tmp_path):
     for absent in (tmp_path / "absent.pt", tmp_path):
         with pytest.raises(UserError, match="is not a file"):
             local_file(str(absent))
+
+
+def test_a_place_that_ray_deletes_after_the_job_is_refused(tmp_path: Path) -> None:
+    """`ray job submit --working-dir . -- ... --set output=runs/x` would otherwise end with 0 and without a corpus."""
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    (copy / "captions.csv").write_text("path,caption\n")
+    place = Folder.at(str(copy))
+    assert place.read("captions.csv"), "inputs may come with the folder"
+    for write in (place.write, place.create, place.sub("runs/x").write):
+        with pytest.raises(UserError, match="would vanish with this job") as refused:
+            write("run.json", b"{}")
+        assert "absolute path" in refused.value.hint
+    with pytest.raises(UserError, match="would vanish"):
+        runs.existing(place.sub("runs/x"), "corpus")
+    assert [path.name for path in copy.iterdir()] == ["captions.csv"]

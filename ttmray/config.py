@@ -125,7 +125,7 @@ def load_config(
             defaults.
         sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work, but a `#` is part of
             it and begins no comment. Positions of a list count from 0: `sources.0.split=all`.
-        fields: field -> value, such as the flags of a command; these count before all others.
+        fields: field -> value, such as the flags of a command; these count before all others. Mappings are merged.
 
     Raises:
         UserError: naming the file, each wrong field and the way out.
@@ -142,13 +142,23 @@ def load_config(
             raise UserError(f"{path} holds a {type(plain).__name__}, not a mapping of fields.", "Write `field: value`.")
     for assignment in sets:
         plain = _with_override(plain, assignment)
-    plain |= copy.deepcopy(dict(fields or {}))
+    plain = merged(plain, fields or {})
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
         problems = [_explain(kind, problem) for problem in error.errors()]
         source = path if path is not None else "the config"
         raise UserError(f"{source} is not a valid {kind.__name__}:\n  " + "\n  ".join(problems)) from error
+
+
+def merged(plain: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `plain` with other values of some fields; of a mapping, those that are not named stay."""
+    changed = copy.deepcopy(dict(plain))
+    for name, value in fields.items():
+        old = changed.get(name)
+        nested = isinstance(value, Mapping) and isinstance(old, Mapping)
+        changed[name] = merged(old or {}, value) if nested else copy.deepcopy(value)
+    return changed
 
 
 def _marks(annotation: Any) -> list[Any]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -29,14 +30,16 @@ if not console.is_terminal:
 errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 LOG_EVERY_S = 10.0
+NOTEBOOK_EVERY_S = 0.5
 
 
 class Meter:
-    """Counts work towards a total; draws a bar on a terminal and a line every `LOG_EVERY_S` elsewhere."""
+    """Counts work towards a total: a bar on a terminal, a line that changes in a notebook, and a line every
+    `LOG_EVERY_S` elsewhere."""
 
-    def __init__(self, what: str, total: int, bar: Progress | None) -> None:
+    def __init__(self, what: str, total: int, bar: Progress | None, shown: Any = None) -> None:
         self.what, self.total, self.done = what, total, 0
-        self.bar = bar
+        self.bar, self.shown = bar, shown
         self.task = bar.add_task(what, total=total, note="") if bar else None
         self.started = self.logged = time.monotonic()
 
@@ -45,19 +48,28 @@ class Meter:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, advance=count, note=note)
             return
-        now = time.monotonic()
-        if now - self.logged >= LOG_EVERY_S:
+        now, ended = time.monotonic(), self.done >= self.total
+        if self.shown is not None and (ended or now - self.logged >= NOTEBOOK_EVERY_S):
             self.logged = now
-            rate = self.done / (now - self.started)
-            left = timedelta(seconds=round((self.total - self.done) / rate)) if rate > 0 else "?"
-            console.print(
-                f"{self.what}: {self.done}/{self.total}, {rate:.2f}/s, ETA {left}{', ' + note if note else ''}"
-            )
+            self.shown.update({"text/plain": self._line(now, note)}, raw=True)
+        elif self.shown is None and now - self.logged >= LOG_EVERY_S:
+            self.logged = now
+            console.print(self._line(now, note))
+
+    def _line(self, now: float, note: str) -> str:
+        rate = self.done / max(now - self.started, 1e-9)
+        left = timedelta(seconds=round((self.total - self.done) / rate)) if rate > 0 else "?"
+        return f"{self.what}: {self.done}/{self.total}, {rate:.2f}/s, ETA {left}{', ' + note if note else ''}"
 
 
 @contextmanager
 def meter(what: str, total: int) -> Iterator[Meter]:
     """A `Meter` for the time of the block."""
+    if console.is_jupyter:  # rich's bars need widgets there, which saved notebooks do not show
+        from IPython.display import display
+
+        yield Meter(what, total, None, display({"text/plain": f"{what}: 0/{total}"}, raw=True, display_id=True))
+        return
     if not console.is_terminal:
         yield Meter(what, total, None)
         return

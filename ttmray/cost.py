@@ -25,6 +25,8 @@ LOCAL_S, REMOTE_S = 1.0, 60.0
 class Account:
     """Cost so far, in the fields `seconds` and `gpu_seconds` of a JSON file; its other fields stay. It pickles.
 
+    `cost.json` also says when it was written (`noted`, as of `time.time`) and why the last launch ended (`stopped`).
+
     Attributes:
         fields: of the file.
         since: time up to which `fields` has the cost, as of `time.time`, which machines share.
@@ -49,6 +51,8 @@ class Account:
 
     def save(self) -> None:
         self.settle()
+        if self.name == COST:
+            self.fields["noted"] = self.since
         self.folder.write(self.name, json.dumps(self.fields, indent=1).encode())
         self.saved = self.since
 
@@ -68,9 +72,14 @@ def account(folder: Folder, name: str = COST, since: float | None = None) -> Ite
     Raises:
         UserError: the file is damaged, or cannot be written.
     """
-    _open.append(Account(folder, name, read(folder, name), since or time.time(), _open[-1].gpus if _open else 0.0))
+    fields = {key: value for key, value in read(folder, name).items() if key != "stopped"}
+    _open.append(Account(folder, name, fields, since or time.time(), _open[-1].gpus if _open else 0.0))
     try:
         yield
+    except BaseException as error:
+        if name == COST:
+            fields["stopped"] = error.message if isinstance(error, UserError) else _named(error)
+        raise
     finally:
         _open.pop().save()
     if name == COST:
@@ -86,6 +95,12 @@ def holding(gpus: float) -> Iterator[None]:
         yield
     finally:
         _hold(before)
+
+
+def _named(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {error}"
 
 
 def _hold(held: Any) -> None:

@@ -1,6 +1,7 @@
 """What a run has written, noted at its end, so that whoever comes next finds what is missing or changed.
 
 `_SUCCESS.json` is written last. It has size and SHA-256 of the run's files, a copy of `run.json`, and a hash of itself.
+Folders that are no runs (selections, pairs, references, reports, ...) have one, too: with their kind, and no such copy.
 A relaunch compares all sizes and the hashes of the smallest files (`damage`): seconds for any run. `ttmray corpus
 verify` compares every hash. Files that are no result of the run (costs, events for TensorBoard) are not listed.
 """
@@ -15,9 +16,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ttmray.config import fingerprint
+from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, explained
+from ttmray.storage import Folder, explained, split_path
 
 HASHED_FILES, HASHED_BYTES = 500, 64 << 20
 """Of a relaunch: it hashes so many files of a run, and so many bytes, the smallest first."""
@@ -74,10 +76,69 @@ def seal(run: Folder, described: Mapping[str, Any], body: Mapping[str, Any], fil
         body: what the marker says beside.
         files: all that the run has written and nothing makes again by itself.
     """
+    _write(run, {"fingerprint": described["fingerprint"], **body, "run": dict(described)}, files)
+
+
+def note(folder: Folder, kind: str, names: Iterable[str]) -> None:
+    """Write `_SUCCESS.json` of a folder that is no run: it is complete.
+
+    Args:
+        kind: what it holds.
+        names: its files, as they are now.
+    """
+    _write(folder, {"kind": kind}, entries(folder, sorted(set(names))))
+
+
+def _write(folder: Folder, body: Mapping[str, Any], files: Mapping[str, Written]) -> None:
     listed = {name: f"{known.bytes} {known.sha256}" for name, known in sorted(files.items())}
-    marker = {"fingerprint": described["fingerprint"], **body, "run": dict(described), "files": listed}
-    marker = json.loads(json.dumps(marker))  # as it will be read
-    run.write(SUCCESS, json.dumps({"sha256": fingerprint(marker), **marker}, indent=1).encode())
+    marker = json.loads(json.dumps({**body, "files": listed}))  # as it will be read
+    folder.write(SUCCESS, json.dumps({"sha256": fingerprint(marker), **marker}, indent=1).encode())
+
+
+class Reopened(NamedTuple):
+    """A folder that its command goes on with: whether one of this kind was complete, and what was damaged in it."""
+
+    complete: bool
+    damaged: list[Damage]
+
+
+def reopen(folder: Folder, kind: str) -> Reopened:
+    """Before the command of a folder that is no run, or of a run that needs no other care, writes again: what is
+    damaged is said and deleted, so that it is made once more, and the marker is gone until the end. `run.json` is the
+    business of `restore_run`.
+
+    Args:
+        kind: as of `note`, or of the run.
+
+    Raises:
+        UserError: a folder with something in it has the name of a file.
+    """
+    marker = read_marker(folder)
+    complete = marker is not None and kind in (marker.get("kind"), marker.get("run", {}).get("kind"))
+    damaged = [problem for problem in damage(folder, marker or {}) if problem.name != RUN] if complete else []
+    for problem in damaged:
+        console.print(f"{folder.path(problem.name)} {problem.how}; it is made again", style="yellow")
+        clear(folder, problem.name)
+    if folder.exists(SUCCESS):
+        clear(folder, SUCCESS)
+    return Reopened(complete, damaged)
+
+
+def checked(path: str) -> bytes:
+    """All bytes of a file, which must be those that `_SUCCESS.json` beside it lists, where there is one that does.
+
+    Raises:
+        UserError: they are others, or the file cannot be read.
+    """
+    folder, name = split_path(path)
+    data = folder.read(name)
+    known = promised(read_marker(folder) or {}).get(name)
+    if known is not None and known != entry(data):
+        raise UserError(
+            f"{path} is not what was written.",
+            "Start the command that made it once more; a file of your own making belongs in another folder.",
+        )
+    return data
 
 
 def read_marker(run: Folder) -> dict[str, Any] | None:
@@ -88,6 +149,21 @@ def read_marker(run: Folder) -> dict[str, Any] | None:
 def finished(run: Folder) -> bool:
     """Whether the run has a success marker that is whole."""
     return read_marker(run) is not None
+
+
+def kind_of(run: Folder) -> str:
+    """Kind of a run by `run.json` or the copy of it in `_SUCCESS.json`, or of a folder that is none by that.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not run.exists(RUN) and not run.exists(SUCCESS):
+        raise UserError(f"{run} is no run: it has no {RUN}.", "Give the output folder of a command.")
+    try:
+        return str(json.loads(run.read(RUN))["kind"])
+    except (UserError, ValueError, KeyError, TypeError):
+        marker = read_marker(run) or {}
+        return str(marker.get("run", {}).get("kind") or marker.get("kind", "corpus"))
 
 
 def marker_problem(run: Folder) -> str:
@@ -105,6 +181,8 @@ def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
             return None, f"{SUCCESS} is damaged: its hash differs"
         if promised is None and "files" in marker:
             return None, f"{SUCCESS} is damaged: it has no hash"
+        if not marker:
+            return None, f"{SUCCESS} is damaged: it says nothing"
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         return None, f"{SUCCESS} is damaged: {error}"
     except UserError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from ttmray import __version__
 from ttmray.config import Config, differences, fingerprint
 from ttmray.errors import UserError
-from ttmray.storage import Folder
+from ttmray.storage import Folder, refuse_vanishing
 
 RUN, SUCCESS = "run.json", "_SUCCESS.json"
 KINDS_OF_CORPUS = ("corpus", "pool")
@@ -81,8 +81,9 @@ def existing(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, 
         beside: files that may lie in a folder before it.
 
     Raises:
-        UserError: the folder holds another kind of run, or something else.
+        UserError: the folder holds another kind of run, or something else, or Ray deletes it after this job.
     """
+    refuse_vanishing(run.uri)
     if run.exists(RUN):
         return read(run, kind)
     strange = [entry.name for entry in run.files(sizes=False) if entry.name not in beside]

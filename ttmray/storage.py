@@ -22,12 +22,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from ttmray import object_store
 from ttmray.console import errors
 from ttmray.errors import UserError
+from ttmray.listing import ListedFile, walk
 from ttmray.object_store import PatientFile, patiently
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TEMPORARY_PREFIX = ".tmp-"
+_READS = 3
+UNPACKED = "/runtime_resources/working_dir_files/"
+"""Where a node's Ray unpacks what `--working-dir` has sent, below the folder of its session."""
 
 
 def absolute(path: str) -> str:
@@ -50,6 +54,19 @@ def absolute(path: str) -> str:
 def is_remote(path: str) -> bool:
     """True for URIs such as `s3://bucket/prefix`."""
     return "://" in path
+
+
+def refuse_vanishing(place: str) -> None:
+    """Refuse a place to write at which Ray deletes after a job: its copy of the folder of `--working-dir`.
+
+    Raises:
+        UserError: the place is in there.
+    """
+    if UNPACKED in place:
+        raise UserError(
+            f"{place} would vanish with this job: it lies in the copy that Ray has made of the working directory.",
+            "Give an absolute path that all nodes share, or an address such as s3://bucket/prefix.",
+        )
 
 
 def safe_relative(name: str) -> str:
@@ -108,19 +125,6 @@ def explained(what: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ListedFile:
-    """One listed file: its name relative to the listed folder, and its size in bytes (-1 for a broken link).
-
-    `version` changes with the content: the ETag of an object, the time of the last change of a local file. It is empty
-    where sizes were not asked for, or the store has none.
-    """
-
-    name: str
-    size: int
-    version: str = ""
-
-
-@dataclass(frozen=True)
 class Folder:
     """A local folder or an object-store prefix. Cheap to pickle: it holds nothing but its address."""
 
@@ -171,10 +175,17 @@ class Folder:
         with explained(self.path(name)):
             return bool(patiently(self.path(name), lambda: fs.exists(f"{root}/{safe_relative(name)}")))
 
-    def files(self, under: str = "", sizes: bool = True) -> list[ListedFile]:
+    def files(self, under: str = "", sizes: bool = True, unreadable: dict[str, str] | None = None) -> list[ListedFile]:
         """All files below `under`, in sorted order; empty where the folder does not exist.
 
         Temporary files of writers are left out. Names are as they are there, also those that `safe_relative` refuses.
+
+        Args:
+            unreadable: takes the local folders below `under` that cannot be listed, with the reason; else the first
+                one is an error, as is `under` itself.
+
+        Raises:
+            UserError: for those, and where the store does not answer.
         """
         where = self.path(under) if under else self.uri
         with explained(where):
@@ -191,7 +202,7 @@ class Folder:
                     if info.get("type") == "file"
                 ]
             else:
-                listed = list(_walk(where, sizes))
+                listed = list(walk(where, sizes, unreadable))
         return sorted((e for e in listed if _is_ours(e.name)), key=lambda e: e.name)
 
     def read(self, name: str) -> bytes:
@@ -205,6 +216,25 @@ class Folder:
                 return Path(self.path(name)).read_bytes()
             fs, root = self._filesystem()
             return patiently(self.path(name), lambda: bytes(fs.cat_file(f"{root}/{safe_relative(name)}")))
+
+    def read_as(self, name: str) -> tuple[bytes, str]:
+        """All bytes of a file and their version (see `ListedFile`), which belong together: of an object replaced
+        in the meantime, those of the new one.
+
+        Raises:
+            UserError: when it is missing or cannot be read.
+        """
+        for _ in range(_READS):
+            with self.open(name) as file, explained(self.path(name)):
+                try:
+                    if not self.remote:
+                        return file.read(), str(os.fstat(file.fileno()).st_mtime_ns)
+                    details = getattr(file, "details", None) or {}
+                    return file.read(), str(details.get("ETag") or "").strip('"')
+                except OSError as error:
+                    if type(error).__name__ != "FileExpired":  # of s3fs: each range is asked for by its ETag
+                        raise
+        raise UserError(f"{self.path(name)} is replaced again and again while it is read.", "Wait until it is whole.")
 
     def open(self, name: str, block_bytes: int | None = None) -> BinaryIO:
         """A seekable reader of the file; ranges are fetched on demand from object stores.
@@ -222,6 +252,7 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write the whole file atomically, replacing what was there."""
+        refuse_vanishing(self.uri)
         with explained(self.path(name)):
             if self.remote:
                 fs, root = self._filesystem()
@@ -235,6 +266,7 @@ class Folder:
         Of several concurrent writers exactly one gets True: `os.link` locally, a conditional PUT
         (`If-None-Match: *`) on S3.
         """
+        refuse_vanishing(self.uri)
         with explained(self.path(name)):
             try:
                 if self.remote:
@@ -347,37 +379,6 @@ def local_file(path: str) -> Path:
 
 def _is_ours(name: str) -> bool:
     return not name.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
-
-
-def _walk(base: str, sizes: bool) -> Iterator[ListedFile]:
-    def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    for folder, folders, names in os.walk(base, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _leads_back(folder, name))
-        prefix = os.path.relpath(folder, base).replace(os.sep, "/")
-        for name in names:
-            full = os.path.join(folder, name)
-            relative = name if prefix == "." else f"{prefix}/{name}"
-            if os.path.isfile(full):
-                yield _entry(relative, full) if sizes else ListedFile(relative, -1)
-            elif os.path.islink(full) and not os.path.exists(full):
-                yield ListedFile(relative, -1)
-
-
-def _entry(name: str, full: str) -> ListedFile:
-    try:
-        status = os.stat(full)
-    except FileNotFoundError:  # gone since it was listed
-        return ListedFile(name, -1)
-    return ListedFile(name, status.st_size, str(status.st_mtime_ns))
-
-
-def _leads_back(folder: str, name: str) -> bool:
-    """A link to a folder that it lies in itself would be walked without end."""
-    full = os.path.join(folder, name)
-    return os.path.islink(full) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(full))
 
 
 def _local_write(target: Path, data: bytes, replace: bool) -> None:

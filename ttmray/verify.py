@@ -1,6 +1,9 @@
-"""`ttmray verify`: is a run of any kind what was written? And `ttmray corpus repair`, which makes it so again."""
+"""`ttmray verify`: is a run of any kind what was written? And `ttmray corpus repair`, which makes it so again.
 
-import json
+Folders that are no runs but say what they hold (`inventory.note`: selections, pairs, references, reports, ...) are
+checked like runs, and so is whatever lies below the given folder: the rounds of Stage 2, the steps of a chain.
+"""
+
 from collections.abc import Iterator
 
 from ttmray import inventory, runs
@@ -14,25 +17,56 @@ CHECKPOINTS, SNAPSHOTS = "checkpoints", "ema"
 
 
 def verify(folder: str) -> int:
-    """Check a run; exit code 2 when anything is wrong.
+    """Check a run, and all that lie below it; exit code 2 when anything is wrong.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds none.
     """
-    run = Folder.at(folder)
-    if _kind(run) in runs.KINDS_OF_CORPUS:
-        from ttmray.corpus import look
-
-        return look.verify(folder)
-    lines = list(problems(run))
-    for line in lines:
-        console.print(line, style="red")
-    console.print(f"{run}: {len(lines) or 'no'} problems", markup=False)
+    root = Folder.at(folder)
+    places = _places(root)
+    lines = []
+    for place in places:
+        run = root.sub(place) if place else root
+        for line in _all_problems(run):
+            lines.append(f"{place}: {line}" if place else line)
+            console.print(lines[-1], style="red")
+    many = f" in {len(places)} runs and folders" if len(places) > 1 else ""
+    console.print(f"{root}: {len(lines) or 'no'} problems{many}", markup=False)
     if lines:
         console.print(
             "  Start the same command again: it makes again what is damaged, and says what it cannot.", markup=False
         )
     return EXIT_BAD_INPUT if lines else EXIT_OK
+
+
+def _places(root: Folder) -> list[str]:
+    """Names below `root` of all that can be checked, the root itself as an empty one; nothing below a corpus, which
+    checks its own tables.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (root.exists(RUN) or root.exists(SUCCESS)) and inventory.kind_of(root) in runs.KINDS_OF_CORPUS:
+        return [""]
+    folders = (name.rpartition("/") for name in (file.name for file in root.files(sizes=False)))
+    places: list[str] = []
+    corpora: list[str] = []
+    for place in sorted({folder for folder, _, name in folders if name in (RUN, SUCCESS)}):
+        if not place.startswith(tuple(corpora)):
+            places.append(place)
+            if inventory.kind_of(root.sub(place) if place else root) in runs.KINDS_OF_CORPUS:
+                corpora.append(f"{place}/")
+    if not places:
+        raise UserError(f"{root} is no run: it has no {RUN}.", "Give the output folder of a command.")
+    return places
+
+
+def _all_problems(run: Folder) -> Iterator[str]:
+    if inventory.kind_of(run) in runs.KINDS_OF_CORPUS:
+        from ttmray.corpus.verify import problems as problems_of
+
+        return problems_of(run)
+    return problems(run)
 
 
 def problems(run: Folder) -> Iterator[str]:
@@ -42,11 +76,13 @@ def problems(run: Folder) -> Iterator[str]:
     Raises:
         UserError: the folder holds no run.
     """
-    kind = _kind(run)
-    try:
-        runs.read(run, kind)
-    except UserError as error:
-        yield error.message
+    kind = inventory.kind_of(run)
+    noted = inventory.read_marker(run) or {}
+    if run.exists(RUN) or "kind" not in noted or "run" in noted:
+        try:
+            runs.read(run, kind)
+        except UserError as error:
+            yield error.message
     if kind == "generate":
         yield from _clip_problems(run)
     if problem := inventory.marker_problem(run):
@@ -74,16 +110,6 @@ def _snapshot_problems(run: Folder) -> Iterator[str]:
             unpack(snapshots.read(name), snapshots.path(name))
         except UserError as error:
             yield error.message
-
-
-def _kind(run: Folder) -> str:
-    """Kind of a run, by `run.json` or the copy of it in `_SUCCESS.json`."""
-    if not run.exists(RUN) and not run.exists(SUCCESS):
-        raise UserError(f"{run} is no run: it has no {RUN}.", "Give the output folder of a command.")
-    try:
-        return str(json.loads(run.read(RUN))["kind"])
-    except (UserError, ValueError, KeyError, TypeError):
-        return str((inventory.read_marker(run) or {}).get("run", {}).get("kind", "corpus"))
 
 
 def _clip_problems(run: Folder) -> Iterator[str]:
@@ -128,11 +154,29 @@ def repair(folder: str) -> int:
         from ttmray.corpus.job import score_corpus
 
         code = score_corpus(CorpusConfig.model_validate(config | {"output": run.uri}), repair=True)
+    _repair_tables(run)
     after = list(problems_of(run))
     for line in after:
         console.print(line, style="red")
     console.print(f"{run}: {len(before)} problems before, {len(after) or 'none'} now", markup=False)
     return EXIT_BAD_INPUT if after else code
+
+
+def _repair_tables(run: Folder) -> None:
+    """Make damaged tables of scores again, where they say how they were made and their head is there."""
+    from ttmray.corpus import scores
+    from ttmray.corpus.rescore import RescoreConfig, rescore
+    from ttmray.corpus.verify import table_problems
+
+    for name in scores.begun_tables(run):
+        if not list(table_problems(run, name)):
+            continue
+        where = run.sub(f"{scores.SCORES}/{name}")
+        try:
+            config = (inventory.restore_run(where, "scores") or runs.read(where, "scores"))["config"]
+            rescore(RescoreConfig.model_validate(config | {"corpus": run.uri}))
+        except UserError as error:
+            console.print(f"{where}: {error}", style="yellow")
 
 
 def _settings(run: Folder) -> tuple[str, dict[str, object]]:

@@ -26,7 +26,7 @@ def path(tmp_path):
 
 
 def test_score_evaluation_and_ranker_hear_the_same_samples_and_levels(path):
-    row, wave = _decoded(path, middle=False)
+    row, wave = _decoded(path, 10.0, middle=False)
     mono, facts = read_mono(path)
     np.testing.assert_array_equal(mono, wave.mean(axis=0))
     np.testing.assert_array_equal(features.read_clip(path), mono)

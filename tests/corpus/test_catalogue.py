@@ -1,5 +1,6 @@
 """Which tracks a folder, a bucket or a table gives."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from ttmray.corpus.catalogue import SAFE_ID, build_catalogue, track_ids
 from ttmray.corpus.config import CatalogueConfig, CorpusConfig
+from ttmray.corpus.job import score_corpus
 from ttmray.corpus.plan import build_plan
 from ttmray.errors import UserError
 from ttmray.storage import Folder
@@ -78,6 +80,73 @@ def test_an_unreadable_file_stays_for_the_decoder_to_report(tmp_path):
     catalogue = build_catalogue(folder, CatalogueConfig())
     assert [t.status for t in catalogue.tracks] == ["ok", "ok"]
     assert catalogue.report["not_compared"] == 1
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Makes folders that cannot be listed, also for root, who runs tests in containers."""
+    names = set()
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if os.path.basename(path) in names:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return names.add
+
+
+def test_a_folder_that_cannot_be_read_is_a_row_and_the_others_are_planned(tmp_path, locked, make_config, capsys):
+    folder = put(tmp_path / "in", a__01_dot_wav=b"1", secret__02_dot_wav=b"22", _dot_git__x_dot_wav=b"333")
+    put(tmp_path / "in", b__deep__03_dot_wav=b"4444")
+    for name in ("secret", "deep", ".git"):
+        locked(name)
+    catalogue = build_catalogue(folder, CatalogueConfig())
+    rows = {track.path: (track.status, track.reason) for track in catalogue.tracks}
+    assert rows == {
+        "a/01.wav": ("ok", ""),
+        "b/deep": ("rejected", "unreadable_folder"),
+        "secret": ("rejected", "unreadable_folder"),
+    }
+    assert "2 folders cannot be read: b/deep (Permission denied), secret" in catalogue.report["warning, folders"]
+    assert len({track.track_id for track in catalogue.tracks}) == 3
+    config = make_config(folder, tmp_path / "run", "splits.validation=0", "splits.test=0")
+    assert score_corpus(config, plan_only=True) == 0
+    assert "2 folders cannot be read" in capsys.readouterr().out
+
+
+def test_a_folder_without_any_readable_part_is_one_message(tmp_path, locked):
+    folder = put(tmp_path / "in", secret__02_dot_wav=b"22")
+    locked("secret")
+    with pytest.raises(UserError, match="1 folders cannot be read: secret"):
+        build_catalogue(folder, CatalogueConfig())
+    locked("in")
+    with pytest.raises(UserError, match="permission denied"):
+        build_catalogue(folder, CatalogueConfig())
+
+
+def test_rows_of_a_table_say_that_their_folder_cannot_be_read(tmp_path, locked):
+    put(tmp_path, a__01_dot_wav=b"1", secret__02_dot_wav=b"22")
+    (tmp_path / "tracks.csv").write_text("path\na/01.wav\nsecret/02.wav\na/03.wav\n")
+    locked("secret")
+    catalogue = build_catalogue(str(tmp_path / "tracks.csv"), CatalogueConfig())
+    assert [(t.path, t.reason) for t in catalogue.tracks] == [
+        ("a/01.wav", ""),
+        ("a/03.wav", "missing"),
+        ("secret/02.wav", "unreadable_folder"),
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root looks at every file")
+def test_files_that_can_be_listed_and_not_looked_at_are_not_passed_over(tmp_path):
+    folder = put(tmp_path / "in", a__01_dot_wav=b"1", b__02_dot_wav=b"22")
+    (tmp_path / "in/b").chmod(0o444)
+    try:
+        tracks = build_catalogue(folder, CatalogueConfig()).tracks
+    finally:
+        (tmp_path / "in/b").chmod(0o755)
+    assert [(t.path, t.size) for t in tracks] == [("a/01.wav", 1), ("b/02.wav", -1)]
 
 
 def test_excluded_tracks_are_rejected_and_unmatched_ids_counted(tmp_path):

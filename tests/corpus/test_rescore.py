@@ -215,11 +215,42 @@ def test_verify_finds_damaged_tables_and_clips_that_were_made_again(run: Path, t
     assert len(lines) == 2
     assert "scores/mine/scores.parquet: SHA-256 differs" in lines[0]
     assert "scores/other/_SUCCESS.json is damaged" in lines[1]
-    assert all("rescore once more" in line for line in lines)
-    for name in ("mine", "other"):  # the advice works
-        shutil.rmtree(run / "scores" / name)
-        run_rescore(run, head, name=name)
+    assert all(f"ttmray corpus repair {run}" in line for line in lines)
+    assert main(["corpus", "repair", str(run)]) == 0  # the advice works
     assert list(problems(Folder.at(str(run)))) == []
+
+
+@pytest.mark.parametrize("damaged", ["scores.parquet", "stats.json", "run.json", "_SUCCESS.json"])
+@pytest.mark.parametrize("how", ["gone", "flipped"])
+@pytest.mark.parametrize("by", ["repair", "rescore"])
+def test_every_file_of_a_table_is_made_again_by_repair_and_by_the_same_command(
+    run: Path, tmp_path: Path, damaged: str, how: str, by: str
+):
+    head = write_head(tmp_path / "head")
+    run_rescore(run, head)
+    whole = rewards(run, "mine/")
+    file = run / "scores/mine" / damaged
+    if how == "gone":
+        file.unlink()
+    else:
+        _flip(file)
+    assert list(problems(Folder.at(str(run)))) != []
+    if by == "repair":
+        assert main(["corpus", "repair", str(run)]) == 0
+    else:
+        assert run_rescore(run, head) == 0
+    assert list(problems(Folder.at(str(run)))) == []
+    assert rewards(run, "mine/") == whole
+
+
+def test_a_table_whose_head_is_gone_is_said_and_the_corpus_is_repaired(run: Path, tmp_path: Path, capsys):
+    head = write_head(tmp_path / "head")
+    run_rescore(run, head)
+    _flip(run / "scores/mine/scores.parquet")
+    shutil.rmtree(head)
+    capsys.readouterr()
+    assert main(["corpus", "repair", str(run)]) == 2
+    assert "no reward head" in capsys.readouterr().out
 
 
 def test_looks_take_columns_of_tables(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

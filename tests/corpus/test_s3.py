@@ -9,7 +9,7 @@ from threading import Barrier
 import pytest
 
 from ttmray.cli import main
-from ttmray.corpus import index
+from ttmray.corpus import index, pipeline
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CatalogueConfig
 from ttmray.corpus.job import score_corpus
@@ -136,3 +136,49 @@ def test_songs_may_come_from_a_bucket_by_a_local_table(songs, bucket, tmp_path):
     catalogue = build_catalogue(str(tmp_path / "tracks.csv"), config)
     assert [(t.track_id, t.status, t.caption) for t in catalogue.tracks] == [("kite", "ok", "A kite.")]
     assert catalogue.tracks[0].size == (songs / "kite.wav").stat().st_size
+
+
+def test_bytes_and_version_of_an_object_belong_together(bucket, monkeypatch):
+    """Of an object that is replaced between the question for its version and the reading, both are the new one's."""
+    folder = Folder.at(f"{bucket}/songs")
+    folder.write("a.wav", b"old" * 1000)
+    (before,) = folder.files()
+    assert folder.read_as("a.wav") == (b"old" * 1000, before.version)
+    open_file, opened = Folder.open, []
+
+    def replaced_meanwhile(self, name, *options):
+        file = open_file(self, name, *options)
+        assert file.details["ETag"]  # asked for, and the bytes are not there yet
+        if not opened:
+            folder.write(name, b"new" * 1000)
+        opened.append(name)
+        return file
+
+    monkeypatch.setattr(Folder, "open", replaced_meanwhile)
+    data, version = folder.read_as("a.wav")
+    assert (data, version) == (b"new" * 1000, folder.files()[0].version)
+    assert version != before.version
+    assert len(opened) == 2
+
+
+def test_an_object_replaced_by_one_of_equal_size_is_not_taken_for_the_planned_one(
+    bucket, songs, make_config, tmp_path, monkeypatch
+):
+    folder = upload(songs, bucket)
+    kite = folder.read("kite.wav")
+    config = make_config(folder.uri, tmp_path / "run", "max_failures=2")
+    run_local = pipeline.run_local
+
+    def replace_first(job, units, done):
+        folder.write("kite.wav", kite[:-100] + bytes(100))
+        run_local(job, units, done)
+
+    monkeypatch.setattr(pipeline, "run_local", replace_first)
+    assert score_corpus(config) == EXIT_OK
+    rows = {row["source"]: row for row in index.read_index(Folder.at(config.output)).to_pylist()}
+    assert (rows["kite.wav"]["status"], rows["kite.wav"]["reason"]) == ("failed", "changed")
+    assert rows["wave.ogg"]["status"] == "ok"
+    monkeypatch.undo()
+    assert score_corpus(config, retry_failed=True) == EXIT_OK  # the way out
+    rows = {row["source"]: row for row in index.read_index(Folder.at(config.output)).to_pylist()}
+    assert rows["kite.wav"]["status"] == "ok"

@@ -85,9 +85,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = measure._decoded
 
-    def note(path: str, middle: bool) -> Any:
+    def note(path: str, clip_s: float, middle: bool) -> Any:
         names.append(path.rpartition("/")[2])
-        return original(path, middle)
+        return original(path, clip_s, middle)
 
     monkeypatch.setattr(measure, "_decoded", note)
     return names

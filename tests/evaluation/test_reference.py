@@ -144,7 +144,9 @@ def test_building_again_measures_nothing_and_a_new_track_alone(store, songs, tmp
     mine = Path(shutil.copytree(store, tmp_path / "store"))
     read: list[str] = []
     original = measure._decoded
-    monkeypatch.setattr(measure, "_decoded", lambda path, middle: read.append(path) or original(path, middle))
+    monkeypatch.setattr(
+        measure, "_decoded", lambda path, clip_s, middle: read.append(path) or original(path, clip_s, middle)
+    )
     assert build_reference("three", str(songs), store=str(mine), runtime=RUNTIME) == 0
     assert read == []
     more = Path(shutil.copytree(songs, tmp_path / "songs"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from damages import DAMAGES
 
 from ttmray import pages
 from ttmray.audio import io as audio_io
@@ -19,6 +20,7 @@ from ttmray.evaluation import plots
 from ttmray.evaluation.report import add_media, encode_ogg, page, report
 from ttmray.evaluation.results import CLIPS, RESULTS, read_clips, read_results
 from ttmray.storage import Folder
+from ttmray.verify import problems, verify
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra report)")
 
@@ -252,3 +254,23 @@ def test_folders_of_something_else_are_left_alone(evaluation: Path, tmp_path: Pa
     with pytest.raises(UserError, match="something else"):
         report(str(evaluation), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_every_damaged_file_of_a_report_is_found_and_made_again(evaluation: Path, tmp_path: Path) -> None:
+    """Sounds and pictures that are there are not made again: also where they are not what was written."""
+
+    def again(folder: Path) -> int:
+        return report(str(evaluation), str(folder))
+
+    assert again(tmp_path / "it") == EXIT_OK
+    files = json.loads((tmp_path / "it/_SUCCESS.json").read_text())["files"]
+    kinds = {Path(name).suffix for name in files}
+    assert {".ogg", ".png", ".svg", ".html", ".json", ".parquet"} <= kinds
+    ways = {".ogg": "flipped", ".png": "cut", ".svg": "deleted", ".html": "empty", ".json": "deleted"}
+    for suffix, way in ways.items():  # all at once: a report takes a while
+        name = next(name for name in files if name.endswith(suffix))
+        DAMAGES[way](tmp_path / "it" / name, tmp_path)
+        assert any(line.startswith(f"{name}: ") for line in problems(Folder.at(str(tmp_path / "it")))), name
+    assert again(tmp_path / "it") == EXIT_OK
+    assert verify(str(tmp_path / "it")) == EXIT_OK
+    assert json.loads((tmp_path / "it/_SUCCESS.json").read_text())["files"].keys() == files.keys()

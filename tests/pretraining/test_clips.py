@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ttmray.errors import UserError
 from ttmray.pretraining.clips import SHARD, ClipSet, place
 from ttmray.storage import Folder
+from ttmray.synth.faults import true_quality
 from ttmray.synth.piece import STEMS
 from ttmray.synth.world import clip
 
@@ -77,3 +78,12 @@ def test_every_epoch_has_every_clip_once(seed, count, epoch):
 
 def test_epochs_have_orders_of_their_own():
     assert [place(0, i, 20) for i in range(20)] != [place(0, 20 + i, 20) for i in range(20)]
+
+
+def test_the_quality_of_a_clip_follows_from_its_faults_whatever_an_older_file_says(tmp_path):
+    clips = ClipSet(Folder.at(str(tmp_path)), seed=5, count=1, seconds=1.0)
+    clips.compose()
+    path = next(tmp_path.rglob("truth-*.json"))
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([row | {"quality": -1.9, "faults": {"noise": 0.5}} for row in rows]))
+    assert clips.truth(0).quality == true_quality({"noise": 0.5})

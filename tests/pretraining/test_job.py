@@ -1,14 +1,17 @@
 """The command that trains the parts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from damages import DAMAGES, content
 
 from ttmray.cli import main
 from ttmray.config import load_config
+from ttmray.models.folder_bundle import describe_folder
 from ttmray.pretraining.clips import SHARD
-from ttmray.pretraining.job import PARTS
+from ttmray.pretraining.job import FACTS, PARTS
 from ttmray.recipes.micro import MicroConfig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -48,6 +51,31 @@ def test_a_budget_stops_a_part_and_a_larger_one_goes_on_to_the_same_weights(clip
     assert whole == parts
 
 
+def test_a_part_of_a_bundle_that_the_same_settings_made_is_copied_and_another_is_trained(clips, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    assert main(arguments(clips, tmp_path / "first")) == 0
+    (bundle / "text").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", FACTS):
+        shutil.copy(tmp_path / "first/text" / name, bundle / "text" / name)
+    describe_folder(bundle, "mine", "a note", clips.seconds)
+    capsys.readouterr()
+    assert main(arguments(clips, tmp_path / "second", f"reuse={bundle}")) == 0
+    out = capsys.readouterr().out
+    assert "text is that of" in out
+    assert "updates in" not in out  # nothing was trained
+    for name in ("model.safetensors", FACTS):
+        assert (tmp_path / "second/text" / name).read_bytes() == (bundle / "text" / name).read_bytes()
+    assert main(arguments(clips, tmp_path / "second", f"reuse={bundle}")) == 0
+    assert "text is complete" in capsys.readouterr().out
+    assert main(arguments(clips, tmp_path / "third", f"reuse={bundle}", "text.lr=0.002")) == 0
+    assert "updates in" in capsys.readouterr().out
+    (bundle / "text/config.json").write_text("{}")
+    assert main(arguments(clips, tmp_path / "fourth", f"reuse={bundle}")) == 2
+    assert "text/config.json" in capsys.readouterr().err
+    assert main(arguments(clips, tmp_path / "fifth", "reuse=debug")) == 2
+    assert "debug has no files" in capsys.readouterr().err
+
+
 def test_other_settings_are_another_run(clips, tmp_path, capsys):
     assert main(arguments(clips, tmp_path, "text.budget_s=1e-6")) == 0
     assert main(arguments(clips, tmp_path, "text.lr=0.5")) == 2
@@ -65,3 +93,19 @@ def test_what_cannot_be_trained_is_said_before_anything_is_done(wrong, clips, tm
     assert main(arguments(clips, tmp_path / "out", wrong)) == 2
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "facts.json", "checkpoint.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("way", ["deleted", "flipped"])
+def test_a_damaged_file_of_a_part_is_found_and_the_same_command_makes_it_again(clips, tmp_path, capsys, name, way):
+    assert main(arguments(clips, tmp_path)) == 0
+    part = tmp_path / "text"
+    whole = content(part)
+    DAMAGES[way](part / name, part)
+    assert main(["verify", str(part)]) == 2
+    assert main(arguments(clips, tmp_path)) == 0
+    assert "it is made again" in capsys.readouterr().out
+    assert main(["verify", str(part)]) == 0
+    again = content(part)
+    assert again.keys() == whole.keys()
+    assert again["model.safetensors"] == whole["model.safetensors"]

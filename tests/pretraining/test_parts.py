@@ -33,7 +33,17 @@ PARTS: dict[str, tuple[type[Part], PartConfig]] = {
     "vocoder": (VocoderPart, VocoderConfig(steps=6, batch=1, warmup=1, channels=64, kernels=(3,), segment_frames=8)),
     "clap": (
         CLAPPart,
-        CLAPConfig(steps=6, batch=2, warmup=1, audio_dim=16, text_dim=32, text_layers=1, vocabulary=400),
+        CLAPConfig(
+            steps=6,
+            batch=2,
+            warmup=1,
+            audio_dim=16,
+            text_dim=32,
+            text_layers=1,
+            vocabulary=400,
+            fault_weight=1.0,
+            new_faults=0.5,
+        ),
     ),
     "separator": (SeparatorPart, SeparatorConfig(steps=6, batch=1, warmup=1, channels=4, segment_s=1.0)),
     "mert": (

@@ -84,7 +84,7 @@ def test_relaunching_encodes_only_what_is_new(made, audio, tmp_path, monkeypatch
     shutil.copytree(run.uri, copied.uri)
     encoded = []
     plain = module.read_clip
-    monkeypatch.setattr(module, "read_clip", lambda address: encoded.append(address) or plain(address))
+    monkeypatch.setattr(module, "read_clip", lambda address, clip_s: encoded.append(address) or plain(address, clip_s))
     soundfile.write(tmp_path / "new.wav", tone(900), RATE)
     more = extract([*found.clips, str(tmp_path / "new.wav")], ["slow"], "debug", copied, CPU)
     assert encoded == [str(tmp_path / "new.wav")]

@@ -8,6 +8,7 @@ import pytest
 from ttmray.cli import main
 from ttmray.models.scoring import Embeddings, Scorer
 from ttmray.recipes import ruler
+from ttmray.synth.faults import KINDS
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_reward_that_hears_treble_alone_is_told_to_hear_dullness_and_no_detuni
     assert faults["dull"]["told"] == 1.0
     assert faults["dull"]["fall"] > 0
     assert abs(faults["detune"]["heard"]) < 0.9
-    assert faults["dull"]["cost"] == 0.8
+    assert faults["dull"]["cost"] == KINDS["dull"].cost
     page = (tmp_path / "ruler.md").read_text()
     assert "debug bundle" in page
     assert page.index("dull") < page.index("detune")

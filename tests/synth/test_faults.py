@@ -11,6 +11,8 @@ from ttmray.synth.faults import (
     KINDS,
     ON_NOTES,
     SHORT,
+    add_faults,
+    draw_more,
     faults_of,
     on_notes,
     perform,
@@ -113,7 +115,7 @@ def test_twenty_decibels_of_clipping_silence_and_half_a_bar_are_clips_of_low_qua
     loud = song(SEED, 1, seconds=6.0, faults={"clipping": 1.0})
     peak = np.abs(loud.mix).max()
     assert np.mean(np.abs(loud.mix) > 0.99 * peak) > 0.1
-    assert loud.quality < BASE - 1
+    assert loud.quality == pytest.approx(BASE - KINDS["clipping"].cost)
     assert sum_error(loud.stems, loud.mix) < 1e-6
     short = song(SEED, 1, seconds=0.4)
     assert short.mix.shape == (2, round(0.4 * RATE))
@@ -124,3 +126,21 @@ def test_twenty_decibels_of_clipping_silence_and_half_a_bar_are_clips_of_low_qua
     for item in (loud, short, mute):
         assert item.caption
         assert np.isfinite(item.mix).all()
+
+
+def test_a_mix_takes_further_audio_faults_and_none_of_its_own_kind():
+    clean = song(SEED, 3, seconds=5.0)
+    before = clean.mix.copy()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        more = draw_more({"dull": 0.5, "noise": 0.2}, rng)
+        assert 1 <= len(more) <= 2
+        assert set(more) <= {"clipping", "wow"}
+    assert all(len({"dull", "thin"} & draw_more({}, rng).keys()) < 2 for _ in range(200))
+    dull = add_faults(clean.mix, {"dull": 1.0}, rng)
+    np.testing.assert_array_equal(clean.mix, before)
+    high = [np.abs(np.fft.rfft(audio[0]))[3000 * 5 :].sum() for audio in (clean.mix, dull)]
+    assert high[1] < 0.2 * high[0]
+    assert LUFS - 1 < measured_loudness(dull) < LUFS + 0.1  # the clean one is lower: its peaks come first
+    with pytest.raises(ValueError, match="detune acts on notes"):
+        add_faults(clean.mix, {"detune": 0.5}, rng)

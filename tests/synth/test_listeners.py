@@ -32,7 +32,7 @@ def test_choices_follow_bradley_and_terry():
 
 
 def test_chances_add_up_and_are_fair():
-    panel = Listeners(lapse=0.1, tie_width=0.2)
+    panel = Listeners(certainty=5.0, lapse=0.1, tie_width=0.2)
     a, tie, b = chances(np.linspace(-3, 3, 61), panel)
     np.testing.assert_allclose(a + tie + b, 1)
     np.testing.assert_allclose(a, b[::-1])
@@ -66,18 +66,22 @@ def test_the_vocal_bias_is_small_but_measurable_in_many_votes(clips):
 
 def test_leaning_left_and_lapses_cost_accuracy():
     pair = [Heard("x", 0.0, False), Heard("y", 0.0, False)]
-    rows = votes(pair, 3000, 4, Listeners(left_bias=0.3, taste=0.0))
+    rows = votes(pair, 3000, 4, Listeners(certainty=5.0, left_bias=0.3, taste=0.0))
     decided = [row for row in rows if row["label"] != "tie"]
     assert np.mean([row["label"] == "a" for row in decided]) > 0.7
     far = [Heard("good", 3.0, False), Heard("bad", -3.0, False)]
-    rows = votes(far, 3000, 4, Listeners(lapse=0.2, taste=0.0))
+    rows = votes(far, 3000, 4, Listeners(certainty=5.0, lapse=0.2, taste=0.0))
     wrong = np.mean([row[row["label"]] == "bad" for row in rows if row["label"] != "tie"])
     assert wrong == pytest.approx(0.1, abs=0.025)
 
 
 def test_a_shown_prompt_favours_the_clip_that_was_made_for_it():
     pair = [Heard("a", 0.0, False, "one"), Heard("b", 0.0, False, "two")]
-    rows = [row for row in votes(pair, 3000, 5, Listeners(prompts=True, tie_width=0.0)) if row["label"] != "tie"]
+    rows = [
+        row
+        for row in votes(pair, 3000, 5, Listeners(certainty=5.0, prompts=True, tie_width=0.0))
+        if row["label"] != "tie"
+    ]
     asked = {"a": "one", "b": "two"}
     fits = np.mean([asked[row[row["label"]]] == row["prompt"] for row in rows])
     expected = 0.97 / (1 + np.exp(-5 * 0.5)) + 0.015

@@ -40,6 +40,16 @@ def test_the_tempo_of_clicks_is_found_within_two_percent_but_for_octaves(bpm):
     assert min(abs(ratio / multiple - 1) for multiple in (0.5, 1, 2)) < 0.02
 
 
+def test_ripples_on_the_falling_side_of_something_lower_have_no_pitch():
+    time = np.arange(2 * RATE) / RATE
+    wave = np.sin(2 * np.pi * 20 * time) + 0.05 * np.sin(
+        2 * np.pi * 3000 * time
+    )  # all peaks of 60 to 75 Hz are negative
+    hertz, clarity = pitch(wave, low=60.0, high=75.0)
+    assert not hertz.any()
+    assert not clarity.any()
+
+
 def test_the_pitch_of_tones_is_found_within_five_cents():
     time = np.arange(RATE) / RATE
     for hertz in (82.4, 220.0, 466.2, 987.8):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damages import DAMAGES
 from pydantic import ValidationError
 from synthetic_pool import Candidate, write_pool
 
@@ -36,6 +37,7 @@ from ttmray.training.expert_iteration import (
 from ttmray.training.launch import launch
 from ttmray.training.sft import SMALL
 from ttmray.training.tensors import pack, unpack
+from ttmray.verify import verify
 
 REPO = Path(__file__).resolve().parents[2]
 FRAMES, CHANNELS, WIDTH = 4, 2, 8
@@ -348,3 +350,32 @@ def test_shipped_configs_are_valid(name, updates):
     config = load_config(ExpertIterationConfig, f"{REPO}/configs/{name}/stage2.yaml")
     score = {"paper": 2.0, "debug": -0.4}[name]  # of the demo corpus that lies in its range
     assert (config.steps, config.polish.steps, config.oversample, config.pool.sampler.score) == (*updates, 5, score)
+
+
+def test_whatever_happens_to_a_file_of_stage_2_is_found_and_made_again(corpus, start, tmp_path):
+    sampler(10)(start, str(tmp_path / "pool"))
+    config = configure(corpus, tmp_path / "run", start, pools=(str(tmp_path / "pool"),))
+
+    def again() -> int:
+        return expert_iteration(config)
+
+    assert again() == 0
+    root = tmp_path / "run/expert"
+    listed = set(json.loads((root / "_SUCCESS.json").read_text())["files"])
+    selected = {f"round-1/selection/{name}" for name in ("kept.txt", "selection.json", "selection.md", "_SUCCESS.json")}
+    assert listed == {"round-1/finetune.safetensors", "round-1/polish.safetensors", "run.json"} | selected
+    assert verify(str(root)) == 0
+    before = {name: (root / name).read_bytes() for name in listed}
+    written = (root / "_SUCCESS.json").stat().st_mtime_ns
+    assert again() == 0
+    assert (root / "_SUCCESS.json").stat().st_mtime_ns == written, "a relaunch of what is whole writes nothing"
+    for name in sorted(listed | {"_SUCCESS.json", "run.json"}):
+        for way in ("deleted", "flipped"):
+            DAMAGES[way](root / name, root)
+            assert verify(str(root)) == 2, (name, way)
+            assert again() == 0, (name, way)
+            assert verify(str(root)) == 0, (name, way)
+            assert {name: (root / name).read_bytes() for name in listed} == before, (name, way)
+    moved = config.model_copy(update={"runtime": config.runtime.model_copy(update={"log_every": 7})})
+    assert expert_iteration(moved) == 0  # how it runs is noted anew, and is no damage
+    assert verify(str(root)) == 0

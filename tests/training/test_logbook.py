@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ttmray.errors import UserError
 from ttmray.storage import Folder
-from ttmray.training.logbook import METRICS, Logbook, show
+from ttmray.training.logbook import METRICS, Logbook, read_lines, show
 
 
 def steps(out: Folder) -> list[int]:
@@ -47,6 +47,12 @@ def test_lines_are_there_while_the_run_goes_on(tmp_path):
         book.flush()
         book.write({"step": 2})
         assert steps(out) == [1, 2]
+
+
+def test_a_line_that_a_kill_has_cut_is_not_read(tmp_path):
+    out = Folder.at(str(tmp_path))
+    out.write(METRICS, b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_lines(out) == [{"step": 1, "loss": 2.0}]
 
 
 def test_a_bucket_has_all_lines_from_a_flush_on(bucket):

@@ -23,7 +23,8 @@ SAMPLE_RATE = 44100
 """Hz at which clips are measured, separated and handed to the encoders."""
 LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
 """Half a second is the shortest that the loudness standard (0.4 s) and MERT can say anything about."""
-CLIP = segment.SegmentRule()
+CLIP_S = 10.0
+"""Clips of all bundles but the small ones (`Bundle.clip_s`)."""
 
 
 @dataclass
@@ -53,12 +54,13 @@ class Reading:
         return self.wave.mean(axis=0)
 
 
-def read_clip(path: str, *, middle: bool = False, measured: bool = True) -> Reading:
-    """A file as a clip; what is 5 to 10 s long is padded with zeros to 10 s, as in the corpus job.
+def read_clip(path: str, clip_s: float = CLIP_S, *, middle: bool = False, measured: bool = True) -> Reading:
+    """A file as a clip; what is a clip long, or half of it, is padded with zeros to a clip, as in the corpus job.
 
     Args:
         path: local or s3://.
-        middle: of longer files take only the 10 s in the middle.
+        clip_s: length of a clip of the bundle that is to hear it, in seconds.
+        middle: of longer files take only the clip in the middle.
         measured: take silence, loudness and true peak.
 
     Raises:
@@ -66,12 +68,44 @@ def read_clip(path: str, *, middle: bool = False, measured: bool = True) -> Read
     """
     reading = Reading()
     try:
-        reading.wave = _read(path, middle, measured, reading.facts)
+        reading.wave = _measured(*_decoded(path, reading.facts), clip_s, middle, measured, reading.facts)
     except UserError as error:
         reading.error = ClipError("failed", "unreadable", error.message)
     except Exception as error:
         reading.error = clip_error(error)
     return reading
+
+
+def clip_of(
+    audio: np.ndarray, rate: int, clip_s: float = CLIP_S, *, middle: bool = False, measured: bool = True
+) -> Reading:
+    """Samples that are in memory already as a clip: the same numbers as those of a file that holds them.
+
+    Args:
+        audio: (channels, samples) float32, full scale 1.0.
+        rate: Hz.
+        clip_s, middle, measured: as in `read_clip`.
+
+    Raises:
+        Exception: what would hit every other clip too (`quarantine.clip_error`).
+    """
+    reading = Reading()
+    try:
+        audio_io.check_samples(audio, rate, LIMITS)
+        reading.wave = _measured(audio, rate, clip_s, middle, measured, reading.facts)
+    except Exception as error:
+        reading.error = clip_error(error)
+    return reading
+
+
+def read_whole(path: str) -> tuple[np.ndarray, int]:
+    """A file as it is: (channels, samples) float32, and its rate in Hz.
+
+    Raises:
+        ClipError: it cannot be decoded, or is outside of `LIMITS`.
+        UserError: it is not there.
+    """
+    return _decoded(path, {})
 
 
 def levels(x: np.ndarray, rate: int = SAMPLE_RATE) -> dict[str, float | None]:
@@ -84,18 +118,24 @@ def levels(x: np.ndarray, rate: int = SAMPLE_RATE) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _read(path: str, middle: bool, measured: bool, facts: dict[str, Any]) -> np.ndarray:
+def _decoded(path: str, facts: dict[str, Any]) -> tuple[np.ndarray, int]:
     folder, name = split_path(path)
     data = folder.read(name)
     facts["sha256"] = hashlib.sha256(data).hexdigest()
-    audio, rate = audio_io.decode(io.BytesIO(data), LIMITS)
+    return audio_io.decode(io.BytesIO(data), LIMITS)
+
+
+def _measured(
+    audio: np.ndarray, rate: int, clip_s: float, middle: bool, measured: bool, facts: dict[str, Any]
+) -> np.ndarray:
+    rule = segment.SegmentRule.for_files(clip_s)
     facts |= {"duration_s": audio.shape[1] / rate, "sample_rate": rate, "channels": audio.shape[0]}
-    segments = segment.partition(audio.shape[1], rate, CLIP)
+    segments = segment.partition(audio.shape[1], rate, rule)
     if len(segments) == 1 and segments[0][1] > audio.shape[1]:  # one clip, padded
         audio = segment.cut(audio, rate, *segments[0])
     elif middle:
-        first = max(0, (audio.shape[1] - round(CLIP.clip_s * rate)) // 2)
-        audio = audio[:, first : first + round(CLIP.clip_s * rate)]
+        first = max(0, (audio.shape[1] - round(rule.clip_s * rate)) // 2)
+        audio = audio[:, first : first + round(rule.clip_s * rate)]
     audio = audio_io.resample(audio, rate, SAMPLE_RATE)
     if measured:
         facts["silence"] = loudness.silence_ratio(audio, SAMPLE_RATE)

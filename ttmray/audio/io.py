@@ -192,6 +192,23 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
     return audio, rate
 
 
+def check_samples(audio: np.ndarray, rate: int, limits: AudioLimits) -> None:
+    """Hold samples (channels, frames) that are in memory already to the limits of `decode`.
+
+    Raises:
+        ClipError: failed/`non_finite`; rejected/`sample_rate`, `channels`, `too_short`, `too_long`, `too_loud`,
+            `decoded_size`.
+    """
+    info = AudioInfo(rate, audio.shape[0], audio.shape[1])
+    _check_upper_limits(info, limits)
+    if info.duration_s < limits.min_duration_s:
+        raise ClipError("rejected", "too_short", f"{info.duration_s:.2f} s, shorter than {limits.min_duration_s:g} s")
+    if not np.isfinite(audio).all():
+        raise ClipError("failed", "non_finite", "NaN or infinite samples")
+    if (peak := float(np.abs(audio).max(initial=0.0))) > limits.max_peak:
+        raise ClipError("rejected", "too_loud", _too_loud(peak, limits.max_peak))
+
+
 def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
     try:
         with _sound(stream) as sound:

@@ -22,6 +22,11 @@ class SegmentRule:
     min_s: float = 5.0
     max_clips: int = 10
 
+    @classmethod
+    def for_files(cls, clip_s: float) -> "SegmentRule":
+        """For single files of a bundle whose clips are `clip_s` long: half of that is enough for a padded clip."""
+        return cls(clip_s, clip_s / 2)
+
     def __post_init__(self) -> None:
         if not (self.min_s > 0 and self.clip_s > 0 and self.max_clips >= 1):
             raise ValueError(f"clip_s, min_s and max_clips must be positive: {self}")

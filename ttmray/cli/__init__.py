@@ -5,10 +5,8 @@ The commands are tables, by family; a value goes from the command line into a co
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.text import Text
 
@@ -17,6 +15,7 @@ from ttmray.cli import corpus, evaluation, generation, models, recipes, training
 from ttmray.cli.command import Command, add_parsers, execute
 from ttmray.console import errors
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from ttmray.signals import MESSAGE, Interruption
 
 FAMILIES = (corpus, generation, training, evaluation, models, recipes)
 COMMANDS: tuple[Command, ...] = tuple(command for family in FAMILIES for command in family.COMMANDS)
@@ -37,8 +36,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn errors into messages and exit codes."""
     typed = vars(_parser().parse_args(arguments))
-    signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` and schedulers send it; same as Ctrl-C
+    interruption = Interruption()
     try:
+        interruption.install()  # SIGTERM, too: `ray job stop` and schedulers send it
         return execute(typed["table_row"], typed)
     except UserError as error:
         errors.print(Text.assemble(("error:", "red"), " ", error.message))
@@ -46,12 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             errors.print(f"  {error.hint}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        errors.print("interrupted; what was committed is kept, the same command goes on from there")
+        if interruption.say():
+            errors.print(MESSAGE)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `ttmray corpus ls RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    finally:
+        interruption.remove()

@@ -78,6 +78,6 @@ COMMANDS = (
         ),
         config="ttmray.corpus.rescore:RescoreConfig",
     ),
+    Command("status", "how far a run of any kind or a chain is, and why it stopped", "ttmray.status:status", (RUN,)),
     Command("verify", "is a run of any kind what was written: hashes of all its files", "ttmray.verify:verify", (RUN,)),
-    Command("status", "how far a run is, without Ray", f"{LOOK}:status", (RUN,)),
 )

@@ -31,7 +31,7 @@ SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 22
 THREADS = 8
-BAD_NAME = "bad_name"
+BAD_NAME, UNREADABLE_FOLDER = "bad_name", "unreadable_folder"
 _FEW = 0.1
 """Share of captions, or of tracks, that may go without the other and nobody is warned."""
 
@@ -177,14 +177,18 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
                 f"{folder} is neither a folder nor a table of tracks.",
                 "Give a folder of songs, or a .csv, .tsv, .json, .jsonl or .parquet file.",
             )
-    entries = [e for e in folder.files() if not any(_is_hidden(part) for part in e.name.split("/"))]
+    unreadable: dict[str, str] = {}
+    listing = folder.files(unreadable=unreadable)
+    entries = [e for e in listing if not any(_is_hidden(part) for part in e.name.split("/"))]
+    unreadable = {name: why for name, why in unreadable.items() if not any(map(_is_hidden, name.split("/")))}
     extension = [os.path.splitext(entry.name)[1].lower() for entry in entries]
     audio = [entry for entry, kind in zip(entries, extension, strict=True) if kind in AUDIO_EXTENSIONS]
     others = Counter(kind or "(none)" for kind in extension if kind not in AUDIO_EXTENSIONS)
     listed = ", ".join(f"{_shown(kind)} {count}" for kind, count in sorted(others.items()))
     if not audio:
+        nothing = f"only other files ({listed})." if others else "it is empty."
         raise UserError(
-            f"{folder} holds no audio: " + (f"only other files ({listed})." if others else "it is empty."),
+            f"{folder} holds no audio: " + (f"{_folders(unreadable)}." if unreadable else nothing),
             f"Searched, at any depth, for {', '.join(sorted(AUDIO_EXTENSIONS))}; hidden files do not count.",
         )
     problems = {entry.name: problem for entry in audio if (problem := _name_problem(entry.name))}
@@ -196,8 +200,11 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
         _rejected(track, BAD_NAME, problems[entry.name]) if entry.name in problems else track
         for track, entry in zip(tracks, audio, strict=True)
     ]
+    tracks += _locked(unreadable, {track.track_id.lower() for track in tracks})
     tracks.sort(key=lambda track: track.path)
     report: dict[str, int | str] = {"other_files": others.total(), "other_extensions": listed}
+    if unreadable:
+        report["warning, folders"] = f"{_folders(unreadable)}; what they hold is not part of the run"
     captions = None
     if config.captions == "auto":
         table, passed = find_captions(folder, [entry.name for entry in entries])
@@ -223,8 +230,11 @@ def _from_table(source: str, config: CatalogueConfig) -> _Found:
     artists, albums = table.texts("artist_id"), table.texts("album_id")
     captions = table.texts("caption") if config.captions == "auto" else [""] * len(table)
     root = Folder.at(config.audio_root) if config.audio_root is not None else split_path(source)[0]
-    there = {entry.name: entry for entry in root.files()}
+    unreadable: dict[str, str] = {}
+    there = {entry.name: entry for entry in root.files(unreadable=unreadable)}
     report: dict[str, int | str] = {}
+    if unreadable:
+        report["warning, folders"] = _folders(unreadable)
     has_audio = any(path in there for path in paths)
     if not has_audio:
         report["audio"] = f"audio not found under {root}: planning from the table alone (see catalogue.audio_root)"
@@ -248,10 +258,40 @@ def _from_table(source: str, config: CatalogueConfig) -> _Found:
         )
         if path in problems:
             track = _rejected(track, BAD_NAME, f"{table.place(row)}: {problems[path]}")
-        elif has_audio and entry.size < 0:
+        elif entry.size < 0 and (locked := _locked_part(path, unreadable)):
+            track = _rejected(track, UNREADABLE_FOLDER, f"{root.path(locked)}: {unreadable[locked]}")
+        elif has_audio and entry.size < 0 and path not in there:
             track = _rejected(track, "missing", f"not found under {root}")
         tracks.append(track)
     return root, tracks, report, None
+
+
+def _folders(unreadable: Mapping[str, str]) -> str:
+    shown = ", ".join(f"{_shown(name)} ({why})" for name, why in sorted(unreadable.items())[:5])
+    more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+    return f"{len(unreadable)} folders cannot be read: {shown}{more}"
+
+
+def _locked(unreadable: Mapping[str, str], taken: set[str]) -> list[Track]:
+    """A row for each folder that cannot be read: nobody knows how many songs it holds.
+
+    Args:
+        taken: ids of the tracks, in small letters.
+    """
+    tracks = []
+    for name, why in unreadable.items():
+        stem, digest = _slug(name.rpartition("/")[2])[:20], _digest(name)
+        length = next(n for n in range(8, 41) if f"{stem}-{digest[:n]}".lower() not in taken)
+        track = Track(track_id=f"{stem}-{digest[:length]}", path=_shown(name))
+        tracks.append(_rejected(track, UNREADABLE_FOLDER, f"the folder cannot be read: {why}"))
+    return tracks
+
+
+def _locked_part(path: str, unreadable: Collection[str]) -> str:
+    """The unreadable folder that a path leads through; "" where there is none."""
+    parts = path.split("/")
+    heads = ("/".join(parts[:count]) for count in range(1, len(parts)))
+    return next((head for head in heads if head in unreadable), "")
 
 
 def _paths(table: Table) -> tuple[list[str], dict[str, str]]:

@@ -1,9 +1,10 @@
-"""Looking into a run: `ttmray corpus stats | verify | ls | sample | upgrade` and `ttmray status`.
+"""Looking into a run: `ttmray corpus stats | verify | ls | sample | upgrade`, and `ttmray status` of corpora.
 
 Nothing but `upgrade` changes it.
 """
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
-from ttmray import pages
+from ttmray import cost, pages
 from ttmray.audio import io as audio_io
 from ttmray.audio import segment
 from ttmray.console import console
@@ -55,6 +56,10 @@ def status(folder: str) -> int:
     table = index.read_index(run)
     for state in (OK, REJECTED, FAILED):
         console.print(f"  {state}: {pc.sum(pc.equal(table['status'], state)).as_py() or 0}")
+    seconds = cost.read(run)["seconds"]
+    if seconds > 0 and clips:
+        left = timedelta(seconds=round((plan.expected_clips() - clips) * seconds / clips))
+        console.print(f"  {clips / seconds:.3g} clips/s over all launches; at this rate {left} are left")
     console.print("not finished: start the same command again to go on")
     return EXIT_OK
 

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from ttmray.corpus import index
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
-from ttmray.runs import KINDS_OF_CORPUS, SUCCESS, kind_of, read
+from ttmray.inventory import finished
+from ttmray.runs import KINDS_OF_CORPUS, kind_of, read
 from ttmray.storage import Folder, parquet_table
 
 SCORES, TABLE = "scores", "scores.parquet"
@@ -48,10 +49,7 @@ def check_name(name: str) -> str:
 
 def table_names(run: Folder) -> list[str]:
     """The finished tables of a run, sorted."""
-    names = (entry.name for entry in run.files(SCORES, sizes=False))
-    return sorted(
-        name.removesuffix(f"/{SUCCESS}") for name in names if re.fullmatch(f"[^/]+/{re.escape(SUCCESS)}", name)
-    )
+    return [name for name in begun_tables(run) if finished(run.sub(f"{SCORES}/{name}"))]
 
 
 def begun_tables(run: Folder) -> list[str]:
@@ -97,7 +95,7 @@ def require_column(run: Folder, name: str) -> None:
         UserError: it has none of that name; lists those that it has.
     """
     table, _, column = name.rpartition("/")
-    if (not table and name in OWN) or (table and column in REWARDS and run.exists(f"{SCORES}/{table}/{SUCCESS}")):
+    if (not table and name in OWN) or (table and column in REWARDS and finished(run.sub(f"{SCORES}/{table}"))):
         return
     known = columns(run)  # reads the index: stages from outside and pools add columns to it
     if name in known:
@@ -133,7 +131,7 @@ def read_table(run: Folder, name: str) -> pa.Table:
 
 def again(run: Folder, name: str) -> str:
     """How to make a table again."""
-    return f"Delete {run.path(f'{SCORES}/{name}')} and rescore once more, by the same command."
+    return f"`ttmray corpus repair {run}` makes it again, as does its own command: ttmray corpus rescore --name {name}"
 
 
 def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[str, Any]:

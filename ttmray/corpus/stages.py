@@ -105,9 +105,9 @@ class Decode(Stage):
             raise ClipError("rejected", "file_size", f"{track['size']} bytes, over limits.max_file_bytes")
         try:
             if self.folder.remote:
-                data = self.folder.read(path)
+                data, version = self.folder.read_as(path)
                 row["sha256"] = hashlib.sha256(data).hexdigest()
-                _check_unchanged(track, len(data), "")
+                _check_unchanged(track, len(data), version)
                 audio, rate = audio_io.decode(io.BytesIO(data), self.limits)
             else:
                 # one descriptor for all: what was hashed is what is decoded

@@ -14,7 +14,8 @@ class Track:
         size: bytes, -1 where unknown.
         duration_s: seconds as a table says, NaN where unknown.
         version: changes with the content of the file (see `storage.ListedFile`); "" where unknown.
-        status: `ok`, or `rejected` with the reason `excluded`, `duplicate`, `missing` or `bad_name`.
+        status: `ok`, or `rejected` with the reason `excluded`, `duplicate`, `missing`, `bad_name` or
+            `unreadable_folder` (whose row stands for the folder).
         message: the details of a rejection.
     """
 

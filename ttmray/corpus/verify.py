@@ -80,7 +80,7 @@ def problems(run: Folder) -> Iterator[str]:
         if index.MERGED not in damaged:
             yield error.message
     for name in scores.begun_tables(run):
-        yield from _table_problems(run, name, table)
+        yield from table_problems(run, name, table)
 
 
 def _damage(run: Folder) -> Generator[str, None, set[str]]:
@@ -123,8 +123,14 @@ def _place_problems(
             yield f"{index.MERGED}: {row['key']}: {wrong[0]} is {row[wrong[0]]}, the file has {really[wrong[0]]}"
 
 
-def _table_problems(run: Folder, name: str, rows: pa.Table) -> Iterator[str]:
-    """A table of scores must be the bytes that its success marker names, of the run's clips of now, and finite."""
+def table_problems(run: Folder, name: str, rows: pa.Table | None = None) -> Iterator[str]:
+    """A table of scores must be the bytes that its success marker names, of the run's clips of now, and finite.
+
+    Args:
+        rows: of the run's units; default: they are read.
+    """
+    if rows is None:
+        rows = index.read_index(run)
     place = f"{scores.SCORES}/{name}"
     where = run.sub(place)
     if problem := inventory.marker_problem(where):

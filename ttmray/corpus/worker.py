@@ -21,6 +21,7 @@ import pyarrow as pa
 from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.unit import Unit
 from ttmray.errors import UserError
+from ttmray.signals import deaf_children
 
 START_TIMEOUT_S = 300.0
 _READY = b"ready"
@@ -84,7 +85,7 @@ class ChildWorker:
     def _start(self) -> None:
         self._pipe, theirs = _spawn.Pipe()
         self._child = _spawn.Process(target=_serve, args=(theirs, self._job, self._stages), daemon=True)
-        with _without_main():
+        with _without_main(), deaf_children():
             self._child.start()
         theirs.close()  # else the child's death would not close the pipe
         try:

@@ -43,7 +43,7 @@ from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_tr
 from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.evaluation.systems import SystemFolder, find_systems
 from ttmray.evaluation.warnings import file_warnings, judge_warnings, unjudged
-from ttmray.generation.prompts import given_prompts, read_prompts
+from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.models.bundle import Bundle, BundleName, open_bundle
 from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import RUN, SUCCESS
@@ -133,8 +133,24 @@ def evaluate(config: EvaluateConfig) -> int:
     Raises:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
+    results, rows = evaluate_run(config)
+    return _report(Folder.at(config.output), results, rows, config)
+
+
+def evaluate_run(
+    config: EvaluateConfig, prompts: Sequence[Prompt] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same up to the end of the output folder: what is written into `results.json` and `clips.parquet`.
+
+    Args:
+        prompts: those of the config, where they have ids of their own; default: as the config says.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
     started = time.perf_counter()
-    prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts)
+    if prompts is None:
+        prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts)
     systems = find_systems(config.folders, prompts)
     _check_names(config, systems)
     bundle = open_bundle(config.bundle)
@@ -153,7 +169,7 @@ def evaluate(config: EvaluateConfig) -> int:
         console.print(bundle.note, style="yellow")
     with cost.account(out):
         rows, claps, seconds = _clip_rows(systems, config, out)
-        warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows)
+        warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows, bundle.clip_s)
         warnings += judge_warnings(rows) if config.judge else []
         leaks, leak_warnings = _leaks(reference, training, config.near_duplicate)
         described, metric_warnings = _described(systems, rows, claps, config, bundle, reference, training)
@@ -179,7 +195,7 @@ def evaluate(config: EvaluateConfig) -> int:
             "timing": {"wall_s": time.perf_counter() - started, **seconds},
         }
         _write(out, results, rows, claps)
-        return _report(out, results, rows, config)
+    return results, rows
 
 
 def _check_names(config: EvaluateConfig, systems: Sequence[SystemFolder]) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from ttmray.audio import io as audio_io
-from ttmray.audio.clip import read_clip
+from ttmray.audio.clip import CLIP_S, read_clip
 from ttmray.cluster import each
 from ttmray.config import fingerprint, identity
 from ttmray.console import meter
@@ -112,13 +112,14 @@ def measure(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Facts of every source in order: the columns of `FACTS`, and `clap`, a (512,) float32 unit vector or None.
 
-    Clips of 5 to 10 s are padded to 10 s, as in the corpus job. A file that cannot be measured has the status `failed`
-    or `rejected`, a reason and a message; `silent` ones are among them, because their reward would mean nothing.
+    Clips of half the length of the bundle's (10 s), or more, are padded to that, as in the corpus job. A file that
+    cannot be measured has the status `failed` or `rejected`, a reason and a message; `silent` ones are among them,
+    because their reward would mean nothing.
 
     Args:
         output: its `parts/` keep what is done.
         what: of the progress bar.
-        middle: of longer files measure only the 10 s in the middle. CLAP sees no more in any case, but the reward and
+        middle: of longer files measure only the clip in the middle. CLAP sees no more in any case, but the reward and
             the levels do.
         separation: embed what the bundle's separator leaves without vocals, clip by clip as the corpus job does; levels
             stay those of the file. None: the file as it is.
@@ -186,7 +187,8 @@ class _Measurer:
             EmbeddingCache(how.embedding_cache, int(how.embedding_cache_gib * 2**30)) if how.embedding_cache else None
         )
         self.scorer = Scorer(models, chosen.protocol(reward_text), how.thread_count, cache)
-        self.output, self.made_by, self.middle = Folder(output), made_by, middle
+        self.output, self.made_by = Folder(output), made_by
+        self.read = partial(_read, clip_s=chosen.clip_s, middle=middle)
         self.threads = how.thread_count
         self.batch = how.batch if models.clap.device.type != "cpu" else max(1, min(CPU_PART, how.thread_count))
 
@@ -195,7 +197,7 @@ class _Measurer:
         rows: list[dict[str, Any]] = []
         with ThreadPoolExecutor(self.threads) as pool:
             ahead: list[Future[tuple[dict[str, Any], np.ndarray | None]]] = [
-                pool.submit(_read, path, self.middle) for path, _ in sources
+                pool.submit(self.read, path) for path, _ in sources
             ]
             for start in range(0, len(sources), self.batch):
                 batch = [future.result() for future in ahead[start : start + self.batch]]
@@ -236,16 +238,16 @@ class _Measurer:
         ]
 
 
-def _read(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
+def _read(path: str, clip_s: float, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
     started = time.perf_counter()
-    row, wave = _decoded(path, middle)
+    row, wave = _decoded(path, clip_s, middle)
     return row | {"read_s": time.perf_counter() - started}, wave
 
 
-def _decoded(path: str, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
+def _decoded(path: str, clip_s: float, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
     """Facts of a file, and (channels, samples) float32 at 44.1 kHz; None where the facts say why not."""
     row: dict[str, Any] = dict.fromkeys(_PART.names) | {"status": OK, "reason": "", "message": ""}
-    reading = read_clip(path, middle=middle)
+    reading = read_clip(path, clip_s, middle=middle)
     row |= reading.facts
     if reading.error is not None:
         _quarantine(row, reading.error)
@@ -266,6 +268,7 @@ def _made_by(
     chosen = open_bundle(bundle)
     how = asdict(chosen.protocol(reward_text))
     how |= {"bundle": chosen.name, "gpu": config.on_gpu, "middle": middle, "reading": audio_io.READING}
+    how |= {"clip_s": chosen.clip_s} if chosen.clip_s != CLIP_S else {}
     how |= {"separation": separation_identity(bundle, separation)} if separation else {}
     return fingerprint(json.loads(json.dumps(how)))
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from ttmray import inventory
 from ttmray.config import differences, fingerprint
 from ttmray.console import console
 from ttmray.corpus import index, shards
@@ -145,6 +146,7 @@ def build_reference(
         separation = _separation(runtime)
         what["separation"] = separation_identity(bundle, separation)
     _refuse_another(folder, name, what)
+    inventory.reopen(folder, "reference")
     if chosen.note:
         console.print(chosen.note, style="yellow")
     if from_corpus:
@@ -168,7 +170,11 @@ def build_reference(
 def _refuse_another(folder: Folder, name: str, what: dict[str, Any]) -> None:
     if not folder.exists(ABOUT):
         return
-    old = _about(folder)
+    try:
+        inventory.checked(folder.path(ABOUT))
+        old = _about(folder)
+    except UserError:
+        return  # damaged: the same command writes it again
     changed = differences({key: old[key] for key in IDENTITY if key in old}, what)
     if changed:
         raise UserError(
@@ -224,6 +230,7 @@ def _write(folder: Folder, about: dict[str, Any], rows: _Rows) -> None:
     about |= {"n": len(clap), "tracks": len(set(rows.tracks)), "dimension": clap.shape[1], "failed": rows.failed}
     about["created"] = datetime.now(UTC).isoformat(timespec="seconds")
     folder.write(ABOUT, json.dumps(about, indent=1).encode())
+    inventory.note(folder, "reference", (TRACKS, CLAP, GAUSSIAN, ABOUT))
     console.print(
         f"{folder}: {len(clap)} clips ({about['stem']}) of {about['tracks']} tracks, {protocol}", markup=False
     )
@@ -255,8 +262,9 @@ def load_reference(address: str, store: str, protocol: str, stem: str | None = N
             f"--stem {about['stem']} --bundle {protocol.partition('/')[0]} --store {parent}",
         )
     try:
-        clap = load_tensors(folder.read(CLAP))["clap"]
-        tracks = parquet_table(folder.read(TRACKS))["track_id"].to_pylist()
+        inventory.checked(folder.path(GAUSSIAN))
+        clap = load_tensors(inventory.checked(folder.path(CLAP)))["clap"]
+        tracks = parquet_table(inventory.checked(folder.path(TRACKS)))["track_id"].to_pylist()
     except (SafetensorError, KeyError, ValueError, OSError, pa.ArrowException) as error:
         raise UserError(f"{folder} is damaged: {error}", "Delete it and build it again.") from error
     gaussian = Gaussian.load(folder.path(GAUSSIAN))

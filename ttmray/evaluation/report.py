@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 from markupsafe import Markup
 
-from ttmray import __version__, pages
+from ttmray import __version__, inventory, pages
 from ttmray.audio import io as audio_io
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
@@ -87,13 +87,15 @@ def report(folder: str, output: str | None = None, audio: AudioFormat = "ogg") -
     results = read_results(source)
     rows = read_clips(source, results)
     target = Folder.at(output) if output else source.sub("report")
-    if not target.exists(RESULTS) and target.files(sizes=False):
+    complete, _ = inventory.reopen(target, "report")
+    if not complete and not target.exists(RESULTS) and target.files(sizes=False):
         raise UserError(f"{target} holds something else than a report.", "Choose an empty or new --output.")
     for name in (RESULTS, CLIPS):
         target.write(name, source.read(name))
     problems = add_media(results, rows, target, audio)
     figures = add_plots(results, rows, target)
     target.write("index.html", page(results, rows, figures).encode())
+    inventory.note(target, "report", (file.name for file in target.files(sizes=False)))
     for problem in problems:
         errors.print(f"not shown: {problem}", markup=False)
     size = sum(entry.size for entry in target.files())

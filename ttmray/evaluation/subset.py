@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ttmray import runs
+from ttmray import inventory, runs
 from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.captions import read_table
@@ -62,15 +62,27 @@ def write_subset(source: str, out: str, n: int, split: str = "all", per_track: i
     choice = {"kind": "subset", **origin, "split": split, "n": n, "per_track": per_track, "seed": seed}
     about = json.dumps(choice, indent=1).encode()
     folder = Folder.at(out)
-    if folder.exists(ABOUT) and folder.read(ABOUT) != about:
-        raise UserError(f"{folder} holds another subset.", "Choose another --out, or delete it.")
+    _refuse_another(folder, about)
+    inventory.reopen(folder, "subset")
     if not table:
         folder.write(KEYS, "".join(f"{prompt.id}\n" for prompt in checked).encode())
     folder.write(PROMPTS, _csv(checked))
     folder.write(ABOUT, about)
+    inventory.note(folder, "subset", (PROMPTS, ABOUT, *(() if table else (KEYS,))))
     tracks = len({track for track, _ in keys})
     console.print(f"{folder}: {n} of {sum(map(len, captions.values()))} captions, of {tracks} tracks", markup=False)
     return EXIT_OK
+
+
+def _refuse_another(folder: Folder, about: bytes) -> None:
+    if not folder.exists(ABOUT):
+        return
+    try:
+        old = inventory.checked(folder.path(ABOUT))
+    except UserError:
+        return  # damaged: the same command writes it again
+    if old != about:
+        raise UserError(f"{folder} holds another subset.", "Choose another --out, or delete it.")
 
 
 def choose(clips: Mapping[str, list[str]], n: int, per_track: int, seed: int) -> list[tuple[str, str]]:

@@ -4,15 +4,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ttmray.audio.clip import CLIP_S
 from ttmray.evaluation.measure import OK
 
-CLIP_S = 10.0
+WINDOW_S = 10.0
+"""What CLAP hears at a time, whatever the bundle."""
 FULL_BAND_HZ = 32_000
 """Files of a lower rate lack sound that others have; FAD and the scores see that."""
 
 
-def file_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the numbers must know about the files."""
+def file_warnings(rows: Sequence[Mapping[str, Any]], clip_s: float = CLIP_S) -> list[str]:
+    """What a reader of the numbers must know about the files; `clip_s` is the length of the bundle's clips."""
     warnings = []
     same: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -32,8 +34,11 @@ def file_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 "which lowers their scores and raises FAD."
             )
         for odd, what in (
-            ([row for row in mine if row["duration_s"] > CLIP_S + 0.05], "longer than 10 s: CLAP sees the middle"),
-            ([row for row in mine if row["duration_s"] < CLIP_S / 2], "shorter than 5 s: scored as they are"),
+            ([row for row in mine if row["duration_s"] > WINDOW_S + 0.05], "longer than 10 s: CLAP sees the middle"),
+            (
+                [row for row in mine if row["duration_s"] < clip_s / 2],
+                f"shorter than {clip_s / 2:g} s: scored as they are",
+            ),
         ):
             if odd:
                 warnings.append(f"{system}: {len(odd)} clips are {what}.")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
+from ttmray import inventory
 from ttmray.config import Location, execution
 from ttmray.console import console
 from ttmray.corpus.unit import OK
@@ -78,6 +79,7 @@ def choose_score(config: ScoreChoiceConfig) -> int:
     choice["mean_reward"] = {f"{score:g}": mean for score, (mean, _) in rewards.items()}
     choice["checkpoint"] = config.checkpoint and digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
     out.write(CHOICE, json.dumps(choice, indent=1).encode())
+    inventory.note(out, "score choice", (CHOICE, "choice.md"))
     console.print(f"best of the scores {', '.join(f'{score:g}' for score in scores)}: {best:g}")
     console.print(f"to generate with it: ttmray generate --score-from {out}", markup=False)
     return EXIT_OK
@@ -109,7 +111,7 @@ def chosen_score(folder: str, checkpoint: str | None = None) -> float:
     if not out.exists(CHOICE):
         raise UserError(f"{out} has no {CHOICE}: no score was chosen there.", "Run ttmray choose-score to its end.")
     try:
-        choice = json.loads(out.read(CHOICE))
+        choice = json.loads(inventory.checked(out.path(CHOICE)))
         score, theirs = float(choice["score"]), choice.get("checkpoint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{out.path(CHOICE)} names no score.", "Delete it, and run the step before again.") from error

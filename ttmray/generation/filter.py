@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from ttmray import pages
+from ttmray import inventory, pages
 from ttmray.config import Config, added, differences, identity
 from ttmray.console import console
 from ttmray.corpus import index, shards
@@ -27,6 +27,8 @@ from ttmray.runs import RUN
 from ttmray.storage import Folder
 
 KEPT, WEIGHTED, REPORT = "kept.txt", "weights.csv", "selection.json"
+SELECTED = "selection"
+"""Kind of the folder."""
 PERCENTILES = (5, 25, 50, 75, 90, 95)
 
 
@@ -87,6 +89,7 @@ def filter_pool(
     out = Folder.at(output)
     what = _identity(pool, fingerprint, config)
     _refuse_another(out, what)
+    inventory.reopen(out, SELECTED)
     embeddings = {} if config.max_similarity is None else read_embeddings(Folder.at(pool), table)
     try:
         keys, report, weights = select(table, config, embeddings)
@@ -107,6 +110,8 @@ def filter_pool(
         lines = [f"{key},{weight:.9g}\n" for key, weight in zip(keys, weights.tolist(), strict=True)]
         out.write(WEIGHTED, ("key,weight\n" + "".join(lines)).encode())
     out.write(KEPT, "".join(f"{key}\n" for key in keys).encode())
+    files = (REPORT, "selection.md", KEPT, *((WEIGHTED,) if config.temperature is not None else ()))
+    inventory.note(out, SELECTED, files)
     console.print(f"{len(keys)} of {table.num_rows} clips kept: {out.path(KEPT)}", markup=False)
     return EXIT_OK
 
@@ -129,7 +134,11 @@ def _identity(pool: str, fingerprint: str, config: FilterConfig) -> dict[str, An
 
 def _refuse_another(out: Folder, what: dict[str, Any]) -> None:
     if out.exists(REPORT):
-        lines = differences(json.loads(out.read(REPORT)).get("identity"), what)
+        try:
+            old = json.loads(inventory.checked(out.path(REPORT)))["identity"]
+        except (UserError, ValueError, KeyError, TypeError):
+            return  # damaged: the same command writes it again
+        lines = differences(old, what)
         if lines:
             raise UserError(f"{out} holds another selection:\n    " + "\n    ".join(lines), "Choose another folder.")
 

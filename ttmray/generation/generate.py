@@ -8,9 +8,12 @@ costs the clips in work and nothing else. Rows of failed clips stay until `--ret
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from ttmray import cost, inventory, runs
 from ttmray.cluster import each
@@ -23,7 +26,7 @@ from ttmray.generation.manifest import FAILED, OK
 from ttmray.generation.play import write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
-from ttmray.generation.worker import ClipJob, ClipMaker, PlannedClip, roles_of
+from ttmray.generation.worker import ClipJob, ClipMaker, PlannedClip, SoundMaker, roles_of
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, on_gpu, open_bundle
 from ttmray.models.protocol import SEPARATION
@@ -34,6 +37,26 @@ from ttmray.storage import Folder
 MERGED = ("manifest.parquet", "manifest.csv", "summary.json")
 ABORT_AFTER = 50
 """Once this many clips are done and more than half of them failed, the job stops."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A run folder after a launch.
+
+    Attributes:
+        planned: rows of the clips of this config, in the order of the prompts.
+        finished: those of them that this launch made.
+        seconds: per stage, of this launch.
+        wall_s: of this launch.
+        described: `run.json`.
+    """
+
+    run: Folder
+    planned: list[dict[str, Any]]
+    finished: list[dict[str, Any]]
+    seconds: Counter[str]
+    wall_s: float
+    described: dict[str, Any]
 
 
 def generate(
@@ -49,13 +72,41 @@ def generate(
     Raises:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
-    started = time.perf_counter()
     if zip_to is not None:
         manifest.check_zip(zip_to)
-    clips = plan_clips(given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts), config)
+    done = generate_run(config, retry_failed=retry_failed)
+    failed = _report(done, config.best_by)
+    if play_page:
+        page = write_page(done.run, done.planned, done.described)
+        console.print(f"players: open {page}", markup=False)
+    if zip_to is not None and failed:
+        console.print(f"no {zip_to}: {failed} clips are missing; --retry-failed makes them once more", style="red")
+    elif zip_to is not None:
+        console.print(f"{manifest.write_zip(done.run, done.planned, zip_to)} clips in {zip_to}", markup=False)
+    return EXIT_TOO_MANY_FAILURES if failed > (0 if zip_to is not None else config.max_failures) else EXIT_OK
+
+
+def generate_run(
+    config: GenerateConfig,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    retry_failed: bool = False,
+    bundle: Bundle | None = None,
+) -> Generated:
+    """Make, or go on making, the clips of `config`, up to the end of the run folder.
+
+    Args:
+        prompts: those of the config, where they have ids of their own; default: as the config says.
+        retry_failed: make failed clips once more.
+        bundle: that of the config, where it is open already; Ray actors open it themselves.
+
+    Raises:
+        UserError: as `generate`.
+    """
+    started = time.perf_counter()
+    clips = plan_clips(prompts or prompts_of(config), config)
     run = Folder.at(config.output)
-    bundle = open_bundle(config.bundle)
-    described = _describe(config, bundle)
+    described = _describe(config, bundle or open_bundle(config.bundle))
     rows: dict[str, dict[str, Any]] = {}
     if inventory.restore_run(run, "generate", described["fingerprint"]) is not None:
         console.print(f"{run.path(RUN)} was missing or damaged and is made again", style="yellow")
@@ -63,8 +114,8 @@ def generate(
         runs.refuse_another(run, existing, described)
         rows = manifest.read_rows(run)
     _check_prompts(run, clips, rows)
-    if bundle.note:
-        console.print(bundle.note, style="yellow")
+    if described["note"]:
+        console.print(described["note"], style="yellow")
     todo = _todo(run, clips, rows, retry_failed)
     seconds: Counter[str] = Counter()
     finished: list[dict[str, Any]] = []
@@ -73,9 +124,12 @@ def generate(
             console.print(f"{len(clips) - len(todo)} of {len(clips)} clips are done, {len(todo)} to do")
         run.sweep_temporary()
         fresh = runs.write(run, described)
+        job = _job(config, described)
+        ours = bundle is not None and config.runtime.runner == "local"
+        make = partial(ClipMaker, job, bundle) if ours else partial(ClipMaker, job)
         try:
             with cost.account(run):
-                finished = _make(config, described, todo, seconds)
+                finished = _make(config, make, todo, seconds)
         except UserError:
             if fresh and not run.files(manifest.ROWS, sizes=False):
                 run.delete(RUN)  # settings that made nothing shall not bind the folder
@@ -86,18 +140,38 @@ def generate(
     rows |= {row["name"]: row for row in finished}
     planned = [rows.pop(clip.name) for clip in clips]
     manifest.merge(run, planned + [rows[name] for name in sorted(rows)])  # clips of other prompts stay in the table
-    failed = _report(run, planned, finished, seconds, time.perf_counter() - started, config.best_by)
+    done = Generated(run, planned, finished, seconds, time.perf_counter() - started, described)
+    _summarise(done)
     names = [RUN, *(name for name in MERGED if run.exists(name))]
     names += [file for row in planned for file in (f"{manifest.ROWS}/{row['name']}.json", row["file"]) if file]
     inventory.seal(run, runs.read(run, "generate"), {"clips": len(planned)}, inventory.entries(run, sorted(set(names))))
-    if play_page:
-        page = write_page(run, planned, described)
-        console.print(f"players: open {page}", markup=False)
-    if zip_to is not None and failed:
-        console.print(f"no {zip_to}: {failed} clips are missing; --retry-failed makes them once more", style="red")
-    elif zip_to is not None:
-        console.print(f"{manifest.write_zip(run, planned, zip_to)} clips in {zip_to}", markup=False)
-    return EXIT_TOO_MANY_FAILURES if failed > (0 if zip_to is not None else config.max_failures) else EXIT_OK
+    return done
+
+
+def generate_sounds(
+    config: GenerateConfig, bundle: Bundle, prompts: Sequence[Prompt] | None = None
+) -> list[tuple[dict[str, Any], np.ndarray | None]]:
+    """The clips of `config` in memory, in the order of the prompts: the same sounds and rows as in a run folder.
+
+    Args:
+        bundle: that of the config, open.
+        prompts: as in `generate_run`.
+
+    Returns:
+        Row, which names no file, and (channels, samples) float32 at the rate of the row; None where the clip failed.
+
+    Raises:
+        UserError: as `generate`.
+    """
+    clips = plan_clips(prompts or prompts_of(config), config)
+    maker = SoundMaker(_job(config, _describe(config, bundle)), bundle)
+    rows = {row["name"]: row for row in _make(config, lambda: maker, clips, Counter())}
+    return [(rows[clip.name], maker.sounds.get(clip.name)) for clip in clips]
+
+
+def prompts_of(config: GenerateConfig) -> list[Prompt]:
+    """The prompts that a config names."""
+    return given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts)
 
 
 def plan_clips(prompts: Sequence[Prompt], config: GenerateConfig) -> list[PlannedClip]:
@@ -169,11 +243,14 @@ def _todo(
     return [clip for clip in clips if clip.name not in done]
 
 
-def _make(
-    config: GenerateConfig, described: dict[str, Any], todo: Sequence[PlannedClip], seconds: Counter[str]
-) -> list[dict[str, Any]]:
+def _job(config: GenerateConfig, described: dict[str, Any]) -> ClipJob:
     weights = json.dumps(described["identity"]["weights"])
-    job = ClipJob(config.model_dump_json(), described["fingerprint"], weights)
+    return ClipJob(config.model_dump_json(), described["fingerprint"], weights)
+
+
+def _make(
+    config: GenerateConfig, make: Callable[[], ClipMaker], todo: Sequence[PlannedClip], seconds: Counter[str]
+) -> list[dict[str, Any]]:
     runtime = config.runtime
     local = runtime.runner == "local"
     batched = on_gpu(runtime.device, runtime.runner, runtime.gpus)
@@ -184,7 +261,7 @@ def _make(
     finished: list[dict[str, Any]] = []
     failed = 0
     with meter("clips", len(todo)) as progress:
-        for rows, spent in each(partial(ClipMaker, job), batches, runtime):
+        for rows, spent in each(make, batches, runtime):
             finished += rows
             seconds.update(spent)
             failed += sum(row["status"] == FAILED for row in rows)
@@ -199,42 +276,39 @@ def _make(
     return finished
 
 
-def _report(
-    run: Folder,
-    planned: Sequence[dict[str, Any]],
-    finished: Sequence[dict[str, Any]],
-    seconds: Counter[str],
-    wall_s: float,
-    by: str,
-) -> int:
-    """Print and save counts and times; returns the number of planned clips that failed."""
-    counts = Counter(row["status"] for row in planned)
+def _summarise(done: Generated) -> None:
+    """Save counts and times."""
+    counts = Counter(row["status"] for row in done.planned)
     summary: dict[str, Any] = {
         "clips": {OK: counts[OK], FAILED: counts[FAILED]},
-        "reasons": dict(Counter(row["reason"] for row in planned if row["status"] == FAILED)),
+        "reasons": dict(Counter(row["reason"] for row in done.planned if row["status"] == FAILED)),
         "this_launch": {
-            "clips": len(finished),
-            "wall_s": round(wall_s, 3),
-            "stage_s": {name: round(value, 3) for name, value in seconds.items()},
+            "clips": len(done.finished),
+            "wall_s": round(done.wall_s, 3),
+            "stage_s": {name: round(value, 3) for name, value in done.seconds.items()},
         },
     }
-    gains = best_of_curve(planned)
-    if gains:
+    if gains := best_of_curve(done.planned):
         summary["best_of"] = gains
-    if finished or "summary.json" in _changed(run):
-        run.write("summary.json", json.dumps(summary, indent=1).encode())
-    console.print(f"{run}: {counts[OK]} clips ok, {counts[FAILED]} failed", markup=False)
-    for row in [row for row in planned if row["status"] == FAILED][:5]:
+    if done.finished or "summary.json" in _changed(done.run):
+        done.run.write("summary.json", json.dumps(summary, indent=1).encode())
+
+
+def _report(done: Generated, by: str) -> int:
+    """Print counts and times; returns the number of planned clips that failed."""
+    failed = [row for row in done.planned if row["status"] == FAILED]
+    console.print(f"{done.run}: {len(done.planned) - len(failed)} clips ok, {len(failed)} failed", markup=False)
+    for row in failed[:5]:
         console.print(f"  {row['name']}: {row['reason']}: {row['message']}", markup=False)
-    if gains:
+    if gains := best_of_curve(done.planned):
         curve = ", ".join(f"{mean:+.4f} of {n}" for n, mean in gains.items())
         console.print(f"mean {by} of the best candidate before post-processing: {curve}", markup=False)
-    if finished:
-        spent = ", ".join(f"{name} {value / len(finished):.2f}" for name, value in seconds.items())
+    if count := len(done.finished):
+        spent = ", ".join(f"{name} {value / count:.2f}" for name, value in done.seconds.items())
         console.print(
-            f"{len(finished)} made in {wall_s:.1f} s, {wall_s / len(finished):.2f} s per clip (s per clip: {spent})"
+            f"{count} made in {done.wall_s:.1f} s, {done.wall_s / count:.2f} s per clip (s per clip: {spent})"
         )
-    return counts[FAILED]
+    return len(failed)
 
 
 def _changed(run: Folder) -> set[str]:

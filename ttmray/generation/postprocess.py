@@ -33,6 +33,7 @@ import soundfile
 from pydantic import Field
 from rich.table import Table
 
+from ttmray import inventory
 from ttmray.audio import io as audio_io
 from ttmray.audio.limiter import Levels, to_loudness
 from ttmray.audio.loudness import integrated_loudness, true_peak
@@ -40,7 +41,7 @@ from ttmray.config import Config, Device, execution, fingerprint, identity
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import BundleName, LoadOptions, ReleasedBundle, open_bundle
+from ttmray.models.bundle import Bundle, BundleName, LoadOptions, ReleasedBundle, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
 from ttmray.storage import Folder, is_remote, split_path
@@ -85,15 +86,18 @@ class PostprocessConfig(Config):
     """Files worked on at the same time, each in one thread; `auto` is one per CPU."""
 
 
-def open_separator(config: PostprocessConfig) -> "Separator | None":
+def open_separator(config: PostprocessConfig, bundle: Bundle | None = None) -> "Separator | None":
     """The separator that `postprocess_clip` wants; None for no passes.
+
+    Args:
+        bundle: that of the config, where it is open already.
 
     Raises:
         UserError: the bundle, its weights or the device are not there.
     """
     if config.passes == 0:
         return None
-    return open_bundle(config.bundle).load({"separator"}, LoadOptions(device=config.device)).separator
+    return (bundle or open_bundle(config.bundle)).load({"separator"}, LoadOptions(device=config.device)).separator
 
 
 def postprocess_clip(
@@ -174,6 +178,20 @@ def _paper_levels(wave: np.ndarray, rate: int, config: PostprocessConfig) -> tup
     return y, Levels(*levels, "missed" if peak > PAPER_PEAK_LIMIT else "reached")
 
 
+def format_of(path: str) -> Literal["wav", "flac"]:
+    """The format of an audio file that is to be written, by its ending.
+
+    Raises:
+        UserError: another ending.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ending == ".wav":
+        return "wav"
+    if ending == ".flac":
+        return "flac"
+    raise UserError(f"{path} is neither .wav nor .flac.", "WAV is float32 and keeps every bit, FLAC has 16 bits.")
+
+
 def encode(wave: np.ndarray, sample_rate: int, config: PostprocessConfig) -> bytes:
     """Bytes of an audio file in `config.format`; the same samples give the same bytes.
 
@@ -209,7 +227,7 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
     out = Folder.at(output)
     ending = ".flac" if config.format == "flac" else ".wav"
     jobs = _outputs(sources, out, ending)
-    rows = _read_table(out)
+    rows = _read_table(out, inventory.reopen(out, "postprocess").complete)
     for name, source in jobs.items():
         if name in rows and rows[name]["source"] != source:
             raise UserError(f"{out}/{name} was made from {rows[name]['source']}.", "Choose another --output.")
@@ -244,6 +262,7 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
         pool.shutdown(cancel_futures=True)
         if done_before < len(shown):
             _write_table(out, rows)
+    inventory.note(out, "postprocess", (TABLE, *(name for name, row in rows.items() if row["status"] == "ok")))
     _print(sorted(shown, key=lambda row: row["file"]), done_before, out)
     return EXIT_OK if all(row["status"] == "ok" for row in shown) else EXIT_TOO_MANY_FAILURES
 
@@ -358,10 +377,11 @@ def _is_made(out: Folder, row: Mapping[str, Any]) -> bool:
         return _sha256(file) == row["made_sha256"]
 
 
-def _read_table(out: Folder) -> dict[str, dict[str, Any]]:
+def _read_table(out: Folder, ours: bool) -> dict[str, dict[str, Any]]:
+    """Rows by file; none where the table is gone of a folder that is `ours`, so that all is made again."""
     if not out.exists(TABLE):
         foreign = next(iter(out.files(sizes=False)), None)
-        if foreign is not None:
+        if foreign is not None and not ours:
             raise UserError(
                 f"{out} holds {foreign.name} but no {TABLE}: it was not made by this command.",
                 "Choose an empty or new --output.",

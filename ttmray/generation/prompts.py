@@ -64,13 +64,13 @@ def read_prompts(source: str) -> list[Prompt]:
     return _checked(rows, source)
 
 
-def given_prompts(texts: Sequence[str]) -> list[Prompt]:
-    """Prompts of the command line.
+def given_prompts(texts: Sequence[str], source: str = "the command line") -> list[Prompt]:
+    """Prompts of the command line, or of another source, which messages name.
 
     Raises:
         UserError: as `read_prompts`.
     """
-    return _checked((Row(f"prompt {i}", None, text) for i, text in enumerate(texts, 1)), "the command line")
+    return _checked((Row(f"prompt {i}", None, text) for i, text in enumerate(texts, 1)), source)
 
 
 def checked_prompts(pairs: Sequence[tuple[str, str]], source: str) -> list[Prompt]:

@@ -19,7 +19,7 @@ from ttmray.generation.postprocess import PostprocessConfig, encode, open_separa
 from ttmray.generation.sampler import Draw, Sampler
 from ttmray.models import one_thread, side_by_side
 from ttmray.models.backbone_weights import load_backbone
-from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.bundle import Bundle, LoadOptions, open_bundle, resolve_device
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.quarantine import together
 from ttmray.storage import Folder
@@ -57,18 +57,22 @@ class _Work:
 class ClipMaker:
     """Makes clips: writes their audio files and rows, and returns the rows and the seconds per stage.
 
+    Args:
+        job: what is to be made.
+        bundle: that of the config, where it is open already.
+
     Raises:
         UserError: models that are not there, or do not fit each other or the config.
     """
 
-    def __init__(self, job: ClipJob) -> None:
+    def __init__(self, job: ClipJob, bundle: Bundle | None = None) -> None:
         self.job = job
         self.config = config = GenerateConfig.model_validate_json(job.config)
         self.run = Folder.at(config.output)
         runtime = config.runtime
         device = resolve_device(runtime.device)
         self.threads = runtime.thread_count
-        bundle = open_bundle(config.bundle)
+        bundle = bundle or open_bundle(config.bundle)
         options = LoadOptions(device=device, batch=runtime.batch, threads=self.threads)
         self.models = models = bundle.load(roles_of(config), options)
         backbones = [models.backbone]
@@ -101,7 +105,7 @@ class ClipMaker:
         )
         self.on_cpu = self.sampler.device.type == "cpu"
         finish = config.postprocess
-        self.separator = open_separator(finish.model_copy(update={"device": device})) if finish else None
+        self.separator = open_separator(finish.model_copy(update={"device": device}), bundle) if finish else None
         self.scorer = self.protocol = None
         if config.scores or config.best_of > 1:
             protocol = bundle.protocol("empty")
@@ -122,7 +126,7 @@ class ClipMaker:
         rows = []
         for work in works:
             row = self._row(work)
-            manifest.commit(self.run, row)
+            self._commit(row)
             rows.append(row)
         return rows, seconds
 
@@ -212,6 +216,9 @@ class ClipMaker:
         self.run.write(name, data)
         work.facts |= {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
 
+    def _commit(self, row: dict[str, Any]) -> None:
+        manifest.commit(self.run, row)
+
     def _row(self, work: _Work) -> dict[str, Any]:
         draw, sampler = work.clip.draw, self.config.sampler
         row: dict[str, Any] = dict.fromkeys(manifest.SCHEMA.names)
@@ -221,6 +228,27 @@ class ClipMaker:
         if work.error is not None:
             return row | {"status": manifest.FAILED, "reason": work.error.reason, "message": work.error.message}
         return row | {"status": manifest.OK, "protocol": self.protocol} | work.facts
+
+
+class SoundMaker(ClipMaker):
+    """Makes clips and writes nothing: rows name no file, but have the hash of the one that a run would write.
+
+    Attributes:
+        sounds: name of a clip -> (channels, samples) float32, at the rate of its row.
+    """
+
+    def __init__(self, job: ClipJob, bundle: Bundle | None = None) -> None:
+        super().__init__(job, bundle)
+        self.sounds: dict[str, np.ndarray] = {}
+
+    def _write_one(self, work: _Work) -> None:
+        assert work.audio is not None
+        data = _encoded(work.audio, work.facts["sample_rate"], self.config)
+        work.facts["sha256"] = hashlib.sha256(data).hexdigest()
+        self.sounds[work.clip.name] = work.audio
+
+    def _commit(self, row: dict[str, Any]) -> None:
+        pass
 
 
 def roles_of(config: GenerateConfig) -> set[str]:

@@ -92,6 +92,18 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Afterwards torch has as many threads as before: what is computed inside may set them, see `one_thread`."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
     """`work` of every item, in order, `threads` of them at a time, each computed in one torch thread.
 

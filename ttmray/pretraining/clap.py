@@ -29,7 +29,7 @@ from ttmray.pretraining.labels import Labels, fault_row, quality_r
 from ttmray.pretraining.loop import Part, PartConfig, to_half, weights_of
 from ttmray.pretraining.losses import info_nce
 from ttmray.storage import Folder
-from ttmray.synth.faults import KINDS
+from ttmray.synth.faults import KINDS, add_faults, draw_more
 from ttmray.synth.instruments import RATE
 from ttmray.training.tensors import pack
 
@@ -51,6 +51,9 @@ class CLAPConfig(PartConfig):
     """Of the attributes' cross-entropy, against InfoNCE of weight 1."""
     fault_weight: float = Field(0.0, ge=0)
     """Of the squared error of the faults' strengths, in units of their deviation, read from the audio vector."""
+    new_faults: float = Field(0.0, ge=0, le=1)
+    """Share of the clips that get one or two audio faults more, drawn anew each time. Without it, the noises of some
+    thousand clips are learned by heart."""
 
 
 class _Towers(nn.Module):
@@ -97,12 +100,16 @@ class CLAPPart(Part):
             index = place(self.config.seed, i, self.clips.count)
             rng = np.random.default_rng([self.config.seed, i])
             truth = self.clips.truth(index)
-            mels.append(self._mel(self.clips.mono(index) * np.float32(10 ** (rng.uniform(-12, 3) / 20))))
+            mix, strengths = self.clips.mix(index), truth.faults
+            if rng.random() < self.config.new_faults:
+                more = draw_more(strengths, rng)
+                mix, strengths = add_faults(mix, more, rng), strengths | more
+            mels.append(self._mel(mix.mean(axis=0) * np.float32(10 ** (rng.uniform(-12, 3) / 20))))
             texts.append(truth.captions[int(rng.integers(len(truth.captions)))])
             rows.append(self.labels.row(truth.attributes))
-            faults.append(fault_row(truth.faults))
-        labels, strengths = (torch.from_numpy(np.stack(part)).to(self.device) for part in (rows, faults))
-        return {"mel": torch.cat(mels), "labels": labels, "faults": strengths, **self._tokens(texts)}
+            faults.append(fault_row(strengths))
+        labels, told = (torch.from_numpy(np.stack(part)).to(self.device) for part in (rows, faults))
+        return {"mel": torch.cat(mels), "labels": labels, "faults": told, **self._tokens(texts)}
 
     def _mel(self, wave: np.ndarray) -> Tensor:
         resampled = soxr.resample(wave, RATE, CLAP_SAMPLE_RATE, quality="HQ")

@@ -17,8 +17,10 @@ import numpy as np
 
 from ttmray.console import meter
 from ttmray.errors import UserError
+from ttmray.signals import deaf_children
 from ttmray.storage import Folder
 from ttmray.synth.captions import caption
+from ttmray.synth.faults import true_quality
 from ttmray.synth.instruments import RATE
 from ttmray.synth.piece import STEMS
 from ttmray.synth.world import clip
@@ -90,7 +92,9 @@ class ClipSet:
                     progress.advance(SHARD)
                 return
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-                for done in as_completed([pool.submit(_write_shard, self, shard) for shard in missing]):
+                with deaf_children():
+                    writing = [pool.submit(_write_shard, self, shard) for shard in missing]
+                for done in as_completed(writing):
                     done.result()
                     progress.advance(SHARD)
 
@@ -153,7 +157,6 @@ def _write_shard(clips: ClipSet, shard: int) -> None:
                 "unseen": [caption(item.heard, rng, heldout=True) for _ in range(UNSEEN)],
                 "attributes": item.heard.row(),
                 "faults": {kind: float(strength) for kind, strength in item.faults.items()},
-                "quality": item.quality,
             }
         )
     if stems:
@@ -188,4 +191,6 @@ def _mapped(path: str) -> np.ndarray:
 @lru_cache(maxsize=512)
 def _truths(path: str) -> list[Truth]:
     with open(path, encoding="utf-8") as file:
-        return [Truth(**row) for row in json.load(file)]
+        rows = json.load(file)
+    # quality follows from the faults, by the costs of today: what older files say of it is left
+    return [Truth(**{**row, "quality": true_quality(row["faults"])}) for row in rows]

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.config import Config, Device, Location, execution, identity
 from ttmray.console import console
-from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK
+from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import resolve_device
+from ttmray.models.bundle import BundleName, FolderBundle, open_bundle, resolve_device
 from ttmray.pretraining.clap import CLAPConfig, CLAPPart
 from ttmray.pretraining.clips import ClipSet
 from ttmray.pretraining.loop import CHECKPOINT, Part, PartConfig, parameters, train
@@ -30,6 +30,7 @@ from ttmray.pretraining.separator import SeparatorConfig, SeparatorPart
 from ttmray.pretraining.text import TextConfig, TextPart
 from ttmray.pretraining.vae import VAEConfig, VAEPart
 from ttmray.pretraining.vocoder import VocoderConfig, VocoderPart
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
 FACTS = "facts.json"
@@ -37,6 +38,8 @@ UNTRAINED = "untrained.json"
 PartName = Literal["vae", "vocoder", "clap", "clap_condition", "separator", "mert", "text"]
 PARTS: tuple[PartName, ...] = ("clap", "mert", "clap_condition", "vae", "text", "separator")
 """Of a bundle. There is a trainer of vocoders, too, but Griffin-Lim is nearer to the truth than what a CPU trains."""
+ROLES: dict[str, str] = {"vae": "latents"}
+"""Part -> role of the bundle, where the names differ."""
 
 
 class ClipsConfig(Config):
@@ -73,6 +76,8 @@ class PartsConfig(Config):
     separator: SeparatorConfig = SeparatorConfig()
     mert: MERTConfig = MERTConfig()
     text: TextConfig = TextConfig()
+    reuse: BundleName | None = execution(None)
+    """Bundle in a folder: its parts are copied where the same settings made them; the others are trained."""
     device: Device = execution("cpu")
     """On a CPU one thread is used, so that a part's weights can be made again to the bit."""
     checkpoint_every_s: float = execution(60.0, gt=0)
@@ -113,14 +118,37 @@ def train_parts(config: PartsConfig) -> int:
     for name in config.parts:
         settings: PartConfig = getattr(config, name)
         out = Folder.at(config.output).sub(name)
-        if _claim(out, name, config, settings) and not _unfinished(out, settings):
+        begun = _claim(out, name, config, settings)
+        if begun and _whole(out) and not _unfinished(out, settings):
             console.print(f"{name} is complete: {out}")
+            continue
+        if config.reuse is not None and _copied(name, config.reuse, out):
+            console.print(f"{name} is that of {config.reuse}: {out}", markup=False)
             continue
         with cost.account(out), cost.holding(float(device.type == "cuda")):
             ended = _one(name, config, settings, clips, fresh, out, device)
         if not ended:
             return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _copied(name: PartName, reuse: str, out: Folder) -> bool:
+    """Copy the files of a part from a bundle, if the same settings and clips made it; whether they did."""
+    bundle, role = open_bundle(reuse), ROLES.get(name, name)
+    if not isinstance(bundle, FolderBundle):
+        raise UserError(f"reuse: bundle {reuse} has no files of parts.", "Name a bundle that train-micro made.")
+    if f"{role}/{FACTS}" not in bundle.files.of_role(role):
+        return False
+    folder = bundle.files.folder(role)
+    facts = (folder / FACTS).read_bytes()
+    if json.loads(facts)["fingerprint"] != runs.read(out, _kind(name))["fingerprint"]:
+        return False
+    for file in folder.iterdir():
+        if file.name != FACTS:
+            out.write(file.name, file.read_bytes())
+    out.write(FACTS, facts)
+    _seal(out, name)
+    return True
 
 
 def _one(
@@ -145,6 +173,7 @@ def _one(
     measured = part.measure(fresh)
     facts: dict[str, Any] = {
         "part": name,
+        "fingerprint": runs.read(out, _kind(name))["fingerprint"],
         "seed": settings.seed,
         "data_seed": clips.seed,
         "fresh_seed": fresh.seed,
@@ -159,25 +188,51 @@ def _one(
         "untrained": untrained,
     }
     out.write(FACTS, json.dumps(facts, indent=1).encode())
+    _seal(out, name)
     shown = ", ".join(f"{key} {value:.3f} (untrained {untrained[key]:.3f})" for key, value in measured.items())
     console.print(f"{name}: {progress.step} of {settings.steps} updates in {progress.cpu_s:.0f} CPU seconds: {shown}")
     return True
 
 
+def _seal(out: Folder, name: str) -> None:
+    files = (file.name for file in out.files(sizes=False) if file.name not in (RUN, cost.COST))
+    inventory.seal(out, runs.read(out, _kind(name)), {"part": name}, inventory.entries(out, files))
+
+
 def _claim(out: Folder, name: str, config: PartsConfig, settings: PartConfig) -> bool:
     """Write the part's `run.json`, or check that it describes the same run; whether there was one."""
-    kind = f"micro-{name}"
     described = runs.describe(
-        kind,
+        _kind(name),
         {"part": identity(settings), "data": identity(config.data)},
         config,
         ("torch", "transformers", "tokenizers", "demucs"),
     )
-    old = runs.existing(out, kind)
+    inventory.restore_run(out, _kind(name), described["fingerprint"])
+    old = runs.existing(out, _kind(name))
     if old is None and runs.write(out, described):
         return False
-    runs.refuse_another(out, old or runs.read(out, kind), described)
+    runs.refuse_another(out, old or runs.read(out, _kind(name)), described)
     return True
+
+
+def _kind(name: str) -> str:
+    return f"micro-{name}"
+
+
+def _whole(out: Folder) -> bool:
+    """Whether the files of a finished part are what was written. What is not is deleted, and with it the facts that say
+    that the part is complete: it is then made again, from the last checkpoint where that is sound."""
+    marker = inventory.read_marker(out)
+    if marker is None:
+        return True  # of an earlier version, or not at its end yet
+    damaged = inventory.damage(out, marker)
+    for problem in damaged:
+        console.print(f"{out.path(problem.name)} {problem.how}; it is made again", style="yellow")
+        inventory.clear(out, problem.name)
+    if damaged:
+        inventory.clear(out, FACTS)
+        inventory.clear(out, SUCCESS)
+    return not damaged
 
 
 def _unfinished(out: Folder, settings: PartConfig) -> bool:

@@ -132,13 +132,16 @@ def extract(clips: Iterable[str], prompts: Iterable[str], bundle: str, run: Fold
     )
 
 
-def read_clip(address: str) -> np.ndarray:
-    """An audio file as (samples,) mono float32 at 44.1 kHz; 5 to 10 s are padded to 10 s, as in the corpus job.
+def read_clip(address: str, clip_s: float = clip.CLIP_S) -> np.ndarray:
+    """An audio file as (samples,) mono float32 at 44.1 kHz, padded to a clip as in the corpus job.
+
+    Args:
+        clip_s: length of the bundle's clips, in seconds.
 
     Raises:
         ClipError: why it cannot be used.
     """
-    return clip.read_clip(address, measured=False).mono()
+    return clip.read_clip(address, clip_s, measured=False).mono()
 
 
 class _Encoder:
@@ -152,6 +155,7 @@ class _Encoder:
         folder, bound = settings.embedding_cache, int(settings.embedding_cache_gib * 2**30)
         cache = EmbeddingCache(folder, bound) if folder else None
         self._scorer = Scorer(models, chosen.protocol("empty"), cache=cache)
+        self._clip_s = chosen.clip_s
         self._run, self._made_by, self._batch = Folder.at(run), made_by, settings.batch
 
     def __call__(self, part: _Part) -> int:
@@ -164,7 +168,7 @@ class _Encoder:
                 waves = {}
                 for digest in batch:
                     try:
-                        waves[digest] = read_clip(part.members[digest])
+                        waves[digest] = read_clip(part.members[digest], self._clip_s)
                     except ClipError as error:
                         rows[digest] = str(error)
                 rows |= dict(zip(waves, self._embed(list(waves.values())), strict=True))
@@ -186,6 +190,7 @@ def _made_by(bundle: str, config: EncodingConfig) -> str:
     chosen = open_bundle(bundle)
     device = "cuda" if on_gpu(config.device, config.runner, config.gpus) else "cpu"
     how = asdict(chosen.protocol("empty")) | {"text": "", "device": device, "reading": audio_io.READING}
+    how |= {"clip_s": chosen.clip_s} if chosen.clip_s != clip.CLIP_S else {}
     how["hashes"] = [list(item) for item in how["hashes"] if not item[0].startswith("tunejury")]
     return fingerprint(how)
 

@@ -13,6 +13,7 @@ from ttmray.console import console
 from ttmray.corpus.scores import SCORES, table_names
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import Results, System, read_results
+from ttmray.inventory import read_marker
 from ttmray.models.backbone import BackboneConfig
 from ttmray.models.backbone_weights import count_parameters
 from ttmray.models.bundle import BUNDLES, ReleasedBundle, base_name
@@ -20,7 +21,7 @@ from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
 from ttmray.models.weights import licences
 from ttmray.ranker.job import HEAD, METRICS
 from ttmray.recipes.published import SUB_1
-from ttmray.runs import RUN, SUCCESS
+from ttmray.runs import RUN
 from ttmray.storage import Folder, split_path
 from ttmray.training.checkpoint import newest_valid, read_state
 from ttmray.training.launch import CHECKPOINTS
@@ -195,9 +196,10 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
     """
     run = Folder.at(folder)
     described = _described(run, ("corpus",), "corpus run")
-    if not run.exists(SUCCESS):
+    marker = read_marker(run)
+    if marker is None:
         raise UserError(f"{run} is not finished.", "A card counts all clips: start its job again first.")
-    summary = _json(run, SUCCESS)["summary"]
+    summary = marker["summary"]
     config, bundle = described["identity"]["config"], base_name(described["config"]["bundle"])
     name = name or folder.rstrip("/").rpartition("/")[2]
     clips = summary["rows"]["ok"]
@@ -319,8 +321,8 @@ def _json(run: Folder, name: str) -> dict[str, Any]:
 
 def _progress(run: Folder) -> int:
     """Updates of the finished run, else of its newest checkpoint; 0 before the first."""
-    if run.exists(SUCCESS):
-        return int(_json(run, SUCCESS)["steps"])
+    if (marker := read_marker(run)) is not None:
+        return int(marker["steps"])
     folder = run.sub(CHECKPOINTS)
     name = newest_valid(folder)
     return int(read_state(folder.sub(name))["step"]) if name else 0
@@ -349,8 +351,8 @@ def _corpus(address: str, column: str | None) -> dict[str, str]:
         table = (column or "").rpartition("/")[0]
         scored = _json(run, f"{SCORES}/{table}/{RUN}") if table and run.exists(f"{SCORES}/{table}/{RUN}") else described
         facts["protocol"] = str(scored.get("protocol_id", "")) if column else "no score is read"
-    if run.exists(SUCCESS):
-        rows = _json(run, SUCCESS).get("summary", {}).get("rows", {})
+    if (marker := read_marker(run)) is not None:
+        rows = marker.get("summary", {}).get("rows", {})
         facts["clips"] = str(rows.get("ok", ""))
     return facts
 

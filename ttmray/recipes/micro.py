@@ -23,11 +23,11 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.folder_bundle import WEIGHTS, describe_folder
 from ttmray.models.reward_head import HEAD
 from ttmray.pretraining.clips import ClipSet
-from ttmray.pretraining.job import FACTS, PARTS, UNTRAINED, PartsConfig, train_parts
+from ttmray.pretraining.job import FACTS, PARTS, ROLES, UNTRAINED, PartsConfig, train_parts
 from ttmray.pretraining.loop import CHECKPOINT
 from ttmray.ranker.job import METRICS, RankerConfig, train_ranker
 from ttmray.recipes.chain import Step, fill, run_chain
-from ttmray.runs import RUN
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.synth import listeners
 from ttmray.synth.world import CAPTIONS, TABLE, clip, encoded, write_world
@@ -36,8 +36,6 @@ from ttmray.training.export import EXPORTED, export_again
 from ttmray.training.logbook import METRICS as LOG
 from ttmray.training.sft import train_sft
 
-ROLES = {"vae": "latents"}
-"""Part -> role of the bundle, where the names differ."""
 NOTE = (
     "micro bundle: small models, trained on synthetic songs alone. Rewards and CLAP scores are on a scale of their own "
     "and say nothing of TuneJury's or LAION's"
@@ -194,7 +192,7 @@ def _write_songs(clips: ClipSet, out: Folder) -> int:
 
 def _sources(config: MicroConfig, root: Folder) -> dict[str, dict[str, str]]:
     """Role -> file of the bundle -> file of the parts' training."""
-    beside = {CHECKPOINT, UNTRAINED, FACTS, RUN, LOG, COST}
+    beside = {CHECKPOINT, UNTRAINED, RUN, SUCCESS, LOG, COST}
     roles: dict[str, dict[str, str]] = {}
     for part in PARTS:
         folder = root.sub(part)

@@ -298,10 +298,10 @@ def _scores_there(corpus: str, column: str) -> None:
         UserError: it was not made, or not to its end.
     """
     from ttmray.corpus.scores import SCORES
-    from ttmray.runs import SUCCESS
+    from ttmray.inventory import finished
 
     name, slash, _ = column.rpartition("/")
-    if slash and not Folder(corpus).exists(f"{SCORES}/{name}/{SUCCESS}"):
+    if slash and not finished(Folder(corpus).sub(f"{SCORES}/{name}")):
         raise UserError(
             f"{corpus} has no scores {name}.", f"Make them: ttmray corpus rescore {corpus} --head HEAD --name {name}"
         )

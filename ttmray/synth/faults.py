@@ -23,7 +23,7 @@ from ttmray.synth.instruments import RATE, Audio
 from ttmray.synth.mixing import LUFS, PEAK_DB, Stems, measured_loudness, mix, render
 from ttmray.synth.piece import STEMS, Note, Piece
 
-BASE = 1.4
+BASE = 1.1
 SHORT = 1.0
 FLOOR = -2.0
 COUNTS = (0.15, 0.4, 0.3, 0.15)
@@ -41,17 +41,18 @@ class Fault:
 
 
 KINDS: dict[str, Fault] = {
-    "detune": Fault(1.15, "notes off by a random 30 cents (standard deviation) x strength, and players by 20"),
-    "timing": Fault(1.05, "onsets off by a random 55 ms (standard deviation) x strength"),
-    "dropped": Fault(0.9, "in a share of 0.4 x strength of all eighths nothing sounds"),
-    "clash": Fault(1.15, "a share of 0.5 x strength of all notes are a semitone wrong"),
-    "noise": Fault(1.05, "hiss, hum or crackle at -48 dB + 40 dB x strength against the music"),
-    "clipping": Fault(1.05, "driven 20 dB x strength into a hard limit"),
-    "wow": Fault(1.05, "pitch swings by 70 cents x strength about once a second, by 15 about nine times"),
-    "dull": Fault(0.8, "low-pass, 12 dB an octave, from 9 kHz down to 600 Hz"),
-    "thin": Fault(0.8, "high-pass, 12 dB an octave, from 80 Hz up to 1 kHz"),
+    "detune": Fault(0.1, "notes off by a random 30 cents (standard deviation) x strength, and players by 20"),
+    "timing": Fault(0.1, "onsets off by a random 55 ms (standard deviation) x strength"),
+    "dropped": Fault(0.5, "in a share of 0.4 x strength of all eighths nothing sounds"),
+    "clash": Fault(0.1, "a share of 0.5 x strength of all notes are a semitone wrong"),
+    "noise": Fault(0.8, "hiss, hum or crackle at -48 dB + 40 dB x strength against the music"),
+    "clipping": Fault(0.6, "driven 20 dB x strength into a hard limit"),
+    "wow": Fault(0.1, "pitch swings by 70 cents x strength about once a second, by 15 about nine times"),
+    "dull": Fault(2.0, "low-pass, 12 dB an octave, from 9 kHz down to 600 Hz"),
+    "thin": Fault(2.0, "high-pass, 12 dB an octave, from 80 Hz up to 1 kHz"),
 }
 ON_NOTES = ("detune", "timing", "dropped", "clash")
+ON_AUDIO = tuple(kind for kind in KINDS if kind not in ON_NOTES)
 
 Strengths = Mapping[str, float]
 
@@ -158,6 +159,29 @@ def on_stems(stems: Stems, faults: Strengths, rng: np.random.Generator) -> Stems
         _clip(stems, faults["clipping"])
     level(stems)
     return stems
+
+
+def draw_more(present: Strengths, rng: np.random.Generator) -> dict[str, float]:
+    """One or two audio faults that a clip with the faults `present` does not have; dull and thin exclude each other."""
+    tone = {"dull", "thin"}
+    free = [kind for kind in ON_AUDIO if kind not in present and not (kind in tone and tone & present.keys())]
+    kinds = [str(kind) for kind in rng.permutation(free)[: int(rng.integers(1, 3))]]
+    if tone <= set(kinds):
+        kinds.remove("thin")
+    return {kind: round(float(rng.uniform(LEAST, 1)), 3) for kind in kinds}
+
+
+def add_faults(audio: Audio, faults: Strengths, rng: np.random.Generator) -> Audio:
+    """A mix (2, samples) float32 with further audio faults, at -16 LUFS again; the given one is left as it is.
+
+    Raises:
+        ValueError: an unknown kind, one that acts on notes, or a strength outside 0 to 1.
+    """
+    check(faults)
+    if set(faults) & set(ON_NOTES):
+        raise ValueError(f"{', '.join(sorted(set(faults) & set(ON_NOTES)))} acts on notes, which a mix has no more")
+    stems = {stem: np.zeros_like(audio) for stem in STEMS} | {"other": audio.copy()}
+    return mix(on_stems(stems, faults, rng))
 
 
 def level(stems: Stems) -> None:

@@ -52,11 +52,11 @@ class Listeners:
     """
 
     count: int = 20
-    certainty: float = 5.0
+    certainty: float = 2.0
     vocal_bias: float = 0.15
     taste: float = 0.1
     left_bias: float = 0.0
-    tie_width: float = 0.05
+    tie_width: float = 0.5
     lapse: float = 0.03
     prompts: bool = False
     mismatch: float = 0.5

@@ -337,6 +337,8 @@ def pitch(mono: Audio, low: float = 60.0, high: float = 1500.0) -> tuple[Floats,
         if not peaks.size:
             continue
         best = part[peaks].max()
+        if best <= 0:  # peaks of a ripple on the falling side of something lower
+            continue
         lag = int(peaks[part[peaks] > 0.9 * best][0])  # the first of the high ones is no multiple of the period
         y0, y1, y2 = part[lag - 1 : lag + 2]
         hertz[i] = RATE / (first + lag + 0.5 * (y0 - y2) / (y0 - 2 * y1 + y2 - 1e-12))

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ttmray import inventory
 from ttmray.corpus import index, scores, shards
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
-from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, read_file
+from ttmray.runs import RUN
+from ttmray.storage import Folder
 from ttmray.tables import is_table, parse_table
 from ttmray.training.files import Files, copies_folder, damaged
 
@@ -163,7 +164,7 @@ def read_rows(corpus: str, score_column: str | None) -> CorpusRows:
             scores.require_column(run, score_column)  # says which there are
         rows = rows.select([*columns, score_column])
     if pc.any(pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"]))).as_py():
-        way = f"ttmray corpus upgrade {run}" if run.exists(SUCCESS) else "Start its job again: its end adds them."
+        way = f"ttmray corpus upgrade {run}" if inventory.finished(run) else "Start its job again: its end adds them."
         raise UserError(f"{run} is of an older version: its index has no byte offsets.", way)
     return CorpusRows(run, fingerprint, rows)
 
@@ -186,7 +187,7 @@ def choose_clips(corpus: CorpusRows, split: str, keys: str | None, score_column:
     rows = _choose(run, corpus.rows, split, keys, weights)
     waiting = rows["caption_file"].null_count
     if waiting:
-        if run.exists(SUCCESS) or waiting == rows.num_rows:
+        if inventory.finished(run) or waiting == rows.num_rows:
             raise _no_text(run, rows.filter(pc.is_null(rows["caption_file"]))["key"][0].as_py())
         rows = rows.filter(pc.is_valid(rows["caption_file"]))
     shape = _one_shape(run, rows, "latent_frames", "latent_channels")
@@ -237,7 +238,7 @@ def read_keys(path: str) -> dict[str, float]:
         UserError: it cannot be read, has no such column, is empty, names a clip twice, or has a weight that is not a
             number from 0 on.
     """
-    data, way_out = read_file(path), "Write one key per line, or a table with a column `key`."
+    data, way_out = inventory.checked(path), "Write one key per line, or a table with a column `key`."
     weights: list[float | None] = []
     try:
         if is_table(path):

@@ -5,14 +5,14 @@ filter it, fine-tune, export, polish, export. The paper has one round. The contr
 clips, in a folder of its own: what both gain is not the experts' doing.
 """
 
-import json
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.cluster import alone
 from ttmray.config import Config, Location, execution, identity
 from ttmray.console import console
@@ -21,7 +21,7 @@ from ttmray.generation import pool
 from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool, refuse_another_selection
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.weights import digest_file, weights_file
-from ttmray.runs import SUCCESS
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.training.config import OptimizerConfig, TrainConfig
 from ttmray.training.data import SourceConfig, open_mixture
@@ -31,6 +31,9 @@ from ttmray.training.sft import SftTask
 
 SELECTION = "selection"
 """Folder of a round: what was kept of its pool."""
+KIND = "expert-iteration"
+_OWN = re.compile(rf"round-\d+/(?:\w+\.safetensors|{SELECTION}/[^/]+)")
+"""Files that the end lists beside `run.json`; pools and training runs have lists of their own."""
 SamplePool = Callable[[str, str], None]
 """(weights file, run folder): sample a pool from the weights, or go on with one."""
 
@@ -116,12 +119,17 @@ def expert_iteration(
     described = _described(config, weights)
     last = "polish.safetensors" if config.polish.steps else "finetune.safetensors"
     places = [root.sub(f"round-{number}") for number in range(1, config.rounds + 1)]
-    done = [place.exists(last) for place in places]
+    lost = {problem.name.partition("/")[0] for problem in inventory.damage(root, inventory.read_marker(root) or {})}
+    done = [place.exists(last) and f"round-{number}" not in lost for number, place in enumerate(places, 1)]
     if not all(done) and not config.control:  # found now, it does not bind the folder to these settings
         to_do = done.index(False)
         parent = places[to_do - 1].path(last) if to_do else weights
         _need_pool(config, to_do + 1, places[to_do], parent, sample_pool)
+    if inventory.restore_run(root, KIND, described["fingerprint"]) is not None:
+        console.print(f"{root.path(RUN)} was missing or damaged and is made again", style="yellow")
     claim(root, described, force)
+    if not all(done):
+        inventory.reopen(root, KIND)
     with cost.account(root):
         for number, place in enumerate(places, 1):
             if done[number - 1]:
@@ -134,10 +142,19 @@ def expert_iteration(
             weights = _trained(config, finetuning(config, place, weights, experts), "finetune", place, force)
             if config.polish.steps:
                 weights = _trained(config, polishing(config, place, weights, experts), "polish", place, force)
-        body = {"fingerprint": described["fingerprint"], "steps": config.steps, "weights": weights}
-        root.write(SUCCESS, json.dumps(body, indent=1).encode())
+        _seal(config, root, weights)
     console.print(f"Stage 2 is done: {weights}", markup=False)
     return EXIT_OK
+
+
+def _seal(config: ExpertIterationConfig, root: Folder, weights: str) -> None:
+    """`_SUCCESS.json`; of a run that was whole before no file is read but `run.json`, which notes the last launch."""
+    files, now = inventory.promised(inventory.read_marker(root) or {}), inventory.entries(root, [RUN])
+    if files.get(RUN) == now[RUN]:
+        return
+    if not files:
+        files = inventory.entries(root, filter(_OWN.fullmatch, [file.name for file in root.files(sizes=False)]))
+    inventory.seal(root, runs.read(root, KIND), {"steps": config.steps, "weights": weights}, files | now)
 
 
 def finetuning(config: ExpertIterationConfig, place: Folder, weights: str, experts: SourceConfig | None) -> TrainConfig:
@@ -178,7 +195,7 @@ def _experts(
     """The kept clips of a round's pool, which is sampled and filtered now unless that is done."""
     _need_pool(config, number, place, weights, sample_pool)
     source = _pool(config, number, place)
-    if number > len(config.pools) and not source.exists(SUCCESS):
+    if number > len(config.pools) and not inventory.finished(source):
         assert sample_pool is not None
         with alone():  # threads, GPU memory and cluster of the training are those of a launch that finds its pool
             sample_pool(weights, source.uri)
@@ -211,7 +228,7 @@ def _need_pool(
     Raises:
         UserError: neither.
     """
-    if number > len(config.pools) and sample_pool is None and not place.exists(f"pool/{SUCCESS}"):
+    if number > len(config.pools) and sample_pool is None and not inventory.finished(place.sub("pool")):
         raise UserError(
             f"there is no pool for round {number}.", f"Set pool, or sample one from {weights} and name it in pools."
         )
@@ -232,4 +249,4 @@ def _described(config: ExpertIterationConfig, weights: str) -> dict[str, Any]:
     settings = {name: value for name, value in identity(config).items() if name != "filter"}
     init = digest_file(weights_file(weights, "model.init")).sha256
     what = {"config": settings, "data": open_mixture(config.data).fingerprint(), "init": init}
-    return runs.describe("expert-iteration", what, config, ("torch", "numpy"))
+    return runs.describe(KIND, what, config, ("torch", "numpy"))

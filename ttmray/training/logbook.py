@@ -97,6 +97,12 @@ def show(values: dict[str, Any], total: int, extra: Iterable[str] = ()) -> None:
     console.print(" | ".join(parts))
 
 
+def read_lines(out: Folder) -> list[dict[str, Any]]:
+    """Lines of a run's `metrics.jsonl`, in their order, without what a killed process left half-written."""
+    lines = out.read(METRICS).decode(errors="replace").splitlines()
+    return [json.loads(line) for line in lines if _step(line) < 1 << 62]
+
+
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from ttmray import inventory
 from ttmray.config import Config, Location, differences, execution, identity
 from ttmray.console import console
 from ttmray.corpus.scores import COLUMN, protocol_of
@@ -23,9 +24,9 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool
 from ttmray.generation.prompts import plain, read_prompts
-from ttmray.storage import Folder, parquet_table, read_file
+from ttmray.storage import Folder, parquet_table
 
-PAIRS = "pairs.parquet"
+PAIRS, KIND = "pairs.parquet", "pairs"
 METADATA_KEY = b"ttmray.pairs"
 SCHEMA = pa.schema(
     [
@@ -92,10 +93,8 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
     if "/" in config.reward:  # a table may be made again by another head
         what["scores"] = protocol_of(Folder.at(pool), config.reward)
     out = Folder.at(output)
-    if out.exists(PAIRS):
-        lines = differences(_about(out.read(PAIRS), out.path(PAIRS)), what)
-        if lines:
-            raise UserError(f"{out} holds other pairs:\n    " + "\n    ".join(lines), "Choose another folder.")
+    _refuse_others(out, what)
+    inventory.reopen(out, KIND)
     rows, report = make_pairs(table, config, held_out, prompt_prefix(pool))
     if not rows:
         prompts = report["prompts"]
@@ -111,10 +110,22 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
     out.write("pairs.json", json.dumps(report, indent=1).encode())
     out.write("pairs.md", markdown(report).encode())
     out.write(PAIRS, buffer.getvalue())
+    inventory.note(out, KIND, ("pairs.json", "pairs.md", PAIRS))
     console.print(f"{len(rows)} pairs of {table.num_rows} clips: {out.path(PAIRS)}", markup=False)
     if len(rows) < config.count:
         console.print(f"fewer than {config.count}; prompts: {counted(report['prompts'])}", markup=False)
     return EXIT_OK
+
+
+def _refuse_others(out: Folder, what: dict[str, Any]) -> None:
+    if not out.exists(PAIRS):
+        return
+    try:
+        old = _about(inventory.checked(out.path(PAIRS)), out.path(PAIRS))
+    except UserError:
+        return  # damaged: the same command writes them again
+    if lines := differences(old, what):
+        raise UserError(f"{out} holds other pairs:\n    " + "\n    ".join(lines), "Choose another folder.")
 
 
 def read_pairs(path: str, pool: str | None = None) -> pa.Table:
@@ -126,7 +137,7 @@ def read_pairs(path: str, pool: str | None = None) -> pa.Table:
     Raises:
         UserError: no such file, damaged, empty, a pair of a clip with itself, or pairs of another pool.
     """
-    data = read_file(path)
+    data = inventory.checked(path)
     about = _about(data, path)
     try:
         table = parquet_table(data).select(SCHEMA.names).cast(SCHEMA)

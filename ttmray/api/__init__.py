@@ -1,0 +1,21 @@
+"""The Python API: objects for what commands print. Each part imports what it needs when it is used."""
+
+from ttmray.api.corpus import Corpus, CorpusSample, open_corpus
+from ttmray.api.evaluation import Evaluation, evaluate
+from ttmray.api.loaded import LoadedBundle, Separation, load
+from ttmray.api.sounds import AudioClip
+from ttmray.api.training import TrainingRun, train
+
+__all__ = [
+    "AudioClip",
+    "Corpus",
+    "CorpusSample",
+    "Evaluation",
+    "LoadedBundle",
+    "Separation",
+    "TrainingRun",
+    "evaluate",
+    "load",
+    "open_corpus",
+    "train",
+]

@@ -1,0 +1,169 @@
+"""Sounds as callers have them: files, arrays and clips; and the clip that the API gives."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from ttmray.audio.clip import Reading, clip_of, read_clip, read_whole
+from ttmray.errors import ClipError, UserError
+from ttmray.storage import split_path
+
+if TYPE_CHECKING:
+    from IPython.display import Audio
+
+SoundLike = Union[str, os.PathLike[str], np.ndarray, tuple[np.ndarray, int], "AudioClip"]
+"""An audio file, samples (channels, samples) or (samples,), the same with their rate in Hz, or a clip."""
+
+
+@dataclass(frozen=True, eq=False)
+class AudioClip:
+    """A sound in memory.
+
+    Attributes:
+        audio: (channels, samples) float32, full scale 1.0.
+        rate: Hz.
+        row: what is known of it; of a generated clip the row of the manifest: prompt, seed, score, loudness, and so on.
+
+    >>> import numpy as np, ttmray
+    >>> clip = ttmray.AudioClip(np.zeros((1, 22050), np.float32), 44100, {"name": "nothing"})
+    >>> clip
+    AudioClip(nothing, 0.50 s, 1 channel, 44100 Hz)
+    >>> clip.save("nothing.wav")
+    'nothing.wav'
+    """
+
+    audio: np.ndarray
+    rate: int
+    row: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of a generated clip the id of its prompt, with several samples `<id>_<k>`."""
+        return str(self.row.get("name", ""))
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds."""
+        return self.audio.shape[-1] / self.rate
+
+    def play(self) -> "Audio":
+        """A player, as the last line of a notebook's cell. Loudness is as it is: nothing is normalised.
+
+        Raises:
+            UserError: there is no IPython.
+        """
+        try:
+            from IPython.display import Audio
+        except ImportError as error:
+            raise UserError(
+                "play needs IPython, which notebooks have.",
+                "pip install 'ttmray[notebook]', or write a file: clip.save('clip.wav').",
+            ) from error
+        return Audio(np.clip(self.audio, -1.0, 1.0), rate=self.rate, normalize=False)
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write a file, local or s3://: `.wav` is float32, `.flac` has 16 bits with dither. One that is there is
+        replaced. Returns the path.
+
+        Of a generated clip the bytes are those of `ttmray generate`.
+
+        Raises:
+            UserError: another ending, or nothing can be written there.
+        """
+        from ttmray.generation.postprocess import PostprocessConfig, encode, format_of
+
+        path = os.fspath(path)
+        data = encode(self.audio, self.rate, PostprocessConfig(format=format_of(path)))
+        folder, name = split_path(path)
+        folder.write(name, data)
+        return path
+
+    def __repr__(self) -> str:
+        channels = f"{len(self.audio)} channel{'s' if len(self.audio) > 1 else ''}"
+        return f"AudioClip({self.name or 'unnamed'}, {self.duration_s:.2f} s, {channels}, {self.rate} Hz)"
+
+
+@dataclass(frozen=True)
+class NamedSound:
+    """A sound that can be read, and what it is called."""
+
+    name: str
+    content: str | AudioClip
+
+    def read(self, clip_s: float) -> Reading:
+        """As the clip that is scored, by a bundle whose clips have `clip_s` seconds."""
+        if isinstance(self.content, str):
+            return read_clip(self.content, clip_s)
+        return clip_of(self.content.audio, self.content.rate, clip_s)
+
+    def mono(self, clip_s: float) -> np.ndarray:
+        """(samples,) float32 at 44.1 kHz, as encoders hear it, by a bundle whose clips have `clip_s` seconds.
+
+        Raises:
+            UserError: it is no clip, and why.
+        """
+        try:
+            return self.read(clip_s).mono()
+        except ClipError as error:
+            raise self.unusable(error) from error
+
+    def whole(self) -> tuple[np.ndarray, int]:
+        """(channels, samples) float32 as they are, and their rate in Hz.
+
+        Raises:
+            UserError: it cannot be decoded, and why.
+        """
+        if not isinstance(self.content, str):
+            return self.content.audio, self.content.rate
+        try:
+            return read_whole(self.content)
+        except ClipError as error:
+            raise self.unusable(error) from error
+
+    def unusable(self, error: ClipError) -> UserError:
+        """The error about it."""
+        return UserError(f"{self.name}: {error}", "Leave it out: `score` gives the reason of each that has none.")
+
+
+def named_sounds(sounds: SoundLike | Sequence[SoundLike], rate: int | None) -> list[NamedSound]:
+    """One or several sounds.
+
+    Args:
+        sounds: see `SoundLike`; arrays are (channels, samples) or (samples,), full scale 1.0.
+        rate: Hz of arrays without one of their own.
+
+    Raises:
+        UserError: something that is no sound, an array without a rate or of another layout.
+    """
+    alone = isinstance(sounds, str | os.PathLike | AudioClip) or hasattr(sounds, "__array__")
+    pair = isinstance(sounds, tuple) and len(sounds) == 2 and isinstance(sounds[1], int | np.integer)
+    several: Sequence[Any] = [sounds] if alone or pair else list(sounds)  # type: ignore[arg-type]
+    return [_named(i, sound, rate) for i, sound in enumerate(several)]
+
+
+def _named(i: int, sound: Any, rate: int | None) -> NamedSound:
+    if isinstance(sound, str | os.PathLike):
+        return NamedSound(os.fspath(sound), os.fspath(sound))
+    if isinstance(sound, AudioClip):
+        return NamedSound(sound.name or f"clip {i}", sound)
+    if isinstance(sound, tuple) and len(sound) == 2:
+        sound, rate = sound
+    if not hasattr(sound, "__array__"):
+        raise UserError(f"sound {i} is a {type(sound).__name__}.", "Give a path, an array, (array, rate) or a clip.")
+    if rate is None:
+        raise UserError(f"sound {i} is an array without a rate.", "Say it: rate=44100, or (array, 44100).")
+    return NamedSound(f"array {i}", AudioClip(_checked(i, np.asarray(sound)), int(rate)))
+
+
+def _checked(i: int, audio: np.ndarray) -> np.ndarray:
+    """(channels, samples) float32."""
+    if not np.issubdtype(audio.dtype, np.floating):
+        raise UserError(f"sound {i} is of {audio.dtype}, not of floats.", "Scale it to full scale 1.0: int16 / 32768.")
+    if audio.ndim == 2 and audio.shape[1] <= 2 < audio.shape[0]:
+        raise UserError(f"sound {i} has the shape {audio.shape}, samples first.", "Give (channels, samples): array.T.")
+    if audio.ndim not in (1, 2):
+        raise UserError(f"sound {i} has the shape {audio.shape}.", "Give (channels, samples) or (samples,) each.")
+    return np.ascontiguousarray(np.atleast_2d(audio), np.float32)
