@@ -10,7 +10,7 @@ from quick_job import Runs
 
 from ttmray.corpus.left_out import LeftOut, WorkerFault
 from ttmray.corpus.placement import Group, Node
-from ttmray.corpus.ray_runner import RayWorker, look_around
+from ttmray.corpus.ray_runner import RayWorker, _innermost, look_around
 from ttmray.errors import UserError
 
 MODELS = Group("models", ("score", "write"), heavy=True, cpus=0, gpus=1)
@@ -87,9 +87,22 @@ def test_ray_may_give_up_once_without_a_unit_in_between(capsys):
         left_out.start_again(ValueError("an object is lost"))
 
 
-def test_a_fault_travels_between_processes():
-    again = pickle.loads(pickle.dumps(fault("a")))  # noqa: S301 - our own bytes
+def test_a_fault_travels_between_processes_whatever_ray_data_adds_to_it():
+    annotated = fault("a")
+    annotated.args = ("CUDA error\nTo change retry attempts, configure ...",)
+    again = pickle.loads(pickle.dumps(annotated))  # noqa: S301 - our own bytes
     assert (again.node, again.message, again.hint, again.expected) == ("a", "CUDA error", "Mend it.", True)
+
+
+def test_the_innermost_reason_is_found_in_what_ray_raises():
+    from ray.exceptions import RayTaskError
+
+    inner = fault("a")
+    task = RayTaskError("submit", "its traceback", inner, "ray::MapWorker", 1, "127.0.0.1")
+    twice = RayTaskError("next", "its traceback", task.as_instanceof_cause(), "ray::MapWorker", 2, "127.0.0.1")
+    assert _innermost(task.as_instanceof_cause()) is inner
+    assert _innermost(twice.as_instanceof_cause()) is inner
+    assert _innermost(inner) is inner
 
 
 @pytest.fixture
