@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from quick_job import Runs
 
 from ttmray.cluster import leave
+from ttmray.corpus import ray_runner
 from ttmray.corpus.ray_runner import run_ray
 from ttmray.corpus.unit import Unit
 from ttmray.errors import UserError
@@ -158,14 +158,16 @@ def test_losing_a_node_costs_its_units_in_flight_and_a_node_that_joins_gets_work
 
 
 @pytest.mark.slow
-def test_an_empty_cluster_is_waited_for_with_a_message(raylets, runs, capsys):
-    run = runs(6)
-    late = threading.Timer(15, lambda: raylets.add(2, 1))
-    late.start()
-    try:
-        go(run, models={"gpus": 1})
-    finally:
-        late.join()
+def test_an_empty_cluster_is_waited_for_with_a_message(raylets, runs, capsys, monkeypatch):
+    run, joined, say = runs(6), [], ray_runner.console.print
+
+    def then_a_node_joins(*words: Any, **style: Any) -> None:
+        say(*words, **style)
+        if not joined:  # in this thread: Ray sets signal handlers with every node
+            joined.append(raylets.add(2, 1))
+
+    monkeypatch.setattr(ray_runner.console, "print", then_a_node_joins)
+    go(run, models={"gpus": 1})
     text = capsys.readouterr().out
     assert "waiting for nodes: a worker of decode needs 1 CPUs and 0 GPUs and models needs 0 CPUs and 1 GPUs" in text
     assert "the cluster has 0 CPUs and 0 GPUs" in text
