@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: equal bits, and two test processes on 2 cores
 
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,15 @@ def golden_dir() -> Path:
 def data_dir() -> Path:
     """Folder of real audio and metadata (environment variable TTMRAY_DATA)."""
     return _outside("TTMRAY_DATA", "data")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A command that is interrupted keeps the signals until its process ends, and the suite goes on in it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Clock:
