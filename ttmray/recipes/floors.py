@@ -1,13 +1,13 @@
 """How well the parts of a bundle do in the small world, on songs that nobody has trained on: `ttmray synth floors`.
 
 Every number has a floor, below which the part is of no use for what the bundle is made for. A part with random weights
-stays below its floor. Judges of generated clips are ridge regressions on CLAP and MERT vectors of true clips that went
-through the bundle's own VAE and vocoder; how often such a judge is right about true clips stands beside its verdict.
+stays below its floor. How often a judge of generated clips is right about true ones, copied by the bundle's own VAE and
+vocoder, stands beside its verdict (`ttmray.recipes.judges`).
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -20,23 +20,31 @@ from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, Models, open_bundle
 from ttmray.models.protocol import CLAP_SAMPLE_RATE
-from ttmray.models.scoring import SAMPLE_RATE, Embeddings, Scorer
+from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.pretraining.clap import recall_at_1
 from ttmray.pretraining.fidelity import compare_waves, mean_of, pitch_error
-from ttmray.pretraining.labels import ridge
 from ttmray.pretraining.separator import si_sdr
 from ttmray.ranker.report import calibration, fit_temperature
+from ttmray.recipes.judges import features, judge
 from ttmray.statistics import spearman
 from ttmray.storage import Folder
 from ttmray.synth.captions import caption
 from ttmray.synth.listeners import Heard, Listeners, best_accuracy, votes
 from ttmray.synth.measures import estimate, measure
+from ttmray.synth.piece import Attributes
 from ttmray.synth.world import Clip, clip
 
 RESULT = "floors.json"
 PARTS = ("clap", "separator", "latents", "reward", "generation")
 SCORES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Scores that are asked for, in standard deviations of the rewards of true clips around their mean."""
+Question = Callable[[Attributes], bool]
+QUESTIONS: tuple[tuple[str, float, Question, Question], ...] = (
+    ("drums or none", 0.85, lambda heard: True, lambda heard: bool(heard.kit)),
+    ("voice or none", 0.85, lambda heard: True, lambda heard: bool(heard.voice)),
+    ("slow or fast", 0.8, lambda heard: heard.tempo_word != "medium", lambda heard: heard.tempo_word == "fast"),
+)
+"""What is asked about generated clips: name, floor, which clips it concerns, and what is true of one."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,14 @@ class Floor:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: clips of the encoders, of which some with stems; votes; generated clips per question."""
+    """How much is measured: clips of the encoders; clips that sing; copies by VAE and vocoder; votes; true clips that
+    judges learn from; generated clips."""
 
     clips: int = 100
     stems: int = 16
-    copies: int = 24
+    copies: int = 60
     votes: int = 2000
-    judges: int = 150
+    judges: int = 800
     generated: int = 40
 
 
@@ -233,51 +242,53 @@ def rewards_of(scorer: Scorer, waves: Sequence[np.ndarray]) -> np.ndarray:
 
 def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> Iterator[Floor]:
     """What generated clips obey, by judges of stated accuracy; and whether quality rises with the score asked for."""
-    truth = world.first(sizes.judges)
-    waves = [_copy(models, item.mix.mean(axis=0)) for item in truth]
-    known = scorer.embed(waves)
-    rewards = scorer.rewards(known, np.zeros((len(waves), 512), np.float32))
+    truth = world.first(sizes.judges + sizes.copies)
+    true, other = truth[: sizes.judges], truth[sizes.judges :]
+    waves = [item.mix.mean(axis=0) for item in true]
+    rewards = rewards_of(scorer, waves)
     middle, spread = float(rewards.mean()), float(rewards.std())
-    good = middle + spread
     rng = np.random.default_rng(world.seed)
-    texts = [caption(world[sizes.judges + i].heard, rng) for i in range(sizes.generated)]
-    heard = [world[sizes.judges + i].heard for i in range(sizes.generated)]
-    generated = generate(models, texts, good, world.seed)
-    embedded = scorer.embed(generated)
-    recall = recall_at_1(embedded.clap, models.clap.embed_text(texts), of=8)
+    asked = [world[len(truth) + i].heard for i in range(sizes.generated)]
+    texts = [caption(heard, rng) for heard in asked]
+    generated = generate(models, texts, middle + spread, world.seed)
+    recall = recall_at_1(scorer.embed(generated).clap, models.clap.embed_text(texts), of=8)
     yield Floor("generation", "captions find their clip among 8", recall, 0.5, note="chance 0.125")
-    for name, least, labels, asked in (
-        ("drums or none", 0.85, [bool(i.heard.kit) for i in truth], [bool(a.kit) for a in heard]),
-        ("voice or none", 0.85, [bool(i.heard.voice) for i in truth], [bool(a.voice) for a in heard]),
-    ):
-        obeyed, judge = _judged(known, labels, embedded, asked)
-        yield Floor("generation", name, obeyed, least, note=f"the judge is right about {judge:.0%} of true clips")
-    slow = [i for i, item in enumerate(truth) if item.heard.tempo_word != "medium"]
-    pace = [i for i, one in enumerate(heard) if one.tempo_word != "medium"]
-    part = Embeddings(known.clap[slow], known.mert[slow])
-    obeyed, judge = _judged(
-        part,
-        [truth[i].heard.tempo_word == "fast" for i in slow],
-        Embeddings(embedded.clap[pace], embedded.mert[pace]),
-        [heard[i].tempo_word == "fast" for i in pace],
+    groups = (
+        (features(scorer, waves), [item.heard for item in true]),
+        (features(scorer, [_copy(models, item.mix.mean(axis=0)) for item in other]), [item.heard for item in other]),
+        (features(scorer, generated), asked),
     )
-    yield Floor("generation", "slow or fast", obeyed, 0.8, note=f"the judge is right about {judge:.0%} of true clips")
+    for name, least, concerns, holds in QUESTIONS:
+        known, copies, unknown = (_about(group, concerns, holds) for group in groups)
+        verdicts = judge(*known, *copies, unknown[0])
+        obeyed = float((verdicts.yes == np.array(unknown[1])).mean())
+        note = f"{len(unknown[1])} clips; the judge is right about {verdicts.right:.0%} of {len(copies[1])} copies"
+        yield Floor("generation", name, obeyed, least, note=note)
     few = texts[: max(4, sizes.generated // 4)]
-    rewarded, quality, asked_for = [], [], []
+    rewarded, quality, steps = [], [], []
     for step in SCORES:
         clips = generate(models, few, middle + step * spread, world.seed)
         rewarded += rewards_of(scorer, clips).tolist()
         quality += [estimate(measure(wave[None]))[1] for wave in clips]
-        asked_for += [step] * len(few)
+        steps += [step] * len(few)
     per_step = np.array(quality).reshape(len(SCORES), -1).mean(axis=1)
-    yield Floor("generation", "Spearman of score and reward", spearman(np.array(asked_for), np.array(rewarded)).rho)
+    yield Floor("generation", "Spearman of score and reward", spearman(np.array(steps), np.array(rewarded)).rho)
     yield Floor(
         "generation",
         "Spearman of score and estimated quality, means of five scores",
         spearman(np.array(SCORES), per_step).rho,
         0.5,
-        note=f"over clips {spearman(np.array(asked_for), np.array(quality)).rho:.2f}",
+        note=f"over clips {spearman(np.array(steps), np.array(quality)).rho:.2f}",
     )
+
+
+def _about(
+    group: tuple[np.ndarray, Sequence[Attributes]], concerns: Question, holds: Question
+) -> tuple[np.ndarray, list[bool]]:
+    """Features and truth of the clips that a question concerns."""
+    features, heard = group
+    rows = [i for i, one in enumerate(heard) if concerns(one)]
+    return features[rows], [holds(heard[i]) for i in rows]
 
 
 def generate(models: Models, texts: Sequence[str], score: float, seed: int, steps: int = 25) -> list[np.ndarray]:
@@ -289,25 +300,3 @@ def generate(models: Models, texts: Sequence[str], score: float, seed: int, step
     sampler = Sampler([models.backbone], models.text, models.clap_condition, config)
     draws = [Draw(text, f"floor{i}", seed) for i, text in enumerate(texts)]
     return [models.latents.to_audio(latents[None])[0] for latents in sampler.sample(draws).latents]
-
-
-def _judged(
-    known: Embeddings, labels: Sequence[bool], unknown: Embeddings, asked: Sequence[bool]
-) -> tuple[float, float]:
-    """Share of the unknown that is judged to be what was asked for, and of the known that is judged rightly in five
-    folds."""
-    features = np.concatenate([_features(known), _features(unknown)]).astype(np.float64)
-    n, truth = len(labels), np.array(labels, float)
-    folds = np.arange(n) % 5
-    right = []
-    for fold in range(5):
-        guess = ridge(features[:n], truth[:, None], folds == fold)[:, 0]
-        right.append((guess > 0.5) == (truth[folds == fold] > 0.5))
-    test = np.arange(len(features)) >= n
-    targets = np.concatenate([truth, np.zeros(len(asked))])[:, None]
-    verdict = ridge(features, targets, test)[:, 0] > 0.5
-    return float((verdict == np.array(asked)).mean()), float(np.concatenate(right).mean())
-
-
-def _features(embeddings: Embeddings) -> np.ndarray:
-    return np.concatenate([embeddings.clap, embeddings.mert], axis=1)
