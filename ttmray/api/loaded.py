@@ -16,7 +16,7 @@ from ttmray.console import errors, meter
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.score import FACTS, open_scorer, score_sounds
 from ttmray.models import one_thread, threads_restored
-from ttmray.models.bundle import LoadOptions, open_bundle, resolve_device
+from ttmray.models.bundle import DEFAULT, LoadOptions, open_bundle, resolve_device
 from ttmray.models.kept import KeptBundle
 from ttmray.models.scoring import Embeddings, Scorer
 from ttmray.storage import Folder
@@ -45,7 +45,7 @@ class Separation:
 
 
 def load(
-    bundle: str | os.PathLike[str] = "debug",
+    bundle: str | os.PathLike[str] = DEFAULT,
     *,
     device: str = "auto",
     batch: int = 16,

@@ -3,7 +3,7 @@
 from ttmray.cli.command import Command, argument, setting, switch
 from ttmray.cli.corpus import count
 
-BUNDLE_HELP = "set of models (default debug)"
+BUNDLE_HELP = "set of models (default micro)"
 BASELINE_HELP = "compare every other system with this one"
 SPLIT = argument("--split", choices=("train", "validation", "test", "all"), help="of a corpus run (default all)")
 GROUPS = {"reference": "reference sets of FAD and KAD: build"}

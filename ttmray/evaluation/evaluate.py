@@ -44,7 +44,7 @@ from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.evaluation.systems import SystemFolder, find_systems
 from ttmray.evaluation.warnings import file_warnings, judge_warnings, unjudged
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
-from ttmray.models.bundle import Bundle, BundleName, open_bundle
+from ttmray.models.bundle import DEFAULT, Bundle, BundleName, open_bundle
 from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import RUN, SUCCESS
 from ttmray.statistics import Seeds, hierarchical_bootstrap
@@ -93,8 +93,8 @@ class EvaluateConfig(Config):
     """Folder of the reference sets, local or s3://."""
     output: Location = execution("runs/evaluation")
     """Folder of the results: a local path or s3:// prefix."""
-    bundle: BundleName = "debug"
-    """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
+    bundle: BundleName = DEFAULT
+    """Set of models. `micro` knows the music of the built-in composer alone; scores of `debug` mean nothing."""
     reward_text: Literal["empty", "caption"] = "empty"
     """What the reward sees as text; CLAP scores always use the raw prompt."""
     baseline: str | None = None

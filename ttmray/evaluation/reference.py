@@ -38,7 +38,7 @@ from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, measure, separation_identity
 from ttmray.evaluation.metrics import KadReference
 from ttmray.evaluation.systems import audio_files
-from ttmray.models.bundle import base_name, open_bundle
+from ttmray.models.bundle import DEFAULT, base_name, open_bundle
 from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import Scorer
 from ttmray.models.weights import open_store
@@ -103,7 +103,7 @@ def build_reference(
     source: str,
     *,
     store: str = STORE,
-    bundle: str = "debug",
+    bundle: str = DEFAULT,
     stem: str | None = None,
     split: str = "all",
     keys: str | None = None,

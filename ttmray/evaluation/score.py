@@ -17,7 +17,7 @@ from ttmray.audio.clip import CLIP_S, Reading, read_clip
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import Bundle, LoadOptions, open_bundle
+from ttmray.models.bundle import DEFAULT, Bundle, LoadOptions, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import Scorer
 
@@ -85,7 +85,7 @@ def score_sounds(scorer: Scorer, sounds: Iterable[tuple[str, Reading]], captions
 def score(
     files: Sequence[str],
     *,
-    bundle: str = "debug",
+    bundle: str = DEFAULT,
     caption: str = "",
     reward_text: str = "empty",
     device: str = "auto",

@@ -8,7 +8,7 @@ from ttmray.cluster import ActorsConfig
 from ttmray.config import Config, IdentityPart, Location, execution
 from ttmray.generation.postprocess import PostprocessConfig
 from ttmray.generation.sampler import SamplerConfig
-from ttmray.models.bundle import BundleName
+from ttmray.models.bundle import DEFAULT, BundleName, base_name, open_bundle
 from ttmray.models.score_heads import Head, Null
 
 ClipLength = Annotated[
@@ -54,6 +54,23 @@ class GenerateRuntime(ActorsConfig):
         return self.threads if isinstance(self.threads, int) else self.process_cpus
 
 
+def with_bundle_sampler(values: Any, default: str) -> Any:
+    """Settings of a job, with what its bundle says of sampling where they say nothing: a small text encoder has never
+    read the paper's prefix, and scores are on the scale of the bundle's reward.
+
+    Args:
+        values: what a config is validated from; anything but a mapping comes back as it is.
+        default: the bundle where none is named.
+
+    Raises:
+        UserError: there is no such bundle.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("sampler", {}), dict):
+        return values
+    own = open_bundle(base_name(str(values.get("bundle", default)))).sampler
+    return values | {"sampler": {**own, **values.get("sampler", {})}} if own else values
+
+
 class GenerateConfig(Config):
     """What to generate, and how."""
 
@@ -64,8 +81,8 @@ class GenerateConfig(Config):
     output: Location = execution("runs/generate")
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
     added to a folder, other settings need another one."""
-    bundle: BundleName = "debug"
-    """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
+    bundle: BundleName = DEFAULT
+    """Set of models. `micro` knows the music of the built-in composer alone; `debug` is untrained: it makes noise."""
     checkpoint: Location | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; its hash is part of the run's identity); default: the bundle's.
     On a cluster every node must see the file under this path; an s3:// address is copied to each."""
@@ -87,6 +104,8 @@ class GenerateConfig(Config):
     best_by: Literal["reward_score", "clap_score"] = "reward_score"
     """What is best. The reward sees no text, as everywhere here; the reference's Mode 1 shows it prefix and prompt."""
     sampler: SamplerConfig = SamplerConfig()
+    """How latents are drawn. What nobody sets is as the bundle needs it (`micro`: no prefix, no negative prompt, a
+    score of its own scale), or the paper's."""
     pad_to: ClipLength | None = "auto"
     """Samples at 44.1 kHz that a clip is padded to with zeros, or cut to, before post-processing: 430 latents are
     440,320 samples and the challenge wants 10 s. `auto`: the length of the bundle's clips, 441,000 but for `micro`.
@@ -100,6 +119,11 @@ class GenerateConfig(Config):
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
     """Exit code 3 when more clips than this failed."""
     runtime: GenerateRuntime = execution(GenerateRuntime())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sampler(cls, values: Any) -> Any:
+        return with_bundle_sampler(values, DEFAULT)
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from ttmray.corpus.stage import Stage
 from ttmray.corpus.stages import Measure, Text, Write, WriteAudio
 from ttmray.corpus.unit import REJECTED, Unit
 from ttmray.errors import ClipError, UserError
-from ttmray.generation.config import GenerateRuntime
+from ttmray.generation.config import GenerateRuntime, with_bundle_sampler
 from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
 from ttmray.models import require_finite, side_by_side
 from ttmray.models.backbone_weights import load_backbone
@@ -93,6 +93,11 @@ class CandidatesConfig(Config):
     max_failures: int = execution(0, ge=0)
     """Exit code 3 when more clips than this failed."""
     runtime: GenerateRuntime = execution(GenerateRuntime())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sampler(cls, values: Any) -> Any:
+        return with_bundle_sampler(values, "debug")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

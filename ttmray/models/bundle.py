@@ -1,6 +1,7 @@
 """Bundles: a consistent set of models under one name, loaded by role.
 
-`paper` is the released weights. `debug` is made of the same classes at tiny width with seeded, untrained weights,
+`paper` is the released weights. `micro` ships with the package: small, and trained on the built-in composer's songs.
+`debug` is made of the same classes at tiny width with seeded, untrained weights,
 so every job and test runs anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real
 workload, for benchmarks. `public-16k` and `debug-16k` differ from `paper` and `debug` in VAE and vocoder alone, which
 are those of 16 kHz latents and only decode: the public baseline generates with them. A bundle of one's own is a folder,
@@ -9,10 +10,11 @@ framework: identity and protocol are known before anything is loaded.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator
@@ -87,6 +89,8 @@ class Bundle(ABC):
     """What must be said of the licences of its weights."""
     clip_s: float = 10.0
     """Length of the clips that its backbone makes, in seconds."""
+    sampler: Mapping[str, Any] = MappingProxyType({})
+    """Settings of `generation.sampler.SamplerConfig` that its backbone needs, where nobody chooses others."""
 
     @abstractmethod
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
@@ -289,6 +293,10 @@ class FolderBundle(Bundle):
     def clip_s(self) -> float:  # type: ignore[override]
         return self.files.description.clip_s
 
+    @property
+    def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return self.files.description.sampler
+
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return {"name": self.name, "weights": self.files.hashes(roles)}
 
@@ -310,6 +318,10 @@ class BundleWithHead(Bundle):
     @property
     def clip_s(self) -> float:  # type: ignore[override]
         return self.base.clip_s
+
+    @property
+    def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return self.base.sampler
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -337,6 +349,8 @@ class BundleWithHead(Bundle):
 
 
 MICRO = FolderFiles(Path(__file__).with_name("micro"), "Install ttmray again: its own bundle is not whole.")
+DEFAULT = "micro"
+"""The bundle of whoever names none and wants to hear or score something."""
 BUNDLES: dict[str, Bundle] = {
     "paper": ReleasedBundle("paper"),
     "public-16k": ReleasedBundle("public-16k", rate=16_000),

@@ -54,6 +54,8 @@ class Description(BaseModel):
     note: str
     clip_s: float = Field(gt=0)
     """Length of the clips that its backbone makes, in seconds."""
+    sampler: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `generation.sampler.SamplerConfig` that its backbone needs, where nobody chooses others."""
     files: dict[str, FileFacts]
 
 
@@ -119,14 +121,18 @@ class FolderFiles:
         return {name: facts.sha256 for role in chosen for name, facts in sorted(self.of_role(role).items())}
 
 
-def describe_folder(path: Path, name: str, note: str, clip_s: float, **more: Any) -> Description:
+def describe_folder(
+    path: Path, name: str, note: str, clip_s: float, sampler: Mapping[str, Any] | None = None, **more: Any
+) -> Description:
     """Write `bundle.json` for the files that lie in the folders of the roles, last of all files."""
     files = {}
     for role in FOLDERS:
         for file in sorted((path / role).glob("*")):
             facts = digest_file(file)
             files[f"{role}/{file.name}"] = FileFacts(size=facts.size, sha256=facts.sha256)
-    description = Description(format=FORMAT, name=name, note=note, clip_s=clip_s, files=files)
+    description = Description(
+        format=FORMAT, name=name, note=note, clip_s=clip_s, sampler=dict(sampler or {}), files=files
+    )
     (path / DESCRIPTION).write_text(json.dumps(description.model_dump() | more, indent=1) + "\n")
     return description
 

@@ -29,7 +29,7 @@ from ttmray.evaluation import plots
 from ttmray.generation import manifest
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.generate import generate
-from ttmray.models.bundle import BundleName, open_bundle
+from ttmray.models.bundle import DEFAULT, BundleName, open_bundle
 from ttmray.recipes.chain import fill
 from ttmray.runs import read
 from ttmray.statistics import spearman
@@ -55,7 +55,7 @@ class DemoConfig(Config):
     """Folder of the demo on this machine. The same command goes on with what is not done."""
     seed: int = Field(0, ge=0)
     """Of the songs: another one gives other pieces under the same names."""
-    bundle: BundleName = "debug"
+    bundle: BundleName = DEFAULT
     """Set of models."""
     prompts: tuple[str, ...] = Field(
         (
@@ -140,7 +140,7 @@ def clips_config(config: DemoConfig, root: Folder, score: float) -> GenerateConf
         "texts": list(config.prompts),
         "output": root.path(f"clips/score{score:+g}"),
         "bundle": config.bundle,
-        "sampler": {"prefix": "", "negative_prompt": "", "score": score},
+        "sampler": {"score": score},
         "postprocess": {"passes": 0},
         "format": "flac",
         "scores": True,

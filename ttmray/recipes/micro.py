@@ -20,6 +20,7 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.cost import COST
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.models.backbone_weights import read_support
 from ttmray.models.folder_bundle import FOLDERS, WEIGHTS, describe_folder
 from ttmray.models.reward_head import HEAD
 from ttmray.pretraining.clips import ClipSet
@@ -59,6 +60,9 @@ class MicroConfig(PartsConfig):
     """Of the bundle."""
     note: str = execution(NOTE)
     """What people must know about its numbers; printed by every job that uses it."""
+    sampler: dict[str, Any] = Field(default_factory=lambda: {"prefix": "", "negative_prompt": ""})
+    """What its backbone needs in sampling (`generation.sampler.SamplerConfig`). Without `score`: the 95th percentile of
+    the scores that it was trained on."""
     weights: str = Field("ema:0.05", pattern=r"^(raw|ema:[0-9.]+)$")
     """Of the backbone: `raw`, or an average of the training's last weights."""
     listening: ListeningConfig = ListeningConfig()
@@ -160,7 +164,7 @@ def build_steps(config: MicroConfig, root: Folder) -> list[Step]:
 
     def bundle() -> int:
         sources = _sources(config, root) | _head(root) | {"backbone": {WEIGHTS: path(f"stage1/{EXPORTED}")}}
-        _collect(config, Path(path("bundle")), sources)
+        _collect(config, Path(path("bundle")), sources, _sampler(config, Path(path(f"stage1/{EXPORTED}"))))
         (Path(path("bundle")) / "README.md").write_text(card(config, root))
         return EXIT_OK
 
@@ -205,14 +209,25 @@ def _head(root: Folder) -> dict[str, dict[str, str]]:
     return {"tunejury": {f"{HEAD}.{end}": root.path(f"ranker/{HEAD}.{end}") for end in ("safetensors", "json")}}
 
 
-def _collect(config: MicroConfig, target: Path, sources: Mapping[str, Mapping[str, str]]) -> None:
+def _sampler(config: MicroConfig, weights: Path) -> dict[str, Any]:
+    """What a backbone needs in sampling: the highest score but for its outermost, unless the config has one."""
+    support = read_support(weights)
+    return ({"score": round(support.p95, 2)} if support else {}) | config.sampler
+
+
+def _collect(
+    config: MicroConfig,
+    target: Path,
+    sources: Mapping[str, Mapping[str, str]],
+    sampler: Mapping[str, Any] | None = None,
+) -> None:
     """A bundle's folder of copies."""
     shutil.rmtree(target, ignore_errors=True)
     for role, files in sources.items():
         (target / role).mkdir(parents=True)
         for name, source in files.items():
             shutil.copyfile(source, target / role / name)
-    describe_folder(target, config.name, config.note, config.data.seconds)
+    describe_folder(target, config.name, config.note, config.data.seconds, sampler)
 
 
 def card(config: MicroConfig, root: Folder) -> str:
