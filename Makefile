@@ -1,5 +1,5 @@
 # Two commands on a fresh machine, each does all its own set-up in .venv:
-#   make demo   build a small set of songs and turn it into a scored corpus
+#   make demo   compose songs, score them, make clips from prompts, and a page to listen to all of it
 #   make test   lint, type-check and run the test suite
 # and one in an environment of its own, .venv-laion, with 7 GB of packages:
 #   make test-laion-clap   compare our CLAP with LAION's package, on seeded weights of full size
@@ -16,8 +16,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/python -m ttmray.synth.songs $(RUNS)/demo/songs
-	$(BIN)/python jobs/score_corpus.py --config configs/debug/corpus.yaml --set input=$(RUNS)/demo/songs --set output=$(RUNS)/demo/corpus
+	$(BIN)/python jobs/demo.py --set output=$(RUNS)/demo
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

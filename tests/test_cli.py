@@ -311,7 +311,7 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
     monkeypatch.setattr("ttmray.generation.generate.generate", generate)
     file = tmp_path / "g.yaml"
     file.write_text("prompts: prompts.csv\nseed: 1\nsamples: 2\nformat: flac")
-    command = ["generate", "--config", str(file), "--set", "seed=2", "--set", "samples=3"]
+    command = ["generate", "--bundle", "debug", "--config", str(file), "--set", "seed=2", "--set", "samples=3"]
     texts = ["a # b", "1", "\N{MUSICAL KEYBOARD}", "[x"]
     typed = [part for text in texts for part in ("--prompt", text)]
     assert main([*command, *typed, "--seed", "4", "--play-page"]) == EXIT_OK
@@ -325,9 +325,11 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
 
 def test_a_wrong_flag_is_named_as_its_field(capsys):
     assert "samples: Input should be greater than or equal to 1" in refused(
-        capsys, "generate", "--prompt", "x", "--samples", "0"
+        capsys, "generate", "--bundle", "debug", "--prompt", "x", "--samples", "0"
     )
-    assert "checkpoint: '' names no place" in refused(capsys, "generate", "--prompt", "x", "--checkpoint", "")
+    assert "checkpoint: '' names no place" in refused(
+        capsys, "generate", "--bundle", "debug", "--prompt", "x", "--checkpoint", ""
+    )
     text = refused(capsys, "postprocess", "x", "--output", "y", "--device", "tpu")
     assert "device" in text
 

@@ -113,7 +113,7 @@ def test_a_reference_set(songs: Path, tmp_path: Path) -> None:
     runtime = MeasureConfig(device="cpu", threads=1)
 
     def again(folder: Path) -> int:
-        return build_reference(folder.name, str(songs), store=str(folder.parent), runtime=runtime)
+        return build_reference(folder.name, str(songs), store=str(folder.parent), runtime=runtime, bundle="debug")
 
     assert again(tmp_path / "store/copy") == EXIT_OK
     done = damage_every_file(tmp_path / "store/copy", tmp_path / "store/copy", tmp_path / "work", again, FEW)

@@ -44,7 +44,7 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_scores_are_those_of_the_command_to_the_bit(studio, files, capsys):
     capsys.readouterr()
-    main(["score", *files, "--json", "--device", "cpu", "--caption", CAPTION])
+    main(["score", "--bundle", "debug", *files, "--json", "--device", "cpu", "--caption", CAPTION])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     table = studio.score(files, CAPTION)
     for i, row in enumerate(rows):
@@ -68,7 +68,7 @@ def test_sounds_are_padded_to_the_clips_of_their_bundle(tmp_path, monkeypatch, c
     soundfile.write(tmp_path / "a.wav", music(1.5).T, RATE, subtype="FLOAT")
     monkeypatch.setattr(DebugBundle, "clip_s", 2.0)
     capsys.readouterr()
-    main(["score", str(tmp_path / "a.wav"), "--json", "--device", "cpu"])
+    main(["score", "--bundle", "debug", str(tmp_path / "a.wav"), "--json", "--device", "cpu"])
     row = json.loads(capsys.readouterr().out)
     short = ttmray.load("debug", device="cpu", threads=1)
     table = short.score(
@@ -151,7 +151,7 @@ def test_generated_clips_are_those_of_the_command_to_the_bit(studio, tmp_path):
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("id,prompt\na,a calm piano\nb,driving drums\n")
     run = tmp_path / "run"
-    words = ["generate", "--prompts", str(prompts), "--output", str(run), "--seed", "7"]
+    words = ["generate", "--bundle", "debug", "--prompts", str(prompts), "--output", str(run), "--seed", "7"]
     sets = ["sampler.steps=1", "sampler.score=1.5", "scores=true", "runtime.device=cpu", "postprocess={passes: 0}"]
     assert main([*words, *(part for one in sets for part in ("--set", one))]) == EXIT_OK
     how = {"score": 1.5, "seed": 7, "scores": True, "postprocess": {"passes": 0}, **STEPS}
@@ -208,7 +208,7 @@ def test_torch_has_its_threads_back(studio):
 
 
 def test_settings_come_from_a_config_and_from_fields(studio):
-    sets = ["texts=[x]", "sampler.steps=1", "sampler.weight=1", "postprocess={passes: 0}"]
+    sets = ["bundle=debug", "texts=[x]", "sampler.steps=1", "sampler.weight=1", "postprocess={passes: 0}"]
     config = load_config(GenerateConfig, None, sets)
     (whole,) = studio.generate("a harp", config=config, seed=3)
     fields = {"sampler": {"steps": 1, "weight": 1.0}, "postprocess": {"passes": 0}}

@@ -113,9 +113,9 @@ def test_an_evaluation_is_that_of_the_command(studio, tmp_path):
         studio.generate(prompts, seed=seed, output=tmp_path / name, sampler={"steps": 1})
     (tmp_path / "prompts.csv").write_text("id,prompt\na,a calm piano\nb,driving drums\n")
     sets = [f"folders=[one={tmp_path}/x,{tmp_path}/y]", f"prompts={tmp_path}/prompts.csv", f"output={tmp_path}/out"]
-    assert evaluate(load_config(EvaluateConfig, None, [*sets, "runtime.device=cpu"])) == 0
+    assert evaluate(load_config(EvaluateConfig, None, [*sets, "bundle=debug", "runtime.device=cpu"])) == 0
     folders = {"one": tmp_path / "x", "y": tmp_path / "y"}
-    mine = ttmray.evaluate(folders, prompts, output=tmp_path / "mine", runtime={"device": "cpu"})
+    mine = ttmray.evaluate(folders, prompts, output=tmp_path / "mine", bundle="debug", runtime={"device": "cpu"})
     results = json.loads((tmp_path / "out/results.json").read_text())
     for row in mine.metrics.to_dict("records"):
         (system,) = [one for one in results["systems"] if one["name"] == row["system"]]
@@ -124,7 +124,7 @@ def test_an_evaluation_is_that_of_the_command(studio, tmp_path):
     assert mine.clips["prompt_id"].tolist() == ["a", "b", "a", "b"]
     assert len(mine.comparisons) == len(results["comparisons"]) > 0
     assert "mean nothing" in mine._repr_html_()
-    same = {"output": tmp_path / "mine", "runtime": {"device": "cpu"}}
+    same = {"output": tmp_path / "mine", "bundle": "debug", "runtime": {"device": "cpu"}}
     again = ttmray.evaluate(folders, tmp_path / "prompts.csv", **same)
     assert again.metrics.equals(mine.metrics)
 

@@ -45,7 +45,7 @@ def music(path: Path, seed: int, seconds: float = 6.0, rate: int = 44100) -> Non
 
 def make(root: Path, *sets: str, output: str = "out") -> EvaluateConfig:
     usual = (f"folders=[{root}/one,{root}/two]", f"prompts={root}/prompts.csv", f"output={root}/{output}")
-    fixed = ("runtime.device=cpu", "runtime.threads=1", "resamples=20", f"references={root}/store")
+    fixed = ("bundle=debug", "runtime.device=cpu", "runtime.threads=1", "resamples=20", f"references={root}/store")
     return load_config(EvaluateConfig, None, [*usual, *fixed, *sets])
 
 
@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         music(root / "real" / f"r{i}.flac", 50 + i)
     with open(root / "prompts.csv", "w", newline="") as file:
         csv.writer(file).writerows([("id", "prompt"), *PROMPTS.items()])
-    assert build_reference("real", f"{root}/real", store=f"{root}/store", runtime=RUNTIME) == 0
+    assert build_reference("real", f"{root}/real", store=f"{root}/store", runtime=RUNTIME, bundle="debug") == 0
     assert evaluate(make(root, "reference=real", "training=real")) == 0
     return root
 
@@ -412,7 +412,7 @@ def test_a_reference_of_song_describer_files_leaks_by_id_into_a_corpus_of_jamend
     for i, (folder, files) in enumerate(names.items()):
         for k, file in enumerate(files):
             music(root / folder / file, 100 + 10 * i + k)
-        assert build_reference(folder, f"{root}/{folder}", store=f"{root}/store", runtime=RUNTIME) == 0
+        assert build_reference(folder, f"{root}/{folder}", store=f"{root}/store", runtime=RUNTIME, bundle="debug") == 0
     assert evaluate(make(root, "reference=sdd", "training=jamendo")) == 0
     results = results_of(root / "out")
     assert (results["leaks"]["by_id"], results["leaks"]["ids_alike"]) == (["1004034"], True)
@@ -466,7 +466,7 @@ def test_the_two_published_systems_get_a_full_evaluation(data_dir, tmp_path):
         rows = [(row["prompt_id"], row["caption"]) for row in published if row["system"] == "sub1"]
         csv.writer(file).writerows([("id", "prompt"), *rows])
     store = str(tmp_path / "store")
-    assert build_reference("tracks", str(data_dir / "tracks"), store=store, runtime=RUNTIME) == 0
+    assert build_reference("tracks", str(data_dir / "tracks"), store=store, runtime=RUNTIME, bundle="debug") == 0
     folders = f"folders=[{data_dir}/clips/baseline,{data_dir}/clips/sub1]"
     assert evaluate(make(tmp_path, folders, "reference=tracks", "baseline=baseline")) == 0
     results = results_of(tmp_path / "out")
@@ -489,7 +489,7 @@ def test_everything_may_lie_in_a_bucket(finished, bucket, decoded):
         for path in (finished / name).iterdir():
             folder.write(f"{name}/{path.name}", path.read_bytes())
     folder.write("prompts.csv", (finished / "prompts.csv").read_bytes())
-    assert build_reference("real", f"{folder}/real", store=f"{folder}/store", runtime=RUNTIME) == 0
+    assert build_reference("real", f"{folder}/real", store=f"{folder}/store", runtime=RUNTIME, bundle="debug") == 0
     sets = (f"folders=[{folder}/one,{folder}/two]", f"prompts={folder}/prompts.csv", f"references={folder}/store")
     config = make(finished, *sets, f"output={bucket}/out", "reference=real")
     assert evaluate(config) == 0

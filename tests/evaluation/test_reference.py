@@ -51,7 +51,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(songs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Store with the set `three`. Do not change it."""
     folder = tmp_path_factory.mktemp("store")
-    assert build_reference("three", str(songs), store=str(folder), runtime=RUNTIME) == 0
+    assert build_reference("three", str(songs), store=str(folder), runtime=RUNTIME, bundle="debug") == 0
     return folder
 
 
@@ -86,7 +86,7 @@ def test_a_folder_gives_one_row_per_track_of_its_middle_ten_seconds(store, songs
 def separated(songs: Path, store: Path) -> Path:
     """The store, with `backing`: the songs of `three` without vocals."""
     options = ("--store", str(store), "--stem", "instrumental", "--set", "device=cpu", "--set", "threads=1")
-    assert main(["reference", "build", "backing", str(songs), *options]) == 0
+    assert main(["reference", "build", "backing", str(songs), "--bundle", "debug", *options]) == 0
     return store
 
 
@@ -95,7 +95,9 @@ def test_an_instrumental_set_of_a_folder_holds_what_the_corpus_job_makes_of_its_
     assert (mixes.about["stem"], found.about["stem"]) == ("mix", "instrumental")
     assert found.tracks == mixes.tracks
     assert (np.einsum("ij,ij->i", found.rows(), mixes.rows()) < 1 - 1e-6).all()
-    assert build_reference("c", str(corpus), store=str(tmp_path)) == 0  # of a corpus run that is the default
+    assert (
+        build_reference("c", str(corpus), store=str(tmp_path), bundle="debug") == 0
+    )  # of a corpus run that is the default
     stored = load_reference("c", str(tmp_path), PROTOCOL)
     for track in ("track0", "track1"):  # of up to 10 s: their middle is their only clip
         row = stored.rows()[stored.tracks.index(track)]
@@ -105,12 +107,14 @@ def test_an_instrumental_set_of_a_folder_holds_what_the_corpus_job_makes_of_its_
 def test_mixes_and_instrumentals_are_never_taken_for_each_other(separated, songs, tmp_path):
     mine = Path(shutil.copytree(separated, tmp_path / "store"))
     with pytest.raises(UserError, match="stem: 'mix' -> 'instrumental'"):
-        build_reference("three", str(songs), store=str(mine), stem="instrumental", runtime=RUNTIME)
+        build_reference("three", str(songs), store=str(mine), stem="instrumental", runtime=RUNTIME, bundle="debug")
     with pytest.raises(UserError, match="stem: 'instrumental' -> 'mix'"):
-        build_reference("backing", str(songs), store=str(mine), runtime=RUNTIME)
+        build_reference("backing", str(songs), store=str(mine), runtime=RUNTIME, bundle="debug")
     # nor their parts: those of the mixes are measured anew
     shutil.copytree(mine / "three/parts", mine / "other/parts")
-    assert build_reference("other", str(songs), store=str(mine), stem="instrumental", runtime=RUNTIME) == 0
+    assert (
+        build_reference("other", str(songs), store=str(mine), stem="instrumental", runtime=RUNTIME, bundle="debug") == 0
+    )
     same = [load_reference(name, str(mine), PROTOCOL).rows() for name in ("other", "backing")]
     np.testing.assert_array_equal(*same)
     with pytest.raises(UserError, match="is of stem mix, reference_stem is instrumental") as error:
@@ -122,13 +126,18 @@ def test_mixes_and_instrumentals_are_never_taken_for_each_other(separated, songs
     del about["stem"]
     (mine / "three/reference.json").write_text(json.dumps(about))
     assert load_reference("three", str(mine), PROTOCOL).about["stem"] == "mix"
-    assert build_reference("three", str(songs), store=str(mine), runtime=RUNTIME) == 0
+    assert build_reference("three", str(songs), store=str(mine), runtime=RUNTIME, bundle="debug") == 0
 
 
 def test_how_vocals_are_removed_is_part_of_a_set(separated, songs, tmp_path):
     mine = Path(shutil.copytree(separated, tmp_path / "store"))
     sets = ["device=cpu", "threads=1", "separation.instrumental=residual"]
-    options = {"store": str(mine), "stem": "instrumental", "runtime": load_config(ReferenceConfig, None, sets)}
+    options = {
+        "bundle": "debug",
+        "store": str(mine),
+        "stem": "instrumental",
+        "runtime": load_config(ReferenceConfig, None, sets),
+    }
     with pytest.raises(UserError, match=r"separation\.instrumental: 'sum' -> 'residual'"):
         build_reference("backing", str(songs), **options)
     shutil.copytree(mine / "backing/parts", mine / "residual/parts")
@@ -147,12 +156,12 @@ def test_building_again_measures_nothing_and_a_new_track_alone(store, songs, tmp
     monkeypatch.setattr(
         measure, "_decoded", lambda path, clip_s, middle: read.append(path) or original(path, clip_s, middle)
     )
-    assert build_reference("three", str(songs), store=str(mine), runtime=RUNTIME) == 0
+    assert build_reference("three", str(songs), store=str(mine), runtime=RUNTIME, bundle="debug") == 0
     assert read == []
     more = Path(shutil.copytree(songs, tmp_path / "songs"))
     song(more / "new.flac", 6, 9)
     shutil.copytree(mine / "three/parts", mine / "four/parts")
-    assert build_reference("four", str(more), store=str(mine), runtime=RUNTIME) == 0
+    assert build_reference("four", str(more), store=str(mine), runtime=RUNTIME, bundle="debug") == 0
     assert read == [f"{more}/new.flac"]
     assert len(load_reference("four", str(mine), PROTOCOL).rows()) == 4
 
@@ -160,9 +169,9 @@ def test_building_again_measures_nothing_and_a_new_track_alone(store, songs, tmp
 def test_a_name_belongs_to_one_source_and_protocol(store, songs, tmp_path):
     song(tmp_path / "a.flac", 6, 1)
     with pytest.raises(UserError, match="the reference three is another one"):
-        build_reference("three", str(tmp_path), store=str(store), runtime=RUNTIME)
+        build_reference("three", str(tmp_path), store=str(store), runtime=RUNTIME, bundle="debug")
     with pytest.raises(UserError, match="cannot name"):
-        build_reference("../three", str(songs), store=str(store), runtime=RUNTIME)
+        build_reference("../three", str(songs), store=str(store), runtime=RUNTIME, bundle="debug")
 
 
 def test_a_set_of_another_bundle_is_refused_and_one_of_another_reward_is_not(store):
@@ -201,23 +210,23 @@ def test_files_of_two_sets_do_not_go_together(store, tmp_path):
 def test_a_track_that_cannot_be_read_stops_the_set_unless_it_is_allowed(songs, tmp_path, capsys):
     mine = Path(shutil.copytree(songs, tmp_path / "songs"))
     (mine / "broken.mp3").write_bytes(b"no music")
-    assert build_reference("r", str(mine), store=str(tmp_path), runtime=RUNTIME) == 3
+    assert build_reference("r", str(mine), store=str(tmp_path), runtime=RUNTIME, bundle="debug") == 3
     assert "broken.mp3: not_audio" in capsys.readouterr().out
     assert not (tmp_path / "r/reference.json").exists()
-    assert build_reference("r", str(mine), store=str(tmp_path), runtime=RUNTIME, max_failures=1) == 0
+    assert build_reference("r", str(mine), store=str(tmp_path), runtime=RUNTIME, max_failures=1, bundle="debug") == 0
     assert load_reference("r", str(tmp_path), PROTOCOL).about["failed"] == 1
 
 
 def test_one_clip_makes_no_reference(tmp_path):
     song(tmp_path / "in/a.flac", 6, 1)
     with pytest.raises(UserError, match="1 clips make no reference set"):
-        build_reference("r", str(tmp_path / "in"), store=str(tmp_path), runtime=RUNTIME)
+        build_reference("r", str(tmp_path / "in"), store=str(tmp_path), runtime=RUNTIME, bundle="debug")
 
 
 @pytest.mark.parametrize(("stem", "row"), [("mix", 0), ("instrumental", 1)])
 def test_a_corpus_gives_its_stored_embeddings(corpus, tmp_path, stem, row, monkeypatch):
     monkeypatch.setattr(measure, "_decoded", None)  # nothing is decoded
-    assert build_reference("c", str(corpus), store=str(tmp_path), stem=stem, split="train") == 0
+    assert build_reference("c", str(corpus), store=str(tmp_path), stem=stem, split="train", bundle="debug") == 0
     found = load_reference("c", str(tmp_path), PROTOCOL)
     run = Folder.at(str(corpus))
     rows = {r["key"]: r for r in index.read_index(run).to_pylist() if r["split"] == "train" and r["status"] == "ok"}
@@ -236,23 +245,29 @@ def test_keys_choose_the_clips_of_a_corpus_and_are_part_of_the_set(corpus, songs
     rows = [r["key"] for r in index.read_index(Folder.at(str(corpus))).to_pylist() if r["status"] == "ok"]
     keys = tmp_path / "keys.txt"
     keys.write_text("\n".join(rows[:0:-1]))
-    assert build_reference("some", str(corpus), store=str(tmp_path), keys=str(keys)) == 0
+    assert build_reference("some", str(corpus), store=str(tmp_path), keys=str(keys), bundle="debug") == 0
     found = pq.read_table(tmp_path / "some/tracks.parquet")["id"].to_pylist()
     assert sorted(found) == sorted(rows[1:])
-    for options in ({}, {"keys": str(keys)}):
+    for options in ({"bundle": "debug"}, {"bundle": "debug", "keys": str(keys)}):
         keys.write_text("\n".join(rows[:2]))
         with pytest.raises(UserError, match="is another one"):
             build_reference("some", str(corpus), store=str(tmp_path), **options)
     keys.write_text(f"{rows[0]}\nnobody_3")
     with pytest.raises(UserError, match=r"1 of 2 are not among the ok clips .* split all, e\.g\. nobody_3"):
-        build_reference("x", str(corpus), store=str(tmp_path), keys=str(keys))
+        build_reference("x", str(corpus), store=str(tmp_path), keys=str(keys), bundle="debug")
     with pytest.raises(UserError, match="is a folder of audio"):
-        build_reference("x", str(songs), store=str(tmp_path), keys=str(keys))
+        build_reference("x", str(songs), store=str(tmp_path), keys=str(keys), bundle="debug")
 
 
 def test_an_evaluation_refuses_a_set_of_the_other_stem(separated, songs, tmp_path):
     (tmp_path / "prompts.csv").write_text("id,prompt\ntrack0,a tone\n")
-    sets = (f"folders=[{songs}]", f"prompts={tmp_path}/prompts.csv", f"references={separated}", "reference=three")
+    sets = (
+        f"folders=[{songs}]",
+        f"prompts={tmp_path}/prompts.csv",
+        f"references={separated}",
+        "reference=three",
+        "bundle=debug",
+    )
     with pytest.raises(UserError, match="three is of stem mix"):
         evaluate(load_config(EvaluateConfig, None, [*sets, "reference_stem=instrumental", f"output={tmp_path}/out"]))
 
@@ -261,9 +276,9 @@ def test_a_corpus_of_another_bundle_or_without_such_clips_is_refused(corpus, tmp
     with pytest.raises(UserError, match="was made under debug/"):
         build_reference("c", str(corpus), store=str(tmp_path), bundle="debug-wide")
     with pytest.raises(UserError, match="no ok clips in the split test"):
-        build_reference("c", str(corpus), store=str(tmp_path), split="test")
+        build_reference("c", str(corpus), store=str(tmp_path), split="test", bundle="debug")
     with pytest.raises(UserError, match="unknown"):
-        build_reference("c", str(corpus), store=str(tmp_path), stem="vocals")
+        build_reference("c", str(corpus), store=str(tmp_path), stem="vocals", bundle="debug")
 
 
 def test_a_damaged_shard_is_named(corpus, tmp_path):
@@ -271,7 +286,7 @@ def test_a_damaged_shard_is_named(corpus, tmp_path):
     shard = next((mine / "shards").iterdir())
     shard.write_bytes(shard.read_bytes()[:700])
     with pytest.raises(UserError, match=shard.name):
-        build_reference("c", str(mine), store=str(tmp_path))
+        build_reference("c", str(mine), store=str(tmp_path), bundle="debug")
 
 
 def test_leaks_are_found_by_id_and_by_sound_in_the_training_split_alone(store, corpus):
@@ -296,6 +311,7 @@ def test_near_duplicates_are_looked_for_in_clips_of_the_corpus_not_in_their_stem
         f"folders=[{tmp_path}/one]",
         f"prompts={tmp_path}/prompts.csv",
         f"training={corpus}",
+        "bundle=debug",
         f"output={tmp_path}/out",
     )
     assert evaluate(load_config(EvaluateConfig, None, [*sets, "runtime.device=cpu", "runtime.threads=1"])) == 0

@@ -284,9 +284,18 @@ def test_the_two_published_systems_are_evaluated_shown_in_both_themes_and_voted_
     with open(tmp_path / "prompts.csv", "w", newline="") as file:
         csv.writer(file).writerows([("id", "prompt"), *((row["prompt_id"], row["caption"]) for row in published)])
     store, out = str(tmp_path / "store"), tmp_path / "out"
-    assert main(["reference", "build", "songs", str(data_dir / "tracks"), "--store", store]) == 0
+    assert main(["reference", "build", "songs", str(data_dir / "tracks"), "--bundle", "debug", "--store", store]) == 0
     folders = [str(data_dir / "clips" / name) for name in ("baseline", "sub1")]
-    usual = ["--prompts", str(tmp_path / "prompts.csv"), "--reference", "songs", "--output", str(out)]
+    usual = [
+        "--bundle",
+        "debug",
+        "--prompts",
+        str(tmp_path / "prompts.csv"),
+        "--reference",
+        "songs",
+        "--output",
+        str(out),
+    ]
     assert main(["evaluate", *folders, *usual, "--set", f"references={store}", "--set", "resamples=100"]) == 0
     assert main(["report", str(out)]) == 0
     with opened_in(browser, out / "report/index.html") as page:

@@ -48,7 +48,7 @@ def scored(capsys: pytest.CaptureFixture[str]) -> Rows:
 
     def scored(*arguments: str) -> list[dict[str, Any]]:
         capsys.readouterr()
-        code = main(["score", "--json", "--device", "cpu", *arguments])
+        code = main(["score", "--bundle", "debug", "--json", "--device", "cpu", *arguments])
         shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert code == (EXIT_OK if all(row["status"] == "ok" for row in shown) else EXIT_TOO_MANY_FAILURES)
         return shown
@@ -163,7 +163,7 @@ def test_the_table_shows_every_file_its_protocol_and_what_the_bundle_is(capsys, 
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "good.flac", music(1.0))
     capsys.readouterr()
-    assert main(["score", "good.flac", "absent.wav", "--device", "cpu"]) == EXIT_TOO_MANY_FAILURES
+    assert main(["score", "--bundle", "debug", "good.flac", "absent.wav", "--device", "cpu"]) == EXIT_TOO_MANY_FAILURES
     out, err = capsys.readouterr()
     (good,) = [line for line in out.splitlines() if "good.flac" in line]
     (absent,) = [line for line in out.splitlines() if "absent.wav" in line and "unreadable" in line]
@@ -178,7 +178,7 @@ def test_file_names_with_brackets_are_shown_as_they_are(capsys, monkeypatch, tmp
     (tmp_path / "[live] a[").mkdir()
     write(tmp_path / "[live] a[/b].wav", music(1.0))
     capsys.readouterr()
-    assert main(["score", "[live] a[/b].wav", "--device", "cpu"]) == EXIT_OK
+    assert main(["score", "--bundle", "debug", "[live] a[/b].wav", "--device", "cpu"]) == EXIT_OK
     assert "[live] a[/b].wav" in capsys.readouterr().out
 
 
@@ -196,7 +196,7 @@ def test_bad_arguments_are_one_message_and_exit_code_2(capsys, monkeypatch, tmp_
     monkeypatch.setenv("TTMRAY_WEIGHTS", str(tmp_path / "no weights"))
     file = write(tmp_path / "a.flac", music(1.0))
     capsys.readouterr()
-    assert main(["score", file, *arguments]) == EXIT_BAD_INPUT
+    assert main(["score", "--bundle", "debug", file, *arguments]) == EXIT_BAD_INPUT
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")

@@ -96,7 +96,7 @@ def test_a_generation(tmp_path: Path) -> None:
     prompts, run = tmp_path / "prompts.json", tmp_path / "run"
     prompts.write_text(json.dumps([{"id": f"p{i}", "prompt": f"song {i}"} for i in range(30)]))
     usual = ("sampler.steps=4", "runtime.device=cpu", "runtime.threads=1")
-    words = ["generate", *sets(f"prompts={prompts}", f"output={run}", *usual)]
+    words = ["generate", "--bundle", "debug", *sets(f"prompts={prompts}", f"output={run}", *usual)]
     interrupted_twice(words, some(run, "manifest/*.json"), 0.05)
     assert len(list(run.glob("manifest/*.json"))) < 30
     assert main(words) == EXIT_OK

@@ -20,7 +20,14 @@ from ttmray.models.score_support import ScoreSupport
 def choice(output: Path, *sets: str) -> ScoreChoiceConfig:
     prompts = output.parent / "prompts.csv"
     prompts.write_text("id,prompt\na,a calm piano\nb,loud drums\n")
-    usual = [f"prompts={prompts}", f"output={output}", "candidates=1", "scores=[-2, 4]", "sampler.steps=2"]
+    usual = [
+        "bundle=debug",
+        f"prompts={prompts}",
+        f"output={output}",
+        "candidates=1",
+        "scores=[-2, 4]",
+        "sampler.steps=2",
+    ]
     usual += ["max_clipping=1", "silence_dbfs=-200", "runtime.threads=1"]
     return load_config(ScoreChoiceConfig, None, [*usual, *sets])
 
@@ -67,11 +74,28 @@ def test_scores_are_by_default_those_of_the_training_and_generation_takes_the_ch
     weights, other = (str(tmp_path / f"{seed}.safetensors") for seed in (1, 2))
     (tmp_path / "prompts.csv").write_text("id,prompt\na,a calm piano\n")
     sets = ["sampler.steps=2", "max_clipping=1", "silence_dbfs=-200", "runtime.threads=1", "points=3"]
-    command = ["choose-score", "--prompts", str(tmp_path / "prompts.csv"), "--output", str(tmp_path / "choice")]
+    command = [
+        "choose-score",
+        "--bundle",
+        "debug",
+        "--prompts",
+        str(tmp_path / "prompts.csv"),
+        "--output",
+        str(tmp_path / "choice"),
+    ]
     command += [f"--set={one}" for one in sets]
     assert main([*command, "--checkpoint", weights]) == 0
     assert {path.name for path in (tmp_path / "choice").glob("score*")} == {"score-1", "score0.5", "score2"}
-    made = ["generate", "--prompt", "drums", "--output", str(tmp_path / "clips"), "--set=runtime.threads=1"]
+    made = [
+        "generate",
+        "--bundle",
+        "debug",
+        "--prompt",
+        "drums",
+        "--output",
+        str(tmp_path / "clips"),
+        "--set=runtime.threads=1",
+    ]
     made += ["--set=sampler.steps=1", "--score-from", str(tmp_path / "choice")]
     assert main([*made, "--checkpoint", weights]) == 0
     described = json.loads((tmp_path / "clips/run.json").read_text())

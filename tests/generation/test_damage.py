@@ -19,7 +19,7 @@ QUICK = [(name, list(DAMAGES)[(2 * i + j) % len(DAMAGES)]) for i, name in enumer
 
 
 def make(folder: Path, output: Path, *sets: str) -> GenerateConfig:
-    usual = ("sampler.steps=1", "runtime.device=cpu", "runtime.threads=1")
+    usual = ("bundle=debug", "sampler.steps=1", "runtime.device=cpu", "runtime.threads=1")
     return load_config(GenerateConfig, None, [f"prompts={folder}/prompts.json", f"output={output}", *usual, *sets])
 
 

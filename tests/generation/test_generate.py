@@ -42,7 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(prompts: Path, output: Path, *sets: str) -> GenerateConfig:
-    usual = ("sampler.steps=1", "runtime.device=cpu", "runtime.threads=1")
+    usual = ("bundle=debug", "sampler.steps=1", "runtime.device=cpu", "runtime.threads=1")
     return load_config(GenerateConfig, None, [f"prompts={prompts}", f"output={output}", *usual, *sets])
 
 

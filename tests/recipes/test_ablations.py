@@ -339,7 +339,7 @@ def test_another_reference_set_under_a_known_name_is_noticed(given, tmp_path):
         music.mkdir()
         for i in range(count):
             (music / f"{i}.flac").write_bytes((given / f"music/{i}.flac").read_bytes())
-        assert build_reference("tones", str(music), store=f"{tmp_path}/store") == 0
+        assert build_reference("tones", str(music), store=f"{tmp_path}/store", bundle="debug") == 0
         plan = AblationPlan(configure(given, tmp_path / "run", *sets))
         prints.append(plan.fingerprints(plan.steps()))
         shutil.rmtree(tmp_path / "store")

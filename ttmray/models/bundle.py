@@ -100,6 +100,10 @@ class Bundle(ABC):
         """Names of the released weights (`ttmray weights`) of some roles, or of all."""
         return []
 
+    def has(self, role: str) -> bool:
+        """Whether it has a model for a role; the weights of others may still have to be fetched."""
+        return True
+
     @abstractmethod
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
         """How this bundle's rewards are made."""
@@ -297,6 +301,9 @@ class FolderBundle(Bundle):
     def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
         return self.files.description.sampler
 
+    def has(self, role: str) -> bool:
+        return bool(self.files.of_role(role))
+
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return {"name": self.name, "weights": self.files.hashes(roles)}
 
@@ -322,6 +329,9 @@ class BundleWithHead(Bundle):
     @property
     def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
         return self.base.sampler
+
+    def has(self, role: str) -> bool:
+        return self.base.has(role)
 
     @property
     def name(self) -> str:  # type: ignore[override]

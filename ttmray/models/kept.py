@@ -35,6 +35,9 @@ class KeptBundle(Bundle):
     def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
         return self.base.sampler
 
+    def has(self, role: str) -> bool:
+        return self.base.has(role)
+
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return self.base.identity(roles)
 

@@ -120,13 +120,16 @@ def corpus_config(config: DemoConfig, root: Folder) -> CorpusConfig:
     Raises:
         UserError: a section that is wrong.
     """
-    seconds = open_bundle(config.bundle).clip_s
-    small = {
+    bundle = open_bundle(config.bundle)
+    seconds = bundle.clip_s
+    small: dict[str, Any] = {
         "segments": {"clip_s": seconds, "min_s": min(5.0, seconds)},
         "unit_clips": 10,  # small units, so that a small folder shows several
         "splits": {"validation": 2, "test": 2},
         "max_failures": 5,
     }
+    if not bundle.has("separator"):
+        small["separation"] = {"scope": "none"}
     links = {"input": root.path("songs"), "output": root.path("corpus"), "bundle": config.bundle, **small}
     return fill(CorpusConfig, "corpus", config.corpus, links)
 
