@@ -385,9 +385,8 @@ def test_the_config_survives_the_way_to_a_worker(prompts):
 
 @pytest.mark.parametrize(("format", "subtype"), [("wav16", "PCM_16"), ("flac", "PCM_16"), ("wav", "FLOAT")])
 def test_files_have_the_format_that_was_asked_for(tmp_path, format, subtype):
-    config = load_config(
-        GenerateConfig, None, ["texts=[x]", f"output={tmp_path}", "sampler.steps=1", f"format={format}"]
-    )
+    sets = ["bundle=debug", "texts=[x]", f"output={tmp_path}", "sampler.steps=1", f"format={format}"]
+    config = load_config(GenerateConfig, None, sets)
     assert generate(config) == 0
     (row,) = rows(tmp_path).values()
     assert row["file"].endswith(format.removesuffix("16"))
