@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ttmray import pages
 from ttmray.config import Config, execution, fingerprint, identity
@@ -25,7 +27,7 @@ from ttmray.models.folder_bundle import FOLDERS, WEIGHTS, describe_folder
 from ttmray.models.reward_head import HEAD
 from ttmray.pretraining.clips import ClipSet
 from ttmray.pretraining.job import FACTS, PARTS, ROLES, UNTRAINED, PartsConfig, train_parts
-from ttmray.pretraining.loop import CHECKPOINT
+from ttmray.pretraining.loop import CHECKPOINT, to_half
 from ttmray.ranker.job import METRICS, RankerConfig, train_ranker
 from ttmray.recipes.chain import Step, fill, run_chain
 from ttmray.runs import RUN, SUCCESS
@@ -41,6 +43,10 @@ NOTE = (
     "micro bundle: small models, trained on synthetic songs alone. Rewards and CLAP scores are on a scale of their own "
     "and say nothing of TuneJury's or LAION's"
 )
+
+
+HALF = "half.safetensors"
+"""The backbone as the bundle has it, beside the exported one."""
 
 
 class ListeningConfig(Config):
@@ -163,8 +169,10 @@ def build_steps(config: MicroConfig, root: Folder) -> list[Step]:
         return export_again(path("stage1"), config.weights) if code == EXIT_OK else code
 
     def bundle() -> int:
-        sources = _sources(config, root) | _head(root) | {"backbone": {WEIGHTS: path(f"stage1/{EXPORTED}")}}
-        _collect(config, Path(path("bundle")), sources, _sampler(config, Path(path(f"stage1/{EXPORTED}"))))
+        weights = Path(path(f"stage1/{EXPORTED}"))
+        _halve(weights, Path(path(f"stage1/{HALF}")))
+        sources = _sources(config, root) | _head(root) | {"backbone": {WEIGHTS: path(f"stage1/{HALF}")}}
+        _collect(config, Path(path("bundle")), sources, _sampler(config, weights))
         (Path(path("bundle")) / "README.md").write_text(card(config, root))
         return EXIT_OK
 
@@ -207,6 +215,13 @@ def _sources(config: MicroConfig, root: Folder) -> dict[str, dict[str, str]]:
 
 def _head(root: Folder) -> dict[str, dict[str, str]]:
     return {"tunejury": {f"{HEAD}.{end}": root.path(f"ranker/{HEAD}.{end}") for end in ("safetensors", "json")}}
+
+
+def _halve(weights: Path, target: Path) -> None:
+    """A safetensors file in half precision, with its metadata; models are in float32 once they are loaded."""
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    save_file(to_half(load_file(weights)), target, metadata)
 
 
 def _sampler(config: MicroConfig, weights: Path) -> dict[str, Any]:
