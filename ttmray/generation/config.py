@@ -8,7 +8,7 @@ from ttmray.cluster import ActorsConfig
 from ttmray.config import Config, IdentityPart, Location, execution
 from ttmray.generation.postprocess import PostprocessConfig
 from ttmray.generation.sampler import SamplerConfig
-from ttmray.models.bundle import BundleName
+from ttmray.models.bundle import BUNDLES, BundleName
 from ttmray.models.score_heads import Head, Null
 
 ClipLength = Annotated[
@@ -65,7 +65,8 @@ class GenerateConfig(Config):
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
     added to a folder, other settings need another one."""
     bundle: BundleName = "debug"
-    """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
+    """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise. `ttmray weights list` says which
+    bundles have a released backbone; those are sampled with their authors' settings where `sampler` says nothing."""
     checkpoint: Location | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; its hash is part of the run's identity); default: the bundle's.
     On a cluster every node must see the file under this path; an s3:// address is copied to each."""
@@ -100,6 +101,17 @@ class GenerateConfig(Config):
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
     """Exit code 3 when more clips than this failed."""
     runtime: GenerateRuntime = execution(GenerateRuntime())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sample_as_published(cls, values: Any) -> Any:
+        """A released backbone is sampled as its authors do it, in what the config does not say."""
+        if not isinstance(values, dict) or values.get("checkpoint") is not None:
+            return values
+        sampler, bundle = values.get("sampler", {}), BUNDLES.get(str(values.get("bundle")))
+        if bundle is None or not bundle.sampling or not isinstance(sampler, dict):
+            return values
+        return values | {"sampler": {**bundle.sampling, **sampler}}
 
     @model_validator(mode="before")
     @classmethod

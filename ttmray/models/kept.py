@@ -1,6 +1,6 @@
 """A bundle whose models stay loaded: for callers that use them again and again, such as the Python API."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,13 @@ class KeptBundle(Bundle):
     @property
     def clip_s(self) -> float:  # type: ignore[override]
         return self.base.clip_s
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return self.base.sampling
+
+    def roles(self) -> set[str]:
+        return self.base.roles()
 
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return self.base.identity(roles)

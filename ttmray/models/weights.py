@@ -22,13 +22,16 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
+from ttmray import hub
 from ttmray.config import Config, load_config
 from ttmray.console import console
 from ttmray.errors import UserError
-from ttmray.models.download import Remote, download, forget, hub_endpoint
+from ttmray.models.download import Remote, download, forget
 from ttmray.storage import Folder, absolute, explained, fsync, fsync_folder, local_file
 
-Role = Literal["clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer"]
+Role = Literal[
+    "clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer", "backbone"
+]  # fmt: skip
 
 # One path component each: they become folders and file names, and parts of an address.
 _NAME = r"^[a-z0-9][a-z0-9._-]*$"
@@ -76,7 +79,7 @@ class Entry(Config):
     approximate_size: int | None = Field(None, ge=0)
     """Bytes of all files, for people; only where the exact ones are not known."""
     licence: str
-    """SPDX identifier of the weights' licence."""
+    """SPDX identifier of the weights' licence, or that it is not known."""
     non_commercial: bool = False
     credit: str
 
@@ -416,7 +419,7 @@ def _remote(entry: Entry, file: WeightFile) -> Remote:
     if file.url is not None:
         return Remote(file.url)
     assert entry.hub is not None  # checked by the registry
-    page = f"{hub_endpoint()}/{entry.hub.repo}"
+    page = f"{hub.endpoint()}/{entry.hub.repo}"
     return Remote(f"{page}/resolve/{quote(entry.hub.revision)}/{quote(file.name)}", page)
 
 
