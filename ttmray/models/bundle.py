@@ -116,7 +116,7 @@ class Bundle(ABC):
     def require(self, roles: Collection[str]) -> None:
         """
         Raises:
-            UserError: it has no models for some of the roles.
+            UserError: it has no models for some of the roles, or their weights are not here: names all of them.
         """
         lacking = [role for role in ROLES if role in roles and role not in self.roles()]
         if lacking == ["backbone"]:
@@ -243,7 +243,9 @@ class ReleasedBundle(Bundle):
         """`entry/file` -> SHA-256 of every file that decides a number, of some roles only or of all."""
         store = open_store()
         hashes: dict[str, str] = {}
-        for role, name in self._entries(store).items():
+        entries = self._entries(store)
+        store.require([name for role, name in entries.items() if roles is None or role in roles])
+        for role, name in entries.items():
             if roles is None or role in roles:
                 entry_hashes = store.hashes(name)
                 beside = _read_beside(role, next(iter(store.find(name).values())))
@@ -265,6 +267,10 @@ class ReleasedBundle(Bundle):
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
         store = open_store()
         return released.makers(store, self._entries(store), self.facts, options, device, vocoder)
+
+    def require(self, roles: Collection[str]) -> None:
+        super().require(roles)
+        open_store().require(self.weights(roles))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -256,6 +256,34 @@ class Store:
                     f"Delete it, then get it again with: ttmray weights pull {name}",
                 )
         return paths
+
+    def require(self, names: Collection[str]) -> None:
+        """See that all of some entries are here, before the first is loaded.
+
+        Raises:
+            UserError: some are not; names all of them, with their sizes and the one command.
+        """
+        missing = [name for name in names if name not in self.overrides and not self._whole(name)]
+        if len(missing) < 2:
+            for name in names:
+                self.find(name)
+            return
+        sizes = {name: self._bytes(name) for name in missing}
+        total = sum(size or 0 for size in sizes.values()) / 1e9
+        listed = [f"{name} ({size / 1e6:,.0f} MB)" if size else name for name, size in sizes.items()]
+        raise UserError(
+            f"The weights of {', '.join(listed)} are not here: {len(missing)} of {len(names)}, about {total:,.1f} GB.",
+            f"Get them with: ttmray weights pull {' '.join(missing)}",
+        )
+
+    def _whole(self, name: str) -> bool:
+        return len(self.present(name)) == len(self.entry(name).files)
+
+    def _bytes(self, name: str) -> int | None:
+        """Of an entry, as far as it is known."""
+        sizes = [file.size for file in self.entry(name).files]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else self.entry(name).approximate_size
 
     def hashes(self, name: str) -> dict[str, str]:
         """SHA-256 of every file of an entry, as recorded; what was never recorded (local copies) is computed.

@@ -388,7 +388,9 @@ def _forwards(config: Any, scores: Sequence[Any], root: Folder) -> Iterable[Need
 def _bundle_has_backbone(bundle: str) -> None:
     from ttmray.models.bundle import base_name, open_bundle
 
-    open_bundle(base_name(bundle)).require({"backbone"})
+    opened = open_bundle(base_name(bundle))
+    if "backbone" not in opened.roles():
+        opened.require({"backbone"})
 
 
 def _of_evaluation(section: str, config: Any, root: Folder) -> Iterable[Need]:
