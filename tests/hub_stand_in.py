@@ -180,18 +180,15 @@ class HubHandler(BaseHTTPRequestHandler):
             self.say(200, {"url": url, "name": name})
 
     def preupload(self, hub: Hub, kind: str, name: str, revision: str) -> None:
+        """Of large files the hub says the SHA-256 of their content, of small ones git's hash."""
         if (repo := self.repo(hub, kind, name, revision)) and self.allowed():
-            files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular",
-                    "shouldIgnore": False,
-                    "oid": described(file["path"], repo.files[file["path"]])["oid"]
-                    if file["path"] in repo.files
-                    else None,
-                }
-                for file in json.loads(self.body)["files"]
-            ]
+            files = []
+            for file in json.loads(self.body)["files"]:
+                path = file["path"]
+                facts = described(path, repo.files[path]) if path in repo.files else {"oid": None}
+                mode = "lfs" if is_lfs(path, file["size"]) else "regular"
+                facts = {"oid": facts.get("lfs", facts)["oid"], "uploadMode": mode, "shouldIgnore": False}
+                files.append({"path": path, **facts})
             self.say(200, {"files": files})
 
     def batch(self, hub: Hub, name: str) -> None:

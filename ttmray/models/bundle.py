@@ -295,6 +295,10 @@ class FolderBundle(Bundle):
         there = {role for role in ROLES if self.files.of_role(role)}
         return there | ({"vocoder"} if "latents" in there else set())  # Griffin-Lim needs no file
 
+    def require(self, roles: Collection[str]) -> None:
+        for role in (role for role in ROLES if role in roles and role not in self.roles()):
+            self.files.folder(role)  # says where the bundle lies, and what to do
+
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return {"name": self.name, "weights": self.files.hashes(roles)}
 
@@ -323,6 +327,9 @@ class BundleWithHead(Bundle):
 
     def roles(self) -> set[str]:
         return self.base.roles() | {"tunejury"}
+
+    def require(self, roles: Collection[str]) -> None:
+        self.base.require(set(roles) - {"tunejury"})
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -38,6 +38,9 @@ class KeptBundle(Bundle):
     def roles(self) -> set[str]:
         return self.base.roles()
 
+    def require(self, roles: Collection[str]) -> None:
+        self.base.require(roles)
+
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return self.base.identity(roles)
 

@@ -89,6 +89,8 @@ def push(
     Raises:
         UserError: nothing that can be pushed, a licence that its parts do not allow, or what the hub refuses.
     """
+    from huggingface_hub import HfFileSystem
+
     asked = hub.parsed(repo if hub.is_hub(repo) else f"{hub.PREFIX}{repo}")
     if asked.path_in_repo or asked.revision:
         raise UserError(f"{repo} is no name of a repository.", "ORG/NAME")
@@ -105,6 +107,7 @@ def push(
         with hub.explained(f"{hub.PREFIX}{asked.id}"):
             api.create_repo(asked.id, repo_type=kind, private=not public, exist_ok=True)
             sent = _send(api, asked.id, kind, upload, new_card)
+    HfFileSystem.clear_instance_cache()  # what this process has listed there is old now
     where = f"{hub.PREFIX}{'datasets/' if kind == 'dataset' else ''}{asked.id}"
     console.print(f"{where}: {sent} of {len(upload.files) + 2} files sent, licence {license}", markup=False)
     for entry, licence in restricted.items():
