@@ -102,14 +102,14 @@ def _opened(stream: BinaryIO, what: str) -> Any:
     stream.seek(0)
     try:
         return av.open(stream, mode="r", metadata_errors="replace")
-    except (*_errors(), OSError) as error:
+    except _errors() as error:
         raise ClipError("failed", "not_audio", f"cannot be decoded as {what}: {error}") from error
 
 
 def _errors() -> tuple[type[Exception], ...]:
     import av
 
-    return (av.error.FFmpegError, ValueError, EOFError)
+    return (av.error.FFmpegError, ValueError, EOFError, OSError)
 
 
 def _info(container: Any, what: str) -> ForeignInfo:
