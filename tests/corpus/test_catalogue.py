@@ -180,7 +180,7 @@ def test_a_folder_without_audio_says_what_was_searched_and_found(tmp_path, files
     with pytest.raises(UserError) as caught:
         build_catalogue(put(tmp_path, **files), CatalogueConfig())
     assert named in caught.value.message
-    assert ".flac, .mp3, .ogg, .wav" in caught.value.hint
+    assert ".aac, .flac, .m4a, .mp3, .ogg, .opus, .wav, .wma" in caught.value.hint
 
 
 def test_a_missing_folder_and_a_file_that_is_no_table_are_named(tmp_path):
