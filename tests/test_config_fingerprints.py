@@ -27,6 +27,11 @@ KINDS = {
 INCOMPLETE = {"paper/generate": ["checkpoint=weights.safetensors"]}
 """What a config leaves to the command line."""
 FINGERPRINTS = {
+    "attm/corpus": "442726a871a23187ed7877fcaf1e7e96caf2bc77ba975cfa5d46d3b5529689a1",
+    "attm/generate": "a387b89a1ac54818e86d6ef029949014ed4308b98947aa050e5cdb7e324a38f6",
+    "attm/stage1-16gb": "9f0ee8709fa49a632438355a64ac94a192608ace288d0f17033e81223e90e5a6",
+    "attm/stage1-24gb": "9f0ee8709fa49a632438355a64ac94a192608ace288d0f17033e81223e90e5a6",
+    "attm/stage1-48gb": "9f0ee8709fa49a632438355a64ac94a192608ace288d0f17033e81223e90e5a6",
     "debug/ablate": "2cd1952eb1ebac1fbabe2c9e4dbd73f4e608ff8bc9475adc5a7039efd3a2965d",
     "debug/corpus": "1fb8b43541dba2869665860c4fbcceca1c3ff7afb78f06dde6985069ede5b6aa",
     "debug/evaluate": "ebfab4b3786e4057990d2dfdfe18e6e17a8f19bd2ef1ea7a043a15b89b62de3a",

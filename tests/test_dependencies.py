@@ -44,7 +44,7 @@ def test_every_import_of_the_package_is_declared():
     by_module = importlib.metadata.packages_distributions()
     undeclared = {module for module in imported() if not distributions({module}) & known and module in by_module}
     assert undeclared == set()
-    of_extras = {"laion_clap", "wandb", "tensorboard", "IPython"}
+    of_extras = {"av", "laion_clap", "wandb", "tensorboard", "IPython"}
     assert {module for module in imported() if module not in by_module} <= of_extras
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
 
+from ttmray import hub
 from ttmray.console import errors
 from ttmray.errors import UserError
 
@@ -28,6 +29,8 @@ _answered: set[str] = set()
 
 def options(uri: str) -> dict[str, Any]:
     """Options of fsspec for an address: time-outs, and no retries beside ours."""
+    if hub.is_hub(uri):
+        return hub.options()
     if uri.partition("://")[0] not in ("s3", "s3a"):
         return {}
     import fsspec
@@ -67,6 +70,8 @@ def patiently(where: str, act: Callable[[], Result]) -> Result:
             if store not in _answered:
                 patience = min(patience, FIRST_PATIENCE_S)
             spent = time.monotonic() - begun
+            if spent + pause > patience and hub.is_hub(where):
+                raise  # says what to do by itself
             if spent + pause > patience:
                 raise UserError(
                     f"{where}: the object store has failed for {spent:.0f} s: {type(error).__name__}: {error}",
@@ -94,6 +99,8 @@ def taken(error: BaseException) -> bool:
 
 def passes(error: BaseException) -> bool:
     """Whether the same request may work later: the store is busy, broken, or cannot be reached."""
+    if (known := hub.passes(error)) is not None:
+        return known
     status = http_status(error)
     if status is not None:
         # 409: another conditional PUT of the same name was under way

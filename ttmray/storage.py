@@ -13,13 +13,13 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from ttmray import object_store
+from ttmray import hub, object_store
 from ttmray.console import errors
 from ttmray.errors import UserError
 from ttmray.listing import ListedFile, walk
@@ -57,11 +57,13 @@ def is_remote(path: str) -> bool:
 
 
 def refuse_vanishing(place: str) -> None:
-    """Refuse a place to write at which Ray deletes after a job: its copy of the folder of `--working-dir`.
+    """Refuse a place to write on the hub, or at which Ray deletes after a job: its copy of the folder of
+    `--working-dir`.
 
     Raises:
         UserError: the place is in there.
     """
+    hub.refuse_writing(place)
     if UNPACKED in place:
         raise UserError(
             f"{place} would vanish with this job: it lies in the copy that Ray has made of the working directory.",
@@ -90,7 +92,8 @@ def explained(what: str) -> Iterator[None]:
         UserError: for those.
     """
     try:
-        yield
+        with hub.explained(what):
+            yield
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -139,12 +142,17 @@ class Folder:
     def remote(self) -> bool:
         return is_remote(self.uri)
 
+    @property
+    def hub(self) -> bool:
+        return hub.is_hub(self.uri)
+
     def __str__(self) -> str:
         return self.uri
 
     def _filesystem(self) -> tuple[Any, str]:
         import fsspec
 
+        hub.refuse_offline(self.uri)
         try:
             # listing caches would hide what other workers committed
             fs, root = fsspec.core.url_to_fs(
@@ -159,7 +167,7 @@ class Folder:
                 f"{self.uri}: {error}", "pip install 'ttmray[s3]'" if scheme == "s3" else f"Install fsspec's {scheme}."
             ) from error
         except ValueError as error:
-            raise UserError(f"{self.uri}: {error}", "Use a local path or an s3:// address.") from error
+            raise UserError(f"{self.uri}: {error}", "Use a local path, or an s3:// or hf:// address.") from error
 
     def path(self, name: str) -> str:
         """Full local path or URI of `name`."""
@@ -172,8 +180,10 @@ class Folder:
         if not self.remote:
             return os.path.exists(self.path(name))
         fs, root = self._filesystem()
+        full = f"{root}/{safe_relative(name)}"
         with explained(self.path(name)):
-            return bool(patiently(self.path(name), lambda: fs.exists(f"{root}/{safe_relative(name)}")))
+            # the hub's own `exists` answers no where it was not reached
+            return bool(patiently(self.path(name), lambda: _there(fs, full) if self.hub else fs.exists(full)))
 
     def files(self, under: str = "", sizes: bool = True, unreadable: dict[str, str] | None = None) -> list[ListedFile]:
         """All files below `under`, in sorted order; empty where the folder does not exist.
@@ -193,12 +203,8 @@ class Folder:
                 fs, root = self._filesystem()
                 base = f"{root}/{under}" if under else root
                 listed = [
-                    ListedFile(
-                        full[len(base) :].removeprefix("/"),
-                        int(info.get("size") or 0),
-                        str(info.get("ETag") or "").strip('"'),
-                    )
-                    for full, info in patiently(where, lambda: fs.find(base, detail=True)).items()
+                    ListedFile(full[len(base) :].removeprefix("/"), int(info.get("size") or 0), _version(info))
+                    for full, info in patiently(where, lambda: _find(fs, base, self.hub)).items()
                     if info.get("type") == "file"
                 ]
             else:
@@ -230,7 +236,7 @@ class Folder:
                     if not self.remote:
                         return file.read(), str(os.fstat(file.fileno()).st_mtime_ns)
                     details = getattr(file, "details", None) or {}
-                    return file.read(), str(details.get("ETag") or "").strip('"')
+                    return file.read(), _version(details)
                 except OSError as error:
                     if type(error).__name__ != "FileExpired":  # of s3fs: each range is asked for by its ETag
                         raise
@@ -291,6 +297,7 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens when it is gone already (another worker may have been faster)."""
+        hub.refuse_writing(self.uri)
         with explained(self.path(name)):
             try:
                 if self.remote:
@@ -342,8 +349,8 @@ def parquet_table(data: bytes, columns: Sequence[str] | None = None) -> "pa.Tabl
 
 
 def split_path(path: str) -> tuple[Folder, str]:
-    """The folder and the file name of a path or URI to one file."""
-    full = absolute(path)
+    """The folder and the file name of a path or URI to one file; a repository of the hub stands for its weights."""
+    full = hub.file_of(absolute(path))
     parent, _, name = full.rpartition("/")
     return Folder(parent or "/"), name
 
@@ -357,7 +364,8 @@ def read_file(path: str) -> bytes:
 def local_file(path: str) -> Path:
     """`path` itself where it is local, else its copy on this machine, made once per version of the remote file.
 
-    Copies lie in the folder that TTMRAY_COPIES names, else in ~/.cache/ttmray/copies; nothing evicts them.
+    Copies lie in the folder that TTMRAY_COPIES names, else in ~/.cache/ttmray/copies, those of the hub in its own
+    cache; nothing evicts them.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
@@ -367,6 +375,8 @@ def local_file(path: str) -> Path:
         if not os.path.isfile(folder.path(name)):
             raise UserError(f"{path} is not a file.", "Check the path.")
         return Path(folder.path(name))
+    if folder.hub:
+        return hub.local_copy(folder.path(name))
     with explained(path):
         fs, root = folder._filesystem()
         key = patiently(path, lambda: fs.ukey(f"{root}/{safe_relative(name)}"))
@@ -375,6 +385,27 @@ def local_file(path: str) -> Path:
     if not copy.exists(name):
         copy.write(name, folder.read(name))
     return Path(copy.path(name))
+
+
+def _there(fs: Any, path: str) -> bool:
+    """Whether the hub has a file or folder."""
+    try:
+        fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _find(fs: Any, base: str, on_hub: bool) -> dict[str, Any]:
+    """All files below a folder, none where it is not there."""
+    if on_hub and not _there(fs, base):
+        return {}
+    return dict(fs.find(base, detail=True))
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """Of a remote file: its ETag, or on the hub the id of its content."""
+    return str(info.get("ETag") or info.get("blob_id") or "").strip('"')
 
 
 def _is_ours(name: str) -> bool:

@@ -174,13 +174,13 @@ def test_the_limit_takes_the_first_tracks_and_leaves_their_ids(tmp_path):
 
 @pytest.mark.parametrize(
     ("files", "named"),
-    [({}, "it is empty"), ({"cover_dot_jpg": b"", "song_dot_m4a": b""}, "only other files (.jpg 1, .m4a 1)")],
+    [({}, "it is empty"), ({"cover_dot_jpg": b"", "song_dot_mid": b""}, "only other files (.jpg 1, .mid 1)")],
 )
 def test_a_folder_without_audio_says_what_was_searched_and_found(tmp_path, files, named):
     with pytest.raises(UserError) as caught:
         build_catalogue(put(tmp_path, **files), CatalogueConfig())
     assert named in caught.value.message
-    assert ".flac, .mp3, .ogg, .wav" in caught.value.hint
+    assert ".aac, .flac, .m4a, .mp3, .ogg, .opus, .wav, .wma" in caught.value.hint
 
 
 def test_a_missing_folder_and_a_file_that_is_no_table_are_named(tmp_path):

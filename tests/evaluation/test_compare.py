@@ -233,3 +233,19 @@ def test_tables_without_usable_scores_are_refused_with_the_place(tmp_path, row, 
 
 def test_what_json_cannot_say_is_none():
     assert plain({"a": (np.float64("nan"), np.int64(2), float("inf")), "b": None}) == {"a": [None, 2, None], "b": None}
+
+
+def test_an_evaluation_is_named_by_its_folder_or_by_its_results(tmp_path):
+    results = {"protocol": "p", "systems": [{"name": name, "metrics": {}} for name in "xy"]}
+    rows = [
+        {"system": name, "prompt_id": str(i), "status": "ok", "reward": i / 3 + (name == "x"), "clap_score": 0.1}
+        for name in "xy"
+        for i in range(3)
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "clips.parquet")
+    by_folder = read_scores(str(tmp_path))
+    assert {score.system for score in by_folder[0]} == {"x", "y"}
+    assert read_scores(str(tmp_path / "results.json")) == by_folder
+    assert read_scores(str(tmp_path / "clips.parquet")) == by_folder
+    assert compare([str(tmp_path / "results.json")]) == 0

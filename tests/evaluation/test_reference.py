@@ -323,3 +323,16 @@ def test_near_duplicates_are_looked_for_in_clips_of_the_corpus_not_in_their_stem
 def test_training_that_is_no_corpus_is_refused(songs):
     with pytest.raises(UserError, match="no corpus run and no reference set"):
         load_training(str(songs), "nowhere", PROTOCOL)
+
+
+def test_what_is_no_set_of_recordings_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "run/clips").mkdir(parents=True)
+    (tmp_path / "run/run.json").write_text('{"kind": "generate"}')
+    store = str(tmp_path / "store")
+    with pytest.raises(UserError, match="run of kind generate") as caught:
+        build_reference("mine", str(tmp_path / "run"), store=store)
+    assert "recordings" in caught.value.hint
+    (tmp_path / "songs").mkdir()
+    with pytest.raises(UserError, match="split"):
+        build_reference("mine", str(tmp_path / "songs"), store=store, split="train")
+    assert not (tmp_path / "store").exists()

@@ -1,5 +1,6 @@
 """`ttmray score`: the numbers of the corpus job for any file, and a reason for every file that has none."""
 
+import csv
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import soundfile
 from ttmray.cli import main
 from ttmray.corpus import index
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_TOO_MANY_FAILURES
+from ttmray.evaluation.score import sounds_of
 from ttmray.storage import Folder
 
 RATE = 44100
@@ -202,6 +204,57 @@ def test_bad_arguments_are_one_message_and_exit_code_2(capsys, monkeypatch, tmp_
     assert err.startswith("error: ")
     assert message in err
     assert "Traceback" not in err
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_is_scored_file_by_file_into_a_csv(capsys, tmp_path):
+    (tmp_path / "songs/deep").mkdir(parents=True)
+    for name in ("a.flac", "deep/b.wav"):
+        write(tmp_path / "songs" / name, music(1.0))
+    (tmp_path / "songs/broken.mp3").write_text("nothing\n" * 50)
+    (tmp_path / "songs/cover.jpg").write_bytes(b"x")
+    out = tmp_path / "scores.csv"
+    command = ["score", str(tmp_path / "songs"), "--device", "cpu", "--csv", str(out)]
+    assert main(command) == EXIT_TOO_MANY_FAILURES
+    rows = rows_of(out)
+    assert [(Path(row["file"]).name, row["status"]) for row in rows] == [
+        ("a.flac", "ok"), ("broken.mp3", "failed"), ("b.wav", "ok"),
+    ]  # fmt: skip
+    assert rows[1]["reason"] == "not_audio"
+    assert rows[1]["reward"] == ""
+    assert np.isfinite(float(rows[0]["reward"]))
+    assert "2 of 3 sounds" in capsys.readouterr().out
+    assert main(["score", str(tmp_path / "songs/a.flac"), "--csv", str(tmp_path / "x.txt")]) == EXIT_BAD_INPUT
+    (tmp_path / "empty").mkdir()
+    assert main(["score", str(tmp_path / "empty")]) == EXIT_BAD_INPUT
+
+
+def test_a_table_names_sounds_beside_it_and_their_captions(tmp_path):
+    write(tmp_path / "a.flac", music(1.0))
+    write(tmp_path / "b.flac", music(1.0, channels=1))
+    (tmp_path / "list.csv").write_text(f"path,caption\na.flac,a harp\n{tmp_path}/b.flac,\n")
+    out = tmp_path / "scores.csv"
+    command = ["score", str(tmp_path / "list.csv"), "--device", "cpu", "--csv", str(out)]
+    assert main(command) == EXIT_OK
+    first, second = rows_of(out)
+    assert (first["caption"], second["caption"]) == ("a harp", "")
+    assert first["clap_score"] != ""
+    assert second["clap_score"] == "", "no caption, no CLAP score"
+    (tmp_path / "bad.csv").write_text("caption\na harp\n")
+    assert main(["score", str(tmp_path / "bad.csv")]) == EXIT_BAD_INPUT
+
+
+def test_clips_of_a_generation_run_are_scored_against_their_prompts(tmp_path):
+    run = str(tmp_path / "run")
+    assert main(["generate", "--prompt", "a harp", "--output", run, "--set", "sampler.steps=1"]) == EXIT_OK
+    ((path, caption),) = sounds_of([run], "")
+    assert caption == "a harp"
+    assert Path(path).is_file()
+    assert sounds_of([run], "other") == [(path, "other")]
 
 
 @pytest.mark.slow  # MERT's attention over 300 s at a time

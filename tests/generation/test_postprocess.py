@@ -13,6 +13,7 @@ import soundfile
 from pydantic import ValidationError
 from scipy.signal import resample_poly
 
+from ttmray import inventory
 from ttmray.audio.io import AudioLimits, decode, resample
 from ttmray.audio.limiter import to_loudness
 from ttmray.audio.loudness import integrated_loudness, true_peak
@@ -28,6 +29,7 @@ from ttmray.generation.postprocess import (
 )
 from ttmray.models.separator import Separator, debug_separator
 from ttmray.runs import SUCCESS
+from ttmray.storage import Folder
 
 RATE = 44100
 PLAIN = PostprocessConfig(passes=0)
@@ -366,3 +368,17 @@ def test_files_that_it_did_not_make_are_never_replaced(tmp_path):
     with pytest.raises(UserError, match=r"holds a\.wav but no table\.csv"):
         postprocess([str(tmp_path / "in")], str(tmp_path / "out"), PostprocessConfig(passes=0))
     assert (tmp_path / "out/a.wav").read_bytes() == b"of somebody"
+
+
+@pytest.mark.parametrize("kind", ["corpus", "pool", "sft", "evaluate", "postprocess"])
+def test_runs_whose_audio_is_no_input_are_refused(tmp_path, kind):
+    (tmp_path / "run/samples").mkdir(parents=True)
+    soundfile.write(tmp_path / "run/samples/step-1-0.flac", np.zeros((44100, 1)), 44100)
+    if kind == "postprocess":
+        inventory.note(Folder.at(str(tmp_path / "run")), kind, [])
+    else:
+        (tmp_path / "run/run.json").write_text(f'{{"kind": "{kind}"}}')
+    with pytest.raises(UserError) as caught:
+        postprocess([str(tmp_path / "run")], str(tmp_path / "out"), PostprocessConfig(passes=0))
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.models import weights_cli
 from ttmray.models.bigvgan import debug_bigvgan, load_bigvgan
+from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.weights import Registry, Store, licences, load_registry, open_store, released
 
 
@@ -48,6 +49,20 @@ def test_missing_weights_name_the_one_command(tmp_path):
         store_of(tmp_path).find("model")
     assert "w.bin" in caught.value.message
     assert caught.value.hint.endswith("ttmray weights pull model")
+
+
+def test_all_missing_weights_are_named_at_once_with_their_sizes_and_one_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTMRAY_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        open_bundle("paper").load({"clap", "mert", "tunejury"}, LoadOptions(device="cpu"))
+    names = ["clap-music", "roberta-tokenizer", "mert", "tunejury"]
+    assert caught.value.hint == f"Get them with: ttmray weights pull {' '.join(names)}"
+    assert all(name in caught.value.message for name in names)
+    assert "4 of 4" in caught.value.message
+    assert "3.6 GB" in caught.value.message
+    with pytest.raises(UserError) as again:
+        open_bundle("paper").identity({"clap", "mert", "tunejury"})
+    assert again.value.hint == caught.value.hint
 
 
 def test_a_converted_file_stands_in_for_a_checkpoint_in_a_local_folder(tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ttmray import hub
 from ttmray.api.inputs import Prompts, config_from, prompts_from
 from ttmray.api.sounds import AudioClip, SoundLike, named_sounds
 from ttmray.audio.io import AudioLimits, decode, resample
@@ -18,6 +19,7 @@ from ttmray.evaluation.score import FACTS, open_scorer, score_sounds
 from ttmray.models import one_thread, threads_restored
 from ttmray.models.bundle import DEFAULT, LoadOptions, open_bundle, resolve_device
 from ttmray.models.kept import KeptBundle
+from ttmray.models.published import published
 from ttmray.models.scoring import Embeddings, Scorer
 from ttmray.storage import Folder
 
@@ -56,7 +58,8 @@ def load(
 
     Args:
         bundle: `debug` (tiny, untrained: its numbers mean nothing), another name of `ttmray weights list`, the folder
-            of a bundle, or one of these with another reward head: `debug+runs/my-ranker`.
+            of a bundle, or one of these with another reward head: `debug+runs/my-ranker`. `hf://org/name` is what
+            `ttmray push` has uploaded there: a bundle, a reward head, or weights that `generate` then uses.
         device: `cpu`, `cuda`, or `auto`: cuda where there is one.
         batch: clips per forward on a GPU.
         threads: clips side by side on a CPU; default: one per CPU.
@@ -70,14 +73,17 @@ def load(
     >>> studio
     LoadedBundle('debug', device='cpu')
     """
-    name = os.fspath(bundle)
+    name, checkpoint = os.fspath(bundle), None
+    if hub.is_hub(name):
+        there = published(name)
+        name, checkpoint = there.bundle, there.checkpoint
     opened = KeptBundle(open_bundle(name))
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, not {threads}.")
     options = LoadOptions(device=resolve_device(device), batch=batch, threads=threads or os.cpu_count() or 1)
     if opened.note:
         errors.print(opened.note, style="yellow")
-    return LoadedBundle(name, opened, options, None if cache is None else os.fspath(cache))
+    return LoadedBundle(name, opened, options, None if cache is None else os.fspath(cache), checkpoint)
 
 
 class LoadedBundle:
@@ -86,10 +92,13 @@ class LoadedBundle:
     Attributes:
         name: as it was asked for.
         note: what people must know about its numbers.
+        checkpoint: address of the weights that `generate` uses where it is not told others; None: the bundle's.
     """
 
-    def __init__(self, name: str, bundle: KeptBundle, options: LoadOptions, cache: str | None) -> None:
-        self.name, self.note = name, bundle.note
+    def __init__(
+        self, name: str, bundle: KeptBundle, options: LoadOptions, cache: str | None, checkpoint: str | None = None
+    ) -> None:
+        self.name, self.note, self.checkpoint = name, bundle.note, checkpoint
         self._bundle, self._options, self._cache = bundle, options, cache
         self._scorers: dict[str, Scorer] = {}
 
@@ -268,6 +277,7 @@ class LoadedBundle:
         ours["runtime"] = {name: getattr(self._options, name) for name in ("device", "batch", "threads")}
         if isinstance(config, GenerateConfig) and config.postprocess is not None:
             ours["postprocess"] = {"bundle": self.name}
+        ours |= {} if self.checkpoint is None else {"checkpoint": self.checkpoint}
         ours |= {} if seed is None else {"seed": seed}
         ours |= {} if output is None else {"output": output}
         ours |= {} if score == "default" else {"sampler": {"score": score}}

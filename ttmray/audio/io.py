@@ -1,7 +1,8 @@
 """Decoding, resampling and writing of audio files.
 
-There is one decoder (soundfile, that is libsndfile with mpg123) for every file of the project: some other
-MP3 decoders keep the encoder's delay, and stems and mixes decoded by different libraries are 25 ms apart.
+There is one decoder (soundfile, that is libsndfile with mpg123) for every file that it knows: some other MP3 decoders
+keep the encoder's delay, and stems and mixes decoded by different libraries are 25 ms apart. What it does not know and
+people have all the same (.m4a, .aac, .wma) goes to `audio/foreign.py`.
 """
 
 import io
@@ -17,6 +18,7 @@ import soundfile
 import soxr
 from scipy.io import wavfile
 
+from ttmray.audio import foreign
 from ttmray.audio.chatter import held_back
 from ttmray.audio.survey import (
     FORMATS,
@@ -30,7 +32,7 @@ from ttmray.audio.survey import (
 )
 from ttmray.errors import ClipError
 
-AUDIO_EXTENSIONS: frozenset[str] = frozenset({".wav", ".flac", ".mp3", ".ogg"})
+AUDIO_EXTENSIONS: frozenset[str] = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus"}) | foreign.EXTENSIONS
 """File name extensions of audio, in lower case; match names case-insensitively."""
 
 READING = 2
@@ -117,11 +119,16 @@ def probe(source: Source) -> AudioInfo:
     up to 256 MiB.
 
     Raises:
-        ClipError: failed/`empty_file`, `not_audio`, `unsupported_format`, `unknown_length`, `truncated` or
-            `length_mismatch`.
+        ClipError: failed/`empty_file`, `not_audio`, `unsupported_format`, `no_decoder`, `unknown_length`, `truncated`
+            or `length_mismatch`.
         OSError: if the file cannot be opened.
     """
     with _stream(source) as stream, held_back():
+        if what := foreign.kind(stream):
+            held = foreign.info(stream, what)
+            if not held.frames:
+                raise ClipError("failed", "unknown_length", _NO_LENGTH)
+            return AudioInfo(held.sample_rate, held.channels, held.frames)
         told, format = None, None
         try:
             with _sound(stream) as sound:
@@ -172,14 +179,15 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
         it), and the sample rate in Hz.
 
     Raises:
-        ClipError: failed/`empty_file`, `not_audio`, `unsupported_format`, `truncated`, `length_mismatch`,
-            `unknown_length`, `non_finite`; rejected/`sample_rate`, `channels`, `too_short`, `too_long`, `too_loud`,
-            `decoded_size`.
+        ClipError: failed/`empty_file`, `not_audio`, `unsupported_format`, `no_decoder`, `truncated`,
+            `length_mismatch`, `unknown_length`, `non_finite`; rejected/`sample_rate`, `channels`, `too_short`,
+            `too_long`, `too_loud`, `decoded_size`.
         OSError: if the file cannot be opened.
     """
     try:
         with _stream(source) as stream, held_back():
-            audio, rate = _decode(stream, limits)
+            what = foreign.kind(stream)
+            audio, rate = foreign.decode(stream, what, limits) if what else _decode(stream, limits)
         # After decoding, as an MP3's header may promise a little too much.
         duration_s = audio.shape[1] / rate
         if duration_s < limits.min_duration_s:
@@ -200,13 +208,13 @@ def check_samples(audio: np.ndarray, rate: int, limits: AudioLimits) -> None:
             `decoded_size`.
     """
     info = AudioInfo(rate, audio.shape[0], audio.shape[1])
-    _check_upper_limits(info, limits)
+    check_upper_limits(info, limits)
     if info.duration_s < limits.min_duration_s:
         raise ClipError("rejected", "too_short", f"{info.duration_s:.2f} s, shorter than {limits.min_duration_s:g} s")
     if not np.isfinite(audio).all():
         raise ClipError("failed", "non_finite", "NaN or infinite samples")
     if (peak := float(np.abs(audio).max(initial=0.0))) > limits.max_peak:
-        raise ClipError("rejected", "too_loud", _too_loud(peak, limits.max_peak))
+        raise ClipError("rejected", "too_loud", too_loud(peak, limits.max_peak))
 
 
 def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
@@ -214,11 +222,11 @@ def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
         with _sound(stream) as sound:
             info, format = AudioInfo(sound.samplerate, sound.channels, sound.frames), sound.format
             if format != "MP3" and info.frames < _UNKNOWN_FRAMES:
-                _check_upper_limits(info, limits)  # before the bytes are read
+                check_upper_limits(info, limits)  # before the bytes are read
             begin = stream.tell()
             parts = survey(stream, format)
             if parts is not None and all(part.samples for part in parts):
-                _check_upper_limits(_told(parts), limits)
+                check_upper_limits(_told(parts), limits)
             if parts is None or _as_it_is(parts, info):
                 stream.seek(begin)
                 held = parts[0].samples if parts else 0
@@ -238,7 +246,7 @@ def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
             check_chunks(stream, 0.0)  # libsndfile refuses a CAF that was cut
             raise
         if all(part.samples for part in parts):
-            _check_upper_limits(_told(parts), limits)
+            check_upper_limits(_told(parts), limits)
     return _read_parts(parts, limits)
 
 
@@ -259,7 +267,7 @@ def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarr
             info = AudioInfo(sound.samplerate, sound.channels, sound.frames)
             rate = rate or info.sample_rate
             frames += round(info.frames * rate / info.sample_rate)
-            _check_upper_limits(AudioInfo(rate, info.channels, frames), limits)
+            check_upper_limits(AudioInfo(rate, info.channels, frames), limits)
             wave = _read(sound, info, limits)
             if not part.samples:
                 check_chunks(stream, wave.shape[1] / info.sample_rate)
@@ -275,7 +283,12 @@ def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarr
     return np.concatenate([np.broadcast_to(wave, (channels, wave.shape[1])) for wave in waves], axis=1), rate
 
 
-def _check_upper_limits(info: AudioInfo, limits: AudioLimits) -> None:
+def check_upper_limits(info: AudioInfo, limits: AudioLimits) -> None:
+    """Hold what a file says of itself to the upper limits of `decode`.
+
+    Raises:
+        ClipError: failed/`unknown_length`; rejected/`sample_rate`, `channels`, `too_long`, `decoded_size`.
+    """
     low, high = limits.min_sample_rate, limits.max_sample_rate
     if info.frames >= _UNKNOWN_FRAMES:
         raise ClipError("failed", "unknown_length", _NO_LENGTH)
@@ -315,13 +328,14 @@ def _read(sound: _ForwardFile, info: AudioInfo, limits: AudioLimits) -> np.ndarr
         audio[:, done : done + len(block)] = block.T
         done += len(block)
     if peak > limits.max_peak:
-        raise ClipError("rejected", "too_loud", _too_loud(peak, limits.max_peak))
+        raise ClipError("rejected", "too_loud", too_loud(peak, limits.max_peak))
     if info.frames - done > TOLERANCE_S * info.sample_rate:
         raise truncated(done / info.sample_rate, info.duration_s)
     return audio[:, :done]
 
 
-def _too_loud(peak: float, most: float) -> str:
+def too_loud(peak: float, most: float) -> str:
+    """The message about a sample peak (full scale 1.0) beyond the limit."""
     level = f"sample peak {peak:.6g} ({20 * math.log10(peak):+.1f} dBFS), more than {most:g}"
     scales = {bits: 2.0 ** (bits - 1) for bits in (16, 24, 32)}
     likely = [bits for bits, scale in scales.items() if scale / 1000 < peak <= scale]

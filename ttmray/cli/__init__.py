@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from ttmray import __version__
-from ttmray.cli import corpus, evaluation, generation, models, recipes, training
+from ttmray.cli import challenge, corpus, evaluation, generation, models, recipes, training
 from ttmray.cli.command import Command, add_parsers, execute
 from ttmray.console import errors
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from ttmray.signals import MESSAGE, Interruption
 
-FAMILIES = (corpus, generation, training, evaluation, models, recipes)
+FAMILIES = (corpus, generation, training, evaluation, models, recipes, challenge)
 COMMANDS: tuple[Command, ...] = tuple(command for family in FAMILIES for command in family.COMMANDS)
 
 

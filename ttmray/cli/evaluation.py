@@ -13,14 +13,15 @@ COMMANDS = (
         "reward, CLAP score, loudness and true peak of audio files",
         "ttmray.evaluation.score:score",
         (
-            argument("files", nargs="+", metavar="FILE", help="audio files: local paths or s3:// addresses"),
-            argument("--caption", metavar="TEXT", help="text to compare with (CLAP score)"),
+            argument("files", nargs="+", metavar="FILE", help="audio files, folders, or tables with a column path"),
+            argument("--caption", metavar="TEXT", help="text to compare with (CLAP score; default: that of the row)"),
             argument("--bundle", help=BUNDLE_HELP),
             argument("--reward-text", choices=("empty", "caption"), help="what the reward sees (default empty)"),
             argument("--device", help="auto (default), cpu or cuda"),
             argument("--batch", type=int, metavar="N", help="clips per model forward on a GPU (default 8)"),
             argument("--cache", metavar="DIR", help="folder that keeps embeddings, shared by jobs"),
             switch("--json", "one JSON object per line", dest="as_json"),
+            argument("--csv", metavar="FILE", dest="csv_to", help="write the rows to this .csv"),
         ),
     ),
     Command(
@@ -44,7 +45,7 @@ COMMANDS = (
         "the paired table of evaluations, scored runs or tables of scores",
         "ttmray.evaluation.compare:compare",
         (
-            argument("sources", nargs="+", metavar="OUT", help="evaluation, generation run with scores, or table"),
+            argument("sources", nargs="+", metavar="OUT", help="evaluation or its results, generation run, or table"),
             argument("--format", choices=("table", "markdown", "latex", "csv"), help="default table"),
             argument("--out", metavar="FILE", help="write the table there"),
             argument("--baseline", metavar="NAME", help=BASELINE_HELP),

@@ -19,7 +19,7 @@ COMMANDS = (
         "parameters per part of a backbone, against the challenge's limit",
         "ttmray.models.backbone_weights:show_params",
         (
-            argument("--size", choices=("s_44k", "l_44k", "s_16k", "l_16k"), default="s_44k"),
+            argument("--size", choices=("s_44k", "l_44k", "m_44k", "s_16k", "l_16k"), default="s_44k"),
             argument("--head", choices=("none", "v1", "v2", "v3", "v4", "v5"), default="v2"),
             argument("--checkpoint", metavar="FILE", dest="path", help="count the weights of this file instead"),
         ),

@@ -33,6 +33,23 @@ COMMANDS = (
         config="ttmray.recipes.micro:MicroConfig",
     ),
     Command(
+        "push",
+        "a model, ranker, bundle or corpus to the Hugging Face Hub, with its card (docs/hub.md)",
+        "ttmray.recipes.push:push",
+        (
+            argument("path", metavar="RUN_OR_FILE", help="finished run, bundle's folder, or weights; local or s3://"),
+            argument("repo", metavar="ORG/NAME", help="repository, which is made where it is not there"),
+            argument("--weights", metavar="KIND", help="of a training run: raw (default) or ema:SIGMA"),
+            argument("--license", metavar="ID", help="identifier of the hub; free ones are refused for what is not"),
+            argument("--bundle", help="set of models of a file that does not say it"),
+            argument("--name", help="title of the card (default: that of the repository)"),
+            argument("--evaluation", metavar="OUT", help="of a model: output of `ttmray evaluate` with its clips"),
+            argument("--system", metavar="NAME", help="of a model: its name in that evaluation"),
+            switch("--public", "everybody may see a repository that is made now (default: private)"),
+            switch("--new-card", "replace a README.md that is there"),
+        ),
+    ),
+    Command(
         "demo",
         "songs of known quality, scored; clips from prompts; a page (jobs/demo.py)",
         "ttmray.recipes.demo:demo",

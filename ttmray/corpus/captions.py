@@ -108,18 +108,21 @@ def find_captions(folder: Folder, names: Iterable[str]) -> tuple[Table | None, l
     return None, passed
 
 
-def join(tracks: Sequence[Track], captions: dict[str, str]) -> tuple[list[Track], dict[str, int]]:
+def join(tracks: Sequence[Track], captions: dict[str, str], stem: str = "") -> tuple[list[Track], dict[str, int]]:
     """Give every track its caption, by file stem.
 
     Tables may name paths with other leading folders and another extension than the audio has. Where several
     tracks or captions have one stem, equal paths, else the longest common end of the paths decides; what is
     ambiguous even then stays without caption and is counted.
 
+    Args:
+        stem: end of all file names that captions do not have.
+
     Returns:
         The tracks in the same order, and the counts `captions_matched` (tracks), `tracks_without_caption`,
         `captions_unmatched` and `captions_ambiguous` (tracks).
     """
-    keys, names = list(captions), [without_extension(track.path) for track in tracks]
+    keys, names = list(captions), [without_extension(track.path).removesuffix(stem) for track in tracks]
     keys_by_end, names_by_end = _by_end(keys), _by_end(names)
     names_of_key = [{names[i] for i in _best(names, names_by_end, key)} for key in keys]
     joined: list[Track] = []

@@ -72,7 +72,7 @@ def build_catalogue(input: str, config: CatalogueConfig) -> Catalogue:
     if captions is None:
         report["tracks_without_caption"] = sum(not track.caption for track in tracks)
     else:
-        tracks, counts = join(tracks, captions)
+        tracks, counts = join(tracks, captions, config.stem)
         report.update(counts)
         _check_join(tracks, captions, counts, report)
     if config.exclude is not None:
@@ -156,6 +156,12 @@ def track_ids(paths: Sequence[str]) -> list[str]:
     return ids
 
 
+def _plain(path: str, stem: str) -> str:
+    """A path without the end that all names of the catalogue have."""
+    name, ending = os.path.splitext(path)
+    return name.removesuffix(stem) + ending
+
+
 def _slug(stem: str) -> str:
     plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")[:40].rstrip("-") or "track"
@@ -182,9 +188,16 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
     entries = [e for e in listing if not any(_is_hidden(part) for part in e.name.split("/"))]
     unreadable = {name: why for name, why in unreadable.items() if not any(map(_is_hidden, name.split("/")))}
     extension = [os.path.splitext(entry.name)[1].lower() for entry in entries]
-    audio = [entry for entry, kind in zip(entries, extension, strict=True) if kind in AUDIO_EXTENSIONS]
+    every = [entry for entry, kind in zip(entries, extension, strict=True) if kind in AUDIO_EXTENSIONS]
+    audio = [entry for entry in every if os.path.splitext(entry.name)[0].endswith(config.stem)]
     others = Counter(kind or "(none)" for kind in extension if kind not in AUDIO_EXTENSIONS)
     listed = ", ".join(f"{_shown(kind)} {count}" for kind, count in sorted(others.items()))
+    if every and not audio:
+        raise UserError(
+            f"{folder} holds {len(every)} audio files, and none whose name ends in {config.stem}, such as "
+            f"{every[0].name}.",
+            "Set catalogue.stem to the end of the names, or leave it out.",
+        )
     if not audio:
         nothing = f"only other files ({listed})." if others else "it is empty."
         raise UserError(
@@ -194,7 +207,13 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
     problems = {entry.name: problem for entry in audio if (problem := _name_problem(entry.name))}
     tracks = [
         Track(track_id=track_id, path=_path(entry.name, problems), size=entry.size, version=entry.version)
-        for track_id, entry in zip(_ids([entry.name for entry in audio], problems), audio, strict=True)
+        for track_id, entry in zip(
+            _ids(
+                [_plain(entry.name, config.stem) for entry in audio], {_plain(name, config.stem) for name in problems}
+            ),
+            audio,
+            strict=True,
+        )
     ]
     tracks = [
         _rejected(track, BAD_NAME, problems[entry.name]) if entry.name in problems else track
@@ -203,6 +222,8 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
     tracks += _locked(unreadable, {track.track_id.lower() for track in tracks})
     tracks.sort(key=lambda track: track.path)
     report: dict[str, int | str] = {"other_files": others.total(), "other_extensions": listed}
+    if config.stem:
+        report["audio_without_stem"] = len(every) - len(audio)
     if unreadable:
         report["warning, folders"] = f"{_folders(unreadable)}; what they hold is not part of the run"
     captions = None

@@ -30,6 +30,9 @@ class CatalogueConfig(Config):
     `segments.max_clips` clips in the plan."""
     limit: int | None = Field(None, ge=1)
     """Take only the first N tracks in catalogue order."""
+    stem: str = added("", pattern=r"^[A-Za-z0-9_-]{0,32}$")
+    """Of a folder, take only the files whose names end in this before their ending, such as `_instrumental` of
+    separated songs that lie beside their mixes: `85/1085785_instrumental.mp3` is track 1085785. Empty: all audio."""
 
 
 class SplitConfig(Config):
@@ -41,6 +44,10 @@ class SplitConfig(Config):
     """Tracks held out for test (paper III-D: 200)."""
     seed: int = 0
     """Seed of the hash order."""
+    table: Location | None = execution(None)
+    """Table with the columns `id` (or `track_id`) and `split` (train, validation or test), instead of the rule:
+    `ttmray attm split` writes that of the challenge. Tracks that it does not name are for training. The splits
+    themselves are part of the plan's identity."""
     group_by_artist: bool = False
     """Keep all tracks of an artist in one split; counts are then reached with whole artists."""
 

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from ttmray.audio.segment import SegmentRule, count_clips
 from ttmray.corpus.catalogue import Catalogue
-from ttmray.corpus.config import CorpusConfig, SplitConfig
+from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.headers import read_header
-from ttmray.corpus.track import Track
+from ttmray.corpus.splits import assign_splits, split_rule
 from ttmray.errors import UserError
 from ttmray.storage import Folder, parquet_table
 
@@ -193,42 +193,6 @@ def build_plan(catalogue: Catalogue, config: CorpusConfig) -> Plan:
     return Plan(table.select(SCHEMA.names).cast(SCHEMA), catalogue.root.uri)
 
 
-def assign_splits(tracks: Sequence[Track], config: SplitConfig) -> list[str]:
-    """`train`, `validation` or `test` for every track (paper III-D: 200 and 200 tracks, seeded).
-
-    Tracks, or artists, are ordered by SHA-256 of seed and id; validation takes from the front of that order
-    and test from its end. An added track therefore moves at most one other, from validation or test into
-    train, and none between validation and test. Rejected tracks get a split, but do not count.
-
-    Raises:
-        UserError: when validation and test take more than half of the usable tracks.
-    """
-    usable = sum(track.status == "ok" for track in tracks)
-    _check_splits(config.validation + config.test, usable, config, "ask for")
-    groups: dict[str, list[int]] = {}
-    for i, track in enumerate(tracks):
-        grouped = config.group_by_artist and track.artist_id
-        # the line feed keeps an artist apart from a track of the same name; ids cannot hold one
-        groups.setdefault(f"artist\n{track.artist_id}" if grouped else track.track_id, []).append(i)
-    order = sorted(groups, key=lambda key: hashlib.sha256(f"{config.seed}:{key}".encode()).digest())
-    splits = ["train"] * len(tracks)
-    taken = 0
-    for split, quota, keys in (
-        ("validation", config.validation, order),
-        ("test", config.test, list(reversed(order))),
-    ):
-        count = 0
-        for key in keys:
-            if count >= quota or splits[groups[key][0]] != "train":
-                break
-            for i in groups[key]:
-                splits[i] = split
-                count += tracks[i].status == "ok"
-        taken += count
-    _check_splits(taken, usable, config, "take, with whole artists,")
-    return splits
-
-
 def pack_units(clips: Sequence[int], decoded: Sequence[float], unit_clips: int) -> list[str]:
     """Unit name of every track: whole tracks in order, as many as fit.
 
@@ -293,17 +257,6 @@ def _listing(what: str, track_ids: Sequence[str], most: int = 5) -> str:
         return ""
     more = f" and {len(track_ids) - most} more" if len(track_ids) > most else ""
     return f"{len(track_ids)} track{'s' * (len(track_ids) > 1)} {what}: {', '.join(track_ids[:most])}{more}"
-
-
-def _check_splits(taken: int, usable: int, config: SplitConfig, verb: str) -> None:
-    if taken and taken > usable / 2:
-        few = usable // 10
-        raise UserError(
-            f"splits.validation={config.validation} and splits.test={config.test} {verb} {taken} of {usable} "
-            "usable tracks: less than half would be left for training.",
-            f"Use smaller ones, e.g. --set splits.validation={few} --set splits.test={few}"
-            + (", or --set splits.group_by_artist=false." if config.group_by_artist else "."),
-        )
 
 
 def _expected_clips(catalogue: Catalogue, config: CorpusConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -380,7 +333,7 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
         numbers.append((f"rejected: {reason}", count, "decided by the catalogue, before decoding"))
     for split in ("train", "validation", "test"):
         count = _counts(usable["split"]).get(split, 0)
-        numbers.append((f"{split} tracks", count, f"SHA-256 order with splits.seed={config.splits.seed}"))
+        numbers.append((f"{split} tracks", count, split_rule(config.splits)))
     rule = f"per track min({segments.max_clips}, whole {segments.clip_s:g} s), 1 from {segments.min_s:g} s"
     numbers += [
         ("expected clips", clips, rule + (f"; {unknown} tracks of unknown length" if unknown else "")),

@@ -135,7 +135,8 @@ def again(run: Folder, name: str) -> str:
 
 
 def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[str, Any]:
-    """Per split: mean, sample std, p5, p95 and max of score columns over the ok clips."""
+    """Per split: mean, sample std, p5, p95 and max of score columns over the ok clips; columns that no clip has, as in
+    a corpus of latents of others, are left out."""
     statistics: dict[str, Any] = {}
     ok = rows.filter(pc.equal(rows["status"], OK))
     for split in sorted(set(ok["split"].to_pylist())):
@@ -149,6 +150,7 @@ def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[st
                 "max": float(values.max()),
             }
             for name in names
+            if part[name].null_count < part.num_rows
             for values in [part[name].to_numpy()]
         }
     return statistics

@@ -361,7 +361,7 @@ class Write(Stage):
     """
 
     name, scope, resources = "write", "unit", "write"
-    arrays = ("clap_audio", "latent_mean", "latent_std", "mert")
+    arrays: ClassVar[tuple[str, ...]] = ("clap_audio", "latent_mean", "latent_std", "mert")
     reads: ClassVar[tuple[str, ...]] = (*arrays, "texts")
 
     def __init__(self, run: Folder, columns: Mapping[str, pa.DataType] | None = None) -> None:
@@ -371,10 +371,12 @@ class Write(Stage):
         rows = unit.ok_rows()
         by_track: dict[str, list[float]] = {}
         for row in rows:
-            by_track.setdefault(row["track_id"], []).append(row["reward_score"])
+            if row["reward_score"] is not None:  # latents of others have no rewards
+                by_track.setdefault(row["track_id"], []).append(row["reward_score"])
         metadata: dict[str, Any] = {"unit": unit.name, "files": {}, "latents": {}}
         for row in rows:
-            row.update(stage=self.name, track_reward_score=float(np.mean(by_track[row["track_id"]])))
+            rewards = by_track.get(row["track_id"])
+            row.update(stage=self.name, track_reward_score=float(np.mean(rewards)) if rewards else None)
         if rows:
             samples = {row["key"]: self._members(unit, i, row) for i, row in enumerate(rows)}
             data, members = shards.pack(samples)

@@ -166,9 +166,11 @@ def _unit_problems(
 ) -> Iterator[str]:
     """What is wrong with a unit; notes what its files really hold in `captions`, `shapes`, `latents` and `metadata`."""
     expected: dict[str, set[str]] = {}
-    for row in rows.select(["key", "status", "shard"]).to_pylist():
+    scored: set[str] = set()
+    for row in rows.select(["key", "status", "shard", "reward_score"]).to_pylist():
         if row["status"] == OK:
             expected.setdefault(row["shard"], set()).add(row["key"])
+            scored |= {row["key"]} if row["reward_score"] is not None else set()
     yield from (f"{shard} is in the index and not described" for shard in expected.keys() - metadata["files"].keys())
     for name, facts in metadata["files"].items():
         try:
@@ -193,13 +195,9 @@ def _unit_problems(
         for key, sample in shards.read_samples(data, name):
             keys.add(key)
             arrays = {kind: value for kind, value in sample.items() if isinstance(value, np.ndarray)}
-            missing = {
-                "json",
-                "latent_mean.npy",
-                "latent_std.npy",
-                "clap_audio.npy",
-                "mert.npy",
-            } - sample.keys()
+            needed = {"json", "latent_mean.npy", "latent_std.npy"}
+            needed |= {"clap_audio.npy", "mert.npy"} if key in scored else set()  # latents of others have no rewards
+            missing = needed - sample.keys()
             yield from (f"{name}: {key} has no {kind}" for kind in sorted(missing))
             yield from _array_problems(name, key, arrays, shapes)
         if keys != expected.get(name, set()) or len(keys) != facts["clips"]:

@@ -174,13 +174,15 @@ def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
     """Scores of the ok clips of one source, and metric -> protocol where the source says it.
 
     Args:
-        source: folder of an evaluation or of a generation run, or a table (.csv, .tsv, .json, .jsonl, .parquet) with
-            the columns prompt_id (or id), one or more metrics (`COMPARED`), and system (default: the file's name).
+        source: folder of an evaluation or of a generation run, the `results.json` or `clips.parquet` of an evaluation,
+            or a table (.csv, .tsv, .json, .jsonl, .parquet) with the columns prompt_id (or id), one or more metrics
+            (`COMPARED`), and system (default: the file's name).
 
     Raises:
         UserError: none of that, or values that are no finite numbers.
     """
-    folder = Folder.at(source)
+    parent, file = split_path(source)
+    folder = parent if file in (RESULTS, CLIPS) and parent.exists(RESULTS) else Folder.at(source)
     if folder.exists(RESULTS):
         try:
             rows = parquet_table(folder.read(CLIPS)).to_pylist()

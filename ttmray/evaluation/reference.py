@@ -42,6 +42,7 @@ from ttmray.models.bundle import DEFAULT, base_name, open_bundle
 from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import Scorer
 from ttmray.models.weights import open_store
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, parquet_table
 from ttmray.training.clips import read_keys
 
@@ -142,6 +143,13 @@ def build_reference(
             what["keys"] = fingerprint(sorted(selected))
     elif keys is not None:
         raise UserError(f"keys: {origin} is a folder of audio.", "Keys choose clips of a corpus run.")
+    elif split != "all":
+        raise UserError(f"split: {origin} is a folder of audio.", "Splits are those of a corpus run.")
+    elif (kind := _other_run(origin)) is not None:
+        raise UserError(
+            f"{origin} is a run of kind {kind}: what a model has made, or no songs at all, is no reference.",
+            "Name a folder of recordings, or a corpus run.",
+        )
     elif stem == "instrumental":
         separation = _separation(runtime)
         what["separation"] = separation_identity(bundle, separation)
@@ -165,6 +173,14 @@ def build_reference(
     about: dict[str, Any] = {"kind": "reference", "name": name, **what, "bundle": bundle, "note": chosen.note}
     _write(folder, about, rows)
     return EXIT_OK
+
+
+def _other_run(origin: Folder) -> str | None:
+    """Kind of a run that is no corpus, or of a result that is no folder of songs; None for a plain folder."""
+    if not origin.exists(RUN) and not origin.exists(SUCCESS):
+        return None
+    kind = inventory.kind_of(origin)
+    return None if kind == "postprocess" else kind  # songs at another level are songs
 
 
 def _refuse_another(folder: Folder, name: str, what: dict[str, Any]) -> None:

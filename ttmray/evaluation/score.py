@@ -1,12 +1,17 @@
-"""`ttmray score FILE...`: reward, CLAP score, loudness and true peak of any audio files, as a table or JSON.
+"""`ttmray score FILE...`: reward, CLAP score, loudness and true peak of any audio files, as a table, JSON or CSV.
+
+Folders stand for the audio in them, at any depth, those of a generation run with their prompts as captions; tables
+(.csv and others with a column `path`, and `caption` where there are captions) for their rows.
 
 A file of half a clip to a whole one (5 to 10 s, but for small bundles) has the numbers that the corpus job gives its
 one clip, which is padded with zeros. Shorter files are scored as they are. Longer ones are scored under the protocol of
 the released TuneJury tables: the 10 s in the middle for CLAP, all of it for MERT.
 """
 
-import itertools
+import csv
+import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,15 +19,23 @@ import numpy as np
 from rich.table import Table
 
 from ttmray.audio.clip import CLIP_S, Reading, read_clip
+from ttmray.audio.io import AUDIO_EXTENSIONS
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
+from ttmray.evaluation.systems import audio_files
+from ttmray.generation import manifest
 from ttmray.models import one_thread
 from ttmray.models.bundle import DEFAULT, Bundle, LoadOptions, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import Scorer
+from ttmray.storage import Folder, absolute, is_remote, split_path
+from ttmray.tables import is_table, read_rows
 
 CACHE_BYTES = 8 * 2**30
 ScoreRow = dict[str, Any]
+PATHS, CAPTIONS = ("path", "file", "audio"), ("caption", "prompt", "text")
+"""Columns of tables of sounds."""
+KNOWN = frozenset((*PATHS, *CAPTIONS))
 FACTS = ("duration_s", "sample_rate", "channels", "lufs", "true_peak_db")
 
 
@@ -82,6 +95,51 @@ def score_sounds(scorer: Scorer, sounds: Iterable[tuple[str, Reading]], captions
         yield row
 
 
+def sounds_of(sources: Sequence[str], caption: str) -> list[tuple[str, str]]:
+    """(path, caption) of every sound that some sources stand for.
+
+    Args:
+        sources: files, folders and tables, local or remote.
+        caption: of sounds that have none of their own.
+
+    Raises:
+        UserError: a folder without audio, or a table without paths.
+    """
+    sounds: list[tuple[str, str]] = []
+    for source in sources:
+        if is_table(source):
+            sounds += _of_table(source, caption)
+        elif _is_folder(source):
+            folder = Folder.at(source)
+            prompts = {row["file"]: row["prompt"] for row in manifest.read_rows(folder).values() if row["file"]}
+            sounds += [(folder.path(name), caption or prompts.get(name, "")) for name in audio_files(folder)]
+        else:
+            sounds.append((source, caption))
+    return sounds
+
+
+def _of_table(source: str, caption: str) -> list[tuple[str, str]]:
+    """Paths of a table count from its folder."""
+    rows, folder = read_rows(absolute(source), KNOWN), split_path(source)[0]
+    sounds = []
+    for place, row in rows:
+        path = next((str(row[name]).strip() for name in PATHS if row.get(name)), "")
+        if not path:
+            raise UserError(f"{place} names no sound.", f"A column of these: {', '.join(PATHS)}.")
+        own = next((str(row[name]) for name in CAPTIONS if row.get(name)), "")
+        anywhere = is_remote(path) or os.path.isabs(os.path.expanduser(path))
+        sounds.append((path if anywhere else f"{folder}/{path}", caption or own))
+    if not sounds:
+        raise UserError(f"{source} has no rows.", "Check that it is the right file.")
+    return sounds
+
+
+def _is_folder(source: str) -> bool:
+    if is_remote(source):
+        return os.path.splitext(source)[1].lower() not in AUDIO_EXTENSIONS
+    return os.path.isdir(os.path.expanduser(source))
+
+
 def score(
     files: Sequence[str],
     *,
@@ -92,30 +150,53 @@ def score(
     batch: int = 8,
     cache: str | None = None,
     as_json: bool = False,
+    csv_to: str | None = None,
 ) -> int:
-    """Print one row per file; exit code 3 when a file could not be scored.
+    """Print one row per sound; exit code 3 when one could not be scored.
 
     Args:
-        caption: for the CLAP score; empty leaves it out.
+        files: files, folders and tables of sounds, see `sounds_of`.
+        caption: for the CLAP score, of all; empty: those that folders and tables have.
+        csv_to: write the rows there as CSV, local or s3://; replaces a file.
         reward_text: `empty` or `caption`: what the reward sees.
         cache: folder of the embedding cache; None computes all.
 
     Raises:
-        UserError: an unknown bundle or `reward_text`, or weights that are not there.
+        UserError: an unknown bundle or `reward_text`, weights that are not there, or sources without sounds.
     """
+    if csv_to is not None and not csv_to.endswith(".csv"):
+        raise UserError(f"{csv_to} must end in .csv.", "Name the file of the table.")
+    named = sounds_of(files, caption)
     chosen = open_bundle(bundle)
     scorer = open_scorer(chosen, reward_text, LoadOptions(device=device, batch=batch), cache)
     protocol = f"{chosen.name}/{scorer.protocol.id()}"
-    sounds = ((path, read_clip(path, chosen.clip_s)) for path in files)
+    sounds = ((path, read_clip(path, chosen.clip_s)) for path, _ in named)
     rows: list[ScoreRow] = []
-    for row in score_sounds(scorer, sounds, itertools.repeat(caption, len(files))):
+    for row in score_sounds(scorer, sounds, [text for _, text in named]):
         rows.append(row)
         if as_json:
             shown = row | {"protocol": protocol, "note": chosen.note}
             console.print(json.dumps(shown, ensure_ascii=False), markup=False)
-    if not as_json:
+    if csv_to is not None:
+        _write(rows, [text for _, text in named], protocol, csv_to)
+    elif not as_json:
         _print(rows, protocol, chosen.note)
     return EXIT_OK if all(row["status"] == "ok" for row in rows) else EXIT_TOO_MANY_FAILURES
+
+
+def _write(rows: Sequence[ScoreRow], captions: Sequence[str], protocol: str, csv_to: str) -> None:
+    """Full precision; numbers that a sound does not have are empty."""
+    names = ("file", "status", "reason", "message", *FACTS, "reward", "clap_score")
+    sink = io.StringIO(newline="")
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow((*names, "caption", "protocol"))
+    for row, caption in zip(rows, captions, strict=True):
+        cells = ["" if row.get(name) is None else row[name] for name in names]
+        writer.writerow((*cells, caption, protocol))
+    folder, name = split_path(csv_to)
+    folder.write(name, sink.getvalue().encode("utf-8", "surrogateescape"))
+    ok = sum(row["status"] == "ok" for row in rows)
+    console.print(f"{ok} of {len(rows)} sounds scored by {protocol}: {csv_to}", markup=False)
 
 
 def _print(rows: list[ScoreRow], protocol: str, note: str) -> None:

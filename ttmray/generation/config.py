@@ -54,9 +54,13 @@ class GenerateRuntime(ActorsConfig):
         return self.threads if isinstance(self.threads, int) else self.process_cpus
 
 
+TEXT_SETTINGS = ("prefix", "negative_prompt")
+
+
 def with_bundle_sampler(values: Any, default: str) -> Any:
     """Settings of a job, with what its bundle says of sampling where they say nothing: a small text encoder has never
-    read the paper's prefix, and scores are on the scale of the bundle's reward.
+    read the paper's prefix, a released backbone is sampled as its authors do it. With a checkpoint of one's own only
+    what concerns texts is the bundle's.
 
     Args:
         values: what a config is validated from; anything but a mapping comes back as it is.
@@ -67,7 +71,9 @@ def with_bundle_sampler(values: Any, default: str) -> Any:
     """
     if not isinstance(values, dict) or not isinstance(values.get("sampler", {}), dict):
         return values
-    own = open_bundle(base_name(str(values.get("bundle", default)))).sampler
+    own = open_bundle(base_name(str(values.get("bundle", default)))).sampling
+    if values.get("checkpoint") is not None:
+        own = {name: value for name, value in own.items() if name in TEXT_SETTINGS}
     return values | {"sampler": {**own, **values.get("sampler", {})}} if own else values
 
 
@@ -82,7 +88,8 @@ class GenerateConfig(Config):
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done; other prompts may be
     added to a folder, other settings need another one."""
     bundle: BundleName = DEFAULT
-    """Set of models. `micro` knows the music of the built-in composer alone; `debug` is untrained: it makes noise."""
+    """Set of models. `micro` knows the music of the built-in composer alone; `debug` is untrained: it makes noise.
+    `ttmray weights list` says which bundles have a released backbone."""
     checkpoint: Location | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; its hash is part of the run's identity); default: the bundle's.
     On a cluster every node must see the file under this path; an s3:// address is copied to each."""

@@ -44,6 +44,7 @@ from ttmray.models import one_thread
 from ttmray.models.bundle import Bundle, BundleName, LoadOptions, ReleasedBundle, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
+from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS
 from ttmray.storage import Folder, is_remote, split_path
 
 if TYPE_CHECKING:
@@ -290,6 +291,7 @@ def _outputs(sources: Sequence[str], out: Folder, ending: str) -> dict[str, str]
     for source in sources:
         if _is_folder(source):
             folder = Folder.at(source)
+            _refuse_runs_without_songs(folder)
             if f"{out}/".startswith(f"{folder}/"):
                 raise UserError(f"the output {out} lies in the input {folder}.", "Choose a folder outside of it.")
             prefix = f"{folder.uri.rsplit('/', 1)[-1]}/" if len(sources) > 1 else ""
@@ -313,6 +315,29 @@ def _outputs(sources: Sequence[str], out: Folder, ending: str) -> dict[str, str]
     if overwritten:
         raise UserError(f"{min(overwritten)} would be overwritten by its own result.", "Choose another --output.")
     return jobs
+
+
+def _refuse_runs_without_songs(folder: Folder) -> None:
+    """
+    Raises:
+        UserError: the folder is a run or a result whose audio is no input: it lies in shards, is monitoring, or was
+            post-processed already.
+    """
+    if not folder.exists(RUN) and not folder.exists(SUCCESS):
+        return
+    kind = inventory.kind_of(folder)
+    if kind == "generate":
+        return
+    if kind == "postprocess":
+        raise UserError(
+            f"{folder} was made by this command: once more would separate and limit what is finished.",
+            "Name the folder that it was made from, or copy the files elsewhere to do it all the same.",
+        )
+    way_out = "ttmray corpus sample RUN --out DIR writes its clips as files." if kind in KINDS_OF_CORPUS else ""
+    raise UserError(
+        f"{folder} is a run of kind {kind}, no folder of songs.",
+        way_out or "Name a folder of audio, or a generation run.",
+    )
 
 
 def _is_folder(source: str) -> bool:

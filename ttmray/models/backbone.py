@@ -55,10 +55,12 @@ class BackboneConfig:
         return asdict(self)
 
 
-Size = Literal["s_44k", "l_44k", "s_16k", "l_16k"]
+Size = Literal["s_44k", "l_44k", "m_44k", "s_16k", "l_16k"]
 SIZES: dict[Size, BackboneConfig] = {
     "s_44k": BackboneConfig(),
     "l_44k": BackboneConfig(hidden=896, heads=14),
+    # Resonate's: as narrow as S, more than four times as deep; its pooled text is a mean of T5 rows
+    "m_44k": BackboneConfig(depth=52, fused_depth=36, text_c_dim=1024),
     "s_16k": BackboneConfig(latent_dim=20, latent_len=312),
     "l_16k": BackboneConfig(latent_dim=20, latent_len=312, hidden=896, heads=14),
 }

@@ -4,26 +4,28 @@
 `debug` is made of the same classes at tiny width with seeded, untrained weights,
 so every job and test runs anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real
 workload, for benchmarks. `public-16k` and `debug-16k` differ from `paper` and `debug` in VAE and vocoder alone, which
-are those of 16 kHz latents and only decode: the public baseline generates with them. A bundle of one's own is a folder,
+are those of 16 kHz latents and only decode: the public baseline generates with them. Three bundles have a released
+backbone and what it needs to make sound, and no more (`models/released.py`). A bundle of one's own is a folder,
 named by its path (`models/folder_bundle.py`); `jobs/train_micro.py` makes one from nothing. Opening a bundle imports no
 framework: identity and protocol are known before anything is loaded.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
+from ttmray import hub
 from ttmray.config import IdentityPart
 from ttmray.errors import UserError
-from ttmray.models import folder_bundle
+from ttmray.models import folder_bundle, released
 from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles
 from ttmray.models.protocol import Protocol
+from ttmray.models.released import RELEASED, Facts
 from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
 from ttmray.models.weights import Store, digest_file, licences, open_store
 from ttmray.storage import absolute
@@ -89,8 +91,13 @@ class Bundle(ABC):
     """What must be said of the licences of its weights."""
     clip_s: float = 10.0
     """Length of the clips that its backbone makes, in seconds."""
-    sampler: Mapping[str, Any] = MappingProxyType({})
-    """Settings of `generation.sampler.SamplerConfig` that its backbone needs, where nobody chooses others."""
+    sampling: Mapping[str, Any] = {}
+    """Settings of `generation.sampler.SamplerConfig` that its text encoder and its own backbone need, or were published
+    with, where nobody chooses others."""
+
+    @abstractmethod
+    def roles(self) -> set[str]:
+        """The roles that it has models for."""
 
     @abstractmethod
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
@@ -100,10 +107,6 @@ class Bundle(ABC):
         """Names of the released weights (`ttmray weights`) of some roles, or of all."""
         return []
 
-    def has(self, role: str) -> bool:
-        """Whether it has a model for a role; the weights of others may still have to be fetched."""
-        return True
-
     @abstractmethod
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
         """How this bundle's rewards are made."""
@@ -111,6 +114,23 @@ class Bundle(ABC):
     @abstractmethod
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
         """Role -> what builds it."""
+
+    def require(self, roles: Collection[str]) -> None:
+        """
+        Raises:
+            UserError: it has no models for some of the roles, or their weights are not here: names all of them.
+        """
+        lacking = [role for role in ROLES if role in roles and role not in self.roles()]
+        if lacking == ["backbone"]:
+            raise UserError(
+                f"bundle {self.name} has no backbone: the paper's weights are not in the registry.",
+                "Name a file of your own or a released one (checkpoint), or a bundle that makes sound "
+                "(ttmray weights list).",
+            )
+        if lacking:
+            raise UserError(
+                f"bundle {self.name} has no {', '.join(lacking)}.", "ttmray weights list has other bundles."
+            )
 
     def load(self, roles: Collection[str], options: LoadOptions) -> Models:
         """The models of some roles (of `ROLES`) on one device.
@@ -121,6 +141,7 @@ class Bundle(ABC):
         unknown = set(roles) - set(ROLES)
         if unknown:
             raise ValueError(f"unknown roles {sorted(unknown)}")
+        self.require(roles)
         makers = self._makers(options, resolve_device(options.device), "vocoder" in roles)
         return Models(**{role: makers[role]() for role in ROLES if role in roles and role != "vocoder"})
 
@@ -137,6 +158,9 @@ class DebugBundle(Bundle):
     @property
     def note(self) -> str:  # type: ignore[override]
         return f"{self.name} bundle: models are tiny, seeded and untrained: scores and latents mean nothing"
+
+    def roles(self) -> set[str]:
+        return set(ROLES)
 
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         # Seeded weights also depend on the versions of the libraries that draw them.
@@ -166,7 +190,7 @@ class DebugBundle(Bundle):
                 generator = debug_bigvgan(seed) if vocoder else None
                 return LatentEncoder(debug_vae(seed, 16 * width), options.clip_samples, device, generator)
             generator = debug_bigvgan(seed, num_mels=80, like=bigvgan.PUBLIC_16K) if vocoder else None
-            return _decoder_16k(debug_vae(seed, 16 * width, 20, 80), device, options, generator)
+            return released.decoder_16k(debug_vae(seed, 16 * width, 20, 80), device, options, generator)
 
         return {
             "separator": lambda: separator_of(debug_separator(seed, width=4 * width), device, options),
@@ -184,11 +208,18 @@ class DebugBundle(Bundle):
 
 @dataclass(frozen=True)
 class ReleasedBundle(Bundle):
-    """Released weights, from the cache of this machine or local copies (`ttmray weights`); `rate` is that of the
-    latents' audio in Hz."""
+    """Released weights, from the cache of this machine or local copies (`ttmray weights`)."""
 
     name: str
-    rate: int = 44_100
+    facts: Facts = field(default_factory=Facts)
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return self.facts.sampling
+
+    def roles(self) -> set[str]:
+        pooled = {"clap_condition"} if self.facts.pooled == "tokens" else set()
+        return (set(self._entries(open_store())) - {"tokenizer"}) | pooled
 
     @property
     def licence_notes(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -206,13 +237,17 @@ class ReleasedBundle(Bundle):
         entries = self._entries(open_store())
         if roles is not None and not {"clap", "clap_condition"}.isdisjoint(roles):
             roles = {*roles, "tokenizer"}
+        if roles is not None and self.facts.pooled == "tokens" and "clap_condition" in roles:
+            roles = {*roles, "text"}
         return [name for role, name in entries.items() if roles is None or role in roles]
 
     def _hashes(self, roles: Collection[str] | None = None) -> dict[str, str]:
         """`entry/file` -> SHA-256 of every file that decides a number, of some roles only or of all."""
         store = open_store()
         hashes: dict[str, str] = {}
-        for role, name in self._entries(store).items():
+        entries = self._entries(store)
+        store.require([name for role, name in entries.items() if roles is None or role in roles])
+        for role, name in entries.items():
             if roles is None or role in roles:
                 entry_hashes = store.hashes(name)
                 beside = _read_beside(role, next(iter(store.find(name).values())))
@@ -224,59 +259,20 @@ class ReleasedBundle(Bundle):
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         if roles is not None and not {"clap", "clap_condition"}.isdisjoint(roles):
             roles = {*roles, "tokenizer"}
-        return {"name": self.name, "weights": self._hashes(roles)}
+        own = {"pooled": self.facts.pooled} if self.facts.pooled != "clap" else {}
+        return {"name": self.name, "weights": self._hashes(roles)} | own
 
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
         hashes = self._hashes(("clap", "tokenizer", "mert", "tunejury"))
         return Protocol(text=reward_text, hashes=tuple(sorted(hashes.items())))
 
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
-        from ttmray.models.bigvgan import PUBLIC_16K, load_bigvgan
-        from ttmray.models.latents import LatentEncoder
-        from ttmray.models.mert import load_mert
-        from ttmray.models.separator import load_separator
-        from ttmray.models.t5 import load_text_encoder
-        from ttmray.models.tunejury import load_tunejury
-        from ttmray.models.vae import load_vae
-
         store = open_store()
-        entries = self._entries(store)
+        return released.makers(store, self._entries(store), self.facts, options, device, vocoder)
 
-        def paths(role: str) -> list[Path]:
-            return list(store.find(entries[role]).values())
-
-        def weights(role: str) -> Path:
-            return next(path for path in paths(role) if path.suffix not in (".json", ".txt"))
-
-        def folder(role: str) -> Path:
-            return paths(role)[0].parent
-
-        def clap(role: str) -> "Clap":
-            return clap_of(weights(role), folder("tokenizer"), device, options)
-
-        def latents() -> "LatentEncoder":
-            if self.rate != 44_100:
-                generator = load_bigvgan(weights("vocoder"), PUBLIC_16K) if vocoder else None
-                return _decoder_16k(load_vae(weights("latents")), device, options, generator)
-            generator = load_bigvgan(weights("vocoder")) if vocoder else None
-            return LatentEncoder(load_vae(weights("latents")), options.clip_samples, device, generator)
-
-        def backbone() -> "FluxAudio":
-            raise UserError(
-                f"bundle {self.name} has no backbone: the paper's weights are not in the registry.",
-                "Name a file of your own or a released one (checkpoint).",
-            )
-
-        return {
-            "backbone": backbone,
-            "separator": lambda: separator_of(load_separator(folder("separator")), device, options),
-            "clap": lambda: clap("clap"),
-            "mert": lambda: load_mert(weights("mert"), device=device, batch=options.batch, threads=options.threads),
-            "tunejury": lambda: load_tunejury(weights("tunejury"), device=device),
-            "latents": latents,
-            "text": lambda: load_text_encoder(folder("text"), device=device, batch=options.batch),
-            "clap_condition": lambda: clap("clap_condition"),
-        }
+    def require(self, roles: Collection[str]) -> None:
+        super().require(roles)
+        open_store().require(self.weights(roles))
 
 
 @dataclass(frozen=True)
@@ -298,11 +294,16 @@ class FolderBundle(Bundle):
         return self.files.description.clip_s
 
     @property
-    def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
+    def sampling(self) -> Mapping[str, Any]:  # type: ignore[override]
         return self.files.description.sampler
 
-    def has(self, role: str) -> bool:
-        return bool(self.files.of_role(role))
+    def roles(self) -> set[str]:
+        there = {role for role in ROLES if self.files.of_role(role)}
+        return there | ({"vocoder"} if "latents" in there else set())  # Griffin-Lim needs no file
+
+    def require(self, roles: Collection[str]) -> None:
+        for role in (role for role in ROLES if role in roles and role not in self.roles()):
+            self.files.folder(role)  # says where the bundle lies, and what to do
 
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return {"name": self.name, "weights": self.files.hashes(roles)}
@@ -327,11 +328,14 @@ class BundleWithHead(Bundle):
         return self.base.clip_s
 
     @property
-    def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
-        return self.base.sampler
+    def sampling(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return self.base.sampling
 
-    def has(self, role: str) -> bool:
-        return self.base.has(role)
+    def roles(self) -> set[str]:
+        return self.base.roles() | {"tunejury"}
+
+    def require(self, roles: Collection[str]) -> None:
+        self.base.require(set(roles) - {"tunejury"})
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -362,8 +366,7 @@ MICRO = FolderFiles(Path(__file__).with_name("micro"), "Install ttmray again: it
 DEFAULT = "micro"
 """The bundle of whoever names none and wants to hear or score something."""
 BUNDLES: dict[str, Bundle] = {
-    "paper": ReleasedBundle("paper"),
-    "public-16k": ReleasedBundle("public-16k", rate=16_000),
+    **{name: ReleasedBundle(name, facts) for name, facts in RELEASED.items()},
     "micro": FolderBundle(MICRO),
     "debug": DebugBundle("debug", width=1),
     "debug-16k": DebugBundle("debug-16k", width=1, rate=16_000),
@@ -416,6 +419,8 @@ def open_bundle(name: str) -> Bundle:
 
 
 def _open_folder(path: str) -> Bundle:
+    if hub.is_hub(path):
+        path = str(hub.snapshot(path))
     if "://" in path:
         raise UserError(f"bundle {path}: a bundle's folder must be local.", "Copy it to every machine first.")
     bundle = FolderBundle(FolderFiles(Path(path), "Copy the whole folder again, or make the bundle again."))
@@ -451,14 +456,6 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and index >= torch.cuda.device_count():
         raise UserError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs.", "Use auto or cpu.")
     return device
-
-
-def _decoder_16k(vae: Any, device: str, options: LoadOptions, vocoder: Any) -> "LatentEncoder":
-    from ttmray.audio.mel import PUBLIC_16K
-    from ttmray.models.latents import LatentEncoder
-
-    samples = round(options.clip_samples * PUBLIC_16K.sample_rate / 44_100)
-    return LatentEncoder(vae, samples, device, vocoder, PUBLIC_16K, decodes_only=True)
 
 
 def separator_of(model: Any, device: str, options: LoadOptions) -> "Separator":

@@ -4,7 +4,6 @@ Both write to a partial file of ours, which outlives a failure and the process: 
 from zero in another process, and pooch always does. Names, hashes and messages are the caller's and ours.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ttmray import __version__
+from ttmray import __version__, hub
 from ttmray.errors import UserError
 from ttmray.storage import explained
 
@@ -39,11 +38,6 @@ class Remote:
 
 class _TransientError(Exception):
     """Worth another attempt."""
-
-
-def hub_endpoint() -> str:
-    """Address of the hub: HF_ENDPOINT, else https://huggingface.co."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def download(remote: Remote, part: Path, label: str, size: int | None, way_out: str) -> None:
@@ -139,7 +133,7 @@ def _about(remote: Remote, headers: dict[str, str], way_out: str) -> "HfFileMeta
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        return get_hf_file_metadata(remote.url, timeout=TIMEOUT_S, headers=headers, endpoint=hub_endpoint())
+        return get_hf_file_metadata(remote.url, timeout=TIMEOUT_S, headers=headers, endpoint=hub.endpoint())
     except OfflineModeIsEnabled as error:
         raise UserError(f"{remote.url} was not asked for: HF_HUB_OFFLINE is set.", f"Unset it. {way_out}") from error
     except HfHubHTTPError as error:

@@ -32,11 +32,14 @@ class KeptBundle(Bundle):
         return self.base.clip_s
 
     @property
-    def sampler(self) -> Mapping[str, Any]:  # type: ignore[override]
-        return self.base.sampler
+    def sampling(self) -> Mapping[str, Any]:  # type: ignore[override]
+        return self.base.sampling
 
-    def has(self, role: str) -> bool:
-        return self.base.has(role)
+    def roles(self) -> set[str]:
+        return self.base.roles()
+
+    def require(self, roles: Collection[str]) -> None:
+        self.base.require(roles)
 
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return self.base.identity(roles)

@@ -85,6 +85,31 @@ class TextEncoder:
         return require_finite(np.concatenate(parts), "T5")
 
 
+class MeanTokens:
+    """Pooled text vectors without CLAP: the mean of a caption's token features, padding included, as Resonate has it.
+
+    It stands where a `Clap` gives the pooled condition of the backbone (role clap_condition).
+    """
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+        self.dim = encoder.dim
+
+    def embed_text(self, texts: Sequence[str], *, empty_is_zero: bool = False) -> np.ndarray:
+        """Vectors of texts.
+
+        Args:
+            empty_is_zero: "" gives the zero vector, as CLAP's does under TuneJury's protocol.
+
+        Returns:
+            (B, dim) float32.
+        """
+        vectors = self.encoder.encode(texts).mean(axis=1, dtype=np.float32)
+        if empty_is_zero:
+            vectors[[text == "" for text in texts]] = 0
+        return vectors
+
+
 def load_text_encoder(
     folder: str | Path,
     *,

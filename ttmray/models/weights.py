@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,13 +22,16 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
+from ttmray import hub
 from ttmray.config import Config, load_config
 from ttmray.console import console
 from ttmray.errors import UserError
-from ttmray.models.download import Remote, download, forget, hub_endpoint
+from ttmray.models.download import Remote, download, forget
 from ttmray.storage import Folder, absolute, explained, fsync, fsync_folder, local_file
 
-Role = Literal["clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer"]
+Role = Literal[
+    "clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer", "backbone"
+]  # fmt: skip
 
 # One path component each: they become folders and file names, and parts of an address.
 _NAME = r"^[a-z0-9][a-z0-9._-]*$"
@@ -76,7 +79,7 @@ class Entry(Config):
     approximate_size: int | None = Field(None, ge=0)
     """Bytes of all files, for people; only where the exact ones are not known."""
     licence: str
-    """SPDX identifier of the weights' licence."""
+    """SPDX identifier of the weights' licence, or that it is not known."""
     non_commercial: bool = False
     credit: str
 
@@ -254,6 +257,34 @@ class Store:
                 )
         return paths
 
+    def require(self, names: Collection[str]) -> None:
+        """See that all of some entries are here, before the first is loaded.
+
+        Raises:
+            UserError: some are not; names all of them, with their sizes and the one command.
+        """
+        missing = [name for name in names if name not in self.overrides and not self._whole(name)]
+        if len(missing) < 2:
+            for name in names:
+                self.find(name)
+            return
+        sizes = {name: self._bytes(name) for name in missing}
+        total = sum(size or 0 for size in sizes.values()) / 1e9
+        listed = [f"{name} ({size / 1e6:,.0f} MB)" if size else name for name, size in sizes.items()]
+        raise UserError(
+            f"The weights of {', '.join(listed)} are not here: {len(missing)} of {len(names)}, about {total:,.1f} GB.",
+            f"Get them with: ttmray weights pull {' '.join(missing)}",
+        )
+
+    def _whole(self, name: str) -> bool:
+        return len(self.present(name)) == len(self.entry(name).files)
+
+    def _bytes(self, name: str) -> int | None:
+        """Of an entry, as far as it is known."""
+        sizes = [file.size for file in self.entry(name).files]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else self.entry(name).approximate_size
+
     def hashes(self, name: str) -> dict[str, str]:
         """SHA-256 of every file of an entry, as recorded; what was never recorded (local copies) is computed.
 
@@ -416,7 +447,7 @@ def _remote(entry: Entry, file: WeightFile) -> Remote:
     if file.url is not None:
         return Remote(file.url)
     assert entry.hub is not None  # checked by the registry
-    page = f"{hub_endpoint()}/{entry.hub.repo}"
+    page = f"{hub.endpoint()}/{entry.hub.repo}"
     return Remote(f"{page}/resolve/{quote(entry.hub.revision)}/{quote(file.name)}", page)
 
 

@@ -31,7 +31,7 @@ _CONTAINERS = ("state_dict", "generator")  # of LAION-CLAP and TuneJury; of BigV
 
 
 def list_weights(store: Store | None = None) -> int:
-    """A table of all weights. Reads no file but the registry and the records."""
+    """Tables of all weights and of all bundles. Reads no file but the registry and the records."""
     store = store or open_store()
     records = store.records()
     table = Table("name", "role", "bundles", "size", "licence", "here", "hashes", title=str(store.folder))
@@ -43,7 +43,30 @@ def list_weights(store: Store | None = None) -> int:
         cells = (entry.name, entry.role, bundles, size, licence_text(entry), here)
         table.add_row(*cells, _hash_state(entry, records))
     console.print(table)
+    console.print(_bundles(store, records))
+    console.print("A bundle's weights come here by: ttmray weights pull --bundle NAME")
     return EXIT_OK
+
+
+def _bundles(store: Store, records: Mapping[str, Any]) -> Table:
+    """What each bundle can do, how much there is of it, and what must be known of its licences."""
+    from ttmray.models.bundle import BUNDLES, DebugBundle
+
+    table = Table("bundle", "makes sound", "size", "here", "licences", title="bundles")
+    for name, bundle in BUNDLES.items():
+        entries = [entry for entry in store.registry.entries if name in entry.bundles]
+        roles = {entry.role for entry in entries} if entries else bundle.roles()
+        sound = "with a checkpoint of yours" if "vocoder" in roles else "no"
+        if "backbone" in roles:
+            sound = "noise: untrained" if isinstance(bundle, DebugBundle) else "yes"
+        if not entries:
+            table.add_row(name, sound, "comes with ttmray", "yes", "")
+            continue
+        there = sum(len(store.present(entry.name)) == len(entry.files) for entry in entries)
+        restricted = [entry.name for entry in entries if entry.non_commercial]
+        licence = f"NON-COMMERCIAL: {', '.join(restricted)}" if restricted else "free"
+        table.add_row(name, sound, _total(entries, records), f"{there} of {len(entries)}", licence)
+    return table
 
 
 def pull(
@@ -64,7 +87,8 @@ def pull(
         entries = list(store.registry.entries)
     if not entries:
         raise UserError("Which weights?", "Name some of `ttmray weights list`, or use --bundle paper, or --all.")
-    for entry in dict.fromkeys(entries):
+    # backbones first: whether they are where the registry says is the least sure, and hours of others would be in vain
+    for entry in sorted(dict.fromkeys(entries), key=lambda entry: entry.role != "backbone"):
         if bundle is None:
             console.print(f"{entry.name}: {licence_text(entry)} ({entry.credit})", markup=False)
         store.pull(entry.name)
@@ -168,12 +192,23 @@ def convert(path: str | Path, out: str | Path | None = None, store: Store | None
     return EXIT_OK
 
 
+def _total(entries: Sequence[Entry], records: Mapping[str, Any]) -> str:
+    """Of a bundle, for people."""
+    sizes = [_bytes(entry, records) for entry in entries]
+    known = sum(size for size, _ in sizes if size is not None) / 1e9
+    return f"{'' if all(exact for _, exact in sizes) else 'about '}{known:,.1f} GB"
+
+
 def _size(entry: Entry, records: Mapping[str, Any]) -> str:
+    size, exact = _bytes(entry, records)
+    return "unknown" if size is None else f"{'' if exact else 'about '}{size / 1e6:,.0f} MB"
+
+
+def _bytes(entry: Entry, records: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """Of an entry, and whether that is exact."""
     sizes = [file.size or records.get(f"{entry.name}/{file.name}", {}).get("size") for file in entry.files]
     known = [size for size in sizes if size is not None]
-    if len(known) == len(sizes):
-        return f"{sum(known) / 1e6:,.0f} MB"
-    return "unknown" if entry.approximate_size is None else f"about {entry.approximate_size / 1e6:,.0f} MB"
+    return (sum(known), True) if len(known) == len(sizes) else (entry.approximate_size, False)
 
 
 def _hash_state(entry: Entry, records: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from ttmray.recipes.published import SUB_1
 from ttmray.runs import RUN
 from ttmray.storage import Folder, split_path
 from ttmray.training.checkpoint import newest_valid, read_state
+from ttmray.training.export import inspect
 from ttmray.training.launch import CHECKPOINTS
 
 STAGES = {
@@ -182,6 +183,29 @@ def _ranker_card(run: Folder, described: Mapping[str, Any], name: str, license: 
         tests=rows,
         licences=_licences([bundle]),
     )
+
+
+def file_card(path: str | None, bundles: Sequence[str], *, name: str, license: str | None = None) -> str:
+    """README.md of a weights file, or of a bundle's folder, of which nothing but its content is known.
+
+    Args:
+        path: the file; None for a folder.
+        bundles: names of the bundles that it is used with.
+        name, license: see `model_card`.
+
+    Raises:
+        UserError: no weights, or damaged ones.
+    """
+    facts: list[tuple[str, Any]] = []
+    if path is not None:
+        report = inspect(path)
+        facts = [("kind", report["kind"]), ("model", report["model"]), ("parameters", f"{report['parameters']:,}")]
+        facts += [(what, report[what]) for what in ("weights", "step", "samples") if report.get(what) is not None]
+        facts += [("sha256", digest) for digest in report["sha256"].values()]
+    front: dict[str, Any] = {"license": license or "other", "library_name": "ttmray", "tags": ["music"]}
+    front |= {"pipeline_tag": "text-to-audio"}
+    licences = _licences(bundles) if bundles else ["unknown: the file does not say what it was trained with"]
+    return pages.render("card_file.md.j2", front=front, name=name, facts=facts, licences=licences)
 
 
 def dataset_card(folder: str, *, name: str | None = None, license: str | None = None) -> str:

@@ -128,7 +128,7 @@ def corpus_config(config: DemoConfig, root: Folder) -> CorpusConfig:
         "splits": {"validation": 2, "test": 2},
         "max_failures": 5,
     }
-    if not bundle.has("separator"):
+    if "separator" not in bundle.roles():
         small["separation"] = {"scope": "none"}
     links = {"input": root.path("songs"), "output": root.path("corpus"), "bundle": config.bundle, **small}
     return fill(CorpusConfig, "corpus", config.corpus, links)

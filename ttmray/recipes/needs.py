@@ -351,7 +351,7 @@ def _of_generation(section: str, config: Any, root: Folder, weights_field: str) 
         yield from checkpoint(getattr(config, field), weights_field or f"{section}.{field}", root)
     yield from _forwards(config, config.sampler.scores, root)
     yield from _backbone(section, config)
-    yield from weights(config.bundle, roles_with_separator(config) - {"backbone"})
+    yield from weights(config.bundle, roles_with_separator(config))
     yield from _device(section, config.runtime, "runtime")
 
 
@@ -386,10 +386,11 @@ def _forwards(config: Any, scores: Sequence[Any], root: Folder) -> Iterable[Need
 
 
 def _bundle_has_backbone(bundle: str) -> None:
-    from ttmray.models.bundle import DebugBundle, base_name, open_bundle
+    from ttmray.models.bundle import base_name, open_bundle
 
-    if not isinstance(open_bundle(base_name(bundle)), DebugBundle):
-        raise UserError(f"bundle {bundle} has no backbone: the paper's weights are not in the registry.")
+    opened = open_bundle(base_name(bundle))
+    if "backbone" not in opened.roles():
+        opened.require({"backbone"})
 
 
 def _of_evaluation(section: str, config: Any, root: Folder) -> Iterable[Need]:

@@ -1,0 +1,225 @@
+"""Pushing to a stand-in of the hub by its own client, and using what lies there."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hub_stand_in import TOKEN, Hub, running_hub, use_hub
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
+
+import ttmray
+from ttmray import hub as places
+from ttmray.audio.io import write_audio
+from ttmray.cli import main
+from ttmray.config import load_config
+from ttmray.console import console
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.job import score_corpus
+from ttmray.corpus.verify import problems
+from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.models.backbone_weights import METADATA, debug_backbone
+from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.published import published
+from ttmray.models.tunejury import debug_tunejury
+from ttmray.recipes.push import push
+from ttmray.storage import Folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    for name in list(os.environ):
+        if name.startswith("TTMRAY_") and name not in ("TTMRAY_GOLDEN", "TTMRAY_DATA"):
+            monkeypatch.delenv(name)
+    with running_hub() as running:
+        use_hub(monkeypatch, running, str(tmp_path / "cache"))
+        yield running
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """An exported file of a debug backbone."""
+    model = debug_backbone(3, "v1")
+    about = {"kind": "ttmray weights", "weights": "raw", "step": 7, "samples": 14, "backbone": model.config.to_dict()}
+    file = tmp_path / "mine.safetensors"
+    save_file(model.state_dict(), file, {METADATA: json.dumps(about)})
+    return file
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished corpus of the debug bundle: 2 songs in 2 units."""
+    folder = tmp_path_factory.mktemp("push")
+    (folder / "songs").mkdir()
+    for i in range(2):
+        noise = np.random.default_rng(i).normal(scale=0.1, size=(1, 6 * 44100)).astype(np.float32)
+        write_audio(str(folder / f"songs/{i}.flac"), noise, 44100)
+    sets = ["runtime.runner=local", "runtime.workers=0", "segments.max_clips=1", "splits.validation=0"]
+    sets += ["splits.test=0", "unit_clips=1", f"input={folder / 'songs'}", f"output={folder / 'corpus'}"]
+    assert score_corpus(load_config(CorpusConfig, None, sets)) == EXIT_OK
+    return folder / "corpus"
+
+
+def front(card: bytes) -> dict[str, Any]:
+    return yaml.safe_load(card.decode().split("---\n")[1])
+
+
+def test_a_weights_file_is_pushed_and_makes_the_same_clip_from_the_hub(hub, weights):
+    assert main(["push", str(weights), "org/mine", "--bundle", "debug"]) == EXIT_OK
+    repo = hub.repos["models", "org/mine"]
+    assert repo.private, "public only where it is asked for"
+    assert repo.files.keys() == {"model.safetensors", "README.md", "ttmray.json"}
+    assert repo.files["model.safetensors"] == weights.read_bytes()
+    assert front(repo.files["README.md"])["license"] == "other"
+    assert "14" in repo.files["README.md"].decode()
+    assert json.loads(repo.files["ttmray.json"])["bundle"] == "debug"
+    settings: dict[str, Any] = {"seed": 3, "sampler": {"steps": 1}}
+    (local,) = ttmray.load("debug", device="cpu").generate("a harp", checkpoint=str(weights), **settings)
+    studio = ttmray.load("hf://org/mine", device="cpu")
+    (remote,) = studio.generate("a harp", **settings)
+    assert remote.row["sha256"] == local.row["sha256"]
+    assert remote.row["weights"] == local.row["weights"], "where weights lie decides nothing"
+    assert studio.checkpoint == "hf://org/mine"
+
+
+def test_generate_takes_a_checkpoint_of_the_hub_offline_once_it_is_here(hub, weights, tmp_path, monkeypatch):
+    push(str(weights), "org/mine", bundle="debug")
+    command = ["generate", "--prompt", "a harp", "--set", "checkpoint=hf://org/mine", "--set", "sampler.steps=1"]
+    assert main([*command, "--output", str(tmp_path / "one")]) == EXIT_OK
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([*command, "--output", str(tmp_path / "two")]) == EXIT_OK
+    elsewhere = [word.replace("org/mine", "org/never") for word in command]
+    assert main([*elsewhere, "--output", str(tmp_path / "three")]) == EXIT_BAD_INPUT
+
+
+def test_what_has_parts_that_are_not_free_is_not_called_free(hub, weights):
+    for licence in ("mit", "Apache-2.0", "cc-by-4.0"):
+        with pytest.raises(UserError, match="mert, tunejury, mmaudio-vae") as caught:
+            push(str(weights), "org/mine", bundle="paper", license=licence)
+        assert "cc-by-nc-4.0" in caught.value.hint
+    assert hub.repos == {}, "it is refused before anything is made"
+    push(str(weights), "org/mine", bundle="paper")
+    assert front(hub.repos["models", "org/mine"].files["README.md"])["license"] == "cc-by-nc-4.0"
+    push(str(weights), "org/free", bundle="debug", license="Apache-2.0")
+    assert front(hub.repos["models", "org/free"].files["README.md"])["license"] == "apache-2.0"
+
+
+def test_a_released_file_under_its_own_name_keeps_its_licence(hub, tmp_path):
+    released = tmp_path / "fluxaudio_s_full.pth"
+    torch.save(debug_backbone(0, "none").state_dict(), released)
+    with pytest.raises(UserError, match="fluxaudio-s"):
+        push(str(released), "org/copy", bundle="debug", license="mit")
+
+
+def test_a_card_that_is_there_is_kept_until_it_is_to_be_replaced(hub, weights):
+    push(str(weights), "org/mine", bundle="debug")
+    files = hub.repos["models", "org/mine"].files
+    files["README.md"] = b"by hand"
+    push(str(weights), "org/mine", bundle="debug")
+    assert files["README.md"] == b"by hand"
+    push(str(weights), "org/mine", bundle="debug", new_card=True)
+    assert files["README.md"] != b"by hand"
+
+
+def test_a_corpus_is_whole_on_the_hub_and_tells_nothing_of_this_machine(hub, corpus):
+    assert push(str(corpus), "org/songs", name="Songs") == EXIT_OK
+    repo = hub.repos["datasets", "org/songs"]
+    assert list(problems(Folder.at("hf://datasets/org/songs"))) == []
+    here = str(corpus.parent).encode()
+    assert [name for name, data in repo.files.items() if here in data] == []
+    assert [name for name in repo.commits[-1]["added"] if name == "_SUCCESS.json"], "last of all"
+    assert len(ttmray.open_corpus("hf://datasets/org/songs")) == 2
+    sent = len(repo.commits)
+    push(str(corpus), "org/songs", name="Songs")
+    assert len(repo.commits) == sent, "what is there is not sent again"
+    with pytest.raises(UserError, match="is a corpus"):
+        published("hf://datasets/org/songs")
+
+
+def test_a_push_that_was_interrupted_leaves_an_unfinished_corpus_and_goes_on(hub, corpus, monkeypatch):
+    monkeypatch.setattr("ttmray.recipes.push.BATCH_FILES", 2)
+    hub.dataset("org/songs").files = {"shards/stale.tar": b"old"}
+    done = hub.dataset("org/songs").commits
+    commit = HfApi.create_commit
+
+    def twice(self: HfApi, *arguments: Any, **options: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return commit(self, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", twice)
+    with pytest.raises(KeyboardInterrupt):
+        push(str(corpus), "org/songs")
+    files = hub.dataset("org/songs").files
+    assert "_SUCCESS.json" not in files
+    first = {name for change in done for name in change["added"]}
+    assert len(first) == 4
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    push(str(corpus), "org/songs")
+    again = {name for change in done[2:] for name in change["added"]}
+    assert not {name for name in again & first if name.endswith((".tar", ".parquet", ".safetensors"))}
+    assert "shards/stale.tar" not in files
+    assert list(problems(Folder.at("hf://datasets/org/songs"))) == []
+
+
+def test_a_pushed_corpus_opens_with_datasets(hub, corpus, tmp_path):
+    push(str(corpus), "org/songs")
+    code = (
+        "import json; from datasets import load_dataset; "
+        "rows = load_dataset('org/songs', split='train'); place = 'hf://datasets/org/songs/index.parquet'; "
+        "index = load_dataset('parquet', data_files=place, split='train'); "
+        "print(json.dumps([len(rows), sorted(rows.column_names), len(index), index.column_names]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TTMRAY_"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    rows, columns, indexed, names = json.loads(shown.stdout.splitlines()[-1])
+    assert (rows, indexed) == (2, 2)
+    assert {"__key__", "json", "latent_mean.npy", "latent_std.npy"} <= set(columns)
+    assert {"key", "reward_score"} <= set(names)
+
+
+def test_a_reward_head_of_the_hub_scores_as_that_on_this_machine(hub, tmp_path):
+    head = debug_tunejury(5, 64, "cpu").head
+    run = tmp_path / "ranker"
+    run.mkdir()
+    save_file({f"net.{key}": value for key, value in head.net.state_dict().items()}, run / "tunejury.safetensors")
+    (run / "tunejury.json").write_text(json.dumps({"block_dims": [512, 64, 512]}))
+    hub.model("org/judge").files = {file.name: file.read_bytes() for file in run.iterdir()}
+    hub.model("org/judge").files["ttmray.json"] = b'{"format": 1, "kind": "ranker", "bundle": "debug"}'
+    assert published("hf://org/judge").bundle == "debug+hf://org/judge"
+    local, remote = (open_bundle(f"debug+{place}") for place in (run, "hf://org/judge"))
+    assert local.identity() == remote.identity()
+    assert remote.load({"tunejury"}, LoadOptions()).tunejury is not None
+
+
+def test_what_cannot_be_pushed_or_loaded_says_why(hub, weights, tmp_path, monkeypatch):
+    for name in ("mine", "org/mine/file.pt", "org/mine@v1"):
+        with pytest.raises(UserError):
+            push(str(weights), name, bundle="debug")
+    with pytest.raises(UserError, match="no run"):
+        push(str(tmp_path), "org/mine")
+    hub.model("org/others").files = {"weights.pth": b"x"}
+    with pytest.raises(UserError, match="not made by ttmray push") as caught:
+        ttmray.load("hf://org/others")
+    assert "checkpoint=" in caught.value.hint
+    monkeypatch.setenv("HF_TOKEN", "hf_somebody")
+    with pytest.raises(UserError, match="403") as caught:
+        push(str(weights), "org/mine", bundle="debug")
+    assert "\n" not in caught.value.message
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        push(str(weights), "org/mine", bundle="debug")
+    with console.capture(), pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        ttmray.load("hf://org/mine")
+    assert places.offline() == "HF_HUB_OFFLINE"
