@@ -15,6 +15,7 @@ Both means are linear in x and v, so a grid is a table of coefficients (`Steps`)
 under bfloat16 the probabilities of two passes would not be equal.
 """
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -58,9 +59,9 @@ def make_steps(grid: Tensor, kind: Kind, noise_level: float) -> Steps:
         ValueError: a grid that does not fall from 1 to 0.
     """
     times = [float(t) for t in grid]
-    if times[0] != 1 or times[-1] != 0 or any(b >= a for a, b in zip(times, times[1:], strict=False)):
+    if times[0] != 1 or times[-1] != 0 or any(b >= a for a, b in itertools.pairwise(times)):
         raise ValueError(f"times must fall from 1 to 0, not {times}")
-    rows = [_step(t, after, times[1], kind, noise_level) for t, after in zip(times, times[1:], strict=False)]
+    rows = [_step(t, after, times[1], kind, noise_level) for t, after in itertools.pairwise(times)]
     keep, move, spread, std = (torch.tensor(column, dtype=torch.float32) for column in zip(*rows, strict=True))
     return Steps(kind, keep, move, spread, std)
 
