@@ -37,6 +37,7 @@ from ttmray.training.rounds import (
     DIGITS,
     POLICY,
     WATCH,
+    Column,
     Round,
     Transitions,
     describe_round,
@@ -96,7 +97,7 @@ class GrpoConfig(LoopConfig):
     rollouts: RolloutConfig
     """What is sampled: parent (`checkpoint`), prompts, K (`candidates`), sampler, noise. Its precision is that of the
     run; its output and places are the run's."""
-    rewards: dict[Literal["reward_score", "clap_score"], float] = Field({"reward_score": 1.0}, min_length=1)
+    rewards: dict[Column, float] = Field({"reward_score": 1.0}, min_length=1)
     """Weights of the columns whose sum is the reward."""
     prompts_per_round: int = Field(8, ge=1)
     """Prompts of a round, each with K clips."""

@@ -44,7 +44,7 @@ def launch(
     plan_only: bool = False,
     force: bool = False,
     keep: Callable[[Any, Task, int, torch.device], None] | None = None,
-    more_of_plan: Callable[[Any, Task, Split], list[Row]] | None = None,
+    more_of_plan: Callable[[Any, Any, Split], list[Row]] | None = None,
     after: Callable[[Any, torch.device], None] | None = None,
 ) -> int:
     """Run, or go on with, a training job; returns the exit code.
@@ -122,7 +122,7 @@ def plan(
     config: LoopConfig,
     task: Task,
     free: int | None,
-    more: Callable[[Any, Task, Split], list[Row]] | None = None,
+    more: Callable[[Any, Any, Split], list[Row]] | None = None,
 ) -> Split:
     """Micro-batches, memory and work of the run, printed with their reasons.
 

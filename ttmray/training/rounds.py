@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,11 @@ from ttmray.training.tensors import pack
 ROUNDS, WATCH, POLICY = "rounds", "watch", "policy.safetensors"
 DIGITS = 12
 """Of the digest of a policy in the name of its round's folder."""
-COLUMNS = ("reward_score", "clap_score")
+Column = Literal["reward_score", "clap_score"]
+COLUMNS: tuple[Column, ...] = ("reward_score", "clap_score")
 """What a clip is scored by."""
+Rewards = Mapping[Column, float]
+"""Weights of columns, whose sum is the reward."""
 
 
 def policy_bytes(
@@ -129,7 +132,7 @@ class Transitions(NamedTuple):
     def to(self, device: torch.device | str) -> "Transitions":
         """The same on a device."""
         moved = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**moved)
+        return Transitions(**{**self._asdict(), **moved})
 
 
 class Round:
@@ -149,7 +152,7 @@ class Round:
     def __init__(
         self,
         groups: Sequence[Group],
-        rewards: Mapping[str, float],
+        rewards: Rewards,
         steps: Sequence[int],
         *,
         global_std: bool,
@@ -196,7 +199,7 @@ class Round:
         )
 
 
-def reward_of(row: Mapping[str, Any], rewards: Mapping[str, float]) -> float:
+def reward_of(row: Mapping[str, Any], rewards: Rewards) -> float:
     """The weighted sum of a row's columns."""
     return float(sum(weight * row[name] for name, weight in rewards.items()))
 
@@ -224,7 +227,7 @@ def describe_round(drawn: Round, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def describe_watched(groups: Sequence[Group], parents: Sequence[Group], rewards: Mapping[str, float]) -> dict[str, Any]:
+def describe_watched(groups: Sequence[Group], parents: Sequence[Group], rewards: Rewards) -> dict[str, Any]:
     """Numbers of held-out clips, and of the same draws by the parent: scores, their mean change with its standard
     error, diversity (Vendi score of CLAP embeddings) and distance (mean of 1 - cosine between a clip and the parent's
     of the same noise)."""
@@ -244,8 +247,8 @@ def describe_watched(groups: Sequence[Group], parents: Sequence[Group], rewards:
         "distance": float(np.mean([1 - float(a.double() @ b.double()) for _, a, _, b in pairs])) if pairs else None,
         "scores": {},
     }
-    for name in ("reward", *COLUMNS):
-        weights = rewards if name == "reward" else {name: 1.0}
+    watched: dict[str, Rewards] = {"reward": rewards, **{name: {name: 1.0} for name in COLUMNS}}
+    for name, weights in watched.items():
         values = np.array([(reward_of(row, weights), reward_of(old, weights)) for row, _, old, _ in pairs])
         if len(values):
             change = values[:, 0] - values[:, 1]
