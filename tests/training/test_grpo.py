@@ -23,7 +23,7 @@ from ttmray.storage import Folder
 from ttmray.training import grpo, rounds
 from ttmray.training.grpo import GrpoConfig, GrpoTask, sampling_bytes, stored_bytes, train_grpo
 from ttmray.training.memory import split_batch
-from ttmray.training.rollouts import Group
+from ttmray.training.rollouts import ClipGroup
 from ttmray.training.rounds import Round, hacked, prompts_of_round
 from ttmray.training.tensors import pack
 
@@ -142,6 +142,17 @@ def test_an_interrupted_run_ends_with_equal_bits(configure, finished, look, monk
     assert all(path.stat().st_mtime_ns == when for path, when in drawn.items())  # not drawn again
 
 
+def test_ray_actors_draw_the_same_bits(configure, finished):
+    config = configure("runtime.samplers=1")
+    task = GrpoTask(config, CPU)
+    drawn = task.draw(0, grpo.Share(actors=1), begins=True)
+    (own,), (theirs,) = (list(run.glob("transitions/round-00000-*")) for run in (Path(config.output), finished))
+    assert own.name == theirs.name
+    assert len(drawn.places) == 4
+    for file in theirs.iterdir():
+        assert (own / file.name).read_bytes() == file.read_bytes()
+
+
 def test_groups_that_were_lost_are_drawn_again_by_the_weights_that_drew_them(configure, finished, tmp_path):
     run = Path(shutil.copytree(finished, tmp_path / "copy"))
     (folder,) = run.glob("transitions/round-00001-*")
@@ -197,7 +208,7 @@ def test_stored_paths_are_those_of_the_policy_and_start_from_the_noise_of_the_sa
     assert np.abs(end - expected).max() < 0.02 * np.abs(expected).max()  # states are float16
 
 
-def group(prompt: str, rewards: list[float], failed: int = 0) -> Group:
+def group(prompt: str, rewards: list[float], failed: int = 0) -> ClipGroup:
     rows = [
         {"key": f"{prompt}_{i}", "prompt_id": prompt, "status": "ok", "reward_score": r, "clap_score": -r, "reason": ""}
         for i, r in enumerate(rewards)
@@ -208,10 +219,10 @@ def group(prompt: str, rewards: list[float], failed: int = 0) -> Group:
     n, generator = len(rewards), torch.Generator().manual_seed(len(rewards))
     clap = torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
     tensors = {"states": torch.randn(n, 4, 2, 2), "means": torch.randn(n, 3, 2, 2), "log_probs": torch.randn(n, 3)}
-    return Group(rows, tensors | {"clap_audio": clap, "tokens": torch.zeros(2, 3, 4), "pooled": torch.zeros(2, 5)})
+    return ClipGroup(rows, tensors | {"clap_audio": clap, "tokens": torch.zeros(2, 3, 4), "pooled": torch.zeros(2, 5)})
 
 
-def make_round(groups: list[Group], **rewards: float) -> Round:
+def make_round(groups: list[ClipGroup], **rewards: float) -> Round:
     return Round(groups, rewards or {"reward_score": 1.0}, [0, 1], global_std=True, limit=5.0, seed=1)
 
 

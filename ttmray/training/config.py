@@ -161,6 +161,12 @@ class LoopConfig(Config):
         """Of the generators of a process, from which nothing of ours draws."""
         return 0
 
+    @property
+    def beside(self) -> tuple[int, float]:
+        """Ray actors that work beside the training's workers, and the CPUs of each. They have a GPU each where the
+        workers have one."""
+        return 0, 0.0
+
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         if self.batch % self.runtime.workers:

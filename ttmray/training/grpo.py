@@ -133,6 +133,10 @@ class GrpoConfig(LoopConfig):
         return self.rollouts.seed % 2**32
 
     @property
+    def beside(self) -> tuple[int, float]:
+        return self.runtime.samplers, self.rollouts.runtime.cpus
+
+    @property
     def chosen_steps(self) -> list[int]:
         """Steps of a clip that are trained, in order."""
         count = self.rollouts.sampler.steps

@@ -65,7 +65,9 @@ def launch(
     """
     out, local = Folder.at(config.output), config.runtime.runner == "local"
     if not local:
-        needed = math.ceil(config.runtime.workers * config.runtime.cpus) + 1  # Ray Train's controller may take one
+        actors, cpus = config.beside
+        # Ray Train's controller may take one
+        needed = math.ceil(config.runtime.workers * config.runtime.cpus + actors * cpus) + 1
         connect(max(needed, os.cpu_count() or 1), show_workers=True, state_api=True)
     device, free = _local_device(config) if local else _ray_device(config)
     task = make_task(config, device if local else torch.device("cpu"))
@@ -305,7 +307,8 @@ def _ray_device(config: LoopConfig) -> tuple[torch.device, int | None]:
     device = config.runtime.device
     if device == "cpu" or (device == "auto" and not ray.cluster_resources().get("GPU")):
         return torch.device("cpu"), None
-    require_gpus(config.runtime.workers, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers.")
+    gpus = config.runtime.workers + config.beside[0]
+    require_gpus(gpus, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers (and samplers).")
     return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes).remote()))
 
 

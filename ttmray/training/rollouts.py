@@ -177,7 +177,7 @@ class WriteGroup(Stage):
         return unit
 
 
-class Group(NamedTuple):
+class ClipGroup(NamedTuple):
     """What was made for a prompt: rows of all its clips, and tensors whose first axis runs over those that are ok:
     `states` (n, S + 1, N, C), `means` (n, S, N, C), `log_probs` (n, S), `clap_audio` (n, 512). `tokens` (2, T, D) and
     `pooled` (2, E) are of the prompt and of the negative text. Plain clips have `clap_audio` alone."""
@@ -200,7 +200,7 @@ class Share(NamedTuple):
     device: str = "cpu"
 
 
-def roll_out(config: RolloutRun, prompts: Sequence[Prompt], share: Share) -> list[Group]:
+def roll_out(config: RolloutRun, prompts: Sequence[Prompt], share: Share) -> list[ClipGroup]:
     """The groups of prompts in order: those that `config.output` has, and the others, made now. Every process of a
     training makes its part (the first one all, in actors) and waits for the others'.
 
@@ -245,7 +245,7 @@ def _file(name: str) -> str:
     return f"{name}.safetensors"
 
 
-def _read(folder: Folder, name: str) -> Group | None:
+def _read(folder: Folder, name: str) -> ClipGroup | None:
     """A group; None where there is none, or its file is not what was written: it is made again."""
     if not folder.exists(_file(name)):
         return None
@@ -254,7 +254,7 @@ def _read(folder: Folder, name: str) -> Group | None:
     except UserError as error:
         console.print(f"{error.message} It is made again.", style="yellow", markup=False)
         return None
-    return Group(about["rows"], tensors)
+    return ClipGroup(about["rows"], tensors)
 
 
 def round_seed(seed: int, number: int) -> int:

@@ -26,7 +26,7 @@ from ttmray.storage import Folder
 from ttmray.training.checkpoint import committed
 from ttmray.training.launch import TRANSITIONS
 from ttmray.training.policy_gradient import group_advantages
-from ttmray.training.rollouts import POLL_S, Group
+from ttmray.training.rollouts import POLL_S, ClipGroup
 from ttmray.training.tensors import pack
 
 ROUNDS, WATCH, POLICY = "rounds", "watch", "policy.safetensors"
@@ -151,7 +151,7 @@ class Round:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[ClipGroup],
         rewards: Rewards,
         steps: Sequence[int],
         *,
@@ -204,7 +204,7 @@ def reward_of(row: Mapping[str, Any], rewards: Rewards) -> float:
     return float(sum(weight * row[name] for name, weight in rewards.items()))
 
 
-def describe_round(drawn: Round, groups: Sequence[Group]) -> dict[str, Any]:
+def describe_round(drawn: Round, groups: Sequence[ClipGroup]) -> dict[str, Any]:
     """Numbers of what was drawn: rewards, losses of clips, how unlike each other the clips of a prompt are."""
     rows = [row for group in groups for row in group.rows]
     ok = [row for group in groups for row in group.ok]
@@ -227,7 +227,7 @@ def describe_round(drawn: Round, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def describe_watched(groups: Sequence[Group], parents: Sequence[Group], rewards: Rewards) -> dict[str, Any]:
+def describe_watched(groups: Sequence[ClipGroup], parents: Sequence[ClipGroup], rewards: Rewards) -> dict[str, Any]:
     """Numbers of held-out clips, and of the same draws by the parent: scores, their mean change with its standard
     error, diversity (Vendi score of CLAP embeddings) and distance (mean of 1 - cosine between a clip and the parent's
     of the same noise)."""
@@ -240,7 +240,7 @@ def describe_watched(groups: Sequence[Group], parents: Sequence[Group], rewards:
             if (j := theirs.get(row["key"])) is not None
         ]
     own = [group.tensors["clap_audio"] for group in groups if group.ok]
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "clips": sum(len(group.rows) for group in groups),
         "failed": sum(len(group.rows) - len(group.ok) for group in groups),
         "diversity": vendi_score(torch.cat(own).double().numpy()) if own else None,
@@ -252,12 +252,12 @@ def describe_watched(groups: Sequence[Group], parents: Sequence[Group], rewards:
         values = np.array([(reward_of(row, weights), reward_of(old, weights)) for row, _, old, _ in pairs])
         if len(values):
             change = values[:, 0] - values[:, 1]
-            found["scores"][name] = {
+            numbers["scores"][name] = {
                 "mean": float(values[:, 0].mean()),
                 "change": float(change.mean()),
                 "error": _error(change),
             }
-    return found
+    return numbers
 
 
 def hacked(report: Mapping[str, Any], start: Mapping[str, Any]) -> str | None:
