@@ -262,14 +262,15 @@ def describe_watched(groups: Sequence[ClipGroup], parents: Sequence[ClipGroup], 
 
 def hacked(report: Mapping[str, Any], start: Mapping[str, Any]) -> str | None:
     """A warning where the reward that is trained has risen since the first round while a score of held-out clips, the
-    reward itself among them, has fallen from the parent's, both by more than two standard errors; else None."""
+    reward itself among them, has fallen from the parent's, both by more than two standard errors; else None. One clip
+    has no error and warns of nothing."""
     if "reward" not in report or not report.get("held_out"):
         return None
     rise = report["reward"] - start["reward"]
     if rise <= 2 * float(np.hypot(report["reward_error"], start["reward_error"])):
         return None
     scores = report["held_out"]["scores"]
-    fallen = [name for name, score in scores.items() if score["change"] < -2 * score["error"]]
+    fallen = [name for name, score in scores.items() if score["error"] and score["change"] < -2 * score["error"]]
     if not fallen:
         return None
     said = ", ".join(f"{name} {scores[name]['change']:+.4g} +- {scores[name]['error']:.2g}" for name in fallen)
