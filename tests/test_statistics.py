@@ -363,3 +363,12 @@ def test_paired_tests_refuse_what_is_not_paired() -> None:
         paired_from_summary(1.0, -1.0, 10)
     with pytest.raises(UserError, match="confidence"):
         paired_from_summary(1.0, 1.0, 10, confidence=95)
+
+
+def test_the_vendi_score_counts_the_different_items():
+    rng = np.random.default_rng(0)
+    assert statistics.vendi_score(np.eye(5)) == pytest.approx(5)
+    assert statistics.vendi_score(np.ones((5, 3))) == pytest.approx(1)
+    assert statistics.vendi_score(np.eye(3)[[0, 0, 1, 1, 2, 2]] * rng.uniform(1, 9, (6, 1))) == pytest.approx(3)
+    with pytest.raises(UserError, match="length 0"):
+        statistics.vendi_score(np.zeros((2, 3)))

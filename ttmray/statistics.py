@@ -424,3 +424,24 @@ def _scores(values: np.ndarray, name: str) -> np.ndarray:
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise UserError(f"{name} must lie between 0 and 1, not {value}.")
+
+
+def vendi_score(vectors: np.ndarray) -> float:
+    """How many different items there are in effect: exp of the entropy of the eigenvalues of K / n, K the cosines.
+
+    1 where all are the same, n where all are at right angles (Friedman and Dieng 2023, order 1).
+
+    Args:
+        vectors: (n, d), n >= 1, none of length 0.
+
+    Raises:
+        UserError: other vectors.
+    """
+    rows = _scores(vectors, "vectors")
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not len(rows) or not lengths.all():
+        raise UserError("vectors: the Vendi score needs at least one, and none of length 0.")
+    singular = np.linalg.svd(rows / lengths, compute_uv=False)
+    shares = singular**2 / len(rows)  # eigenvalues of K / n
+    shares = shares[shares > 1e-12]
+    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -13,7 +13,7 @@ from ttmray.storage import Folder
 if TYPE_CHECKING:
     import pandas as pd
 
-Stage = Literal["stage1", "expert-iteration", "crpo", "ranker"]
+Stage = Literal["stage1", "expert-iteration", "crpo", "grpo", "ranker"]
 STAGES: dict[str, tuple[str, str, str]] = {
     "stage1": ("ttmray.training.config", "TrainConfig", "ttmray.training.sft:train_sft"),
     "expert-iteration": (
@@ -22,6 +22,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
         "ttmray.training.expert_iteration:expert_iteration",
     ),
     "crpo": ("ttmray.training.crpo", "CrpoConfig", "ttmray.training.crpo:train_crpo"),
+    "grpo": ("ttmray.training.grpo", "GrpoConfig", "ttmray.training.grpo:train_grpo"),
     "ranker": ("ttmray.ranker.job", "RankerConfig", "ttmray.ranker.job:train_ranker"),
 }
 """Module and name of the config, and the job."""
@@ -100,7 +101,7 @@ class TrainingRun:
         from ttmray.training.logbook import METRICS, read_lines
 
         if not self._out.exists(METRICS):
-            raise UserError(f"{self._out} has no {METRICS}.", "Runs of Stage 1 and 3 have it.")
+            raise UserError(f"{self._out} has no {METRICS}.", "Runs of Stage 1 and 3 and of GRPO have it.")
         lines = pd.DataFrame(read_lines(self._out))
         return lines.groupby("step", as_index=False).first() if len(lines) else lines
 

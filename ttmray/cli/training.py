@@ -36,6 +36,13 @@ COMMANDS = (
         config="ttmray.training.crpo:CrpoConfig",
     ),
     Command(
+        "train-grpo",
+        "online preference tuning: sample, score, policy gradient (jobs/train_grpo.py)",
+        "ttmray.training.grpo:train_grpo",
+        RUN_OPTIONS,
+        config="ttmray.training.grpo:GrpoConfig",
+    ),
+    Command(
         "checkpoint inspect",
         "what a checkpoint or weights file is, and whether it is whole",
         "ttmray.training.export:show",

@@ -138,10 +138,10 @@ class PoolJob(Job):
         config, threads = self.pool, self.pool.runtime.thread_count
         write = WriteAudio if config.keep_audio else Write
         return {
-            Sample: lambda models: Sample(config, _sampler(config, models)),
+            Sample: lambda models: Sample(config, make_sampler(config, models)),
             Vocode: lambda models: Vocode(config, models.latents, threads),
             Measure: lambda _: Measure(config.silence_dbfs),
-            Judge: lambda models: Judge(config, _scorer(config, models, threads)),
+            Judge: lambda models: Judge(config, make_scorer(config, models, threads)),
             Text: Text,
             write: lambda _: write(Folder.at(config.output)),
         }
@@ -176,11 +176,13 @@ class PoolJob(Job):
         return models
 
 
-def _scorer(config: CandidatesConfig, models: Models, threads: int) -> Scorer:
+def make_scorer(config: CandidatesConfig, models: Models, threads: int) -> Scorer:
+    """What scores the clips of a pool, by the protocol of its bundle."""
     return Scorer(models, open_bundle(config.bundle).protocol(config.reward_text), threads)
 
 
-def _sampler(config: CandidatesConfig, models: Models) -> Sampler:
+def make_sampler(config: CandidatesConfig, models: Models) -> Sampler:
+    """What draws the clips of a pool with the backbone and the encoders of `models`."""
     runtime = config.runtime
     return Sampler(
         [models.backbone],
@@ -205,7 +207,7 @@ class Sample(Stage):
 
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()
-        draws = [Draw(row["prompt_id"], _prompt(row, self.config), self.config.seed, row["candidate"]) for row in rows]
+        draws = [draw_of(row, self.config) for row in rows]
         with np.errstate(over="ignore"):  # the next line says it better
             latents = self.sampler.sample(draws).latents.astype(np.float16)
         require_finite(latents, "latents as float16")
@@ -276,6 +278,11 @@ class Judge(Stage):
             "instrumental": mix,
         }
         return unit
+
+
+def draw_of(row: dict[str, Any], config: CandidatesConfig) -> Draw:
+    """What a row's clip is drawn from."""
+    return Draw(row["prompt_id"], _prompt(row, config), config.seed, row["candidate"])
 
 
 def _prompt(row: dict[str, Any], config: CandidatesConfig) -> str:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ttmray.config import Config
 from ttmray.errors import UserError
+from ttmray.generation.stochastic import Steps
 from ttmray.models import require_finite, side_by_side, to_float32
 from ttmray.models.backbone import Conditions, FluxAudio
 
@@ -38,6 +39,7 @@ FEATURES_KEPT = 256
 """Texts whose features are kept in memory: 80 MB with the paper's encoders."""
 
 Score = float | None
+Part = TypeVar("Part")
 
 
 class SamplerConfig(Config):
@@ -227,6 +229,11 @@ def make_branches(
     return Branches(conditions, scores, null)
 
 
+def branch_count(weights: tuple[float, ...]) -> int:
+    """Rows of a forward per clip under these weights of guidance."""
+    return 1 if all(w == 1 for w in weights) else 1 + len(weights)
+
+
 def guided(
     velocity: Callable[..., Tensor], x: Tensor, t: Tensor, branches: Branches, weights: tuple[float, ...]
 ) -> Tensor:
@@ -235,12 +242,12 @@ def guided(
     Args:
         velocity: of the backbone.
         x: (B, N, C).
-        t: no dimensions.
+        t: no dimensions, or (B,).
         weights: (w,) of Eq. 2, or (text, score); see `SamplerConfig.guidance`.
     """
-    count = 1 if all(w == 1 for w in weights) else 1 + len(weights)
-    rows = branches.first(count * len(x))
-    v = velocity(x.repeat(count, 1, 1), t.expand(count * len(x)), rows.conditions, rows.score, rows.null).float()
+    count = branch_count(weights)
+    rows, times = branches.first(count * len(x)), t.expand(len(x)).repeat(count)
+    v = velocity(x.repeat(count, 1, 1), times, rows.conditions, rows.score, rows.null).float()
     if count == 1:
         return v
     if count == 2:
@@ -299,11 +306,7 @@ class Sampler:
         Raises:
             RuntimeError: latents that are not finite; names the draws.
         """
-        self._encode([self.config.prefix + draw.prompt for draw in draws])
-        if not self._negatives:
-            self._negatives = [self._negative(backbone) for backbone in self._backbones]
-        groups = [draws[i : i + self._batch] for i in range(0, len(draws), self._batch)]
-        parts = side_by_side(self._draw, groups, self._threads)
+        parts = self._in_groups(self._draw, draws)
         normalised = torch.cat([torch.empty(0, *self.shape), *parts])
         latents = self._backbones[0].unnormalise(normalised.to(self.device))
         shape = (len(draws), *self.shape)
@@ -311,10 +314,94 @@ class Sampler:
         require_finite(result.latents, "latents")
         return result
 
+    @torch.inference_mode()
+    def paths(self, draws: Sequence[Draw], steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+        """Whole paths of drawn steps, and the log-probabilities of what was drawn.
+
+        States are rounded to float16 as soon as they are drawn: what is stored is what was drawn, and a later pass with
+        the same weights finds the same probabilities. The first state is the noise that `sample` starts from.
+
+        Returns:
+            (n, steps + 1, N, C) float16 of normalised states, and (n, steps) float32.
+
+        Raises:
+            RuntimeError: states or probabilities that are not finite in float16; names the draws.
+        """
+        parts = self._in_groups(lambda group: self._path(group, steps), draws)
+        count = len(steps.keep)
+        states = np.concatenate([np.empty((0, count + 1, *self.shape), np.float16), *(one for one, _ in parts)])
+        log_probs = np.concatenate([np.empty((0, count), np.float32), *(one for _, one in parts)])
+        require_finite(states, "states as float16")
+        require_finite(log_probs, "log-probabilities")
+        return states, log_probs
+
+    @torch.inference_mode()
+    def step_means(self, draws: Sequence[Draw], states: np.ndarray, steps: Steps) -> np.ndarray:
+        """Means of all steps after states (n, steps + 1, N, C) of paths, by these weights: (n, steps, N, C) float16."""
+        shape = (len(steps.keep), *self.shape)
+        rows = {id(draw): i for i, draw in enumerate(draws)}
+
+        def work(group: Sequence[Draw]) -> np.ndarray:
+            velocity = self._guided(group)
+            own = torch.from_numpy(states[[rows[id(draw)] for draw in group]]).to(self.device).float()
+            return np.stack(
+                [
+                    steps.mean(own[:, i], velocity(own[:, i], self._grid[i].to(self.device), i), _all(i, own)).cpu()
+                    for i in range(len(steps.keep))
+                ],
+                axis=1,
+            ).astype(np.float16)
+
+        return np.concatenate([np.empty((0, *shape), np.float16), *self._in_groups(work, draws)])
+
+    @torch.inference_mode()
+    def unnormalise(self, states: np.ndarray) -> np.ndarray:
+        """Normalised states (n, N, C) as the VAE sees them, float32."""
+        latents = self._backbones[0].unnormalise(torch.from_numpy(states).to(self.device).float())
+        return to_float32(latents, states.shape, "latents")
+
+    @torch.inference_mode()
+    def text_features(self, draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray]:
+        """Token and pooled features of the draws' texts and, last, of the negative text: (n + 1, T, D), (n + 1, E)."""
+        texts = [self.config.prefix + draw.prompt for draw in draws]
+        negative = self.config.negative_prompt
+        self._encode([*texts, negative] if negative else texts)
+        pairs = [self._features[text] for text in texts]
+        if negative:
+            pairs.append(self._features[negative])
+        else:
+            backbone = self._backbones[0]
+            pairs.append((backbone.empty_string_feat.cpu().numpy(), backbone.empty_string_feat_c.cpu().numpy()))
+        return np.stack([tokens for tokens, _ in pairs]), np.stack([pooled for _, pooled in pairs])
+
+    def _in_groups(self, work: Callable[[Sequence[Draw]], Part], draws: Sequence[Draw]) -> list[Part]:
+        """What `work` makes of groups of draws, in order. Every distinct text is encoded once."""
+        self._encode([self.config.prefix + draw.prompt for draw in draws])
+        if not self._negatives:
+            self._negatives = [self._negative(backbone) for backbone in self._backbones]
+        groups = [draws[i : i + self._batch] for i in range(0, len(draws), self._batch)]
+        return side_by_side(work, groups, self._threads)
+
     def _draw(self, draws: Sequence[Draw]) -> Tensor:
-        config = self.config
         starts = [noise(draw.seed, draw.prompt_id, self.shape, draw.candidate) for draw in draws]
-        x = torch.stack(starts).to(self.device)
+        return integrate(self._guided(draws), torch.stack(starts).to(self.device), self._grid, self.config.solver).cpu()
+
+    def _path(self, draws: Sequence[Draw], steps: Steps) -> tuple[np.ndarray, np.ndarray]:
+        velocity, count = self._guided(draws), len(steps.keep)
+        shape = (count + 1, *self.shape)
+        drawn = torch.stack([noise(draw.seed, draw.prompt_id, shape, draw.candidate) for draw in draws])
+        drawn = drawn.to(self.device)
+        states, log_probs = [drawn[:, 0].half()], []
+        for i, spread in enumerate(steps.spread.tolist()):
+            x = states[-1].float()
+            mean = steps.mean(x, velocity(x, self._grid[i].to(self.device), i), _all(i, x))
+            states.append((mean + spread * drawn[:, i + 1]).half())
+            log_probs.append(steps.log_prob(states[-1], mean, _all(i, x)))
+        return torch.stack(states, 1).cpu().numpy(), torch.stack(log_probs, 1).cpu().numpy()
+
+    def _guided(self, draws: Sequence[Draw]) -> Velocity:
+        """The velocity of draws under guidance."""
+        config = self.config
         with self._autocast():
             branches = [
                 make_branches(
@@ -323,14 +410,15 @@ class Sampler:
                 for backbone, negative, score in zip(self._backbones, self._negatives, config.scores, strict=True)
             ]
 
-            def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
-                weights = config.weights(step)
-                total = torch.zeros_like(x)
+        def velocity(x: Tensor, t: Tensor, step: int) -> Tensor:
+            weights = config.weights(step)
+            total = torch.zeros_like(x)
+            with self._autocast():
                 for index, share in config.shares(step):
                     total += share * guided(self._velocities[index], x, t, branches[index], weights)
-                return total
+            return total
 
-            return integrate(velocity, x, self._grid, config.solver).cpu()
+        return velocity
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.config.precision == "fp32":
@@ -362,6 +450,10 @@ class Sampler:
         pooled = torch.from_numpy(self._pooled.embed_text([text])).to(self.device)
         with self._autocast():
             return backbone.conditions(tokens, pooled)
+
+
+def _all(step: int, rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), step, device=rows.device)
 
 
 def _check_fit(backbones: Sequence[FluxAudio], text: "TextEncoder", pooled: "Clap", config: SamplerConfig) -> None:

@@ -59,7 +59,9 @@ class Clips:
         waiting: count of clips that a growing corpus holds, but not yet the text of their captions.
         keys: clip keys.
         score: float32, NaN without a score column.
-        weight: float32, of the clip's loss; 1 unless the file of keys says something else.
+        weight: float32, of the clip's loss; 1 unless the file of keys or `DataConfig.guide` says something else.
+        guide: float32, the numbers of the column of `DataConfig.guide`; NaN without one.
+        level: float32, the share of all clips whose guide is lower; set where it decides times, else NaN.
         shape, text_shape: (frames, channels) of latents and (tokens, width) of T5 features.
     """
 
@@ -70,6 +72,8 @@ class Clips:
     keys: pa.StringArray
     score: np.ndarray
     weight: np.ndarray
+    guide: np.ndarray
+    level: np.ndarray
     shape: tuple[int, int]
     text_shape: tuple[int, int]
     _shard: np.ndarray  # int32, positions in _shards
@@ -139,12 +143,13 @@ def open_clips(corpus: str, split: str, keys: str | None, score_column: str | No
     return choose_clips(read_rows(corpus, score_column), split, keys, score_column, cache)
 
 
-def read_rows(corpus: str, score_column: str | None) -> CorpusRows:
+def read_rows(corpus: str, score_column: str | None, guide: str | None = None) -> CorpusRows:
     """The index of a corpus run, finished or still growing.
 
     Args:
         corpus: run folder, local or remote.
         score_column: column of the index or of a table of scores; None: the clips need no score.
+        guide: a further such column.
 
     Raises:
         UserError: no corpus run, no such scores, or a run by an older version.
@@ -166,16 +171,21 @@ def read_rows(corpus: str, score_column: str | None) -> CorpusRows:
     if pc.any(pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"]))).as_py():
         way = f"ttmray corpus upgrade {run}" if inventory.finished(run) else "Start its job again: its end adds them."
         raise UserError(f"{run} is of an older version: its index has no byte offsets.", way)
+    if guide not in (None, score_column):
+        other = read_rows(corpus, guide).rows  # of a corpus that grows it may hold more by now
+        rows = rows.append_column(guide, other[guide].take(pc.index_in(rows["key"], other["key"].combine_chunks())))
     return CorpusRows(run, fingerprint, rows)
 
 
-def choose_clips(corpus: CorpusRows, split: str, keys: str | None, score_column: str | None, cache: str) -> Clips:
+def choose_clips(
+    corpus: CorpusRows, split: str, keys: str | None, score_column: str | None, cache: str, guide: str | None = None
+) -> Clips:
     """The ok clips of a corpus run.
 
     Args:
         split: `train`, `validation`, `test` or `all`.
         keys: file of clip keys to keep (see `read_keys`).
-        score_column: as in `read_rows`.
+        score_column, guide: as in `read_rows`.
         cache: local folder for copies of remote files.
 
     Raises:
@@ -210,6 +220,9 @@ def choose_clips(corpus: CorpusRows, split: str, keys: str | None, score_column:
         digest.update("\n".join(rows[column].to_pylist()).encode())
     if (weight != 1).any():
         digest.update(weight.astype("<f4").tobytes())
+    guides = _scores(run, rows, guide)
+    if guide is not None:
+        digest.update(guides.astype("<f4").tobytes())
     return Clips(
         files=files,
         corpus=corpus.fingerprint,
@@ -218,6 +231,8 @@ def choose_clips(corpus: CorpusRows, split: str, keys: str | None, score_column:
         keys=rows["key"].combine_chunks(),
         score=score,
         weight=weight,
+        guide=guides,
+        level=np.full_like(guides, np.nan),
         shape=shape,
         text_shape=text_shape,
         _shard=shard.indices.to_numpy(),
@@ -311,7 +326,7 @@ def _scores(run: Folder, rows: pa.Table, column: str | None) -> np.ndarray:
     if len(bad):
         raise UserError(
             f"{run}: {len(bad)} clips have no {column}, e.g. {rows['key'][int(bad[0])]}.",
-            "Choose another score_column, or score_column: null for a model that takes no score.",
+            "Choose another column, or score_column: null for a model that takes no score.",
         )
     return score
 

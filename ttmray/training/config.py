@@ -120,6 +120,9 @@ class TrainRuntime(RuntimeConfig):
     """Samples per forward and device; must divide `batch / workers`. `auto`: what should fit in memory."""
     compile: bool = False
     """torch.compile the backbone."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Memory of a device, in 10^9 bytes, that a run must fit in: micro-batches are chosen for it, and a run that is
+    estimated to need more is refused. null: what is free on a GPU, and no refusal."""
     checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more time."""
     log_every: int = Field(50, ge=1)
@@ -135,15 +138,11 @@ class TrainRuntime(RuntimeConfig):
     """How often in a row Ray's workers are started again when one is lost; a new checkpoint starts the count anew."""
 
 
-class TrainConfig(Config):
-    """`jobs/train_sft.py` and `ttmray train-sft`: Stage 1, from scratch or from weights."""
+class LoopConfig(Config):
+    """What every training run has that goes through the loop (training/loop.py), whatever it learns from."""
 
     output: Location = execution()
     """Run folder: a local path or s3:// prefix."""
-    data: DataConfig
-    """Corpora and their mixture."""
-    model: ModelConfig = ModelConfig()
-    flow: FlowMatchingConfig = FlowMatchingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     batch: int = Field(64, ge=1)
@@ -152,23 +151,24 @@ class TrainConfig(Config):
     """Updates. With a constant learning rate a finished run may be continued to more."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast type of the forward pass; weights and optimiser state are float32."""
-    latent_std: Literal["samples", "means"] = "samples"
-    """Latents are normalised by the deviation of posterior samples, or of posterior means. The paper's statistics
-    are not public; samples are what the model sees."""
     checkpoint: CheckpointConfig = execution(CheckpointConfig())
     validation: ValidationConfig = execution(ValidationConfig())
     samples: SampleConfig = execution(SampleConfig())
-    cross_load: SteeringConfig = execution(SteeringConfig())
-    """What is measured at the start where `model.init` was trained with another head (training/cross_load.py)."""
     runtime: TrainRuntime = execution(TrainRuntime())
 
+    @property
+    def draw_seed(self) -> int:
+        """Of the generators of a process, from which nothing of ours draws."""
+        return 0
+
+    @property
+    def beside(self) -> tuple[int, float]:
+        """Ray actors that work beside the training's workers, and the CPUs of each. They have a GPU each where the
+        workers have one."""
+        return 0, 0.0
+
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        scored = self.data.sources[0].score_column is not None
-        if scored and self.model.head == "none":
-            raise ValueError("model.head is none, so data.sources need score_column: null")
-        if not scored and self.model.head != "none":
-            raise ValueError(f"model.head {self.model.head} needs a score_column in data.sources")
+    def _divisible(self) -> Self:
         if self.batch % self.runtime.workers:
             raise ValueError(f"batch ({self.batch}) must be a multiple of runtime.workers ({self.runtime.workers})")
         share = self.batch // self.runtime.workers
@@ -179,4 +179,31 @@ class TrainConfig(Config):
             raise ValueError("runtime.workers above 1 need runtime.runner: ray")
         if self.runtime.runner == "ray" and ":" in self.runtime.device:
             raise ValueError("runtime.device: Ray chooses the GPUs, so it is cuda, cpu or auto")
+        return self
+
+
+class TrainConfig(LoopConfig):
+    """`jobs/train_sft.py` and `ttmray train-sft`: Stage 1, from scratch or from weights."""
+
+    data: DataConfig
+    """Corpora and their mixture."""
+    model: ModelConfig = ModelConfig()
+    flow: FlowMatchingConfig = FlowMatchingConfig()
+    latent_std: Literal["samples", "means"] = "samples"
+    """Latents are normalised by the deviation of posterior samples, or of posterior means. The paper's statistics
+    are not public; samples are what the model sees."""
+    cross_load: SteeringConfig = execution(SteeringConfig())
+    """What is measured at the start where `model.init` was trained with another head (training/cross_load.py)."""
+
+    @property
+    def draw_seed(self) -> int:
+        return self.data.seed
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        scored = self.data.sources[0].score_column is not None
+        if scored and self.model.head == "none":
+            raise ValueError("model.head is none, so data.sources need score_column: null")
+        if not scored and self.model.head != "none":
+            raise ValueError(f"model.head {self.model.head} needs a score_column in data.sources")
         return self

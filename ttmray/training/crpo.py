@@ -111,6 +111,8 @@ class CrpoConfig(TrainConfig):
             raise ValueError("data.sources must be the one pool that the pairs come from")
         if self.validation.clips:
             raise ValueError("validation.clips must be 0")
+        if self.data.guide is not None:
+            raise ValueError("data.guide must be null: winner and loser share one time")
         return self
 
 

@@ -24,13 +24,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ttmray.config import Config, Location, execution, fingerprint
+from ttmray.config import Config, Location, added, execution, fingerprint
 from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 from ttmray.training.clips import CLAP_WIDTH, Clips, CorpusRows, choose_clips, read_rows, remote_sizes
 from ttmray.training.files import make_room
 from ttmray.training.flow_matching import Batch
+from ttmray.training.guide import BetaTimes, GuideConfig, beta_time, guide_weights, levels
 
 _EPOCH, _TRAINING, _EVALUATION = 0, 1, 2
 """Streams of random numbers below one seed: (stream, epoch), (stream, sample number), (stream, hash of the key)."""
@@ -62,6 +63,8 @@ class DataConfig(Config):
     """Their clips are mixed in one permutation per epoch."""
     seed: int = Field(0, ge=0)
     """Of the order and of all draws that belong to a sample."""
+    guide: GuideConfig | None = added(None)
+    """A column that decides times or weights of clips in training (training/guide.py); null: none does."""
     threads: int = execution(2, ge=0)
     """Threads that read ahead, per rank; 0: none, training waits for every micro-batch."""
     prefetch: int = execution(8, ge=1)
@@ -118,13 +121,16 @@ class Mixture:
         sources: in a fixed order; clips are numbered through them as `clip`.
         repeats: how often each source's clips are drawn per epoch (`SourceConfig.repeat`).
         seed: of the order and the draws.
+        times: by the clips' levels; None: the config of the loss decides them.
 
     Raises:
         UserError: sources of different shapes, or nothing to draw.
     """
 
-    def __init__(self, sources: Sequence[Clips], repeats: Sequence[float], seed: int) -> None:
-        self.sources = list(sources)
+    def __init__(
+        self, sources: Sequence[Clips], repeats: Sequence[float], seed: int, times: BetaTimes | None = None
+    ) -> None:
+        self.sources, self.times = list(sources), times
         self.repeats = [float(repeat) for repeat in repeats]
         self.seed = seed
         self.shape, self.text_shape = sources[0].shape, sources[0].text_shape
@@ -213,6 +219,7 @@ class Mixture:
             u_text=empty(),
             u_score=empty(),
             score=empty(),
+            t=None if self.times is None else empty(),
         )
         weights = empty()
         arrays = {name: tensor.numpy() for name, tensor in batch._asdict().items() if tensor is not None}
@@ -226,6 +233,8 @@ class Mixture:
             weights[i] = float(self.sources[source].weight[row])
             self.sources[source].read(row, *(arrays[name][i] for name in ("mean", "std", "text", "text_c")))
             _draw(self.seed, streams[i], Draws(*(arrays[name][i : i + 1] for name in Draws._fields)))
+            if self.times is not None:
+                arrays["t"][i] = beta_time(arrays["z"][i], self.sources[source].level[row], self.times)
         for name in ("mean", "std", "text", "text_c"):
             if (bad := _not_finite(arrays[name])) is not None:
                 source, row = places[bad]
@@ -278,12 +287,13 @@ def open_with_held_out(config: DataConfig) -> tuple[Mixture, Mixture | None]:
     if not corpora[0].holds("validation"):
         return mixture, None
     first = config.sources[0].model_copy(update={"split": "validation", "keys": None, "repeat": 1.0})
-    return mixture, _mixture(config.model_copy(update={"sources": (first,)}), corpora[:1])
+    return mixture, _mixture(config.model_copy(update={"sources": (first,), "guide": None}), corpora[:1])
 
 
 def _read_indexes(config: DataConfig) -> list[CorpusRows]:
     """The index of every source, read once where several are of one corpus."""
-    named = [(source.corpus, source.score_column) for source in config.sources]
+    guide = None if config.guide is None else config.guide.column
+    named = [(source.corpus, source.score_column, guide) for source in config.sources]
     rows_of = {one: read_rows(*one) for one in dict.fromkeys(named)}
     return [rows_of[one] for one in named]
 
@@ -291,14 +301,27 @@ def _read_indexes(config: DataConfig) -> list[CorpusRows]:
 def _mixture(config: DataConfig, corpora: Sequence[CorpusRows]) -> Mixture:
     """The mixture of sources whose indexes are read."""
     pairs = zip(corpora, config.sources, strict=True)
-    sources = [choose_clips(rows, s.split, s.keys, s.score_column, config.cache) for rows, s in pairs]
+    guide = config.guide
+    column = None if guide is None else guide.column
+    sources = [choose_clips(rows, s.split, s.keys, s.score_column, config.cache, column) for rows, s in pairs]
+    if guide is not None:
+        _guide(sources, guide)
     require_one_protocol(config.sources)
     needed: dict[str, int] = {}
     for source in sources:
         needed |= remote_sizes(source)
     make_room(config.cache, needed, config.cache_gib)
     pa.default_memory_pool().release_unused()  # whole index files were read; what stays is a tenth
-    return Mixture(sources, [source.repeat for source in config.sources], config.seed)
+    times = None if guide is None else guide.times
+    return Mixture(sources, [source.repeat for source in config.sources], config.seed, times)
+
+
+def _guide(sources: Sequence[Clips], guide: GuideConfig) -> None:
+    """Levels and weights of the clips of all sources by their numbers, compared over all."""
+    values, ends = np.concatenate([source.guide for source in sources]), np.cumsum([len(source) for source in sources])
+    parts = [np.split(numbers, ends[:-1]) for numbers in (levels(values), guide_weights(values, guide))]
+    for source, level, weight in zip(sources, *parts, strict=True):
+        source.level, source.weight = level, source.weight * weight
 
 
 def require_one_protocol(sources: Sequence[SourceConfig]) -> None:

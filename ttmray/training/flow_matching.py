@@ -57,6 +57,8 @@ class Batch(NamedTuple):
     """(B,) uniform on [0, 1) behind independent score dropout."""
     score: Tensor | None = None
     """(B,) reward that the model is conditioned on; None for models without a score head."""
+    t: Tensor | None = None
+    """(B,) times in (0, 1) where something else than `z` decides them (training/guide.py)."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`, copied without waiting where its memory is pinned."""
@@ -125,7 +127,7 @@ def flow_losses(
         ValueError: scores that are not one number per sample.
     """
     x1 = model.normalise(batch.mean.float() + batch.std.float() * batch.posterior_noise.float())
-    t = logit_normal_t(batch.z.float(), config.t_mean, config.t_scale)
+    t = logit_normal_t(batch.z.float(), config.t_mean, config.t_scale) if batch.t is None else batch.t.float()
     x_t, target = interpolate(x1, batch.noise.float(), t)
     dropped = batch.u_text < config.text_dropout
     text, text_c = drop_text(batch.text, batch.text_c, model.empty_string_feat, model.empty_string_feat_c, dropped)

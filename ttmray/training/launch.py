@@ -22,7 +22,7 @@ from ttmray.models.bundle import resolve_device
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.training.checkpoint import STATE, committed
-from ttmray.training.config import TrainConfig
+from ttmray.training.config import LoopConfig, TrainConfig
 from ttmray.training.cross_load import report_cross_load
 from ttmray.training.export import EXPORTED
 from ttmray.training.logbook import METRICS
@@ -30,17 +30,22 @@ from ttmray.training.loop import CHECKPOINTS, train, trajectory
 from ttmray.training.memory import Split, split_batch
 from ttmray.training.task import Ranks, Task
 
-MakeTask = Callable[[TrainConfig, torch.device], Task]
+MakeTask = Callable[[Any, torch.device], Task]
+"""Of the config of its own kind."""
+Row = tuple[str, str, str]
+"""Of the plan: a name, a value, its reason."""
 
 
 def launch(
     kind: str,
-    config: TrainConfig,
+    config: LoopConfig,
     make_task: MakeTask,
     *,
     plan_only: bool = False,
     force: bool = False,
-    keep: Callable[[TrainConfig, Task, int, torch.device], None] | None = None,
+    keep: Callable[[Any, Task, int, torch.device], None] | None = None,
+    more_of_plan: Callable[[Any, Any, Split], list[Row]] | None = None,
+    after: Callable[[Any, torch.device], None] | None = None,
 ) -> int:
     """Run, or go on with, a training job; returns the exit code.
 
@@ -51,6 +56,8 @@ def launch(
         force: go on although the config differs from the run folder's.
         keep: writes what workers and later launches need, once the run folder is known to be this run's; its last
             arguments are the samples per forward and the device of this process or of the workers.
+        more_of_plan: further rows of the plan.
+        after: work between the last update and the end of the run, in this process.
 
     Raises:
         UserError: for everything that the user can mend.
@@ -58,11 +65,13 @@ def launch(
     """
     out, local = Folder.at(config.output), config.runtime.runner == "local"
     if not local:
-        needed = math.ceil(config.runtime.workers * config.runtime.cpus) + 1  # Ray Train's controller may take one
+        actors, cpus = config.beside
+        # Ray Train's controller may take one
+        needed = math.ceil(config.runtime.workers * config.runtime.cpus + actors * cpus) + 1
         connect(max(needed, os.cpu_count() or 1), show_workers=True, state_api=True)
     device, free = _local_device(config) if local else _ray_device(config)
     task = make_task(config, device if local else torch.device("cpu"))
-    split = plan(config, task, free)
+    split = plan(config, task, free, more_of_plan)
     if plan_only:
         return EXIT_OK
     described = describe(kind, config, task)
@@ -72,7 +81,8 @@ def launch(
     before = look_at(out)
     out.sweep_temporary(older_than_s=0)  # of a killed launch: one at a time writes to a run folder
     with cost.account(out):
-        report_cross_load(config, make_task, device)
+        if isinstance(config, TrainConfig):
+            report_cross_load(config, make_task, device)
         if keep is not None:
             keep(config, task, split.device_batch, device)
         with cost.holding(gpus_held(config, device)):
@@ -81,18 +91,20 @@ def launch(
             else:
                 del task
                 _train_on_ray(config, device, make_task, split.device_batch, force)
+        if after is not None:
+            after(config, device)
     finish(out, described, config, before)
     return EXIT_OK
 
 
-def gpus_held(config: TrainConfig, device: torch.device) -> int:
+def gpus_held(config: LoopConfig, device: torch.device) -> int:
     """GPUs of this process or of all Ray workers, which train on `device`."""
     if device.type == "cpu":
         return 0
     return 1 if config.runtime.runner == "local" else config.runtime.workers
 
 
-def _local_device(config: TrainConfig) -> tuple[torch.device, int | None]:
+def _local_device(config: LoopConfig) -> tuple[torch.device, int | None]:
     """Device of this process, and its free bytes if it is a GPU."""
     device = torch.device(resolve_device(config.runtime.device))
     if config.runtime.threads and device.type == "cpu":
@@ -108,14 +120,25 @@ def _free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def plan(config: TrainConfig, task: Task, free: int | None) -> Split:
+def plan(
+    config: LoopConfig,
+    task: Task,
+    free: int | None,
+    more: Callable[[Any, Any, Split], list[Row]] | None = None,
+) -> Split:
     """Micro-batches, memory and work of the run, printed with their reasons.
 
     Args:
         free: bytes of a GPU; None for a CPU.
+        more: further rows.
+
+    Raises:
+        UserError: the estimate is above `runtime.memory_gb`.
     """
     backbone = task.model.config
-    wish = config.runtime.device_batch
+    wish, most = config.runtime.device_batch, config.runtime.memory_gb
+    if most is not None:
+        free = min(int(most * 1e9), free or int(most * 1e9))
     split = split_batch(
         backbone,
         share=config.batch // config.runtime.workers,
@@ -149,14 +172,34 @@ def plan(config: TrainConfig, task: Task, free: int | None) -> Split:
             f"{flops / 1e15:,.2f} PFLOP",
             f"{task.flops_per_sample / 1e9:,.2f} GFLOP per sample, forward and backward",
         ),
+        *([] if more is None else more(config, task, split)),
     ]
     width = max(len(name) for name, _, _ in rows)
     for name, value, reason in rows:
         console.print(f"{name:<{width}}  {value}  ({reason})", markup=False)
+    if most is not None:
+        require_memory(split.bytes, most, "training")
     return split
 
 
-def describe(kind: str, config: TrainConfig, task: Task) -> dict[str, Any]:
+def require_memory(needed: float, most: float, phase: str) -> None:
+    """Refuse a phase of a run that needs more than `runtime.memory_gb`.
+
+    Args:
+        needed: bytes on a device, as estimated.
+        most: in 10^9 bytes.
+
+    Raises:
+        UserError: it does.
+    """
+    if needed > most * 1e9:
+        raise UserError(
+            f"{phase} is estimated to need {needed / 1e9:.1f} GB on a device, runtime.memory_gb is {most:g}.",
+            "Set runtime.checkpointing=true, a smaller runtime.device_batch, or more memory.",
+        )
+
+
+def describe(kind: str, config: LoopConfig, task: Task) -> dict[str, Any]:
     """What `run.json` holds."""
     what = {"config": trajectory(config), **task.identity}
     return runs.describe(kind, what, config, ("torch", "ray", "numpy"))
@@ -180,6 +223,10 @@ def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
     ours = marker.get("fingerprint", described["fingerprint"]) == described["fingerprint"]
     if out.exists(SUCCESS) and (marker.get("steps") != described["config"]["steps"] or not ours):
         inventory.clear(out, SUCCESS)  # damaged, or it goes on to more
+
+
+TRANSITIONS = "transitions"
+"""Folder of what a round of online training has drawn: it goes when no checkpoint needs it any more."""
 
 
 class Before(NamedTuple):
@@ -214,7 +261,7 @@ def _newest(out: Folder) -> tuple[str, ...]:
     return ()
 
 
-def finish(out: Folder, described: dict[str, Any], config: TrainConfig, before: Before) -> None:
+def finish(out: Folder, described: dict[str, Any], config: LoopConfig, before: Before) -> None:
     """`_SUCCESS.json`, and where things lie.
 
     Args:
@@ -249,23 +296,24 @@ def finish(out: Folder, described: dict[str, Any], config: TrainConfig, before: 
 
 def _is_result(name: str) -> bool:
     """Whether the end of a run notes a file. Checkpoints check themselves, as do exported weights."""
-    unlisted = (SUCCESS, EXPORTED, "cost.json")
-    return name not in unlisted and name.partition("/")[0] not in (CHECKPOINTS, "tensorboard", "wandb")
+    unlisted, folders = (SUCCESS, EXPORTED, "cost.json"), (CHECKPOINTS, TRANSITIONS, "tensorboard", "wandb")
+    return name not in unlisted and name.partition("/")[0] not in folders
 
 
-def _ray_device(config: TrainConfig) -> tuple[torch.device, int | None]:
+def _ray_device(config: LoopConfig) -> tuple[torch.device, int | None]:
     """Device of the workers, and the free bytes of one of the cluster's GPUs."""
     import ray
 
     device = config.runtime.device
     if device == "cpu" or (device == "auto" and not ray.cluster_resources().get("GPU")):
         return torch.device("cpu"), None
-    require_gpus(config.runtime.workers, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers.")
+    gpus = config.runtime.workers + config.beside[0]
+    require_gpus(gpus, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers (and samplers).")
     return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes).remote()))
 
 
 def _train_on_ray(
-    config: TrainConfig, device: torch.device, make_task: MakeTask, device_batch: int, force: bool
+    config: LoopConfig, device: torch.device, make_task: MakeTask, device_batch: int, force: bool
 ) -> None:
     """Start workers until the run is done, again where one was lost.
 

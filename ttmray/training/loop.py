@@ -23,8 +23,7 @@ from ttmray.models.backbone import FluxAudio
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 from ttmray.training import checkpoint
-from ttmray.training.config import TrainConfig
-from ttmray.training.data import Samples
+from ttmray.training.config import LoopConfig
 from ttmray.training.ema import PowerEMA
 from ttmray.training.flow_matching import noise_level_report, noise_level_sums
 from ttmray.training.interruption import interrupts, watchdog
@@ -37,7 +36,7 @@ from ttmray.training.task import Losses, Ranks, Task
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "ema"
 
 
-def trajectory(config: TrainConfig) -> dict[str, Any]:
+def trajectory(config: LoopConfig) -> dict[str, Any]:
     """The part of a config that decides the trajectory. More steps at a constant rate only make it longer."""
     deciding = identity(config)
     if config.optimizer.schedule == "constant":
@@ -46,7 +45,7 @@ def trajectory(config: TrainConfig) -> dict[str, Any]:
 
 
 def train(
-    task: Task, config: TrainConfig, ranks: Ranks, device: torch.device, device_batch: int, force: bool = False
+    task: Task, config: LoopConfig, ranks: Ranks, device: torch.device, device_batch: int, force: bool = False
 ) -> None:
     """Train to `config.steps`, from the newest valid checkpoint of the run folder where there is one.
 
@@ -108,7 +107,7 @@ def train(
 class Training:
     """What a launch of `train` holds, and the single acts of its loop. `step` counts the updates that were made."""
 
-    def __init__(self, task: Task, config: TrainConfig, ranks: Ranks, device: torch.device, device_batch: int) -> None:
+    def __init__(self, task: Task, config: LoopConfig, ranks: Ranks, device: torch.device, device_batch: int) -> None:
         self.task, self.config, self.ranks, self.device = task, config, ranks, device
         self.out = Folder.at(config.output)
         self.places = self.out.sub(CHECKPOINTS)
@@ -127,7 +126,7 @@ class Training:
             UserError: the checkpoint is of another run or has more updates than `config.steps`.
         """
         config, ranks = self.config, self.ranks
-        seed_generators(config.data.seed + ranks.rank)
+        seed_generators(config.draw_seed + ranks.rank)
         self.step, tally = resume(self.task, self.optimizer, self.ema, self.places, self.identity, ranks, force)
         if self.step > config.steps:
             raise UserError(
@@ -148,7 +147,7 @@ class Training:
         runtime = self.config.runtime
         return Logbook(self.out, self.step, runtime.tensorboard, runtime.wandb) if self.ranks.first else nullcontext()
 
-    def update(self, batches: Iterator[Samples]) -> tuple[float, Losses]:
+    def update(self, batches: Iterator[Any]) -> tuple[float, Losses]:
         """One update of weights and averages; its learning rate, and the losses of its last micro-batch."""
         config, o = self.config, self.config.optimizer
         rate = learning_rate(self.step, o.lr, warmup=o.warmup, total=config.steps, schedule=o.schedule)
@@ -210,7 +209,7 @@ class Training:
         )
 
 
-def look_now(step: int, config: TrainConfig, device: torch.device) -> bool:
+def look_now(step: int, config: LoopConfig, device: torch.device) -> bool:
     """Whether the host looks at what the device has found after this update: it waits for it there.
 
     On a CPU always, for nothing is to be waited for; else where a log line, validation, averages, audio or a checkpoint
@@ -226,7 +225,7 @@ def look_now(step: int, config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cpu" or any(number and step % number == 0 for number in every)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters, one group: it can skip an update without the host (`found_inf`)."""
     o = config.optimizer
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -273,7 +272,7 @@ def resume(
     return state.step, tally
 
 
-def wrap(model: FluxAudio, config: TrainConfig, ranks: Ranks, device: torch.device) -> Callable[..., Tensor]:
+def wrap(model: FluxAudio, config: LoopConfig, ranks: Ranks, device: torch.device) -> Callable[..., Tensor]:
     """What the loss calls: the model, compiled and under DDP where asked for."""
     model.train()
     model.checkpointing = config.runtime.checkpointing
@@ -303,7 +302,7 @@ def unsynchronised(forward: Callable[..., Tensor]) -> AbstractContextManager[Non
 
 
 def validation(
-    task: Task, ema: PowerEMA, config: TrainConfig, ranks: Ranks, device: torch.device, step: int
+    task: Task, ema: PowerEMA, config: LoopConfig, ranks: Ranks, device: torch.device, step: int
 ) -> dict[str, Any] | None:
     """Mean loss on held-out clips with averaged weights, and by noise level."""
     with ema.applied(task.model, config.ema.sigma_rels[0]), preserved_mode(task.model), torch.inference_mode():

@@ -39,7 +39,7 @@ from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder
-from ttmray.training.config import ModelConfig, TrainConfig
+from ttmray.training.config import LoopConfig, ModelConfig, TrainConfig
 from ttmray.training.data import (
     DataConfig,
     Mixture,
@@ -345,7 +345,7 @@ def frozen_digest(model: FluxAudio) -> str:
     return digest.hexdigest()
 
 
-def write_samples(model: FluxAudio, config: TrainConfig, bundle: str, folder: Folder, step: int) -> None:
+def write_samples(model: FluxAudio, config: LoopConfig, bundle: str, folder: Folder, step: int) -> None:
     """Audio of the config's prompts as `step-<n>-<i>.flac`; the decoders are loaded and freed again."""
     device = str(model.latent_mean.device)
     models = open_bundle(bundle).load(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.storage import Folder
-from ttmray.training.config import TrainConfig
+from ttmray.training.config import LoopConfig
 from ttmray.training.data import Samples
 from ttmray.training.flow_matching import noise_level_report, noise_level_sums
 from ttmray.training.memory import peak_flops
@@ -38,7 +38,7 @@ class Tally:
     def __init__(
         self,
         task: Task,
-        config: TrainConfig,
+        config: LoopConfig,
         ranks: Ranks,
         device: torch.device,
         step: int,

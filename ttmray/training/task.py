@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ttmray.models.backbone import FluxAudio
 from ttmray.storage import Folder
-from ttmray.training.data import Samples
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,11 @@ class Task(Protocol):
     frozen_models: int
     """Further backbones on the device, without gradients."""
 
-    def batches(self, start: int, batch: int, rank: int, world: int, pin: bool) -> Generator[Samples, None, None]:
-        """Endless micro-batches from sample `start` on."""
+    def batches(self, start: int, batch: int, rank: int, world: int, pin: bool) -> Generator[Any, None, None]:
+        """Endless micro-batches from sample `start` on: `Samples` or the like, with `keys` and `to(device)`. Each is
+        asked for when it is due, after all updates before it."""
 
-    def losses(self, samples: Samples, forward: Callable[..., Tensor]) -> Losses:
+    def losses(self, samples: Any, forward: Callable[..., Tensor]) -> Losses:
         """Losses of a micro-batch on its device; `forward` is the model, perhaps wrapped."""
 
     def validate(self, device: torch.device, rank: int, world: int) -> tuple[Tensor, Tensor] | None:
