@@ -82,7 +82,7 @@ def test_the_commands_are_these(capsys):
     corpus = {"score-corpus", "plan", "corpus", "status", "score", "weights"}
     models = {"train-sft", "train-ranker", "train-micro", "generate", "postprocess", "params", "checkpoint"}
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
-    chain |= {"train-grpo"}
+    chain |= {"train-grpo", "push", "attm"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card", "synth", "demo"}
     assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config", "verify"}
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
