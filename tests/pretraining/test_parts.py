@@ -279,3 +279,15 @@ def test_masked_spans_and_what_is_left_are_the_caption(clips):
         restored = [piece for token in source for piece in (spans[token] if token in sentinels else [token])]
         assert restored == tokens
         assert sum(map(len, spans.values())) == max(1, round(len(tokens) * 0.25))
+
+
+def test_the_vae_hears_stems_alone_and_is_told_of_the_steps_between_bands(clips):
+    config = VAEConfig(hidden_dim=16, embed_dim=8, ch_mult=(1, 1), num_res_blocks=1, crop_frames=32)
+    alone = VAEPart(config.model_copy(update={"alone": 1.0, "detail_weight": 2.0}), clips, CPU)
+    assert alone.model.config.ch_mult == (1, 1)
+    mixes, stems = VAEPart(config, clips, CPU).batch(0, 4), alone.batch(0, 4)
+    assert mixes.shape == stems.shape
+    assert stems.mean() < mixes.mean()
+    losses = alone.loss(stems)
+    expected = losses["reconstruction"] + config.kl_weight * losses["kl"] + 2.0 * losses["detail"]
+    torch.testing.assert_close(losses["loss"], expected)

@@ -7,6 +7,7 @@ weights projected after every update as in EDM2. For the full size set `hidden_d
 10 s.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -15,11 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ttmray.audio.mel import LogMel
+from ttmray.config import added
 from ttmray.models import seeded
+from ttmray.models.griffin_lim import GriffinLim
 from ttmray.models.latents import LatentEncoder
 from ttmray.models.vae import MelVAE, MelVAEConfig
 from ttmray.pretraining.clips import ClipSet, place
-from ttmray.pretraining.fidelity import mean_of, mel_errors
+from ttmray.pretraining.fidelity import mean_of, mel_errors, pitch_error
 from ttmray.pretraining.loop import Part, PartConfig, weights_of
 from ttmray.pretraining.losses import MEL_FLOOR, heard, kl_to_normal
 from ttmray.storage import Folder
@@ -35,11 +38,20 @@ class VAEConfig(PartConfig):
     hidden_dim: int = Field(64, ge=8)
     embed_dim: int = Field(20, ge=1)
     """Latent channels."""
+    ch_mult: tuple[int, ...] = added((1, 2, 4), min_length=2)
+    """Width of each level, times hidden_dim. The first should not be below the mel's 128 bands, which it would blur."""
+    num_res_blocks: int = added(2, ge=1)
+    """Per level of the encoder; the decoder has one more."""
     reconstruction: Literal["l1", "l2"] = "l1"
     kl_weight: float = Field(1e-3, ge=0)
     """Of the KL per latent element, against the error per mel element in units of the data's standard deviation."""
     mel_floor: float = MEL_FLOOR
     """What is less is not to be reconstructed."""
+    alone: float = added(0.0, ge=0, le=1)
+    """Share of the items that are some of a clip's stems: what plays alone shows its harmonics, which mixes hide."""
+    detail_weight: float = added(0.0, ge=0)
+    """Of the error of the steps between neighbouring bands, which harmonics make: without it copies are smooth along
+    frequency, and their pitch is lost."""
     crop_frames: int = Field(216, ge=8)
     """Mel frames of an item, a random part of a clip."""
 
@@ -53,7 +65,8 @@ class VAEPart(Part):
         self.config, self.clips, self.device = config, clips, device
         self.mel = LogMel().to(device)
         with seeded(config.seed):
-            model = MelVAE(MelVAEConfig(hidden_dim=config.hidden_dim, embed_dim=config.embed_dim))
+            shape = {name: getattr(config, name) for name in ("hidden_dim", "embed_dim", "ch_mult", "num_res_blocks")}
+            model = MelVAE(MelVAEConfig(**shape))
         model.project_weights()
         mels = torch.cat([self._mel_of(i) for i in range(min(64, clips.count))], dim=2)
         mels = heard(mels, config.mel_floor)
@@ -69,13 +82,22 @@ class VAEPart(Part):
         hop, waves = self.mel.config.hop, []
         samples = min(self.config.crop_frames * hop, self.clips.samples // (2 * hop) * 2 * hop)
         for i in range(position, position + count):
-            wave = self.clips.mono(place(self.config.seed, i, self.clips.count))
             rng = np.random.default_rng([self.config.seed, i])
+            alone = self.config.alone > 0 and rng.random() < self.config.alone
+            wave = self._stems(i, rng) if alone else self.clips.mono(place(self.config.seed, i, self.clips.count))
             start = int(rng.integers(len(wave) - samples + 1))
             gain = 10 ** (rng.uniform(-12, 3) / 20)  # vocals removed, a mix is up to 12 dB softer
             waves.append(wave[start : start + samples] * np.float32(gain))
         with torch.no_grad():
             return self.mel(torch.from_numpy(np.stack(waves)).to(self.device))
+
+    def _stems(self, position: int, rng: np.random.Generator) -> np.ndarray:
+        """(samples,) of one or two stems of a clip, drawn from those that sound."""
+        stems = self.clips.stem(place(self.config.seed, position, self.clips.stems)).mean(axis=1)
+        sound = np.flatnonzero(np.square(stems).mean(axis=1) > 1e-6)  # -60 dBFS
+        chosen = rng.permutation(sound)[: int(rng.integers(1, 3))]
+        wave: np.ndarray = stems[chosen].sum(axis=0)
+        return wave
 
     def loss(self, batch: Tensor) -> dict[str, Tensor]:
         posterior = self.model.encode(batch)
@@ -83,13 +105,18 @@ class VAEPart(Part):
         error = (self.model.decode(latents) - heard(batch, self.config.mel_floor)) / self.model.data_std
         reconstruction = error.abs().mean() if self.config.reconstruction == "l1" else error.square().mean()
         kl = kl_to_normal(posterior.mean, posterior.logvar)
-        return {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        losses = {"loss": reconstruction + self.config.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+        if self.config.detail_weight:
+            losses["detail"] = error.diff(dim=1).abs().mean()
+            losses["loss"] = losses["loss"] + self.config.detail_weight * losses["detail"]
+        return losses
 
     def after_update(self) -> None:
         self.model.project_weights()
 
     def measure(self, fresh: ClipSet) -> dict[str, float]:
-        """Errors of log-mels (see `mel_errors`), and the latents' mean deviation and noise."""
+        """Errors of log-mels (see `mel_errors`), the latents' mean deviation and noise, and by how many semitones the
+        pitch of copied voices is off, the median over clips that sing."""
         model = MelVAE(self.model.config)
         model.load_state_dict(weights_of(self.model, half=False))
         coder = LatentEncoder(model.eval().normalise_weights(), fresh.samples)
@@ -101,7 +128,13 @@ class VAEPart(Part):
             theirs = mel(torch.from_numpy(wave)[None])[..., : ours.shape[2]]
             row = mel_errors(ours, theirs) | {"latent_std": float(means.std()), "latent_noise": float(stds.mean())}
             rows.append(row)
-        return mean_of(rows)
+        pitches = [self._pitch(coder, fresh.stem(index)[3].mean(axis=0)) for index in range(min(fresh.stems, 24))]
+        sung = [pitch for pitch in pitches if not math.isnan(pitch)]
+        return mean_of(rows) | {"voice_pitch": float(np.median(sung)) if sung else math.nan}
+
+    def _pitch(self, coder: LatentEncoder, voice: np.ndarray) -> float:
+        copy: Tensor = GriffinLim()(torch.from_numpy(coder.decode(coder.encode(voice[None])[0])))
+        return pitch_error(copy[0, 0].numpy(), voice)
 
     def export(self, out: Folder, half: bool) -> None:
         """Raw weights, as `load_vae` reads them."""
