@@ -92,7 +92,17 @@ def test_a_weights_file_is_pushed_and_makes_the_same_clip_from_the_hub(hub, weig
 
 def test_generate_takes_a_checkpoint_of_the_hub_offline_once_it_is_here(hub, weights, tmp_path, monkeypatch):
     push(str(weights), "org/mine", bundle="debug")
-    command = ["generate", "--prompt", "a harp", "--set", "checkpoint=hf://org/mine", "--set", "sampler.steps=1"]
+    command = [
+        "generate",
+        "--bundle",
+        "debug",
+        "--prompt",
+        "a harp",
+        "--set",
+        "checkpoint=hf://org/mine",
+        "--set",
+        "sampler.steps=1",
+    ]
     assert main([*command, "--output", str(tmp_path / "one")]) == EXIT_OK
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main([*command, "--output", str(tmp_path / "two")]) == EXIT_OK

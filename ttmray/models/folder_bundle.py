@@ -103,7 +103,11 @@ class FolderFiles:
         """
         files = self.of_role(role)
         if not files:
-            raise UserError(f"bundle {self.description.name} in {self.path} has no {role}.", self.way_out)
+            there = sorted({name.partition("/")[0] for name in self.description.files})
+            raise UserError(
+                f"bundle {self.description.name} in {self.path} has no {role}.",
+                f"It has {', '.join(there)}. Name another bundle for this.",
+            )
         for name, facts in files.items():
             file = self.path / name
             if not file.is_file():
