@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from ttmray import pages
 from ttmray.config import Config, execution, fingerprint, identity
@@ -38,6 +36,7 @@ from ttmray.training.config import TrainConfig
 from ttmray.training.export import EXPORTED, export_again
 from ttmray.training.logbook import METRICS as LOG
 from ttmray.training.sft import train_sft
+from ttmray.training.tensors import pack, unpack
 
 NOTE = (
     "micro bundle: small models, trained on synthetic songs alone. Rewards and CLAP scores are on a scale of their own "
@@ -218,10 +217,9 @@ def _head(root: Folder) -> dict[str, dict[str, str]]:
 
 
 def _halve(weights: Path, target: Path) -> None:
-    """A safetensors file in half precision, with its metadata; models are in float32 once they are loaded."""
-    with safe_open(weights, "pt") as file:
-        metadata = file.metadata()
-    save_file(to_half(load_file(weights)), target, metadata)
+    """An exported file in half precision, with what it says of itself; models are in float32 once they are loaded."""
+    tensors, about = unpack(weights.read_bytes(), str(weights))
+    target.write_bytes(pack(to_half(tensors), about))
 
 
 def _sampler(config: MicroConfig, weights: Path) -> dict[str, Any]:
