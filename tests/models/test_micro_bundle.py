@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import ttmray
 from ttmray.errors import UserError
 from ttmray.models.bundle import MICRO, LoadOptions, open_bundle
 from ttmray.models.folder_bundle import FOLDERS
@@ -48,6 +49,16 @@ def test_a_song_without_a_fault_is_better_than_the_same_song_with_it(scorer, fau
     clean, spoiled = (rewards_of(scorer, [piece[i] for piece in pieces]) for i in range(2))
     assert np.mean(clean > spoiled) >= 0.75
     assert np.mean(clean - spoiled) > 0
+
+
+def test_clips_that_are_asked_for_a_higher_score_get_a_higher_reward():
+    studio = ttmray.load("micro", device="cpu", threads=1)
+    prompts = ["a slow ambient piece with a flute", "fast rock with live drums", "a waltz on the piano"]
+    low, high = (
+        studio.score(studio.generate(prompts, score=score, seed=5, sampler={"steps": 12})) for score in (-1.5, 0.5)
+    )
+    assert (high["reward"].mean() - low["reward"].mean()) > 0.5
+    assert not (high["status"] != "ok").any()
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ def load(
     """A bundle to work with. Models are loaded when they are first used, and then stay.
 
     Args:
-        bundle: `debug` (tiny, untrained: its numbers mean nothing), another name of `ttmray weights list`, the folder
-            of a bundle, or one of these with another reward head: `debug+runs/my-ranker`. `hf://org/name` is what
+        bundle: `micro` (small, knows the music of the built-in composer), another name of `ttmray weights list`, the
+            folder of a bundle, or one of these with another reward head: `micro+runs/my-ranker`. `hf://org/name` is what
             `ttmray push` has uploaded there: a bundle, a reward head, or weights that `generate` then uses.
         device: `cpu`, `cuda`, or `auto`: cuda where there is one.
         batch: clips per forward on a GPU.
