@@ -37,7 +37,7 @@ def test_good_songs_decode_with_the_length_rate_and_tags_they_were_given(demo):
         with soundfile.SoundFile(demo / song.path) as file:
             assert (file.title, file.artist) == (song.title, song.artist)
     assert total == pytest.approx(150)
-    assert {Path(song.path).suffix for song in SONGS} == AUDIO_EXTENSIONS
+    assert {Path(song.path).suffix for song in SONGS} == {".mp3", ".flac", ".wav", ".ogg"} <= AUDIO_EXTENSIONS
 
 
 @pytest.mark.parametrize("path", [path for path, why in ODD.items() if why[1] not in ("silent", "duplicate")])

@@ -60,7 +60,9 @@ def one_by_one(mixture: Mixture, config: DataConfig, start: int, count: int) -> 
 
 
 def joined(parts: list[Samples]) -> Samples:
-    batch = type(parts[0].batch)(*(torch.cat(tensors) for tensors in zip(*(p.batch for p in parts), strict=True)))
+    batch = type(parts[0].batch)(
+        *(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*(p.batch for p in parts), strict=True))
+    )
     ids = (torch.cat([p.numbers for p in parts]), torch.cat([p.sources for p in parts]))
     return Samples(*ids, [key for p in parts for key in p.keys], batch, torch.cat([p.weights for p in parts]))
 
