@@ -1,6 +1,6 @@
 """Ray for everybody else: join or start a cluster, and do the same work over many items.
 
-Only this file, `corpus/pipeline.py` (Ray Data) and `training/launch.py` (Ray Train) import Ray.
+Only this file, `corpus/ray_runner.py` (Ray Data) and `training/launch.py` (Ray Train) import Ray.
 """
 
 import gc
