@@ -10,8 +10,9 @@ from quick_job import Runs
 
 from ttmray.corpus.left_out import LeftOut, WorkerFault
 from ttmray.corpus.placement import Group, Node
-from ttmray.corpus.ray_runner import RayWorker, _innermost, look_around
+from ttmray.corpus.ray_runner import RayWorker, _innermost, _run_hash, look_around
 from ttmray.errors import UserError
+from ttmray.storage import Folder
 
 MODELS = Group("models", ("score", "write"), heavy=True, cpus=0, gpus=1)
 DECODE = Group("decode", ("decode",), heavy=False, cpus=1, gpus=0)
@@ -35,28 +36,30 @@ def test_a_machine_that_fails_is_named_and_left_out(capsys):
     assert "machine b is left out from here on" in capsys.readouterr().out
 
 
-def test_two_machines_in_a_row_that_say_the_same_are_everybodys_fault():
+def test_three_machines_in_a_row_are_everybodys_fault_and_two_are_not():
     left_out = LeftOut()
     out(left_out, "a", "there is no bundle")
-    with pytest.raises(UserError, match=r"there is no bundle \(on machine b, as before on machine a\)") as caught:
-        out(left_out, "b", "there is no bundle")
+    out(left_out, "b", "no space for shard 7")
+    with pytest.raises(UserError, match=r"shard 8 \(on machine c, after machine b, after machine a\)") as caught:
+        out(left_out, "c", "no space for shard 8", nodes=[*NODES, *(Node(name, name, 4, 1) for name in "fghij")])
     assert caught.value.hint == "Mend it."
 
 
-def test_the_same_on_two_machines_is_theirs_where_others_do_their_work():
-    left_out = LeftOut()
-    out(left_out, "a")
-    left_out.progress()
-    out(left_out, "b")
-    assert left_out.nodes == {"a", "b"}
-
-
-def test_most_machines_are_never_left_out():
-    left_out = LeftOut()
+def test_three_machines_are_left_out_one_by_one_where_others_do_their_work_in_between():
+    left_out, nodes = LeftOut(), [*NODES, Node("f", "f", 4, 1)]
     for node in "abc":
-        out(left_out, node, f"another fault of {node}")
-    with pytest.raises(UserError, match="another fault of d"):
-        out(left_out, "d", "another fault of d")
+        out(left_out, node, nodes=nodes)
+        left_out.progress()
+    assert left_out.nodes == {"a", "b", "c"}
+
+
+def test_most_machines_that_take_work_are_never_left_out():
+    left_out = LeftOut()
+    for node in "ab":
+        out(left_out, node)
+        left_out.progress()
+    with pytest.raises(UserError, match=r"CUDA error \(on machine c\)"):  # of five: the head takes no work
+        out(left_out, "c")
 
 
 def test_the_last_machine_of_a_group_is_not_left_out():
@@ -112,26 +115,26 @@ def run(tmp_path: Path) -> Runs:
     return Runs(tmp_path / "run", 1)
 
 
-def test_a_worker_sees_that_its_run_folder_is_the_drivers(run):
-    from ttmray.corpus.ray_runner import _claim
-    from ttmray.storage import Folder
+def hash_of(run: Runs) -> str:
+    return _run_hash(Folder(str(run.folder)))
 
-    job = run.job()
-    claim = _claim(Folder(str(run.folder)))
-    look_around(job, 0, claim, within_s=0)
+
+def test_a_worker_sees_that_its_run_folder_is_the_drivers(run):
+    job, run_hash = run.job(), hash_of(run)
+    look_around(job, 0, run_hash, within_s=0)
     (run.folder / "run.json").write_text('{"another": "run"}')
     with pytest.raises(UserError, match=r"run\.json is not there, or not the same"):
-        look_around(job, 0, claim, within_s=0)
+        look_around(job, 0, run_hash, within_s=0)
     (run.folder / "run.json").unlink()
     with pytest.raises(UserError, match="Every node must see the output folder"):
-        look_around(job, 0, claim, within_s=0)
+        look_around(job, 0, run_hash, within_s=0)
 
 
 def test_a_worker_sees_that_the_songs_are_there(run, tmp_path):
     with pytest.raises(UserError, match="Every node must see the songs"):
-        look_around(replace(run.job(), root=str(tmp_path / "absent")), 0, "", within_s=0)
-    look_around(replace(run.job(), root=str(tmp_path)), 0, "", within_s=0)
-    look_around(replace(run.job(), root="s3://bucket/songs"), 0, "", within_s=0)
+        look_around(replace(run.job(), root=str(tmp_path / "absent")), 0, hash_of(run), within_s=0)
+    look_around(replace(run.job(), root=str(tmp_path)), 0, hash_of(run), within_s=0)
+    look_around(replace(run.job(), root="s3://bucket/songs"), 0, hash_of(run), within_s=0)
 
 
 def test_a_worker_that_was_given_a_gpu_does_not_run_on_the_cpu_without_a_word(run, monkeypatch):
@@ -140,11 +143,11 @@ def test_a_worker_that_was_given_a_gpu_does_not_run_on_the_cpu_without_a_word(ru
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("auto", "cuda"):
         with pytest.raises(UserError, match="Ray gave 1 GPUs to a worker, but torch finds none"):
-            look_around(run.job(device=device), 1, "", within_s=0)
-    look_around(run.job(device="cpu"), 1, "", within_s=0)
-    look_around(run.job(device="auto"), 0, "", within_s=0)
+            look_around(run.job(device=device), 1, hash_of(run), within_s=0)
+    look_around(run.job(device="cpu"), 1, hash_of(run), within_s=0)
+    look_around(run.job(device="auto"), 0, hash_of(run), within_s=0)
 
 
 def test_building_a_worker_is_no_matter_of_its_constructor(run):
     """Ray would start an actor again without end, and lose the type of what it raised."""
-    RayWorker(replace(run.job(), root="/absent").to_json(), "all", ("no such stage",), 1.0, "another claim")
+    RayWorker(replace(run.job(), root="/absent").to_json(), "all", ("no such stage",), 1.0, "another hash")

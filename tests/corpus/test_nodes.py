@@ -148,7 +148,7 @@ def test_losing_a_node_costs_its_units_in_flight_and_a_node_that_joins_gets_work
     def then(count: int) -> None:
         if count == 10:
             raylets.kill(lost)
-        if count == 20:
+        if count == 40:  # until then one node does without the other
             joined.append(raylets.add(2, 1))
 
     go(run, then, pace_s=0.5, crowd=2)
@@ -188,7 +188,7 @@ def test_what_no_node_can_build_ends_the_job_with_one_message(raylets, runs):
 def test_a_run_folder_that_no_node_sees_is_said_at_the_start(raylets, runs, monkeypatch):
     raylets.add(1, 1)
     run = runs(4)
-    monkeypatch.setattr("ttmray.corpus.ray_runner._claim", lambda _: "of another file")
+    monkeypatch.setattr("ttmray.corpus.ray_runner._run_hash", lambda _: "of another file")
     with pytest.raises(UserError, match=r"run\.json is not there, or not the same") as caught:
         go(run)
     assert "shared file system or a bucket" in caught.value.hint

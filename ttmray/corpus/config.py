@@ -95,14 +95,15 @@ class StageResources(Config):
     """What one worker of a stage gets from Ray, and how many workers there are."""
 
     cpus: float = Field(1.0, ge=0)
-    """CPUs per worker. Where a worker has a GPU and other processes decode, so many are left free for it at the start,
-    and none is reserved: models never wait for a CPU."""
+    """CPUs per worker. One that has models and a GPU reserves none where other processes decode: models never wait for
+    a CPU."""
     gpus: float | None = Field(None, ge=0)
     """GPUs per worker; a fraction is a scheduling share, not a memory limit. Default: where there are GPUs, one
     for each process that holds models (shared equally where `fuse` is `none`)."""
     workers: tuple[int, int] | None = None
-    """Fewest and most workers; default: from one to what the cluster has room for, at any time; where `fuse` is `none`
-    a fixed share of what it has at the start (see corpus/placement.py)."""
+    """Fewest and most workers; of stages without models, which are tasks, only the most counts. Default: from one to
+    what the cluster has room for, at any time; where `fuse` is `none` a fixed share of what it has at the start (see
+    corpus/placement.py)."""
 
     @field_validator("workers")
     @classmethod

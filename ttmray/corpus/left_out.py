@@ -32,29 +32,33 @@ class WorkerFault(Exception):
         return type(self), (self.node, self.where, self.message, self.hint, self.expected)
 
 
+FAULTS_IN_A_ROW = 3
+"""So many machines that fail one after the other, without a unit finished in between, are everybody's fault."""
+
+
 @dataclass
 class LeftOut:
     """Machines that a launch does without.
 
-    It goes on without a machine as long as others do their work. It ends where two machines in a row say the same and
-    no unit was finished in between, where no machine would be left for some group, or where most were left out.
+    It goes on without a machine as long as others do their work. It ends where `FAULTS_IN_A_ROW` machines fail and no
+    unit was finished in between, where no machine would be left for some group, or where most were left out.
 
     Attributes:
         nodes: ids of those left out.
-        last: the fault since which no unit was finished.
-        failures: of Ray itself in a row, without a unit finished in between.
+        faults: since the last finished unit, each of another machine.
+        stops: of Ray itself since the last finished unit.
     """
 
     nodes: set[str] = field(default_factory=set)
-    last: WorkerFault | None = None
-    failures: int = 0
+    faults: list[WorkerFault] = field(default_factory=list)
+    stops: int = 0
 
     def usable(self, nodes: Sequence[Node]) -> list[Node]:
         return [node for node in nodes if node.id not in self.nodes]
 
     def progress(self) -> None:
         """A unit was finished."""
-        self.last, self.failures = None, 0
+        self.faults, self.stops = [], 0
 
     def leave_out(self, fault: WorkerFault, nodes: Sequence[Node], groups: Sequence[Group], error: Exception) -> None:
         """Go on without the machine of a fault.
@@ -66,18 +70,20 @@ class LeftOut:
 
         Raises:
             UserError: it is not one machine's fault, or too many have failed.
+            Exception: `error`, for the same reasons.
         """
+        places = {node.id for node in nodes if any(group.fits(node) for group in groups)}
         others = [node for node in self.usable(nodes) if node.id != fault.node]
-        same = self.last is not None and self.last.message == fault.message and self.last.node != fault.node
-        alone = bool(lacking(groups, others))
-        if same or alone or 2 * len(self.nodes | {fault.node}) > len(self.nodes | {node.id for node in nodes}):
+        out = self.nodes | {fault.node}
+        in_a_row = len(self.faults) + 1 >= FAULTS_IN_A_ROW
+        if in_a_row or lacking(groups, others) or 2 * len(out) > len(out | places):
             if not fault.expected:
                 raise error
-            also = f", as before on {self.last.where}" if same and self.last is not None else ""
-            several = len(nodes) > 1
-            raise UserError(f"{fault.message} (on {fault.where}{also})" if several else fault.message, fault.hint)
+            before = "".join(f", after {earlier.where}" for earlier in reversed(self.faults))
+            where = f" (on {fault.where}{before})" if len(nodes) > 1 else ""
+            raise UserError(f"{fault.message}{where}", fault.hint)
         self.nodes.add(fault.node)
-        self.last = fault
+        self.faults.append(fault)
         console.print(
             f"{fault.where} is left out from here on, and its units go elsewhere: {fault.message}",
             style="yellow",
@@ -90,10 +96,10 @@ class LeftOut:
         Raises:
             UserError: for the second time in a row without a finished unit.
         """
-        self.failures += 1
+        self.stops += 1
         first = str(error).strip().splitlines() or [""]
         said = f"{type(error).__name__}: {first[0][:300]}"
-        if self.failures > 1:
+        if self.stops > 1:
             raise UserError(
                 f"Ray stopped twice in a row, and no unit was finished in between. {said}",
                 "What was committed stays. See the logs of Ray on the machines, mend the cause and start the same "

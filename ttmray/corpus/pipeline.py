@@ -85,6 +85,7 @@ class StageWorker:
         self.name, self.names = name, tuple(stages)
         self.run = Folder.at(self.job.output)
         self.chain = self.job.build(stages)
+        self.commits = stages[-1] == self.job.stages()[-1].name
 
     def on_unit(self, unit: Unit) -> Unit:
         return guarded(
@@ -97,7 +98,7 @@ class StageWorker:
 
     def __call__(self, table: Any) -> Any:
         unit = self.on_unit(Unit.from_table(table))
-        return unit.to_table()
+        return (unit.told() if self.commits else unit).to_table()
 
 
 Done = Callable[[Unit], None]

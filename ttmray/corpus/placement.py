@@ -1,7 +1,7 @@
 """Which stages share a process, and how many workers each group gets. Pure arithmetic, no Ray.
 
 No group can keep another one from starting, also after machines have gone: processes with a GPU reserve no CPU, so
-decoders hold CPUs, models hold GPUs, and nobody waits for a place that the other one has. Numbers of workers are then
+decoders use CPUs, models hold GPUs, and nobody waits for a place that the other one has. Numbers of workers are then
 ranges: a pool goes on with what is left and takes what joins. Where `fuse` is `none`, several groups share the GPUs,
 and their shares are fixed.
 """
@@ -18,8 +18,8 @@ from ttmray.corpus.stage import AT_HOME, Stage, alive
 DECODE_SHARE = 0.15
 """Of the CPUs that are left for CPU groups where models run on CPUs too: decoding costs far less than they do."""
 DECODERS_PER_GPU = 4
-"""Decoding and measuring cost 30 ms of CPU per clip: 0.4 CPUs keep an RTX A5000 busy, and 2 a card of five times its
-speed. The rest is for long tracks and slow storage."""
+"""At most: decoding and measuring cost 30 ms of CPU per clip, so 0.4 CPUs keep an RTX A5000 busy, and 2 a card of five
+times its speed. The rest is for long tracks and slow storage."""
 GROWTH_GPUS = 16
 """Decoders are bounded as if there were so many GPUs at least: a cluster may grow."""
 
@@ -39,9 +39,9 @@ class Group:
     """Stages that share a process.
 
     Attributes:
-        heavy: it holds models.
+        heavy: it holds models, and its workers live as long as the run. Others are tasks.
         cpus, gpus: that each worker reserves.
-        fewest, most: workers.
+        fewest, most: workers. Of tasks there are no more than `most` at a time.
         begin: workers to start with.
     """
 
@@ -103,23 +103,10 @@ def place(config: CorpusConfig, nodes: Sequence[Node], units: int) -> list[Group
     heavy = next(group for group in groups if group.heavy)
     room = sum(heavy.fits(node) for node in nodes)
     for i, group in enumerate(groups):
-        begin, most = room, units
-        if not group.heavy:
-            begin = min(
-                _beside(group, heavy, node_cpus=config.runtime.models.cpus, nodes=nodes), DECODERS_PER_GPU * room
-            )
-            most = min(units, DECODERS_PER_GPU * max(room, GROWTH_GPUS))
-        if group.name in asked:
-            most = group.most
-        most = max(group.fewest, most)
+        begin, most = (room, units) if group.heavy else (1, DECODERS_PER_GPU * max(room, GROWTH_GPUS))
+        most = max(group.fewest, min(group.most if group.name in asked else most, units))
         groups[i] = replace(group, begin=max(group.fewest, min(begin, most)), most=most)
     return groups
-
-
-def _beside(group: Group, heavy: Group, node_cpus: float, nodes: Sequence[Node]) -> int:
-    """Workers for which the machines have room when every process with models has its `node_cpus` CPUs."""
-    left = [replace(node, cpus=max(0.0, node.cpus - node_cpus * heavy.fits(node))) for node in nodes]
-    return sum(group.fits(node) for node in left)
 
 
 def lacking(groups: Sequence[Group], nodes: Sequence[Node]) -> list[Group]:

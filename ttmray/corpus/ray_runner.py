@@ -1,7 +1,9 @@
-"""The Ray Data runner: one row per unit, one pool of actors per group of stages, in rounds.
+"""The Ray Data runner: one row per unit, one operator per group of stages, in rounds.
 
-A round ends when all units are done, or when a machine has to be left out; the next round runs what is left on the
-machines that there are then. Machines that go or join within a round are Ray Data's business: pools are ranges.
+Models live in a pool of actors, and everything else runs as tasks: what was lost with a machine is made again wherever
+a CPU is free, while an actor's work waits for a place for that very actor. A round ends when all units are done, or
+when a machine has to be left out; the next round runs what is left on the machines that there are then. Machines that
+go or join within a round are Ray Data's business: pools are ranges.
 """
 
 import hashlib
@@ -10,7 +12,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from functools import cache
 from typing import Any
 
 from ttmray import cost
@@ -36,18 +40,18 @@ SEEN_WITHIN_S = 20.0
 
 
 class RayWorker:
-    """An actor: a `StageWorker` that is built with its first unit, and says on which machine something failed.
+    """A `StageWorker` that is built with its first unit, and says on which machine something failed.
 
     Args:
         job, name, stages: see `StageWorker`.
         gpus: that Ray gives to it.
-        claim: SHA-256 of `run.json`; empty where there is none.
+        run_hash: of the driver's `run.json`.
     """
 
-    def __init__(self, job: str, name: str, stages: Sequence[str], gpus: float, claim: str) -> None:
+    def __init__(self, job: str, name: str, stages: Sequence[str], gpus: float, run_hash: str) -> None:
         # nothing can fail here: errors of an actor's constructor lose their type, and Ray tries again without end
         self._made_of = (job, name, stages)
-        self._gpus, self._claim = gpus, claim
+        self._gpus, self._run_hash = gpus, run_hash
         self._worker: StageWorker | None = None
 
     def __call__(self, table: Any) -> Any:
@@ -63,15 +67,26 @@ class RayWorker:
 
         workers: list[StageWorker] = []
         job = Job.from_json(self._made_of[0])
-        look_around(job, self._gpus, self._claim)  # before anything is written: it may be another folder
-        actor = str(ray.get_runtime_context().get_actor_id())  # the same after a restart
+        look_around(job, self._gpus, self._run_hash)  # before anything is written: it may be another folder
+        task = ray.get_runtime_context().get_task_id()  # the same when Ray tries again
 
         def build(start: Unit) -> Unit:
             workers.append(StageWorker(*self._made_of))
             return start
 
-        guarded(Folder.at(job.output), actor, Unit("start", []), build, _refused)
+        guarded(Folder.at(job.output), task, Unit("start", []), build, _refused)
         return workers[0]
+
+
+@cache
+def _worker(*of: Any) -> RayWorker:
+    """The worker of this process for the tasks of a group; see `RayWorker`."""
+    return RayWorker(*of)
+
+
+def work(table: Any, *of: Any) -> Any:
+    """A task: stages without models over a unit. See `RayWorker`."""
+    return _worker(*of)(table)
 
 
 def _refused(_: Unit) -> Unit:
@@ -81,19 +96,19 @@ def _refused(_: Unit) -> Unit:
     )
 
 
-def look_around(job: Job, gpus: float, claim: str, within_s: float = SEEN_WITHIN_S) -> None:
+def look_around(job: Job, gpus: float, run_hash: str, within_s: float = SEEN_WITHIN_S) -> None:
     """See that this machine has what a worker needs.
 
     Args:
         gpus: that Ray gives to it.
-        claim: SHA-256 of `run.json`; empty where there is none.
+        run_hash: of the driver's `run.json`.
         within_s: how long to wait for `run.json`.
 
     Raises:
         UserError: it sees another run folder than the driver, or no songs, or no GPU though it has one.
     """
     run, deadline = Folder.at(job.output), time.monotonic() + within_s
-    while claim and _claim(run) != claim:
+    while _run_hash(run) != run_hash:
         if time.monotonic() >= deadline:
             raise UserError(
                 f"{run.path(RUN)} is not there, or not the same as where the job was started.",
@@ -116,7 +131,7 @@ def look_around(job: Job, gpus: float, claim: str, within_s: float = SEEN_WITHIN
             )
 
 
-def _claim(run: Folder) -> str:
+def _run_hash(run: Folder) -> str:
     """SHA-256 of `run.json`; empty where there is none."""
     return hashlib.sha256(run.read(RUN)).hexdigest() if run.exists(RUN) else ""
 
@@ -139,19 +154,21 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     """
     _connect(job.corpus)
     run, left_out, wishes = Folder.at(job.output), LeftOut(), Wishes()
-    claim = _claim(run)
+    run_hash = _run_hash(run)
     left = {unit.name: unit for unit in units}
     try:
         while left:
             groups = _places(job.corpus, left_out, len(left), wishes)
             try:
-                for unit in _round(job, list(left.values()), groups, sorted(left_out.nodes), claim):
-                    # a unit comes twice where Ray made it again for something that was lost
-                    if left.pop(unit.name, None) is not None:
-                        left_out.progress()
-                        done(unit)
-                    if _joined() and wishes.due():
-                        wishes.ask(_growing(groups, left_out, len(left)), left_out)
+                # closed, so that no worker of a round goes on when it has ended, in whatever way
+                with closing(_round(job, list(left.values()), groups, sorted(left_out.nodes), run_hash)) as committed:
+                    for unit in committed:
+                        # a unit comes twice where Ray made it again for something that was lost
+                        if left.pop(unit.name, None) is not None:
+                            left_out.progress()
+                            done(unit)
+                        if _joined() and wishes.due():
+                            wishes.ask(_growing(groups, left_out, len(left)), left_out)
                 if left:
                     raise _RoundEnded(RuntimeError(f"{len(left)} units did not come back, and nothing says why"))
             except _RoundEnded as ended:
@@ -172,12 +189,13 @@ class _RoundEnded(Exception):
 
 
 def _round(
-    job: CorpusJob, units: Sequence[Unit], groups: Sequence[Group], left_out: Sequence[str], claim: str
-) -> Iterator[Unit]:
+    job: CorpusJob, units: Sequence[Unit], groups: Sequence[Group], left_out: Sequence[str], run_hash: str
+) -> Generator[Unit, None, None]:
     """Units as they are committed.
 
     Args:
         left_out: ids of machines on which nothing is placed.
+        run_hash: of `run.json`.
 
     Raises:
         _RoundEnded: not all came.
@@ -187,15 +205,22 @@ def _round(
     _quiet(job.corpus)
     dataset = ray.data.from_blocks([unit.to_table() for unit in units])
     for group in groups:
+        of = (job.to_json(), group.name, group.stages, group.gpus, run_hash)
+        how: dict[str, Any]
+        if group.heavy:
+            pool = ray.data.ActorPoolStrategy(min_size=group.fewest, max_size=group.most, initial_size=group.begin)
+            how = {"fn": RayWorker, "fn_constructor_args": of, "compute": pool}
+        else:
+            # retries are what Ray Data has anyway; named, they keep it from running the task in the next group's actors
+            tasks = ray.data.TaskPoolStrategy(size=group.most)
+            how = {"fn": work, "fn_args": of, "compute": tasks, "max_retries": -1}
         dataset = dataset.map_batches(
-            RayWorker,
-            fn_constructor_args=(job.to_json(), group.name, group.stages, group.gpus, claim),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(min_size=group.fewest, max_size=group.most, initial_size=group.begin),
             num_cpus=group.cpus,
             num_gpus=group.gpus or None,
+            **how,
             **_elsewhere(left_out),
         )
     with cost.holding(gpus_held(groups, ray.cluster_resources().get("GPU", 0))):
