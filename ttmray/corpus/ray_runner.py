@@ -211,9 +211,9 @@ def _round(
             pool = ray.data.ActorPoolStrategy(min_size=group.fewest, max_size=group.most, initial_size=group.begin)
             how = {"fn": RayWorker, "fn_constructor_args": of, "compute": pool}
         else:
-            # retries are what Ray Data has anyway; named, they keep it from running the task in the next group's actors
             tasks = ray.data.TaskPoolStrategy(size=group.most)
-            how = {"fn": work, "fn_args": of, "compute": tasks, "max_retries": -1}
+            # 0: processes live on, as they do anyway; said, it keeps Ray Data from fusing tasks with the next group
+            how = {"fn": work, "fn_args": of, "compute": tasks, "max_calls": 0}
         dataset = dataset.map_batches(
             batch_size=1,
             batch_format="pyarrow",

@@ -259,6 +259,8 @@ def _ray_device(config: TrainConfig) -> tuple[torch.device, int | None]:
 
     device = config.runtime.device
     if device == "cpu" or (device == "auto" and not ray.cluster_resources().get("GPU")):
+        if device == "auto":
+            console.print("Ray has no GPU now, so this trains on CPUs; with runtime.device=cuda it would wait for GPUs")
         return torch.device("cpu"), None
     require_gpus(config.runtime.workers, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers.")
     return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes).remote()))
