@@ -1,21 +1,47 @@
 """A corpus job whose stages do nothing but wait and commit: for tests of the runner, which needs no models."""
 
 import json
+import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ttmray.corpus import index
 from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.ray_runner import run_ray
 from ttmray.corpus.running import Makers
 from ttmray.corpus.stage import Stage
 from ttmray.corpus.unit import OK, Unit
 from ttmray.models.bundle import Models
 from ttmray.storage import Folder
+
+TESTS = Path(__file__).resolve().parent
+NODES = {
+    "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "600",
+}
+"""Environment of nodes: what workers import, and that a busy machine starts processes slowly, which is no death."""
+
+
+def agent_ports() -> dict[str, int]:
+    """Free ports: a raylet waits 15 s for agents that choose their own, and dies."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    sockets = [socket.socket() for _ in names]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return dict(zip(names, ports, strict=True))
 
 
 def node() -> str:
@@ -68,7 +94,7 @@ class QuickModels(Stage):
 
 
 class QuickWrite(Stage):
-    """Commits a unit by its name, and notes on which node."""
+    """Commits a unit: a file with its name that says on which node."""
 
     name, scope, resources = "write", "unit", "write"
     reads = ("mert",)
@@ -78,8 +104,7 @@ class QuickWrite(Stage):
 
     def __call__(self, unit: Unit) -> Unit:
         assert all(row["status"] == OK for row in unit.rows), unit.rows
-        if self.run.create(f"index/{unit.name}.parquet", b"committed"):
-            self.run.write(f"nodes/{unit.name}", node().encode())
+        self.run.create(f"index/{unit.name}.parquet", node().encode())
         return unit
 
 
@@ -110,6 +135,10 @@ class Runs:
     count: int
     seen: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        (self.folder / "run.json").write_text("{}")
+
     @property
     def units(self) -> list[Unit]:
         tracks = [
@@ -125,4 +154,15 @@ class Runs:
 
     def committed(self) -> dict[str, str]:
         """Unit -> the node that committed it."""
-        return {path.name: path.read_text() for path in (self.folder / "nodes").glob("u*")}
+        return {path.stem: path.read_text() for path in (self.folder / "index").glob("u*.parquet")}
+
+    def go(self, then: Callable[[int], None] = lambda _: None, **settings: Any) -> None:
+        """Run it; `then` gets the number of units done after each."""
+
+        def done(unit: Unit) -> None:
+            self.seen.append(unit.name)
+            then(len(self.seen))
+
+        run_ray(self.job(**settings), self.units, done)
+        assert sorted(self.seen) == [unit.name for unit in self.units]
+        assert sorted(self.committed()) == sorted(self.seen)

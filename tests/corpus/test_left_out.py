@@ -110,8 +110,6 @@ def test_the_innermost_reason_is_found_in_what_ray_raises():
 
 @pytest.fixture
 def run(tmp_path: Path) -> Runs:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text("{}")
     return Runs(tmp_path / "run", 1)
 
 

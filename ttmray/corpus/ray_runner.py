@@ -68,7 +68,7 @@ class RayWorker:
         workers: list[StageWorker] = []
         job = Job.from_json(self._made_of[0])
         look_around(job, self._gpus, self._run_hash)  # before anything is written: it may be another folder
-        task = ray.get_runtime_context().get_task_id()  # the same when Ray tries again
+        task = str(ray.get_runtime_context().get_task_id())  # the same when Ray tries again
 
         def build(start: Unit) -> Unit:
             workers.append(StageWorker(*self._made_of))
