@@ -16,6 +16,7 @@ def untrained() -> dict[str, Floor]:
     return {row.name: row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -30,6 +31,7 @@ def test_random_weights_stay_below_the_floor(untrained, name):
     assert not untrained[name].holds, untrained[name]
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_the_truth_reaches_every_floor_of_rewards(monkeypatch):
     world = World(4242, 10.0)
     truth = {item.mix.mean(axis=0).tobytes(): item for item in world.first(FEW.clips)}
@@ -54,6 +56,7 @@ def test_a_reward_that_is_the_truth_reaches_every_floor_of_rewards(monkeypatch):
     assert rows["clean above 20 dB of clipping, share"].holds
 
 
+@pytest.mark.slow
 def test_a_part_is_measured_without_the_models_of_the_others():
     rows = measure_floors("debug", 4242, ("latents",), Sizes(copies=1))
     assert {row.part for row in rows} == {"latents"}

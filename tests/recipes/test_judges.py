@@ -8,6 +8,8 @@ from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.recipes.judges import features, judge
 from ttmray.synth.world import clip
 
+pytestmark = pytest.mark.slow  # 120 clips are composed and embedded
+
 
 @pytest.fixture(scope="module")
 def known():
