@@ -58,8 +58,8 @@ def load(
 
     Args:
         bundle: `micro` (small, knows the music of the built-in composer), another name of `ttmray weights list`, the
-            folder of a bundle, or one of these with another reward head: `micro+runs/my-ranker`. `hf://org/name` is what
-            `ttmray push` has uploaded there: a bundle, a reward head, or weights that `generate` then uses.
+            folder of a bundle, or one of these with another reward head: `micro+runs/my-ranker`. `hf://org/name` is
+            what `ttmray push` has uploaded there: a bundle, a reward head, or weights that `generate` then uses.
         device: `cpu`, `cuda`, or `auto`: cuda where there is one.
         batch: clips per forward on a GPU.
         threads: clips side by side on a CPU; default: one per CPU.
