@@ -125,18 +125,30 @@ def write_zip(run: Folder, rows: Iterable[Mapping[str, Any]], path: str) -> int:
         UserError: `path` is no local file.
     """
     target = check_zip(path)
-    temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     files = sorted(row["file"] for row in rows)
-    with explained(f"zip {path}"):
+    zip_files(run, {name: name.removeprefix(f"{CLIPS}/") for name in files}, target)
+    return len(files)
+
+
+def zip_files(folder: Folder, names: Mapping[str, str], target: Path) -> None:
+    """Files of a folder as one archive, whole or not there; the same files give the same bytes.
+
+    Args:
+        names: of the files below the folder -> in the archive, in its order.
+
+    Raises:
+        UserError: the archive cannot be written.
+    """
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    with explained(f"zip {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with zipfile.ZipFile(temporary, "w") as archive:  # stored: deflate differs between versions of zlib
-                for name in files:
-                    entry = zipfile.ZipInfo(name.removeprefix(f"{CLIPS}/"), date_time=(1980, 1, 1, 0, 0, 0))
+                for name, inside in names.items():
+                    entry = zipfile.ZipInfo(inside, date_time=(1980, 1, 1, 0, 0, 0))
                     entry.create_system, entry.external_attr = 3, 0o644 << 16
-                    with run.open(name) as source, archive.open(entry, "w") as member:
+                    with folder.open(name) as source, archive.open(entry, "w") as member:
                         shutil.copyfileobj(source, member)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    return len(files)

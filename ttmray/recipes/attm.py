@@ -9,12 +9,8 @@ import json
 import math
 import os
 import random
-import shutil
-import uuid
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +25,11 @@ from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, ClipError, UserError
 from ttmray.evaluation import fadtk
 from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.systems import find_systems
-from ttmray.generation.manifest import CLIPS, check_zip
+from ttmray.generation.manifest import CLIPS, check_zip, zip_files
 from ttmray.generation.prompts import read_prompts
 from ttmray.models.backbone_weights import CHALLENGE_LIMIT, count_parameters, file_config
 from ttmray.models.bundle import LoadOptions, open_bundle
-from ttmray.storage import TEMPORARY_PREFIX, Folder, explained
+from ttmray.storage import Folder
 
 PUBLISHED = ("FluxAudio-S, the organisers' baseline", 0.6073, 0.2015)
 """FAD and CLAP score on the organisers' page, against their hidden reference."""
@@ -221,7 +217,7 @@ def submit(
         for problem in problems[:50]:
             console.print(f"  {problem}", markup=False)
         return EXIT_BAD_INPUT
-    _zip(clips, named, target)
+    zip_files(clips, {name: name for _, name in sorted(named.items())}, target)
     console.print(f"{out}: {len(named)} clips of {seconds:g} s, {next(iter(rates), 0)} Hz", markup=False)
     return EXIT_OK
 
@@ -266,20 +262,3 @@ def _size_problems(checkpoint: str | None, rules: Rules) -> list[str]:
     total = sum(trainable + frozen for _, trainable, frozen in counts)
     console.print(f"{checkpoint}: {total:,} parameters of {rules.parameters:,}", markup=False)
     return [f"{total:,} parameters, more than {rules.parameters:,}"] if total > rules.parameters else []
-
-
-def _zip(clips: Folder, named: Mapping[str, str], target: Path) -> None:
-    """The same clips give the same bytes."""
-    temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    with explained(f"zip {target}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with zipfile.ZipFile(temporary, "w") as archive:
-                for _, name in sorted(named.items()):
-                    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-                    entry.create_system, entry.external_attr = 3, 0o644 << 16
-                    with clips.open(name) as source, archive.open(entry, "w") as member:
-                        shutil.copyfileobj(source, member)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
