@@ -92,15 +92,7 @@ def local_copy(uri: str) -> Path:
 
     asked = parsed(uri)
     with explained(uri):
-        path = hf_hub_download(
-            asked.id,
-            asked.path_in_repo,
-            repo_type=asked.type,
-            revision=asked.revision,
-            endpoint=endpoint(),
-            local_files_only=bool(offline()),
-            library_name="ttmray",
-        )
+        path = hf_hub_download(asked.id, asked.path_in_repo, **_how(asked))
     return Path(path)
 
 
@@ -114,15 +106,19 @@ def snapshot(uri: str) -> Path:
 
     asked = parsed(uri)
     with explained(uri):
-        path = snapshot_download(
-            asked.id,
-            repo_type=asked.type,
-            revision=asked.revision,
-            endpoint=endpoint(),
-            local_files_only=bool(offline()),
-            library_name="ttmray",
-        )
+        path = snapshot_download(asked.id, **_how(asked))
     return Path(path)
+
+
+def _how(asked: "HfUri") -> dict[str, Any]:
+    """Arguments of the client's downloads, of a file or of all."""
+    return {
+        "repo_type": asked.type,
+        "revision": asked.revision,
+        "endpoint": endpoint(),
+        "local_files_only": bool(offline()),
+        "library_name": "ttmray",
+    }
 
 
 def refuse_writing(place: str) -> None:
