@@ -1,7 +1,7 @@
 """ttmray: from a folder or bucket of songs to a preference-tuned text-to-music model, on Ray.
 
-The Python API is `load`, `open_corpus`, `evaluate` and `train` (docs/python.md). It is imported when it is first used:
-`import ttmray` costs nothing.
+The Python API is `load`, `compose`, `score_corpus`, `open_corpus`, `evaluate` and `train` (docs/python.md). It is
+imported when it is first used: `import ttmray` costs nothing.
 """
 
 from importlib import import_module
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from ttmray.api import Evaluation as Evaluation
     from ttmray.api import LoadedBundle as LoadedBundle
     from ttmray.api import TrainingRun as TrainingRun
+    from ttmray.api import compose as compose
     from ttmray.api import evaluate as evaluate
     from ttmray.api import load as load
     from ttmray.api import open_corpus as open_corpus
+    from ttmray.api import score_corpus as score_corpus
     from ttmray.api import train as train
 
 __version__ = "0.1.0"
@@ -26,9 +28,11 @@ __all__ = [
     "LoadedBundle",
     "TrainingRun",
     "__version__",
+    "compose",
     "evaluate",
     "load",
     "open_corpus",
+    "score_corpus",
     "train",
 ]
 

@@ -13,7 +13,7 @@ import ttmray
 from ttmray.console import console
 
 REPO = Path(__file__).resolve().parents[2]
-MODULES = ("sounds", "loaded", "corpus", "evaluation", "training")
+MODULES = ("sounds", "songs", "loaded", "corpus", "evaluation", "training")
 
 
 @pytest.mark.parametrize("name", MODULES)

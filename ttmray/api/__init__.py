@@ -1,8 +1,9 @@
 """The Python API: objects for what commands print. Each part imports what it needs when it is used."""
 
-from ttmray.api.corpus import Corpus, CorpusSample, open_corpus
+from ttmray.api.corpus import Corpus, CorpusSample, open_corpus, score_corpus
 from ttmray.api.evaluation import Evaluation, evaluate
 from ttmray.api.loaded import LoadedBundle, Separation, load
+from ttmray.api.songs import compose
 from ttmray.api.sounds import AudioClip
 from ttmray.api.training import TrainingRun, train
 
@@ -14,8 +15,10 @@ __all__ = [
     "LoadedBundle",
     "Separation",
     "TrainingRun",
+    "compose",
     "evaluate",
     "load",
     "open_corpus",
+    "score_corpus",
     "train",
 ]

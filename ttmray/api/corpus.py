@@ -1,4 +1,5 @@
-"""`ttmray.open_corpus`: the index of a corpus as a table, its clips as arrays, and as a torch dataset."""
+"""`ttmray.score_corpus` and `open_corpus`: a corpus from songs; its index as a table, its clips as arrays and as a
+torch dataset."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,9 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ttmray.api.inputs import config_from
+from ttmray.config import merged
 from ttmray.corpus import index, scores
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
+from ttmray.models.bundle import open_bundle
 from ttmray.runs import KINDS_OF_CORPUS, kind_of, read
 from ttmray.storage import Folder
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ttmray.api.dataset import ClipDataset
+    from ttmray.corpus.config import CorpusConfig
     from ttmray.training.clips import Clips
 
 SplitName = Literal["train", "validation", "test", "all"]
@@ -45,6 +50,54 @@ class CorpusSample:
     text: np.ndarray
     text_c: np.ndarray
     score: float | None
+
+
+def score_corpus(
+    songs: str | os.PathLike[str] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    config: "str | os.PathLike[str] | CorpusConfig | None" = None,
+    **fields: Any,
+) -> "Corpus":
+    """Make, or go on making, a corpus of songs: the job of `ttmray score-corpus`.
+
+    Unless a config or a field says otherwise it runs without Ray, and clips are as long as those of the bundle.
+
+    Args:
+        songs: folder or bucket of songs, or a table of tracks; default: the config's.
+        output: run folder, local or s3://; default: the config's.
+        config: a `CorpusConfig`, a file or a preset such as `attm/corpus`; default: the defaults.
+        fields: of the config, such as `bundle="micro"`, `splits={"validation": 2, "test": 2}` (all: `ttmray config
+            score-corpus`).
+
+    Returns:
+        The corpus. Songs that are none are rows of its index with a reason, however many they are.
+
+    Raises:
+        UserError: for everything that the user can mend.
+        KeyboardInterrupt: what was committed is kept; the same call goes on.
+
+    >>> import ttmray
+    >>> corpus = ttmray.score_corpus(
+    ...     "my-songs", output="runs/new-corpus", bundle="debug", segments={"min_s": 1.0},
+    ...     splits={"validation": 0, "test": 0}, runtime={"workers": 0}
+    ... )
+    >>> corpus.index["status"].tolist()
+    ['ok', 'ok']
+    """
+    from ttmray.cluster import alone
+    from ttmray.corpus.config import CorpusConfig
+    from ttmray.corpus.job import score_corpus
+
+    ours: dict[str, Any] = {} if songs is None else {"input": os.fspath(songs)}
+    ours |= {} if output is None else {"output": os.fspath(output)}
+    if config is None:
+        seconds = open_bundle(str(fields.get("bundle", CorpusConfig.model_fields["bundle"].default))).clip_s
+        ours |= {"segments": {"clip_s": seconds, "min_s": min(5.0, seconds)}, "runtime": {"runner": "local"}}
+    settings: CorpusConfig = config_from(CorpusConfig, config, merged(ours, fields))
+    with alone():
+        score_corpus(settings)
+    return open_corpus(settings.output)
 
 
 def open_corpus(path: str | os.PathLike[str], *, scores: str | Sequence[str] = ()) -> "Corpus":

@@ -110,6 +110,19 @@ class LoadedBundle:
         """Seconds of the clips that it makes."""
         return self._bundle.clip_s
 
+    @property
+    def backbone(self) -> str | None:
+        """The file of the weights that it makes clips with, for `ttmray.train(model={"init": ...})`; None where there
+        are none, or they are drawn from a seed.
+
+        Raises:
+            UserError: they are not here, or damaged.
+        """
+        if self.checkpoint is not None:
+            return self.checkpoint
+        path = self._bundle.backbone_file()
+        return None if path is None else str(path)
+
     def score(
         self,
         sounds: SoundLike | Sequence[SoundLike],

@@ -23,7 +23,7 @@ from ttmray import hub
 from ttmray.config import IdentityPart
 from ttmray.errors import UserError
 from ttmray.models import folder_bundle, released
-from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles
+from ttmray.models.folder_bundle import DESCRIPTION, WEIGHTS, FolderFiles
 from ttmray.models.protocol import Protocol
 from ttmray.models.released import RELEASED, Facts
 from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
@@ -106,6 +106,15 @@ class Bundle(ABC):
     def weights(self, roles: Collection[str] | None = None) -> list[str]:
         """Names of the released weights (`ttmray weights`) of some roles, or of all."""
         return []
+
+    def backbone_file(self) -> Path | None:
+        """The weights of its backbone, to train on from or to ask what they were trained on; None where it has none, or
+        draws them from a seed.
+
+        Raises:
+            UserError: they are not here, or damaged.
+        """
+        return None
 
     @abstractmethod
     def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
@@ -266,6 +275,13 @@ class ReleasedBundle(Bundle):
         hashes = self._hashes(("clap", "tokenizer", "mert", "tunejury"))
         return Protocol(text=reward_text, hashes=tuple(sorted(hashes.items())))
 
+    def backbone_file(self) -> Path | None:
+        store, name = open_store(), self._entries(open_store()).get("backbone")
+        if name is None:
+            return None
+        store.require([name])
+        return next(path for path in store.find(name).values() if path.suffix not in (".json", ".txt"))
+
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
         store = open_store()
         return released.makers(store, self._entries(store), self.facts, options, device, vocoder)
@@ -305,6 +321,9 @@ class FolderBundle(Bundle):
         for role in (role for role in ROLES if role in roles and role not in self.roles()):
             self.files.folder(role)  # says where the bundle lies, and what to do
 
+    def backbone_file(self) -> Path | None:
+        return self.files.folder("backbone") / WEIGHTS if self.files.of_role("backbone") else None
+
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return {"name": self.name, "weights": self.files.hashes(roles)}
 
@@ -336,6 +355,9 @@ class BundleWithHead(Bundle):
 
     def require(self, roles: Collection[str]) -> None:
         self.base.require(set(roles) - {"tunejury"})
+
+    def backbone_file(self) -> Path | None:
+        return self.base.backbone_file()
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ttmray.models.bundle import Bundle, LoadOptions
@@ -43,6 +44,9 @@ class KeptBundle(Bundle):
 
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         return self.base.identity(roles)
+
+    def backbone_file(self) -> Path | None:
+        return self.base.backbone_file()
 
     def weights(self, roles: Collection[str] | None = None) -> list[str]:
         return self.base.weights(roles)

@@ -1,0 +1,52 @@
+"""`ttmray.compose`: songs of the built-in composer, to try everything else on."""
+
+import os
+from typing import Any
+
+from ttmray.config import fingerprint
+from ttmray.console import meter
+from ttmray.errors import UserError
+from ttmray.storage import Folder, parquet_table
+from ttmray.synth import world
+
+
+def compose(folder: str | os.PathLike[str], songs: int = 12, *, seconds: float = 20.0, seed: int = 0) -> str:
+    """Write songs with captions that the built-in composer makes up, good and faulty; nothing where they are there.
+
+    `world.parquet` beside them has all that is true of each: style, tempo, faults, quality (docs/small-world.md).
+
+    Args:
+        folder: where to write, local or s3://.
+        songs: how many. A smaller number of the same seed gives the first of them.
+        seconds: of each.
+        seed: another one gives other songs.
+
+    Returns:
+        The folder of the audio and its captions, which `score_corpus` takes.
+
+    Raises:
+        UserError: there are other songs in the folder, or it cannot be written.
+
+    >>> import ttmray
+    >>> ttmray.compose("runs/songs", 2, seconds=2.0).endswith("runs/songs/songs")
+    True
+    """
+    for name, value in (("songs", songs), ("seconds", seconds)):
+        if value <= 0:
+            raise UserError(f"{name} is {value}.", "Give a number above 0.")
+    out = Folder.at(os.fspath(folder))
+    asked = fingerprint([[seed, i, float(seconds)] for i in range(songs)])
+    if out.exists(world.TABLE):
+        there = parquet_table(out.read(world.TABLE), ("seed", "index", "seconds")).to_pylist()
+        if fingerprint([[row["seed"], row["index"], float(row["seconds"])] for row in there]) == asked:
+            return out.path("songs")
+        raise UserError(f"{out} holds {len(there)} other songs.", "Choose another folder, or the old numbers.")
+    with meter("composing songs", songs) as progress:
+
+        def takes() -> Any:
+            for i in range(songs):
+                yield world.song(seed, i, seconds=seconds)
+                progress.advance(1)
+
+        world.write_world(out.uri, takes(), format="flac")
+    return out.path("songs")
