@@ -418,12 +418,14 @@ def _local_write(target: Path, data: bytes, replace: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:  # not what `create` means by it
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent)) from error
+    if replace and _holds(target, data):
+        return
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if replace:
             os.replace(temporary, target)
         else:
@@ -431,6 +433,15 @@ def _local_write(target: Path, data: bytes, replace: bool) -> None:
         fsync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _holds(target: Path, data: bytes) -> bool:
+    """Whether a file has these bytes already. On a mounted drive renames are not atomic: a file that is replaced may be
+    nobody's for a while, so what a relaunch writes again (`run.json`, plans) stays as it is."""
+    try:
+        return target.stat().st_size == len(data) and target.is_file() and target.read_bytes() == data
+    except OSError:
+        return False  # not there, or the write says what is wrong
 
 
 def _name_new(temporary: Path, target: Path) -> None:
@@ -485,11 +496,27 @@ def _rename_new(source: Path, target: Path) -> None:
         raise OSError(number, os.strerror(number), str(target))
 
 
-def fsync(path: Path) -> None:
-    """Make a file survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """Make an open file survive a power cut, where its file system can do that: mounted drives may have no such call.
+
+    Raises:
+        OSError: the bytes are not where they should be (disk full, input/output error).
+    """
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def fsync(path: Path) -> None:
+    """Make a file survive a power cut, where its file system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,7 @@ from ttmray.config import fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.runs import RUN
-from ttmray.storage import Folder, explained
+from ttmray.storage import Folder, explained, sync
 
 METRICS = "metrics.jsonl"
 
@@ -37,9 +37,10 @@ class Logbook:
     def __init__(self, out: Folder, step: int, tensorboard: bool, wandb: str | None = None) -> None:
         self.out = out
         self._wandb = _wandb(out, wandb) if wandb else None
-        old = out.read(METRICS).decode(errors="replace").splitlines() if out.exists(METRICS) else []
-        self._lines = [line for line in old if _step(line) <= step]
-        self._write_all()
+        data = out.read(METRICS) if out.exists(METRICS) else b""
+        self._lines = [line for line in data.decode(errors="replace").splitlines() if _step(line) <= step]
+        if not self._cut(data):
+            self._write_all()
         self._file = None if out.remote else open(out.path(METRICS), "a", encoding="utf-8")  # noqa: SIM115
         self._events = _tensorboard(out, step) if tensorboard and not out.remote else None
 
@@ -64,12 +65,32 @@ class Logbook:
         if self._file is None:
             self._write_all()
         else:
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
         if self._events is not None:
             self._events.flush()
 
+    def _cut(self, data: bytes) -> bool:
+        """Take what is not to stay off the end of a local file. It is not replaced: on a mounted drive it would not be
+        there for a while, and whoever is killed then has lost all of it.
+
+        Args:
+            data: that it holds.
+
+        Returns:
+            False where that cannot be done: in a bucket, without a file, or where lines within are not to stay.
+        """
+        rest = self._text()
+        if self.out.remote or not data or not data.startswith(rest):
+            return False
+        with explained(self.out.path(METRICS)):
+            os.truncate(self.out.path(METRICS), len(rest))
+        return True
+
+    def _text(self) -> bytes:
+        return "".join(line + "\n" for line in self._lines).encode()
+
     def _write_all(self) -> None:
-        self.out.write(METRICS, "".join(line + "\n" for line in self._lines).encode())
+        self.out.write(METRICS, self._text())
 
     def __enter__(self) -> Self:
         return self
