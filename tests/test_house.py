@@ -32,6 +32,7 @@ EMPTY_NAMES = {"made", "found", "kept", "given", "wanted"}
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("serve",),
     ("api",),
     ("status", "verify"),
     ("recipes",),

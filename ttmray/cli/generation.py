@@ -28,6 +28,20 @@ COMMANDS = (
         exclusive=("texts", "prompts"),
     ),
     Command(
+        "serve",
+        "a page on this machine: prompts, a score, two clips to compare blind, votes",
+        "ttmray.serve.server:serve",
+        (
+            BUNDLE,
+            setting("--checkpoint", metavar="FILE", help="weights of the backbone (default: the bundle's)"),
+            setting("--against", metavar="FILE", dest="second_checkpoint", help="other weights to compare them with"),
+            setting("--output", metavar="DIR", help="folder of clips and votes.csv (default runs/serve)"),
+            setting("--host", help="address (default 127.0.0.1); another one needs the token that is printed"),
+            setting("--port", type=int, help="default 7860; 0: any free one"),
+        ),
+        config="ttmray.serve.tryout:ServeConfig",
+    ),
+    Command(
         "postprocess",
         "vocals removed, loudness and true peak to target, for any audio",
         "ttmray.generation.postprocess:postprocess",

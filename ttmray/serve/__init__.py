@@ -1,0 +1,1 @@
+"""The try-out page: prompts in, clips to listen to, votes out; on this machine, in a browser."""
