@@ -102,6 +102,7 @@ def refuse_another(
     more: Sequence[str] = (),
     covered: tuple[str, ...] = (),
     way_out: str = "",
+    choose: str = "Choose a new output folder",
 ) -> None:
     """Let only the same run go on.
 
@@ -110,6 +111,7 @@ def refuse_another(
         more: further differences, in words.
         covered: starts of lines that `more` says better.
         way_out: a further one, as a sentence.
+        choose: how another run gets a place of its own.
 
     Raises:
         UserError: another identity; every difference is named.
@@ -121,5 +123,5 @@ def refuse_another(
         lines = [line for line in lines if not line.startswith(covered)]
     raise UserError(
         f"{run} belongs to another run:\n    " + "\n    ".join([*lines, *more]),
-        f"Choose a new output folder, or restore the old settings and inputs to go on with this one. {way_out}".strip(),
+        f"{choose}, or restore the old settings and inputs to go on with this one. {way_out}".strip(),
     )

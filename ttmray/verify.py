@@ -174,7 +174,7 @@ def _repair_tables(run: Folder) -> None:
         where = run.sub(f"{scores.SCORES}/{name}")
         try:
             config = (inventory.restore_run(where, "scores") or runs.read(where, "scores"))["config"]
-            rescore(RescoreConfig.model_validate(config | {"corpus": run.uri}))
+            rescore(RescoreConfig.model_validate(config | {"corpus": run.uri, "name": name}))
         except UserError as error:
             console.print(f"{where}: {error}", style="yellow")
 

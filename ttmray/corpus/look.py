@@ -20,7 +20,7 @@ from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import latent_statistics, summary_lines
 from ttmray.corpus.plan import Plan
-from ttmray.corpus.scores import REWARDS, reward_statistics, table_names, with_columns
+from ttmray.corpus.scores import REWARDS, protocols, reward_statistics, table_names, with_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.inventory import finished, marker_problem, read_marker
@@ -81,6 +81,9 @@ def stats(folder: str) -> int:
                 numbers = [f"{values[key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max")]
                 shown.add_row(split, name, str(columns["clips"]), *numbers)
     console.print(shown)
+    for name, protocol in protocols(run).items():
+        if name:
+            console.print(f"scores {name} by {protocol}", markup=False)
     for split, values in latent_statistics([metadata for _, metadata in units]).items():
         mean, std = np.array(values["mean"]), np.array(values["std_of_samples"])
         console.print(
@@ -134,7 +137,7 @@ def ls(folder: str, status: str | None, limit: int, json: bool, columns: str | N
     run = _open(folder)
     table = index.read_index(run)
     names = [name.strip() for name in columns.split(",")] if columns else list(LISTED)
-    table = with_columns(run, table, names)
+    table = with_columns(run, table, [name for name in names if name not in table.column_names])
     if status:
         table = table.filter(pc.equal(table["status"], status))
     shown = table.slice(0, limit) if limit else table
@@ -187,7 +190,7 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     text = pages.render(
         "sample.html.j2",
         title=f"{len(clips)} clips of {run.uri}",
-        protocol=described["protocol_id"],
+        protocols=protocols(run),
         note=described["note"],
         clips=clips,
         columns=["reward_score", "instrumental_reward_score", *others, "clap_score", "vocal_ratio", "lufs"],

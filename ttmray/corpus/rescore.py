@@ -1,13 +1,12 @@
 """Rewards of a finished run by another head, from the embeddings in its shards: no audio is read, no encoder loaded.
 
-`ttmray corpus rescore` writes `scores/<name>/`: a part per `UNITS_PER_PART` units, whose file is its commit as an index
-file is that of its unit, and in the end one table in the order of the index (`corpus/scores.py`), statistics and
+`ttmray corpus rescore` writes `scores/<name>/`: a part per `UNITS_PER_PART` units, whose file, named by its hash, is its
+commit as an index file is that of its unit, and in the end one table in the order of the index (`corpus/scores.py`), statistics and
 `_SUCCESS.json`. Resume is relaunch. The numbers are those that a corpus job with this head would have made, to the bit
 on a CPU.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ttmray import cost, inventory, runs
 from ttmray.cluster import ActorsConfig, each
@@ -27,6 +25,7 @@ from ttmray.corpus import index, scores, shards
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.models import NotFinite
 from ttmray.models.bundle import open_bundle
 from ttmray.models.protocol import Protocol
 from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
@@ -80,12 +79,16 @@ def rescore(config: RescoreConfig) -> int:
     protocol = _protocol(corpus, config.text, head)
     rows = index.read_index(run)
     rows = rows.filter(pc.equal(rows["status"], OK)).select(COLUMNS)
+    if not out.exists(RUN) and rows.num_rows:
+        _try(run, head, rows)
     _claim(out, config, corpus, head, protocol, rows)
     if not _forget_damaged(out):
+        _sweep(out)
         console.print(f"nothing to do: {out} is finished, {rows.num_rows} clips are scored", markup=False)
         return EXIT_OK
     parts = list(_parts(run, rows, protocol.text == "caption"))
-    todo = [part for part in parts if not out.exists(_file(part))]
+    written = _written(out)
+    todo = [part for part in parts if part.name not in written]
     if len(todo) < len(parts):
         console.print(f"resuming: {len(parts) - len(todo)} of {len(parts)} parts are there", markup=False)
     make = partial(PartScorer, run.uri, out.uri, head.location, protocol.text, config.runtime.device)
@@ -110,6 +113,16 @@ def _protocol(corpus: dict[str, Any], text: Literal["empty", "caption"] | None, 
     return with_head(protocol if text is None else replace(protocol, text=text), head)
 
 
+def _try(run: Folder, head: RewardHead, rows: pa.Table) -> None:
+    """Score one clip, so that a wrong head takes no name.
+
+    Raises:
+        UserError: no head, one of other widths, or one whose scores are no numbers.
+    """
+    first = rows.slice(0, 1)
+    PartScorer(run.uri, run.uri, head.location, "empty", "cpu").score(first, str(first["shard"][0]), {})
+
+
 def _claim(
     out: Folder, config: RescoreConfig, corpus: dict[str, Any], head: RewardHead, protocol: Protocol, rows: pa.Table
 ) -> None:
@@ -125,7 +138,8 @@ def _claim(
     old = inventory.restore_run(out, "scores") or runs.existing(out, "scores")
     if old is None and runs.write(out, described):
         return
-    runs.refuse_another(out, old or runs.read(out, "scores"), described, way_out="Another table needs another name.")
+    choose = f"Choose another name, or delete {out} so that the table is made anew"
+    runs.refuse_another(out, old or runs.read(out, "scores"), described, choose=choose)
 
 
 def _forget_damaged(out: Folder) -> bool:
@@ -167,8 +181,30 @@ def _caption_files(run: Folder) -> dict[str, str]:
     return {caption: of_unit[unit] for caption, unit in pairs if unit in of_unit}
 
 
-def _file(part: Portion) -> str:
-    return f"{PARTS}/{part.name}.parquet"
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _written(out: Folder) -> dict[str, str]:
+    """Name of a part -> its file, of all that are there; those whose bytes are not what was written are said and
+    deleted."""
+    written: dict[str, str] = {}
+    for entry in out.files(PARTS, sizes=False):
+        file = f"{PARTS}/{entry.name}"
+        name, _, digest = entry.name.removesuffix(".parquet").rpartition("-")
+        if _digest(out.read(file)) == digest:
+            written[name] = file
+        else:
+            console.print(f"{out.path(file)} is damaged; it is made again", style="yellow", markup=False)
+            out.delete(file)
+    return written
+
+
+def _sweep(out: Folder) -> None:
+    """Delete parts, and what a kill has left; a finished table needs none of them."""
+    for entry in out.files(PARTS, sizes=False):
+        out.delete(f"{PARTS}/{entry.name}")
+    out.sweep_temporary(older_than_s=0.0)
 
 
 class PartScorer:
@@ -187,12 +223,11 @@ class PartScorer:
     def __call__(self, part: Portion) -> int:
         texts = self._texts(part)
         table = pa.concat_tables(
-            self._score(part.rows.filter(pc.equal(part.rows["shard"], shard)), shard, texts)
+            self.score(part.rows.filter(pc.equal(part.rows["shard"], shard)), shard, texts)
             for shard in part.rows["shard"].unique().to_pylist()
         )
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        self.out.create(_file(part), buffer.getvalue())
+        data = index.parquet_bytes(table)
+        self.out.create(f"{PARTS}/{part.name}-{_digest(data)}.parquet", data)
         return table.num_rows
 
     def _texts(self, part: Portion) -> dict[str, np.ndarray]:
@@ -202,8 +237,15 @@ class PartScorer:
                 vectors[caption] = features["clap_score"]
         return vectors
 
-    def _score(self, rows: pa.Table, shard: str, texts: dict[str, np.ndarray]) -> pa.Table:
-        """Rows of `scores.SCHEMA` for the clips of a shard."""
+    def score(self, rows: pa.Table, shard: str, texts: dict[str, np.ndarray]) -> pa.Table:
+        """Rows of `scores.SCHEMA` for the clips of a shard.
+
+        Args:
+            texts: caption id -> its CLAP vector (512,).
+
+        Raises:
+            UserError: a damaged shard, a head that does not fit, or scores that are no numbers.
+        """
         clips = self._embeddings(rows, shard)
         clap = np.stack([clips[key][0] for key in rows["key"].to_pylist()])
         mert = np.stack([clips[key][1] for key in rows["key"].to_pylist()])
@@ -213,9 +255,14 @@ class PartScorer:
             text = np.stack([texts[row["caption_id"]] if row["caption"] else none for row in rows.to_pylist()])
         if self.head is None:
             self.head = self.source.load((clap.shape[2], mert.shape[2], clap.shape[2]), self.device)
-        mix = self.head.score(clap[:, 0], mert[:, 0], text).astype(np.float64)
-        same = np.array_equal(clap[:, 0], clap[:, 1]) and np.array_equal(mert[:, 0], mert[:, 1])
-        other = mix if same else self.head.score(clap[:, 1], mert[:, 1], text).astype(np.float64)
+        try:
+            mix = self.head.score(clap[:, 0], mert[:, 0], text).astype(np.float64)
+            same = np.array_equal(clap[:, 0], clap[:, 1]) and np.array_equal(mert[:, 0], mert[:, 1])
+            other = mix if same else self.head.score(clap[:, 1], mert[:, 1], text).astype(np.float64)
+        except NotFinite as error:
+            raise UserError(
+                f"{self.source.location}: its scores of clips in {shard} are not finite.", "Train the head again."
+            ) from error
         tracks = rows["track_id"].to_pylist()  # whole ones: a track is never divided between units
         of_track: dict[str, list[float]] = {}
         for track, value in zip(tracks, mix.tolist(), strict=True):
@@ -240,11 +287,12 @@ class PartScorer:
 
 def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str, Any], head: RewardHead) -> None:
     """The table, its statistics and `_SUCCESS.json`; parts are then needed no more."""
-    tables = [parquet_table(out.read(_file(part))).cast(scores.SCHEMA) for part in parts]
+    written = _written(out)
+    if lost := [part.name for part in parts if part.name not in written]:
+        raise UserError(f"{out.path(PARTS)}: {lost[0]} is gone or damaged.", "Start the same command again.")
+    tables = [parquet_table(out.read(written[part.name])).cast(scores.SCHEMA) for part in parts]
     table = pa.concat_tables(tables) if tables else scores.SCHEMA.empty_table()
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue()
+    data = index.parquet_bytes(table)
     out.write(scores.TABLE, data)
     rows = index.read_index(run)
     rows = rows.filter(pc.equal(rows["status"], OK)).select(["key", "status", "split"])
@@ -260,9 +308,7 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
     files["stats.json"] = inventory.entry(text)
     summary = {"clips": table.num_rows, "sha256": hashlib.sha256(data).hexdigest(), "head": head.sha256, **statistics}
     inventory.seal(out, described, {"summary": summary}, files)
-    for entry in out.files(PARTS, sizes=False):
-        out.delete(f"{PARTS}/{entry.name}")
-    out.sweep_temporary(older_than_s=0.0)
+    _sweep(out)
     name = out.uri.rpartition("/")[2]
     console.print(
         f"{table.num_rows} clips scored by {described['protocol_id']}: {out.path(scores.TABLE)}", markup=False

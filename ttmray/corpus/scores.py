@@ -79,7 +79,10 @@ def with_columns(run: Folder, rows: pa.Table, names: Sequence[str]) -> pa.Table:
     """
     tables: dict[str, pa.Table] = {}
     for name in dict.fromkeys(names):
-        if name not in rows.column_names:
+        if name in rows.column_names:
+            if name not in numbers(rows):
+                require_column(run, name)
+        else:
             require_column(run, name)
             table, _, column = name.rpartition("/")
             if table not in tables:
@@ -104,6 +107,16 @@ def require_column(run: Folder, name: str) -> None:
         f"{run} has no score column {name!r}. It has: {', '.join(known)}.",
         "Take one of them, or make a table: ttmray corpus rescore RUN --head HEAD --name NAME",
     )
+
+
+def protocols(run: Folder) -> dict[str, str]:
+    """Who made the rewards of a run: "" -> the protocol of its own, name of a finished table -> that of the table, with
+    the hash of its head."""
+    ids = {"": str(read(run, kind_of(run, KINDS_OF_CORPUS))["protocol_id"])}
+    for name in table_names(run):
+        described = read(run.sub(f"{SCORES}/{name}"), "scores")
+        ids[name] = f"{described['protocol_id']}, head SHA-256 {described['head']}"
+    return ids
 
 
 def protocol_of(run: Folder, name: str) -> str:

@@ -124,7 +124,8 @@ def _place_problems(
 
 
 def table_problems(run: Folder, name: str, rows: pa.Table | None = None) -> Iterator[str]:
-    """A table of scores must be the bytes that its success marker names, of the run's clips of now, and finite.
+    """A finished table of scores must be the bytes that its success marker names, of the run's clips of now, and
+    finite.
 
     Args:
         rows: of the run's units; default: they are read.
@@ -133,6 +134,8 @@ def table_problems(run: Folder, name: str, rows: pa.Table | None = None) -> Iter
         rows = index.read_index(run)
     place = f"{scores.SCORES}/{name}"
     where = run.sub(place)
+    if not where.exists(SUCCESS) and not where.exists(scores.TABLE):
+        return  # in the making: nobody reads it
     if problem := inventory.marker_problem(where):
         yield f"{place}/{problem}. {scores.again(run, name)}"
         return

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -188,14 +189,17 @@ def spectrogram(audio: np.ndarray, rate: int) -> bytes:
     return file.getvalue()
 
 
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
 def require_matplotlib() -> None:
     """Raises:
     UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("Reports need matplotlib for their plots.", "pip install 'ttmray[report]'") from error
+    if not available():
+        raise UserError("Reports need matplotlib for their plots.", "pip install 'ttmray[report]'")
 
 
 @cache

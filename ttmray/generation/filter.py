@@ -224,9 +224,15 @@ def by_rule(rows: pa.Table, rule: str) -> np.ndarray:
     """(n,) float64 of what a rule of one's own says to the rows, see `FilterConfig.rule`.
 
     Raises:
-        UserError: there is no such rule, or it does not give a finite number each.
+        UserError: there is no such rule, it fails, or it does not give a finite number each.
     """
-    values = np.asarray(function_named(rule, "rule")(rows), dtype=np.float64)
+    function = function_named(rule, "rule")
+    try:
+        values = np.asarray(function(rows), dtype=np.float64)
+    except Exception as error:  # code of others may raise anything
+        raise UserError(
+            f"rule: {rule} failed: {type(error).__name__}: {error}", "It gets a pyarrow table of the pool's rows."
+        ) from error
     if values.shape != (rows.num_rows,) or not np.isfinite(values).all():
         raise UserError(
             f"rule: {rule} gave {values.shape} numbers, or some that are not finite, for {rows.num_rows} clips.",

@@ -45,15 +45,19 @@ def to_float32(output: "torch.Tensor", shape: tuple[int, ...], what: str) -> np.
     return array
 
 
+class NotFinite(RuntimeError):
+    """A model gave NaN or infinity."""
+
+
 def require_finite(array: np.ndarray, what: str) -> np.ndarray:
     """`array` (n, ...), whose first axis counts the items of a call.
 
     Raises:
-        RuntimeError: NaN or infinity; names the items.
+        NotFinite: NaN or infinity; names the items.
     """
     finite = np.isfinite(array).reshape(len(array), -1).all(axis=1) if len(array) else np.ones(0, bool)
     if not finite.all():
-        raise RuntimeError(f"{what}: not finite for items {np.flatnonzero(~finite).tolist()}")
+        raise NotFinite(f"{what}: not finite for items {np.flatnonzero(~finite).tolist()}")
     return array
 
 

@@ -296,7 +296,7 @@ def config_of(state: Mapping[str, Tensor], known: Mapping[str, Any], what: str) 
     if known.get("head") not in (None, *HEADS, *OWN):
         raise UserError(
             f"{what}: unknown head {known.get('head')!r} in its config.",
-            "Name a head of your own in the config too (sampler.head, model.head), if you trust its module.",
+            "Name a head of your own in the config too (head, model.head), if you trust its module.",
         )
     learned = NULL_EMBEDDING in state
     defaults = {"latent_len": LATENT_LENGTHS.get(latent_dim, 430), "head": "v1" if scored else "none"}

@@ -46,7 +46,7 @@ class RewardHead:
     @property
     def id(self) -> str:
         """What it is for identities: the weights' hash and the inputs that a sidecar takes away."""
-        left_out = " ".join(sorted(self.sidecar.get("exclude", ())))
+        left_out = " ".join(sorted(self.sidecar.get("exclude") or ()))
         return f"{self.sha256} without {left_out}" if left_out else self.sha256
 
     def load(self, block_dims: tuple[int, int, int] | None = None, device: str = "cpu") -> "TuneJury":
@@ -64,6 +64,9 @@ class RewardHead:
         dims = block_dims or tuple(self.sidecar.get("block_dims", BLOCK_DIMS))
         try:
             state = read_state_dict(self.path)
+            for name, value in state.items():
+                if hasattr(value, "isfinite") and not bool(value.isfinite().all()):
+                    raise UserError(f"weights {name} are not finite.", "Train the head again.")
             return load_tunejury(state, exclude=self.sidecar.get("exclude"), block_dims=dims, device=device)
         except UserError as error:
             raise UserError(f"{self.location}: {error.message}", error.hint) from error
@@ -82,7 +85,7 @@ def open_head(location: str) -> RewardHead:
     if folder.exists(f"{HEAD}.safetensors"):
         weights = folder.path(f"{HEAD}.safetensors")
         if folder.exists(RUN):
-            encoders = json.loads(folder.read(RUN)).get("identity", {}).get("bundle")
+            encoders = _trained_on(folder)
     elif folder.exists(RUN):
         raise UserError(f"{location} holds no {HEAD}.safetensors.", "Finish its training, or name another folder.")
     else:
@@ -141,13 +144,31 @@ def _named(bundle: Mapping[str, Any]) -> str:
     return f"the bundle {bundle.get('name')}" if "name" in bundle else "another bundle"
 
 
+def _trained_on(folder: Folder) -> Mapping[str, Any] | None:
+    """Identity of the bundle of a ranker run; None where its `run.json` names none."""
+    try:
+        encoders = json.loads(folder.read(RUN))["identity"].get("bundle")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder.path(RUN)} does not describe a run: {error!r}.",
+            f"Restore it, or name the weights alone, copied elsewhere: {HEAD}.safetensors and {HEAD}.json.",
+        ) from error
+    if encoders is not None and not isinstance(encoders, dict):
+        raise UserError(f"{folder.path(RUN)} does not describe a run: its bundle is {encoders!r}.", "Restore it.")
+    return encoders
+
+
 def _sidecar(weights: str) -> dict[str, Any]:
     folder, name = split_path(weights)
     beside = f"{name.rpartition('.')[0] or name}.json"
     if not folder.exists(beside):
         return {}
     try:
-        return dict(json.loads(read_file(folder.path(beside))))
+        sidecar = dict(json.loads(read_file(folder.path(beside))))
+        excluded = sidecar.get("exclude")
+        if excluded is not None and not (isinstance(excluded, list) and all(isinstance(one, str) for one in excluded)):
+            raise ValueError(f"exclude is {excluded!r}, no list of names")
+        return sidecar
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{folder.path(beside)} is no sidecar of a reward head: {error}",

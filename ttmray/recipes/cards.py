@@ -10,7 +10,7 @@ from typing import Any
 
 from ttmray import pages
 from ttmray.console import console
-from ttmray.corpus.scores import SCORES, table_names
+from ttmray.corpus.scores import SCORES, protocols, table_names
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import Results, System, read_results
 from ttmray.inventory import read_marker
@@ -228,7 +228,7 @@ def dataset_card(folder: str, *, name: str | None = None, license: str | None = 
     name = name or folder.rstrip("/").rpartition("/")[2]
     clips = summary["rows"]["ok"]
     notes = [described["note"]] if _has_note(bundle) else []
-    heads = {table: _json(run, f"{SCORES}/{table}/{RUN}")["protocol_id"] for table in table_names(run)}
+    heads = {name: protocol for name, protocol in protocols(run).items() if name}
     audio = config["keep_audio"]
     front = {
         "license": license or "other",

@@ -167,7 +167,7 @@ def _identity(config: DemoConfig, root: Folder, scores: Sequence[float]) -> str:
     runs = [("corpus", "corpus"), *((f"clips/score{score:+g}", "generate") for score in scores)]
     prints = [read(root.sub(folder), kind)["fingerprint"] for folder, kind in runs]
     truth = json.loads(root.read(f"songs/{TRUTH}"))
-    return fingerprint([VERSION, truth, prints, list(config.prompts), list(scores), _pictures_can_be_made()])
+    return fingerprint([VERSION, truth, prints, list(config.prompts), list(scores), plots.available()])
 
 
 def _known(root: Folder, identity: str) -> Facts | None:
@@ -287,17 +287,9 @@ def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
 
-def _pictures_can_be_made() -> bool:
-    try:
-        plots.require_matplotlib()
-    except UserError:
-        return False
-    return True
-
-
 def _pictures(root: Folder) -> Callable[[str, np.ndarray], str] | None:
     """Writes a spectrogram of audio at 44.1 kHz and returns its name; None without matplotlib."""
-    if not _pictures_can_be_made():
+    if not plots.available():
         return None
 
     def draw(name: str, audio: np.ndarray) -> str:

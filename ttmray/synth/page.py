@@ -32,7 +32,7 @@ def write_page(folder: str, seed: int, pieces: int) -> str:
     if pieces < 1:
         raise UserError(f"--pieces is {pieces}, but a page needs at least one.", "Give 1 or more.")
     target = Folder.at(folder)
-    pictures = _pictures_can_be_made()
+    pictures = plots.available()
     text = pages.render(
         "small_world.html.j2",
         title=f"The small world: seed {seed}",
@@ -90,14 +90,6 @@ def _measured(of: Measures) -> str:
         f"{of.tempo:.1f} bpm, pulse {of.pulse:.2f}, tuning {of.tuning:.0f} cents, floor {of.floor_high:.0f} dB, "
         f"crest {of.crest:.0f} dB, bass {of.bass:.0f} dB, treble {of.treble:.0f} dB"
     )
-
-
-def _pictures_can_be_made() -> bool:
-    try:
-        plots.require_matplotlib()
-    except UserError:
-        return False
-    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
