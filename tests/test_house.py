@@ -51,7 +51,7 @@ LAYERS = (
     ("presets",),
     ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
     ("object_store",),
-    ("hub",),
+    ("hub", "local_files"),
     ("console", "errors", "listing", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray import runs, storage
+from ttmray import local_files, runs
 from ttmray.errors import UserError
+from ttmray.local_files import TEMPORARY_PREFIX
 from ttmray.storage import (
-    TEMPORARY_PREFIX,
     Folder,
     absolute,
     explained,
@@ -92,13 +92,13 @@ def without_links(monkeypatch: pytest.MonkeyPatch, number: int, renames: bool) -
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(storage, "_said", set())
+    monkeypatch.setattr(local_files, "_said", set())
     if not renames:
-        monkeypatch.setattr(storage, "_rename_new", refuse)
+        monkeypatch.setattr(local_files, "_rename_new", refuse)
 
 
 @pytest.mark.parametrize("renames", [True, False])
-@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EACCES])
 def test_a_file_system_without_hard_links_is_written_to_and_never_replaces(
     tmp_path, monkeypatch, capsys, number, renames
 ):
@@ -111,6 +111,13 @@ def test_a_file_system_without_hard_links_is_written_to_and_never_replaces(
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("Do not start two launches with one output folder at once") == int(not renames)
+
+
+def test_a_link_to_nothing_is_no_file_that_somebody_has_created(folder):
+    folder.create("a", b"first")
+    os.symlink("nothing", Path(folder.uri) / "b")
+    with pytest.raises(UserError, match="is a link to nothing"):
+        folder.create("b", b"second")
 
 
 def test_of_eight_threads_one_wins_without_hard_links_too(tmp_path, monkeypatch):

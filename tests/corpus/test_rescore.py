@@ -3,10 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from ttmray import cost
 from ttmray.cli import main
@@ -124,8 +127,9 @@ def test_a_corpus_and_a_head_in_a_bucket_are_rescored_there(run: Path, bucket: s
 
 def test_another_head_needs_another_name(run: Path, tmp_path: Path):
     run_rescore(run, write_head(tmp_path / "one", seed=1))
-    with pytest.raises(UserError, match="belongs to another run:\n    head: "):
+    with pytest.raises(UserError, match="belongs to another run:\n    head: ") as caught:
         run_rescore(run, write_head(tmp_path / "two", seed=2))
+    assert "Choose another name, or delete" in str(caught.value.hint)
 
 
 def test_the_place_of_a_head_and_of_its_run_is_no_part_of_identity(run: Path, tmp_path: Path):
@@ -167,6 +171,104 @@ def test_what_cannot_be_rescored_is_one_message_and_no_table(
     with pytest.raises(UserError, match=message):
         run_rescore(run, head)
     assert scores.table_names(Folder.at(str(run))) == []
+
+
+WRONG_HEADS: dict[str, Callable[[Path], object]] = {
+    "a table": lambda head: (head / "tunejury.safetensors").write_text("a,b,label\n"),
+    "nothing in it": lambda head: (head / "tunejury.safetensors").write_bytes(b""),
+    "cut": lambda head: (head / "tunejury.safetensors").write_bytes((head / "tunejury.safetensors").read_bytes()[:900]),
+    "not a number": lambda head: _set_weights(head, float("nan")),
+    "too large": lambda head: _set_weights(head, 3e38),
+    "sidecar of another kind": lambda head: (head / "tunejury.json").write_text('{"exclude": 5}'),
+    "run of another kind": lambda head: (head / "run.json").write_text("[1]"),
+    "damaged run": lambda head: (head / "run.json").write_text('{"kind": "ran'),
+}
+
+
+def _set_weights(head: Path, value: float) -> None:
+    weights = head / "tunejury.safetensors"
+    tensors = load(weights.read_bytes())
+    save_file({name: t.fill_(value) if t.is_floating_point() else t for name, t in tensors.items()}, weights)
+
+
+@pytest.mark.parametrize("wrong", WRONG_HEADS)
+def test_a_wrong_head_is_one_message_and_leaves_its_name_to_a_right_one(run: Path, tmp_path: Path, capsys, wrong: str):
+    head = write_head(tmp_path / "wrong")
+    WRONG_HEADS[wrong](head)
+    assert main(["corpus", "rescore", str(run), "--head", str(head), "--name", "mine"]) == 2
+    said = capsys.readouterr().err
+    assert str(head) in said.replace("\n", "")
+    assert "Traceback" not in said
+    assert not (run / "scores").exists()
+    assert run_rescore(run, write_head(tmp_path / "right")) == 0
+    assert list(problems(Folder.at(str(run)))) == []
+
+
+def _other_numbers(part: Path) -> None:
+    table = pq.read_table(part)
+    zeros = pa.array([0.0] * table.num_rows)
+    pq.write_table(table.set_column(table.column_names.index("reward_score"), "reward_score", zeros), part)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "other numbers"])
+def test_a_part_that_was_damaged_between_launches_is_made_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, how: str
+):
+    monkeypatch.setattr(rescore, "UNITS_PER_PART", 1)
+    head = write_head(tmp_path / "head")
+    run_rescore(run, head, name="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(rescore, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_rescore(run, head)
+    assert list(problems(Folder.at(str(run)))) == []  # a table in the making is nobody's yet
+    part = sorted((run / "scores/mine/parts").iterdir())[1]
+    if how == "flipped":
+        _flip(part)
+    elif how == "other numbers":
+        _other_numbers(part)
+    else:
+        part.write_bytes(part.read_bytes()[: -50 if how == "cut" else 0])
+    capsys.readouterr()
+    assert run_rescore(run, head) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is damaged; it is made again" in said
+    assert "resuming: 2 of 3 parts are there" in said
+    names = "whole", "mine"
+    whole, mine = ((run / "scores" / name / "scores.parquet").read_bytes() for name in names)
+    assert mine == whole
+
+
+def test_what_a_kill_after_the_end_has_left_is_swept_by_the_next_launch(run: Path, tmp_path: Path):
+    head = write_head(tmp_path / "head")
+    run_rescore(run, head)
+    (run / "scores/mine/parts/u000000-0123456789ab.parquet").write_bytes(b"left")
+    run_rescore(run, head)
+    assert not list((run / "scores/mine/parts").iterdir())
+
+
+def test_a_flipped_bit_in_a_table_never_becomes_another_score(run: Path, tmp_path: Path):
+    run_rescore(run, write_head(tmp_path / "head"))
+    table = run / "scores/mine/scores.parquet"
+    whole, noticed = table.read_bytes(), 0
+    sound = scores.read_table(Folder.at(str(run)), "mine")
+    for place in range(40, len(whole) - 200, 97):  # pages; the footer is another thing
+        data = bytearray(whole)
+        data[place] ^= 4
+        table.write_bytes(data)
+        with suppress(UserError):
+            assert scores.read_table(Folder.at(str(run)), "mine").equals(sound)
+            continue  # a bit that means nothing
+        noticed += 1
+    assert noticed > 10
+
+
+def test_a_table_under_another_folder_name_is_repaired_there(run: Path, tmp_path: Path):
+    run_rescore(run, write_head(tmp_path / "head"))
+    (run / "scores/mine").rename(run / "scores/yours")
+    (run / "scores/yours/stats.json").unlink()
+    assert main(["corpus", "repair", str(run)]) == 0
+    assert (run / "scores/yours/stats.json").exists()
 
 
 def _flip(file: Path) -> None:
@@ -263,9 +365,14 @@ def test_looks_take_columns_of_tables(run: Path, tmp_path: Path, capsys: pytest.
     }
     assert main(["corpus", "ls", str(run), "--columns", "key,nothing"]) == 2
     assert main(["corpus", "stats", str(run)]) == 0
-    assert "mine/track_reward" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mine/track_reward" in said
+    protocol = scores.protocol_of(Folder.at(str(run)), "mine/reward_score")
+    assert f"scores mine by {protocol}, head SHA-256 " in said.replace("\n", " ")
     assert main(["corpus", "sample", str(run), "-n", "1", "--out", str(tmp_path / "page")]) == 0
-    assert "mine/reward_score" in (tmp_path / "page/index.html").read_text()
+    page = (tmp_path / "page/index.html").read_text()
+    assert "mine/reward_score" in page
+    assert protocol in page
 
 
 def test_a_bundle_with_another_head_says_so_and_names_it_by_hash(tmp_path: Path):

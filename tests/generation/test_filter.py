@@ -239,3 +239,15 @@ def test_weighted_clips_pass_the_same_gates_and_need_no_decile():
     assert report["excluded"] == {"silence > 0.5": 1}
     assert weights[0] > weights[1] > weights[2] > 0
     assert choose(table, temperature=1.0, per_prompt=1).keys == keys
+
+
+@pytest.mark.parametrize("column", ["caption", "split", "candidate", "segment", "pool_seed", "key"])
+def test_what_is_no_score_ranks_no_clips(tmp_path, column):
+    pool = write_pool(str(tmp_path / "pool"), clips(), PROMPTS)
+    with pytest.raises(UserError, match=f"has no score column '{column}'. It has: .*reward_score"):
+        read_pool(str(pool), (column,))
+
+
+def test_a_rule_that_fails_is_named():
+    with pytest.raises(UserError, match="rule: json:dumps failed: TypeError: "):
+        choose(random_table(50), rule="json:dumps")

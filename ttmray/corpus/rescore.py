@@ -1,9 +1,9 @@
 """Rewards of a finished run by another head, from the embeddings in its shards: no audio is read, no encoder loaded.
 
-`ttmray corpus rescore` writes `scores/<name>/`: a part per `UNITS_PER_PART` units, whose file, named by its hash, is its
-commit as an index file is that of its unit, and in the end one table in the order of the index (`corpus/scores.py`), statistics and
-`_SUCCESS.json`. Resume is relaunch. The numbers are those that a corpus job with this head would have made, to the bit
-on a CPU.
+`ttmray corpus rescore` writes `scores/<name>/`: a part per `UNITS_PER_PART` units, whose file, named by its hash, is
+its commit as an index file is that of its unit, and in the end one table in the order of the index
+(`corpus/scores.py`), statistics and `_SUCCESS.json`. Resume is relaunch. The numbers are those that a corpus job with
+this head would have made, to the bit on a CPU.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from ttmray.corpus import index, scores, shards
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.models import NotFinite
+from ttmray.models import NotFiniteOutput
 from ttmray.models.bundle import open_bundle
 from ttmray.models.protocol import Protocol
 from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
@@ -259,7 +259,7 @@ class PartScorer:
             mix = self.head.score(clap[:, 0], mert[:, 0], text).astype(np.float64)
             same = np.array_equal(clap[:, 0], clap[:, 1]) and np.array_equal(mert[:, 0], mert[:, 1])
             other = mix if same else self.head.score(clap[:, 1], mert[:, 1], text).astype(np.float64)
-        except NotFinite as error:
+        except NotFiniteOutput as error:
             raise UserError(
                 f"{self.source.location}: its scores of clips in {shard} are not finite.", "Train the head again."
             ) from error

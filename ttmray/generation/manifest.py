@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ttmray.errors import UserError
-from ttmray.storage import TEMPORARY_PREFIX, Folder, absolute, explained, is_remote
+from ttmray.local_files import TEMPORARY_PREFIX
+from ttmray.storage import Folder, absolute, explained, is_remote
 
 ROWS, CLIPS = "manifest", "clips"
 OK, FAILED = "ok", "failed"

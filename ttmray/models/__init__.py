@@ -45,7 +45,7 @@ def to_float32(output: "torch.Tensor", shape: tuple[int, ...], what: str) -> np.
     return array
 
 
-class NotFinite(RuntimeError):
+class NotFiniteOutput(RuntimeError):
     """A model gave NaN or infinity."""
 
 
@@ -53,11 +53,11 @@ def require_finite(array: np.ndarray, what: str) -> np.ndarray:
     """`array` (n, ...), whose first axis counts the items of a call.
 
     Raises:
-        NotFinite: NaN or infinity; names the items.
+        NotFiniteOutput: NaN or infinity; names the items.
     """
     finite = np.isfinite(array).reshape(len(array), -1).all(axis=1) if len(array) else np.ones(0, bool)
     if not finite.all():
-        raise NotFinite(f"{what}: not finite for items {np.flatnonzero(~finite).tolist()}")
+        raise NotFiniteOutput(f"{what}: not finite for items {np.flatnonzero(~finite).tolist()}")
     return array
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ttmray.errors import UserError
-from ttmray.storage import TEMPORARY_PREFIX, Folder, explained
+from ttmray.local_files import TEMPORARY_PREFIX
+from ttmray.storage import Folder, explained
 
 _CHECK_BYTES = 32
 _KEEP = 0.9  # of the bound, after an eviction

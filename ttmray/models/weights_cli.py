@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ttmray.console import console
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.local_files import TEMPORARY_PREFIX
 from ttmray.models.weights import (
     Entry,
     Store,
@@ -22,7 +23,7 @@ from ttmray.models.weights import (
     open_store,
     publish,
 )
-from ttmray.storage import TEMPORARY_PREFIX, explained
+from ttmray.storage import explained
 
 if TYPE_CHECKING:
     import torch
