@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ttmray.errors import UserError
-from ttmray.models.bundle import BundleName, LoadOptions, open_bundle
+from ttmray.models.bundle import ROLES, BundleName, LoadOptions, open_bundle
 from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles, describe_folder
 from ttmray.models.reward_head import encoders_of
 
@@ -75,6 +75,14 @@ def test_a_backbone_is_no_encoder(folder):
     (folder / "backbone/model.safetensors").write_bytes(b"trained longer")
     describe_folder(folder, "mine", "only a test", 5.0)
     assert encoders_of(open_bundle(str(folder)).identity()) == before
+
+
+def test_a_corpus_does_not_ask_for_the_backbone(folder):
+    roles = set(ROLES) - {"backbone"}
+    before = open_bundle(str(folder)).identity(roles)
+    shutil.rmtree(folder / "backbone")
+    describe_folder(folder, "mine", "only a test", 5.0)
+    assert open_bundle(str(folder)).identity(roles) == before
 
 
 def test_a_folder_that_is_no_bundle_and_a_name_that_is_none_are_told_apart(tmp_path):

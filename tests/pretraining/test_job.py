@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from damages import DAMAGES, content
+from safetensors.torch import load_file
 
 from ttmray.cli import main
 from ttmray.config import load_config
@@ -74,6 +76,24 @@ def test_a_part_of_a_bundle_that_the_same_settings_made_is_copied_and_another_is
     assert "text/config.json" in capsys.readouterr().err
     assert main(arguments(clips, tmp_path / "fifth", "reuse=debug")) == 2
     assert "debug has no files" in capsys.readouterr().err
+
+
+def test_the_second_clap_goes_on_from_the_first_which_must_be_there(clips, tmp_path, capsys):
+    small = "steps: 2, batch: 2, warmup: 1, audio_dim: 16, depths: [1, 1, 1, 1], text_dim: 32, text_layers: 1"
+    shape = f"clap={{{small}, vocabulary: 400}}"
+    second = f"clap_condition={{{small}, vocabulary: 400, start: clap, lr: 1e-9, seed: 1}}"
+    assert main(arguments(clips, tmp_path, shape, second, "parts=[clap_condition]")) == 2
+    assert "clap_condition.start is clap, which is not trained yet" in capsys.readouterr().err
+    assert main(arguments(clips, tmp_path, shape, second, "parts=[clap, clap_condition]")) == 0
+    one, other = (load_file(tmp_path / part / "model.safetensors") for part in ("clap", "clap_condition"))
+    name = "text_model.encoder.layer.0.output.dense.weight"
+    assert torch.allclose(one[name], other[name], atol=1e-3)  # as good as nothing was learned since
+    capsys.readouterr()
+    assert main(arguments(clips, tmp_path, shape, second.replace("400", "450"), "parts=[clap_condition]")) == 2
+    assert "part.vocabulary: 400 -> 450" in capsys.readouterr().err
+    wider = second.replace("text_dim: 32", "text_dim: 48")
+    assert main(arguments(clips, tmp_path / "wider", shape, wider, "parts=[clap, clap_condition]")) == 2
+    assert "is of another shape" in capsys.readouterr().err
 
 
 def test_other_settings_are_another_run(clips, tmp_path, capsys):

@@ -50,7 +50,10 @@ PARTS: dict[str, tuple[type[Part], PartConfig]] = {
         MERTPart,
         MERTConfig(steps=6, batch=1, warmup=1, hidden=32, layers=1, channels=16, item_s=1.0, clusters=8),
     ),
-    "text": (TextPart, TextConfig(steps=6, batch=4, warmup=1, dim=32, layers=1, vocabulary=300)),
+    "text": (
+        TextPart,
+        TextConfig(steps=6, batch=4, warmup=1, dim=32, layers=1, vocabulary=300, attribute_weight=1.0),
+    ),
 }
 
 

@@ -67,6 +67,18 @@ def test_the_pooled_null_text_is_zeros_or_claps_empty_text(make_train_config, tm
     assert SftTask(config, CPU).identity == tasks["zeros"].identity != tasks["clap"].identity
 
 
+def test_the_pooled_text_enters_as_strongly_as_it_is_told_to(make_train_config):
+    text = torch.nn.functional.normalize(torch.randn(8, 512, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    def strength(gain: float) -> float:
+        model = SftTask(make_train_config("/nowhere", f"model.pooled_gain={gain}"), CPU).model
+        with torch.no_grad():
+            return float(model.text_cond_proj(text).std())
+
+    assert strength(1) < 0.01  # a gated layer multiplies two small numbers
+    assert 0.1 < strength(16) < 2
+
+
 def test_an_empty_text_that_was_kept_before_there_was_a_choice_is_that_of_zeros(
     finished, make_train_config, tmp_path, monkeypatch
 ):

@@ -21,7 +21,7 @@ from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.inventory import read_marker, restore_run
-from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.models.bundle import ROLES, Bundle, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
@@ -214,7 +214,7 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
         "config": identity(config),
         "catalogue": catalogue_digest,
         "plan": plan.identity(),
-        "bundle": bundle.identity(),
+        "bundle": bundle.identity(set(ROLES) - {"backbone"}),  # a corpus needs none, and may be there before it
         "separation": SEPARATION,
         "protocol": json.loads(json.dumps(asdict(protocol))),
     }

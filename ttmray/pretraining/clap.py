@@ -5,12 +5,14 @@ more, Adam (0.9, 0.99) with cosine decay from 1e-4. Here both towers and the tok
 attributes of the clips help: beside InfoNCE each tower learns to tell them by a linear layer that is thrown away
 (`attribute_weight: 0` is the plain recipe). Captions of the web speak of noisy and muffled recordings, and ours never
 do; so that a reward head on its vectors can hear quality at all, the audio vector also tells the strengths of the
-clip's faults (`fault_weight`, 0 for the plain recipe).
+clip's faults (`fault_weight`, 0 for the plain recipe). The second CLAP may go on from the first (`start`), as LAION's
+music checkpoints are of one family: what it lacks is not another beginning but hours.
 """
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import soxr
@@ -21,9 +23,12 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import ClapConfig, ClapModel, RobertaTokenizer
 
+from ttmray.config import added
+from ttmray.errors import UserError
 from ttmray.models import seeded
 from ttmray.models.clap import TEXT_TOKENS, Clap, ClapFrontEnd, ten_second_windows
 from ttmray.models.protocol import CLAP_SAMPLE_RATE
+from ttmray.models.state_dicts import read_state_dict
 from ttmray.pretraining.clips import ClipSet, place
 from ttmray.pretraining.labels import Labels, fault_row, quality_r
 from ttmray.pretraining.loop import Part, PartConfig, to_half, weights_of
@@ -54,6 +59,8 @@ class CLAPConfig(PartConfig):
     new_faults: float = Field(0.0, ge=0, le=1)
     """Share of the clips that get one or two audio faults more, drawn anew each time. Without it, the noises of some
     thousand clips are learned by heart."""
+    start: Literal["clap"] | None = added(None)
+    """Part whose weights are the first ones, of the same shape and vocabulary and trained before; None: drawn ones."""
 
 
 class _Towers(nn.Module):
@@ -78,7 +85,12 @@ class CLAPPart(Part):
 
     name = "clap"
 
-    def __init__(self, config: CLAPConfig, clips: ClipSet, device: torch.device) -> None:
+    def __init__(self, config: CLAPConfig, clips: ClipSet, device: torch.device, start: Path | None = None) -> None:
+        """`start`: the file of the weights to go on from.
+
+        Raises:
+            UserError: they are of another shape.
+        """
         self.config, self.clips, self.device = config, clips, device
         truths = clips.truths()
         self.labels = Labels.of([truth.attributes for truth in truths])
@@ -90,7 +102,19 @@ class CLAPPart(Part):
         norm = self.model.clap.audio_model.audio_encoder.batch_norm
         norm.running_mean.fill_(-30.0)  # dB; music lies about there
         norm.running_var.fill_(20.0**2)
+        if start is not None:
+            self._go_on_from(start)
         self.model.to(device)
+
+    def _go_on_from(self, start: Path) -> None:
+        state = {name: value.float() if value.is_floating_point() else value
+                 for name, value in read_state_dict(start).items()}  # fmt: skip
+        try:
+            self.model.clap.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"{start} is of another shape: {error}", "Give both CLAPs the same depths, widths and vocabulary."
+            ) from error
 
     def batch(self, position: int, count: int) -> dict[str, Tensor]:
         """Log-mels (count, 1, 1001, 64), tokens (count, 77) and their mask, labels (count, labels), faults

@@ -11,6 +11,7 @@ Resume is relaunch. A part that is finished is left alone.
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.models import one_thread
 from ttmray.models.bundle import BundleName, FolderBundle, open_bundle, resolve_device
+from ttmray.models.weights import digest_file
 from ttmray.pretraining.clap import CLAPConfig, CLAPPart
 from ttmray.pretraining.clips import ClipSet
 from ttmray.pretraining.loop import CHECKPOINT, Part, PartConfig, parameters, train
@@ -90,7 +92,7 @@ def _part(name: PartName, config: PartsConfig, clips: ClipSet, device: torch.dev
         "vae": lambda: VAEPart(config.vae, clips, device),
         "vocoder": lambda: VocoderPart(config.vocoder, clips, device),
         "clap": lambda: CLAPPart(config.clap, clips, device),
-        "clap_condition": lambda: CLAPPart(config.clap_condition, clips, device),
+        "clap_condition": lambda: CLAPPart(config.clap_condition, clips, device, _start(config)),
         "separator": lambda: SeparatorPart(config.separator, clips, device),
         "mert": lambda: MERTPart(config.mert, clips, device),
         "text": lambda: TextPart(config.text, clips, device),
@@ -98,6 +100,23 @@ def _part(name: PartName, config: PartsConfig, clips: ClipSet, device: torch.dev
     part = makers[name]()
     part.name = name
     return part
+
+
+def _start(config: PartsConfig) -> Path | None:
+    """File of the weights that the second CLAP goes on from.
+
+    Raises:
+        UserError: it is not there yet.
+    """
+    if config.clap_condition.start is None:
+        return None
+    first = Folder.at(config.output).sub(config.clap_condition.start)
+    if not first.exists(FACTS):
+        raise UserError(
+            f"clap_condition.start is {config.clap_condition.start}, which is not trained yet in {first}.",
+            f"Train it before: --set parts=[{config.clap_condition.start},clap_condition].",
+        )
+    return Path(first.path("model.safetensors"))
 
 
 def train_parts(config: PartsConfig) -> int:
@@ -115,6 +134,8 @@ def train_parts(config: PartsConfig) -> int:
     fresh = ClipSet(cache, data.fresh_seed, data.fresh_clips, data.seconds, min(data.fresh_stems, data.fresh_clips))
     for one in (fresh, clips):
         one.compose(data.workers)
+    if config.clap.start is not None:
+        raise UserError("clap.start is clap itself.", "Leave it out; it is for clap_condition.")
     for name in config.parts:
         settings: PartConfig = getattr(config, name)
         out = Folder.at(config.output).sub(name)
@@ -201,9 +222,11 @@ def _seal(out: Folder, name: str) -> None:
 
 def _claim(out: Folder, name: str, config: PartsConfig, settings: PartConfig) -> bool:
     """Write the part's `run.json`, or check that it describes the same run; whether there was one."""
+    start = _start(config) if name == "clap_condition" else None
+    began = {} if start is None else {"start": digest_file(start).sha256}
     described = runs.describe(
         _kind(name),
-        {"part": identity(settings), "data": identity(config.data)},
+        {"part": identity(settings), "data": identity(config.data)} | began,
         config,
         ("torch", "transformers", "tokenizers", "demucs"),
     )

@@ -2,7 +2,9 @@
 
 Full size: T5 (Raffel et al. 2020), 770 M parameters on C4: 15 % of the tokens in spans of mean length 3 are replaced by
 sentinels, and a decoder writes them down; Adafactor at 0.01 with an inverse square root schedule. Here the same on
-captions of training wordings, with AdamW and a tokenizer learned from them. The decoder is thrown away.
+captions of training wordings, with AdamW and a tokenizer learned from them. The decoder is thrown away. Filling gaps
+needs little of what a whole caption says, so that the true attributes of its clip may help, as they help CLAP
+(`attribute_weight`, 0 for the plain recipe).
 """
 
 import json
@@ -13,15 +15,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer
 
+from ttmray.config import added
 from ttmray.models import seeded
 from ttmray.models.t5 import TextEncoder
 from ttmray.pretraining.clips import UNSEEN, ClipSet, place
-from ttmray.pretraining.labels import probe
+from ttmray.pretraining.labels import Labels, probe
 from ttmray.pretraining.loop import Part, PartConfig, weights_of
 from ttmray.storage import Folder
 from ttmray.training.tensors import pack
@@ -44,6 +48,17 @@ class TextConfig(PartConfig):
     """Share of the tokens that are masked (T5: 0.15; captions are short and regular)."""
     span: float = Field(3.0, ge=1)
     """Mean length of a masked span."""
+    attribute_weight: float = added(0.0, ge=0)
+    """Of the cross-entropy of the clip's attributes, told from the mean over the tokens by a layer that is thrown away,
+    against the gaps of weight 1."""
+
+
+class _Reader(nn.Module):
+    """T5, and the layer that tells attributes, if any, as one thing to train."""
+
+    def __init__(self, t5: T5ForConditionalGeneration, told: nn.Linear | None) -> None:
+        super().__init__()
+        self.t5, self.told = t5, told
 
 
 class TextPart(Part):
@@ -54,6 +69,7 @@ class TextPart(Part):
     def __init__(self, config: TextConfig, clips: ClipSet, device: torch.device) -> None:
         self.config, self.clips, self.device = config, clips, device
         texts = [text for truth in clips.truths() for text in truth.captions]
+        self.labels = Labels.of([truth.attributes for truth in clips.truths()])
         self.tokenizer = unigram_tokenizer(texts, config.vocabulary)
         shape = cast(Any, T5Config)(  # it takes more than its signature says
             vocab_size=len(self.tokenizer),
@@ -68,27 +84,39 @@ class TextPart(Part):
             decoder_start_token_id=0,
         )
         with seeded(config.seed):
-            self.model: T5ForConditionalGeneration = T5ForConditionalGeneration(shape)
-        cast(torch.nn.Module, self.model).to(device)
+            t5 = T5ForConditionalGeneration(shape)
+            told = nn.Linear(config.dim, self.labels.size) if config.attribute_weight else None
+        self.model: _Reader = _Reader(t5, told)
+        self.model.to(device)
 
     def batch(self, position: int, count: int) -> dict[str, Tensor]:
-        """Token rows with gaps (count, n), their mask (count, n), and what was in the gaps (count, m), -100 beyond."""
-        inputs, targets = [], []
+        """Token rows with gaps (count, n), their mask (count, n), what was in the gaps (count, m), -100 beyond, and
+        attributes (count, labels)."""
+        inputs, targets, rows = [], [], []
         for i in range(position, position + count):
             rng = np.random.default_rng([self.config.seed, i])
-            captions = self.clips.truth(place(self.config.seed, i, self.clips.count)).captions
+            truth = self.clips.truth(place(self.config.seed, i, self.clips.count))
+            captions = truth.captions
             tokens = self.tokenizer(captions[int(rng.integers(len(captions)))])["input_ids"][: TOKENS - 1]
             source, target = corrupt(tokens[:-1], self.tokenizer, rng, self.config.noise, self.config.span)
             inputs.append(source)
             targets.append(target)
+            rows.append(self.labels.row(truth.attributes))
         ids, labels = _padded(inputs, 0), _padded(targets, -100)
-        return {"input_ids": ids.to(self.device), "mask": (ids != 0).to(self.device), "labels": labels.to(self.device)}
+        batch = {"input_ids": ids, "mask": ids != 0, "labels": labels, "attributes": torch.from_numpy(np.stack(rows))}
+        return {name: value.to(self.device) for name, value in batch.items()}
 
     def loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = self.model(input_ids=batch["input_ids"], attention_mask=batch["mask"], labels=batch["labels"])
+        out = self.model.t5(input_ids=batch["input_ids"], attention_mask=batch["mask"], labels=batch["labels"])
         known = batch["labels"] >= 0
         right = (out.logits.argmax(dim=2)[known] == batch["labels"][known]).float().mean()
-        return {"loss": out.loss, "right": right}
+        if self.model.told is None:
+            return {"loss": out.loss, "right": right}
+        mask = batch["mask"].float()[..., None]
+        mean = (out.encoder_last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
+        attributes = F.binary_cross_entropy_with_logits(self.model.told(mean), batch["attributes"])
+        loss = out.loss + self.config.attribute_weight * attributes
+        return {"loss": loss, "gaps": out.loss, "attributes": attributes, "right": right}
 
     def measure(self, fresh: ClipSet) -> dict[str, float]:
         """Linear probes of the mean over a caption's tokens, in held-out wordings, of what the caption tells."""
@@ -103,8 +131,8 @@ class TextPart(Part):
         return probe(means.astype(np.float64), attributes, per_clip=UNSEEN)
 
     def _encoder(self) -> T5EncoderModel:
-        encoder = T5EncoderModel(T5Config(**self.model.config.to_dict() | {"is_encoder_decoder": False}))
-        state = weights_of(self.model, half=False)
+        encoder = T5EncoderModel(T5Config(**self.model.t5.config.to_dict() | {"is_encoder_decoder": False}))
+        state = weights_of(self.model.t5, half=False)
         encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
         return encoder
 

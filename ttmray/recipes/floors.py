@@ -7,8 +7,9 @@ vocoder, stands beside its verdict (`ttmray.recipes.judges`).
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -127,7 +128,7 @@ def measure_floors(name: str, seed: int, parts: Sequence[str] = PARTS, sizes: Si
         "separator": lambda: separation(models, world, sizes),
         "latents": lambda: reconstruction(models, world, sizes),
         "reward": lambda: reward(Scorer(models, protocol), world, sizes),
-        "generation": lambda: generation(models, Scorer(models, protocol), world, sizes),
+        "generation": lambda: generation(models, Scorer(models, protocol), world, sizes, bundle.sampling),
     }
     return [row for part in parts for row in measures[part]()]
 
@@ -240,8 +241,11 @@ def rewards_of(scorer: Scorer, waves: Sequence[np.ndarray]) -> np.ndarray:
     return scorer.rewards(embeddings, np.zeros((len(waves), 512), np.float32))
 
 
-def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> Iterator[Floor]:
-    """What generated clips obey, by judges of stated accuracy; and whether quality rises with the score asked for."""
+def generation(
+    models: Models, scorer: Scorer, world: World, sizes: Sizes, settings: Mapping[str, Any]
+) -> Iterator[Floor]:
+    """What generated clips obey, by judges of stated accuracy; and whether quality rises with the score asked for.
+    Sampled by `settings`, those of the bundle, with other scores."""
     truth = world.first(sizes.judges + sizes.copies)
     true, other = truth[: sizes.judges], truth[sizes.judges :]
     waves = [item.mix.mean(axis=0) for item in true]
@@ -250,7 +254,7 @@ def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> It
     rng = np.random.default_rng(world.seed)
     asked = [world[len(truth) + i].heard for i in range(sizes.generated)]
     texts = [caption(heard, rng) for heard in asked]
-    generated = generate(models, texts, middle + spread, world.seed)
+    generated = generate(models, texts, {**settings, "score": middle + spread}, world.seed)
     recall = recall_at_1(scorer.embed(generated).clap, models.clap.embed_text(texts), of=8)
     yield Floor("generation", "captions find their clip among 8", recall, 0.5, note="chance 0.125")
     groups = (
@@ -267,7 +271,7 @@ def generation(models: Models, scorer: Scorer, world: World, sizes: Sizes) -> It
     few = texts[: max(4, sizes.generated // 4)]
     rewarded, quality, steps = [], [], []
     for step in SCORES:
-        clips = generate(models, few, middle + step * spread, world.seed)
+        clips = generate(models, few, {**settings, "score": middle + step * spread}, world.seed)
         rewarded += rewards_of(scorer, clips).tolist()
         quality += [estimate(measure(wave[None]))[1] for wave in clips]
         steps += [step] * len(few)
@@ -291,12 +295,8 @@ def _about(
     return features[rows], [holds(heard[i]) for i in rows]
 
 
-def generate(models: Models, texts: Sequence[str], score: float, seed: int, steps: int = 25) -> list[np.ndarray]:
-    """(samples,) float32 at 44.1 kHz for each text.
-
-    Without the prefix and the negative prompt of the paper, whose words a small text encoder has never read.
-    """
-    config = SamplerConfig(steps=steps, score=score, prefix="", negative_prompt="")
-    sampler = Sampler([models.backbone], models.text, models.clap_condition, config)
+def generate(models: Models, texts: Sequence[str], settings: Mapping[str, Any], seed: int) -> list[np.ndarray]:
+    """(samples,) float32 at 44.1 kHz for each text, by settings of `SamplerConfig`."""
+    sampler = Sampler([models.backbone], models.text, models.clap_condition, SamplerConfig(**settings))
     draws = [Draw(text, f"floor{i}", seed) for i, text in enumerate(texts)]
     return [models.latents.to_audio(latents[None])[0] for latents in sampler.sample(draws).latents]

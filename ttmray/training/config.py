@@ -26,6 +26,10 @@ class ModelConfig(Config):
     """Pooled features of a dropped text, of training from scratch; weights from a file bring their own. `zeros`: what
     clips without a caption have, too. `clap`: CLAP's vector of the empty text, as in the public trainer. Token features
     are T5's of the empty text in both. The paper does not say."""
+    pooled_gain: float = added(1.0, gt=0)
+    """Of training from scratch: factor on the first weights that project the pooled text. Its vectors have norm 1, and
+    a gated layer multiplies two projections of them, so that with the reference's start (1.0) the pooled text enters
+    at about a thousandth of the time's embedding. Some 100,000 updates mend that, a few thousand do not."""
     init: Location | None = execution(None)
     """Weights to start from: an exported or a released file, local or s3:// (copied to each machine). Default: from
     scratch. Their hash is part of the identity."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttmray.audio.io import encode_flac
 from ttmray.config import differences
@@ -163,6 +163,9 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
             model.latent_std.copy_(std)
             model.empty_string_feat.copy_(text)
             model.empty_string_feat_c.copy_(pooled)
+            first = model.text_cond_proj[0]
+            assert isinstance(first, nn.Linear)
+            first.weight.mul_(config.model.pooled_gain)
         return model, f"scratch, seed {config.model.seed}"
     path = weights_file(config.model.init, "model.init")
     state = tidy(read_state_dict(path), str(path))
