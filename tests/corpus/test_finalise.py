@@ -19,6 +19,7 @@ from ttmray.corpus.finalise import (
     summary_lines,
     sweep,
 )
+from ttmray.corpus.look import stats
 from ttmray.corpus.plan import SCHEMA, Plan
 from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import OK
@@ -98,6 +99,17 @@ def test_the_saved_latent_statistics_are_those_of_the_latents_in_the_shards(fini
         flat = np.concatenate(latents)
         np.testing.assert_allclose(saved[split]["mean"], flat.mean(0), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(saved[split]["std_of_means"], flat.std(0), rtol=1e-9, atol=1e-9)
+
+
+def test_stats_of_a_finished_run_read_no_unit(run, capsys):
+    (run / "_SUCCESS.json").rename(run / "aside")
+    assert stats(str(run)) == 0  # as of a growing run: of all units
+    of_units = capsys.readouterr().out
+    (run / "aside").rename(run / "_SUCCESS.json")
+    for file in (run / "index").iterdir():
+        file.unlink()
+    assert stats(str(run)) == 0
+    assert capsys.readouterr().out.endswith(of_units)
 
 
 def test_reward_statistics_are_those_of_numpy_per_split():

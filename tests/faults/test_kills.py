@@ -196,7 +196,7 @@ def ray_actors() -> list[int]:
 
 @pytest.mark.slow
 def test_ray_run_goes_on_when_five_actors_are_killed(songs: Path, undisturbed: Job, tmp_path: Path) -> None:
-    job = Job(songs, tmp_path / "run", "ray", "runtime.fuse=models")
+    job = Job(songs, tmp_path / "run", "ray", "runtime.fuse=none")
     driver = job.start()
     rng, killed, deadline = random.Random(4), 0, time.monotonic() + 240
     while killed < 5 and driver.poll() is None and time.monotonic() < deadline:
@@ -211,7 +211,7 @@ def test_ray_run_goes_on_when_five_actors_are_killed(songs: Path, undisturbed: J
 
 @pytest.mark.slow
 def test_file_that_kills_its_decoder_under_ray_is_quarantined(songs_with_killer: Path, tmp_path: Path) -> None:
-    sets = ("runtime.fuse=models", "unit_clips=10", "segments.max_clips=10", "splits.validation=0", "splits.test=0")
+    sets = ("runtime.fuse=none", "unit_clips=10", "segments.max_clips=10", "splits.validation=0", "splits.test=0")
     job = Job(songs_with_killer, tmp_path / "run", "ray", *sets)
     assert job.run(PYTHONPATH=KILLER) == 3
     assert statuses(job) == {"killer": ("failed", "killed"), "song0_0": ("ok", ""), "song4_0": ("ok", "")}

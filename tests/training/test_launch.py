@@ -21,7 +21,7 @@ from ttmray.config import fingerprint, load_config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
-from ttmray.training.launch import claim, gpus_held, user_error
+from ttmray.training.launch import _ray_device, claim, gpus_held, user_error
 
 pytestmark = pytest.mark.timeout(600)
 REPO = Path(__file__).resolve().parents[2]
@@ -156,6 +156,15 @@ def test_the_users_error_is_found_inside_of_rays():
     assert user_error(WorkerGroupError("text", {1: chained})) is mine
     assert user_error(WorkerGroupError("text", {0: RuntimeError("a bug")})) is None
     assert user_error(ControllerError(RuntimeError("a bug"))) is None
+
+
+def test_a_cluster_that_has_no_gpu_yet_does_not_train_on_cpus_without_a_word(make_sets, tmp_path, monkeypatch, capsys):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    sets = make_sets(tmp_path / "run", "runtime.runner=ray", "runtime.device=auto")
+    assert _ray_device(load_config(TrainConfig, None, sets)) == (torch.device("cpu"), None)
+    assert "with runtime.device=cuda it would wait" in " ".join(capsys.readouterr().out.split())
 
 
 def start(sets: list[str], log: Path) -> "subprocess.Popen[bytes]":

@@ -20,6 +20,8 @@ from ttmray.inventory import Written, entries, entry, seal
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 
+LATENTS = "stats/latents.json"
+"""What `latent_statistics` says of a finished run."""
 More = Callable[[pa.Table, list[dict[str, Any]]], tuple[pa.Table, dict[str, Any]]]
 """The rows and metadata of a whole run -> the rows with further columns, and further facts of the summary."""
 
@@ -65,7 +67,7 @@ def finalise(
         files[name] = entry(data)
 
     write(index.MERGED, index.parquet_bytes(table))
-    write("stats/latents.json", json.dumps(latents, indent=1).encode())
+    write(LATENTS, json.dumps(latents, indent=1).encode())
     scored = {"protocol": described["protocol_id"], "splits": rewards}  # conditioning on z-scores needs mean and std
     write("stats/rewards.json", json.dumps(scored, indent=1).encode())
     swept = sweep(run, metadata)

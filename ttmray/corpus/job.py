@@ -81,11 +81,11 @@ def score_corpus(
         _show_plan(plan, config, run, save=True)
 
     def work(units: Sequence[Unit], done: Done) -> None:
+        from ttmray.corpus import pipeline, ray_runner
         from ttmray.corpus.assembly import CorpusJob
-        from ttmray.corpus.pipeline import run_local, run_ray
 
         job = CorpusJob(config.model_dump_json(), plan.root, described["protocol_id"])
-        (run_ray if config.runtime.runner == "ray" else run_local)(job, units, done)
+        (ray_runner.run_ray if config.runtime.runner == "ray" else pipeline.run_local)(job, units, done)
 
     return carry_out(run, plan, described, todo, work, config.max_failures, started)
 

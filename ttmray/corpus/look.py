@@ -18,12 +18,12 @@ from ttmray.audio import segment
 from ttmray.console import console
 from ttmray.corpus import index, shards
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.finalise import latent_statistics, summary_lines
+from ttmray.corpus.finalise import LATENTS, latent_statistics, summary_lines
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import REWARDS, reward_statistics, table_names, with_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
-from ttmray.inventory import finished, marker_problem, read_marker
+from ttmray.inventory import checked, finished, marker_problem, read_marker
 from ttmray.runs import RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
 
@@ -70,9 +70,11 @@ def stats(folder: str) -> int:
     if (marker := read_marker(run)) is not None and "summary" in marker:
         for line in summary_lines(marker["summary"], run):
             console.print(line, markup=False)
-    names = index.committed_units(run)
-    units = index.read_units(run, names)
-    table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
+        table, latents = index.read_merged(run), json.loads(checked(run.path(LATENTS)))  # not a request for every unit
+    else:
+        units = index.read_units(run, index.committed_units(run))
+        table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
+        latents = latent_statistics([metadata for _, metadata in units])
     shown = Table("split", "column", "clips", "mean", "std", "p5", "p95", "max")
     rewards = [*REWARDS, *(f"{name}/{column}" for name in table_names(run) for column in REWARDS)]
     for split, columns in reward_statistics(with_columns(run, table, rewards), rewards).items():
@@ -81,7 +83,7 @@ def stats(folder: str) -> int:
                 numbers = [f"{values[key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max")]
                 shown.add_row(split, name, str(columns["clips"]), *numbers)
     console.print(shown)
-    for split, values in latent_statistics([metadata for _, metadata in units]).items():
+    for split, values in latents.items():
         mean, std = np.array(values["mean"]), np.array(values["std_of_samples"])
         console.print(
             f"latents, {split}: {len(mean)} channels, {values['frames']} frames, "

@@ -104,6 +104,12 @@ class Unit:
             clips={name: array[keep] for name, array in self.clips.items()},
         )
 
+    def told(self) -> "Unit":
+        """What is still to be said of a committed unit: how its rows ended, and times. It is small: Ray keeps it with
+        the driver, where the loss of a machine cannot reach it."""
+        rows = [{name: row[name] for name in ("key", "segment", "status", "stage", "message")} for row in self.rows]
+        return Unit(self.name, [], rows, timing=self.timing)
+
     def to_table(self) -> pa.Table:
         """One Arrow row: `header` (JSON) and one large_binary column per array."""
         assert not self.track_audio, "whole tracks must not leave their process"
