@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from processes import actors, workers
 
 from ttmray.corpus.verify import problems
 from ttmray.storage import Folder
@@ -102,28 +103,13 @@ def test_local_run_equals_an_undisturbed_one_after_its_driver_is_killed(
     assert_equal_runs(job, undisturbed)
 
 
-def workers_of(driver: int) -> list[int]:
-    """Children of the driver that run stages."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if b"spawn_main" in command and parent == driver:
-                found.append(int(entry.name))
-    return found
-
-
 def test_local_run_goes_on_when_workers_are_killed(songs: Path, undisturbed: Job, tmp_path: Path) -> None:
     job = Job(songs, tmp_path / "run", "local", "runtime.workers=2")
     driver = job.start()
     rng, killed, deadline = random.Random(2), 0, time.monotonic() + 120
     while killed < 3 and driver.poll() is None and time.monotonic() < deadline:
-        if job.committed() > killed and (workers := workers_of(driver.pid)):
-            os.kill(rng.choice(workers), signal.SIGKILL)
+        if job.committed() > killed and (victims := workers(driver.pid)):
+            os.kill(rng.choice(victims), signal.SIGKILL)
             killed += 1
         time.sleep(0.05)
     assert driver.wait(timeout=400) == 0
@@ -182,26 +168,14 @@ def test_ray_run_equals_an_undisturbed_one_after_five_kills_of_its_driver(
     assert_equal_runs(job, undisturbed)
 
 
-def ray_actors() -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if b"ray::MapWorker" in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    return found
-
-
 @pytest.mark.slow
 def test_ray_run_goes_on_when_five_actors_are_killed(songs: Path, undisturbed: Job, tmp_path: Path) -> None:
     job = Job(songs, tmp_path / "run", "ray", "runtime.fuse=none")
     driver = job.start()
     rng, killed, deadline = random.Random(4), 0, time.monotonic() + 240
     while killed < 5 and driver.poll() is None and time.monotonic() < deadline:
-        if job.committed() > killed and (actors := ray_actors()):
-            os.kill(rng.choice(actors), signal.SIGKILL)
+        if job.committed() > killed and (victims := actors(driver.pid, "MapWorker")):
+            os.kill(rng.choice(victims), signal.SIGKILL)
             killed += 1
         time.sleep(0.05)
     assert driver.wait(timeout=560) == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import actors, descendants
 
 from ttmray import cost
 from ttmray.cli import main
@@ -213,35 +214,6 @@ def test_four_workers_of_ray_train_make_the_updates_of_one_process(finished, mak
     assert lost(look, run, finished) < ORDER_OF_SUMS
 
 
-def descendants(pid: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    found, todo = [], [pid]
-    while todo:
-        node = todo.pop()
-        children = [child for child, parent in parents.items() if parent == node]
-        found += children
-        todo += children
-    return found
-
-
-def workers_of(driver: int) -> list[int]:
-    """Ray Train workers of one driver's own Ray, not of those that others run on this machine."""
-    found = []
-    for pid in descendants(driver):
-        try:
-            if b"ray::RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        except FileNotFoundError:
-            continue
-    return found
-
-
 def wait_for(done: Callable[[], bool], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not done():
@@ -266,7 +238,7 @@ def test_a_run_that_loses_a_worker_goes_on_by_itself(longer, make_sets, look, tm
     driver = start(make_sets(run, *on_ray(workers), "steps=60"), tmp_path / "log")
     wait_for(lambda: (run / "checkpoints/step-00000010/state.json").exists() or driver.poll() is not None)
     noted = cost.read(Folder.at(str(run)))["seconds"]  # by the first worker: the driver waits for it
-    os.kill(workers_of(driver.pid)[-1], signal.SIGKILL)
+    os.kill(actors(driver.pid, "RayTrainWorker")[-1], signal.SIGKILL)
     assert driver.wait(timeout=560) == EXIT_OK
     text = (tmp_path / "log").read_text()
     assert "restart 1 of at most 3 without a new checkpoint" in text
