@@ -1,7 +1,8 @@
 """The corpus job on several nodes: real raylets, stages that only wait."""
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,9 +31,28 @@ class Raylets:
         self.cluster.remove_node(node, allow_graceful=False)
 
 
+def patiently(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """Ray gives a raylet 30 s to appear, which is little on a busy machine, and has no option for it."""
+
+    def wait(*of: Any) -> Any:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                return get_node(*of)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    return wait
+
+
 @pytest.fixture
 def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
+    from ray._private import services
+
     leave()
+    monkeypatch.setattr(services, "get_node", patiently(services.get_node))
     for name, value in NODES.items():
         monkeypatch.setenv(name, value)
     raylets = Raylets()
