@@ -1,9 +1,8 @@
 """The corpus job on several nodes: real raylets, stages that only wait."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from quick_job import NODES, Runs, agent_ports
@@ -13,6 +12,18 @@ from ttmray.corpus import ray_runner
 from ttmray.errors import UserError
 
 MIB = 2**20
+Started = TypeVar("Started")
+
+
+def patiently(start: Callable[[], Started]) -> Started:
+    """Try again what a busy machine does not do in time: a raylet gives its agents 15 s and has no option for it."""
+    for _ in range(4):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 class Raylets:
@@ -21,38 +32,20 @@ class Raylets:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "object_store_memory": 200 * MIB, "include_dashboard": False, **agent_ports()}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        head = {"num_cpus": 0, "object_store_memory": 200 * MIB, "include_dashboard": False}
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | agent_ports()))
 
     def add(self, cpus: int, gpus: int = 0) -> Any:
-        return self.cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=100 * MIB, **agent_ports())
+        sizes = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 100 * MIB}
+        return patiently(lambda: self.cluster.add_node(**sizes, **agent_ports()))
 
     def kill(self, node: Any) -> None:
         self.cluster.remove_node(node, allow_graceful=False)
 
 
-def patiently(get_node: Callable[..., Any]) -> Callable[..., Any]:
-    """Ray gives a raylet 30 s to appear, which is little on a busy machine, and has no option for it."""
-
-    def wait(*of: Any) -> Any:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                return get_node(*of)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-
-    return wait
-
-
 @pytest.fixture
 def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
-    from ray._private import services
-
     leave()
-    monkeypatch.setattr(services, "get_node", patiently(services.get_node))
     for name, value in NODES.items():
         monkeypatch.setenv(name, value)
     raylets = Raylets()
