@@ -68,7 +68,7 @@ class Scorer:
         return self.embed_each([waves])[0]
 
     def embed_each(self, sets: Sequence[Sequence[np.ndarray] | np.ndarray]) -> list[Embeddings]:
-        """As `embed` of each of several sets of clips.
+        """As `embed` of each of several sets of clips, (n, T) or (T_i,) each.
 
         Where there is no cache, the clips that a model gets next are resampled while the one before works: resampling
         is most of what a scoring process does on a CPU, and a GPU shall not wait for it.
