@@ -240,7 +240,7 @@ def pool_lines(inputs: Inputs, size: Size) -> list[Line]:
                 unit: Unit, begun: list[float] = begun, ended: list[float] = ended, finished: list[Unit] = finished
             ) -> None:
                 ended.append(time.perf_counter())
-                begun.append(ended[-1] - sum(wall for wall, _, _ in unit.timing.values()))
+                begun.append(ended[-1] - sum(times["wall_s"] for times in unit.timing.values()))
                 finished.append(unit)
 
             run_local(job(Path(scratch) / f"pool{repeat}"), [Unit(name, tracks) for name, tracks in units], done)

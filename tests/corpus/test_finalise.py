@@ -144,7 +144,7 @@ def test_finishing_without_all_units_names_one_and_writes_nothing(run, make_conf
     (run / "index.parquet").unlink()
     folder = Folder.at(str(run))
     with pytest.raises(UserError, match=r"1 units are not committed, e\.g\. u000001"):
-        finalise(folder, Plan.load(folder), DESCRIBED, {}, 0.0)
+        finalise(folder, Plan.load(folder), DESCRIBED, 0.0)
     assert not folder.exists("_SUCCESS.json")
     assert not folder.exists("index.parquet")
 
@@ -155,7 +155,7 @@ def test_finishing_rows_that_do_not_match_the_plan_names_them_and_keeps_everythi
     (run / "_SUCCESS.json").unlink()
     folder = Folder.at(str(run))
     with pytest.raises(UserError, match="tide_0 has 2 rows"):
-        finalise(folder, Plan.load(folder), DESCRIBED, {}, 0.0)
+        finalise(folder, Plan.load(folder), DESCRIBED, 0.0)
     assert not folder.exists("_SUCCESS.json")
     assert folder.exists("shards/stray.tar")
 

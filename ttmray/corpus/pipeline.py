@@ -71,9 +71,11 @@ def _survivor(job: Job, worker: ChildWorker, stage: type[Stage], part: Unit, tim
             (track,) = part.tracks
             row = index.new_row(track, part.name, job.protocol)
             row.update(status=error.status, stage=stage.name, reason=error.reason, message=error.message)
-            return Unit(part.name, [track], [row])
-        part.rows = before
-        part.drop({0: error}, stage.name)
+            part = Unit(part.name, [track], [row])
+        else:
+            part.rows = before
+            part.drop({0: error}, stage.name)
+        part.timing = {stage.name: {"rows_in": 1, FAILED: 1}}
         return part
 
 
