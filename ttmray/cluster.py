@@ -128,8 +128,10 @@ def connect(
         if object_store_gib:
             options["object_store_memory"] = int(object_store_gib * 2**30)
     on_termination = signal.getsignal(signal.SIGTERM)
-    ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
+    joined = ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
+    if joined.dashboard_url:
+        console.print(f"Ray's dashboard, with queues and use of GPUs: http://{joined.dashboard_url}", markup=False)
 
 
 def require_gpus(needed: float, field: str, way_out: str) -> None:
