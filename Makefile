@@ -1,14 +1,19 @@
 # Two commands on a fresh machine, each does all its own set-up in .venv:
 #   make demo   compose songs, score them, make clips from prompts, and a page to listen to all of it
 #   make test   lint, type-check and run the test suite
+# One more tries faults at random moments, for as long as COUNT says:
+#   make faults COUNT=1000 SEED=7   kills, full disks, unruly stores, damaged files; RAY=1: under Ray, too
 # and one in an environment of its own, .venv-laion, with 7 GB of packages:
 #   make test-laion-clap   compare our CLAP with LAION's package, on seeded weights of full size
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs
+COUNT ?= 100
+SEED ?= 0
+RAY ?=
 
-.PHONY: demo test test-slow test-laion-clap lint bench clean
+.PHONY: demo test test-slow test-laion-clap faults lint bench clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +33,9 @@ test: lint
 
 test-slow: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+faults: $(BIN)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fault_schedules.py --count $(COUNT) --seed $(SEED) $(if $(RAY),--ray)
 
 # LAION's package holds numpy below 2, and its torchvision fits only the build of torch from the same index.
 .venv-laion/.installed: pyproject.toml constraints-laion-clap.txt

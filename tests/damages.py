@@ -75,7 +75,7 @@ def _stripped(value: Any) -> Any:
 def content(run: Path, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """Every file of a run without clocks, by name."""
     files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
-    files = {name: path for name, path in files.items() if path.name != "cost.json"}
+    files = {name: path for name, path in files.items() if path.name not in ("cost.json", "units.jsonl")}
     return {n: without_clock(n, p.read_bytes()) for n, p in files.items() if not n.startswith(leave_out or ("\0",))}
 
 

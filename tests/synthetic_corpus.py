@@ -64,7 +64,7 @@ def write_random_corpus(
         if committed is not None and number >= committed:
             return run
         write(_unit(name, rows, latent, text, np.random.default_rng((seed, number))))
-    finalise(run, plan, described, {}, 0.0)
+    finalise(run, plan, described, 0.0)
     return run
 
 

@@ -1,10 +1,11 @@
 """Work on Ray actors (`ttmray.cluster.each`): results of all items, and errors that people can use."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from ttmray.cluster import ActorsConfig, each, leave
+from ttmray.cluster import RETRIES, ActorsConfig, each, leave
 from ttmray.errors import UserError
 
 pytestmark = pytest.mark.slow  # Ray starts for every test
@@ -20,6 +21,11 @@ def _own_ray():
 
 def make():
     def work(item):
+        if isinstance(item, Path) and not item.exists():
+            item.touch()
+            os._exit(9)
+        if isinstance(item, Path):
+            return item
         if item == "kill":
             os._exit(9)
         if item == "bad":
@@ -36,6 +42,11 @@ def test_every_item_has_its_result():
 def test_an_error_of_the_work_keeps_its_type():
     with pytest.raises(UserError, match="this item is bad"):
         list(each(make, [1, "bad"], ON_RAY))
+
+
+def test_a_worker_may_die_of_many_things_one_after_the_other(tmp_path):
+    items = [tmp_path / str(i) for i in range(RETRIES + 2)]
+    assert sorted(each(make, items, ON_RAY.model_copy(update={"workers": 1}))) == items
 
 
 def test_work_that_kills_every_worker_is_one_message():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -18,6 +19,7 @@ import soundfile
 import yaml
 from packaging.version import Version
 
+from ttmray import cluster
 from ttmray.cli import _parser, main
 from ttmray.models.weights import released
 
@@ -267,3 +269,16 @@ def test_no_ray_without_tokens_of_local_instances_is_allowed() -> None:
 def test_the_installed_ray_is_the_locked_one() -> None:
     """The schema and parsers above speak for the version that the image gets."""
     assert f"\nray=={version('ray')}\n" in (REPO / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize(("url", "said"), [("127.0.0.1:8265", "http://127.0.0.1:8265\n"), ("", "")])
+def test_whoever_joins_a_cluster_is_told_where_its_dashboard_is(monkeypatch, capsys, url, said):
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: SimpleNamespace(dashboard_url=url))
+    cluster.connect(1)
+    text = capsys.readouterr().out
+    assert text.endswith(said)
+    assert ("dashboard" in text) == bool(url)

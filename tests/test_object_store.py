@@ -1,9 +1,7 @@
 """Object stores that are busy, broken, silent or sparse of words."""
 
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import soundfile
 from s3fs import S3FileSystem
 from s3fs.core import S3File
+from unruly_store import Store, serving
 
 from ttmray import object_store
 from ttmray.corpus.headers import read_header
@@ -18,67 +17,15 @@ from ttmray.errors import UserError
 from ttmray.storage import Folder
 
 
-class Store(ThreadingHTTPServer):
-    """Keeps what is PUT. Before it does, it gives the answers that stand in `answers`: a status, or seconds of silence
-    as a negative number."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Request)
-        self.answers: list[int] = []
-        self.objects: dict[str, bytes] = {}
-        self.requests: list[str] = []
-
-
-class Request(BaseHTTPRequestHandler):
-    server: Store
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        return
-
-    def _answer(self, status: int, body: bytes = b"") -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _serve(self) -> None:
-        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path = self.path.partition("?")[0]
-        self.server.requests.append(f"{self.command} {path}")
-        if self.server.answers:
-            status = self.server.answers.pop(0)
-            if status > 0:
-                return self._answer(status)
-            time.sleep(-status)
-        if self.command == "PUT":
-            if self.headers.get("If-None-Match") and path in self.server.objects:
-                return self._answer(412)  # without a body, as some stores do
-            self.server.objects[path] = data
-            return self._answer(200)
-        if path not in self.server.objects:
-            return self._answer(404)
-        return self._answer(200, self.server.objects[path])
-
-    do_PUT = do_GET = do_HEAD = _serve
-
-
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    server = Store()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(object_store, "_answered", set())
-    S3FileSystem.clear_instance_cache()
-    yield server
-    S3FileSystem.clear_instance_cache()
-    server.shutdown()
+    with serving() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(object_store, "_answered", set())
+        S3FileSystem.clear_instance_cache()
+        yield server
+        S3FileSystem.clear_instance_cache()
 
 
 FOLDER = Folder("s3://b/run")

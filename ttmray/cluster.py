@@ -1,6 +1,6 @@
 """Ray for everybody else: join or start a cluster, and do the same work over many items.
 
-Only this file, `corpus/pipeline.py` (Ray Data) and `training/launch.py` (Ray Train) import Ray.
+Only this file, `corpus/ray_runner.py` (Ray Data) and `training/launch.py` (Ray Train) import Ray.
 """
 
 import gc
@@ -23,7 +23,8 @@ from ttmray.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 RETRIES = 3
-"""How often a worker is started again, and the work that it died of."""
+"""How often work is tried again that its worker died of. Workers are started again without end: in a run of days many
+may die, each of something else."""
 
 
 class RuntimeConfig(Config):
@@ -80,7 +81,7 @@ def _on_ray(
     count = min(config.workers, len(items))
     connect(max(math.ceil(count * config.cpus), os.cpu_count() or 1))
     require_gpus(count * config.gpus, "workers x gpus", "Set gpus=0, or fewer workers.")
-    remote = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=RETRIES, max_task_retries=RETRIES)
+    remote = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=RETRIES)
     actor = remote(_Actor)
     pool = ActorPool([actor.remote(make) for _ in range(count)])
     try:
@@ -127,8 +128,10 @@ def connect(
         if object_store_gib:
             options["object_store_memory"] = int(object_store_gib * 2**30)
     on_termination = signal.getsignal(signal.SIGTERM)
-    ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
+    joined = ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
+    if joined.dashboard_url:
+        console.print(f"Ray's dashboard, with queues and use of GPUs: http://{joined.dashboard_url}", markup=False)
 
 
 def require_gpus(needed: float, field: str, way_out: str) -> None:

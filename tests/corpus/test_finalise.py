@@ -19,6 +19,7 @@ from ttmray.corpus.finalise import (
     summary_lines,
     sweep,
 )
+from ttmray.corpus.look import stats
 from ttmray.corpus.plan import SCHEMA, Plan
 from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import OK
@@ -100,6 +101,17 @@ def test_the_saved_latent_statistics_are_those_of_the_latents_in_the_shards(fini
         np.testing.assert_allclose(saved[split]["std_of_means"], flat.std(0), rtol=1e-9, atol=1e-9)
 
 
+def test_stats_of_a_finished_run_read_no_unit(run, capsys):
+    (run / "_SUCCESS.json").rename(run / "aside")
+    assert stats(str(run)) == 0  # as of a growing run: of all units
+    of_units = capsys.readouterr().out
+    (run / "aside").rename(run / "_SUCCESS.json")
+    for file in (run / "index").iterdir():
+        file.unlink()
+    assert stats(str(run)) == 0
+    assert capsys.readouterr().out.endswith(of_units)
+
+
 def test_reward_statistics_are_those_of_numpy_per_split():
     random = np.random.default_rng(0)
     values = {name: random.standard_normal(5) for name in ("reward_score", "instrumental_reward_score")}
@@ -132,7 +144,7 @@ def test_finishing_without_all_units_names_one_and_writes_nothing(run, make_conf
     (run / "index.parquet").unlink()
     folder = Folder.at(str(run))
     with pytest.raises(UserError, match=r"1 units are not committed, e\.g\. u000001"):
-        finalise(folder, Plan.load(folder), DESCRIBED, {}, 0.0)
+        finalise(folder, Plan.load(folder), DESCRIBED, 0.0)
     assert not folder.exists("_SUCCESS.json")
     assert not folder.exists("index.parquet")
 
@@ -143,7 +155,7 @@ def test_finishing_rows_that_do_not_match_the_plan_names_them_and_keeps_everythi
     (run / "_SUCCESS.json").unlink()
     folder = Folder.at(str(run))
     with pytest.raises(UserError, match="tide_0 has 2 rows"):
-        finalise(folder, Plan.load(folder), DESCRIBED, {}, 0.0)
+        finalise(folder, Plan.load(folder), DESCRIBED, 0.0)
     assert not folder.exists("_SUCCESS.json")
     assert folder.exists("shards/stray.tar")
 

@@ -175,3 +175,16 @@ def test_latent_sums_are_those_of_numpy():
     np.testing.assert_allclose(sums["sum"], flat.sum(0), rtol=1e-14)
     np.testing.assert_allclose(sums["sum_of_squares"], (flat**2).sum(0), rtol=1e-14)
     np.testing.assert_allclose(sums["sum_of_variances"], (std.astype(np.float64) ** 2).sum((0, 1)), rtol=1e-14)
+
+
+def test_rows_of_many_units_are_joined_block_by_block(finished_run, monkeypatch):
+    run = Folder.at(str(finished_run))
+    names = index.committed_units(run)
+    assert len(names) == 3
+    monkeypatch.setattr(index, "BLOCK", 2)
+    rows, metadata = index.read_together(run, names)
+    units = index.read_units(run, names)
+    assert rows.equals(pa.concat_tables([table for table, _ in units]))
+    assert rows["key"].num_chunks == 2
+    assert metadata == [data for _, data in units]
+    assert index.read_together(run, [])[0].equals(index.SCHEMA.empty_table())

@@ -33,7 +33,7 @@ def own_songs(songs, tmp_path) -> Path:
 def test_a_run_writes_the_tree_that_the_documentation_shows(finished_run):
     names = {entry.name for entry in Folder.at(str(finished_run)).files()}
     once = {"run.json", "plan.parquet", "plan.json", "plan.md", "index.parquet", "summary.json", "summary.md"}
-    once |= {"_SUCCESS.json", "cost.json", "stats/latents.json", "stats/rewards.json"}
+    once |= {"_SUCCESS.json", "cost.json", "units.jsonl", "stats/latents.json", "stats/rewards.json"}
     assert once <= names
     assert {name.split("/")[0] for name in names - once} == {"shards", "captions", "index"}
     described = json.loads((finished_run / "run.json").read_text())

@@ -116,6 +116,7 @@ def test_an_object_store_that_does_not_answer_is_one_message(bucket, monkeypatch
     from s3fs import S3FileSystem
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody listens there
+    monkeypatch.setenv("TTMRAY_STORE_PATIENCE_S", "1")
     monkeypatch.setattr(S3FileSystem, "_cache", {})  # instances remember their endpoint
     with pytest.raises(UserError) as caught:
         build_catalogue(f"{bucket}/songs", CatalogueConfig())

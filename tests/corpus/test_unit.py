@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit, merge
+from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit, add_times, merge
 from ttmray.errors import ClipError
 
 
@@ -50,7 +50,7 @@ def same(a: Unit, b: Unit) -> bool:
 @given(units)
 def test_a_unit_survives_the_trip_through_arrow(unit):
     unit.caption_ids, unit.texts = ["b", "a"], {"t5": np.arange(12, dtype=np.float16).reshape(2, 3, 2)}
-    unit.timing = {"decode": [0.1, 0.2, 3.0]}
+    unit.timing = {"decode": {"wall_s": 0.1, "cpu_s": 0.2, "clips": 3}}
     table = unit.to_table()
     assert table.num_rows == 1
     sink = pa.BufferOutputStream()
@@ -145,11 +145,25 @@ def test_parts_that_decode_one_track_each_add_their_rows(unit, random):
     assert same(merged, unit)
 
 
-def test_timing_is_kept_per_stage_with_the_number_of_clips():
-    unit = make_unit([[OK, OK]])
-    with unit.timed("score"):
-        sum(range(1000))
-    wall, cpu, clips = unit.timing["score"]
-    assert wall > 0
-    assert cpu >= 0
-    assert clips == 2
+def test_of_a_stage_the_time_and_the_rows_are_kept_that_came_went_and_ended():
+    unit = make_unit([[OK, OK, OK]])
+    read = unit.timed()
+    sum(range(1000))
+    unit.drop({0: ClipError(REJECTED, "silent", "no sound"), 2: ClipError(FAILED, "odd", "what is it")}, "score")
+    times = read(unit)
+    assert times.pop("wall_s") > 0
+    assert times.pop("cpu_s") >= 0
+    assert times == {"clips": 3, "rows_in": 3, "rows_out": 1, "rejected": 1, "failed": 1}
+
+
+def test_into_the_first_stage_come_tracks():
+    unit = make_unit([[OK, OK], [OK]])
+    start = Unit(unit.name, unit.tracks)
+    times = start.timed()(unit)
+    assert (times["rows_in"], times["rows_out"], times["clips"]) == (2, 3, 3)
+
+
+def test_times_of_parts_that_ran_alone_add_up():
+    one, other = {"decode": {"wall_s": 1.0, "rows_in": 1}}, {"decode": {"rows_in": 1, "failed": 1}}
+    assert add_times([one, other]) == {"decode": {"wall_s": 1.0, "rows_in": 2, "failed": 1}}
+    assert one == {"decode": {"wall_s": 1.0, "rows_in": 1}}

@@ -104,7 +104,7 @@ def test_a_bucket_is_upgraded_like_a_folder(old, new, bucket):
 def test_the_end_of_a_job_that_an_older_version_began_adds_what_is_missing(new, tmp_path):
     run = Folder.at(str(as_before(Path(shutil.copytree(new, tmp_path / "run")), "u000000", "u000002")))
     described = json.loads(run.read("run.json"))
-    finalise(run, Plan.load(run), described, {}, 0.0)
+    finalise(run, Plan.load(run), described, 0.0)
     assert run.read("index.parquet") == (new / "index.parquet").read_bytes()
 
 

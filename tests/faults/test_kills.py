@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-
-from ttmray.corpus.verify import problems
-from ttmray.storage import Folder
+from fault_schedules import differences
+from processes import actors, workers
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -70,10 +69,7 @@ KILLER = os.pathsep.join((str(Path(__file__).parent / "killer"), str(REPO)))
 
 
 def assert_equal_runs(disturbed: Job, undisturbed: Job) -> None:
-    index = pq.read_table(disturbed.output / "index.parquet")
-    assert index.equals(pq.read_table(undisturbed.output / "index.parquet"))
-    assert disturbed.files() == undisturbed.files()
-    assert list(problems(Folder.at(str(disturbed.output)))) == []
+    assert differences(disturbed.output, undisturbed.output) == {}
 
 
 def kill_at_random_moments(job: Job, kills: int, seed: int) -> int:
@@ -102,28 +98,13 @@ def test_local_run_equals_an_undisturbed_one_after_its_driver_is_killed(
     assert_equal_runs(job, undisturbed)
 
 
-def workers_of(driver: int) -> list[int]:
-    """Children of the driver that run stages."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if b"spawn_main" in command and parent == driver:
-                found.append(int(entry.name))
-    return found
-
-
 def test_local_run_goes_on_when_workers_are_killed(songs: Path, undisturbed: Job, tmp_path: Path) -> None:
     job = Job(songs, tmp_path / "run", "local", "runtime.workers=2")
     driver = job.start()
     rng, killed, deadline = random.Random(2), 0, time.monotonic() + 120
     while killed < 3 and driver.poll() is None and time.monotonic() < deadline:
-        if job.committed() > killed and (workers := workers_of(driver.pid)):
-            os.kill(rng.choice(workers), signal.SIGKILL)
+        if job.committed() > killed and (victims := workers(driver.pid)):
+            os.kill(rng.choice(victims), signal.SIGKILL)
             killed += 1
         time.sleep(0.05)
     assert driver.wait(timeout=400) == 0
@@ -182,26 +163,14 @@ def test_ray_run_equals_an_undisturbed_one_after_five_kills_of_its_driver(
     assert_equal_runs(job, undisturbed)
 
 
-def ray_actors() -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if b"ray::MapWorker" in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    return found
-
-
 @pytest.mark.slow
 def test_ray_run_goes_on_when_five_actors_are_killed(songs: Path, undisturbed: Job, tmp_path: Path) -> None:
-    job = Job(songs, tmp_path / "run", "ray", "runtime.fuse=models")
+    job = Job(songs, tmp_path / "run", "ray", "runtime.fuse=none")
     driver = job.start()
     rng, killed, deadline = random.Random(4), 0, time.monotonic() + 240
     while killed < 5 and driver.poll() is None and time.monotonic() < deadline:
-        if job.committed() > killed and (actors := ray_actors()):
-            os.kill(rng.choice(actors), signal.SIGKILL)
+        if job.committed() > killed and (victims := actors(driver.pid, "MapWorker")):
+            os.kill(rng.choice(victims), signal.SIGKILL)
             killed += 1
         time.sleep(0.05)
     assert driver.wait(timeout=560) == 0
@@ -211,7 +180,7 @@ def test_ray_run_goes_on_when_five_actors_are_killed(songs: Path, undisturbed: J
 
 @pytest.mark.slow
 def test_file_that_kills_its_decoder_under_ray_is_quarantined(songs_with_killer: Path, tmp_path: Path) -> None:
-    sets = ("runtime.fuse=models", "unit_clips=10", "segments.max_clips=10", "splits.validation=0", "splits.test=0")
+    sets = ("runtime.fuse=none", "unit_clips=10", "segments.max_clips=10", "splits.validation=0", "splits.test=0")
     job = Job(songs_with_killer, tmp_path / "run", "ray", *sets)
     assert job.run(PYTHONPATH=KILLER) == 3
     assert statuses(job) == {"killer": ("failed", "killed"), "song0_0": ("ok", ""), "song4_0": ("ok", "")}

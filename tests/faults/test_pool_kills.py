@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from processes import actors
 
 from ttmray.corpus.verify import problems
 from ttmray.generation.filter import FilterConfig, filter_pool
@@ -77,26 +79,6 @@ def kill_at(job: Job, commits: int, victim: Callable[[int], list[int]]) -> int:
     return driver.wait(timeout=300)
 
 
-def actors(driver: int) -> list[int]:
-    """Ray's processes that run the job's actors, below the driver."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            command = (entry / "cmdline").read_bytes()
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if command.startswith(b"ray::_Actor"):
-            found.append(int(entry.name))
-
-    def below(process: int) -> bool:
-        return process == driver or (process in parents and below(parents[process]))
-
-    return [process for process in found if below(process)]
-
-
 def test_a_relaunch_after_the_job_was_killed_gives_the_pool_of_an_undisturbed_run(undisturbed, tmp_path):
     job = Job(tmp_path)
     assert kill_at(job, 2, lambda driver: [driver]) == -signal.SIGKILL
@@ -112,6 +94,6 @@ def test_a_relaunch_after_the_job_was_killed_gives_the_pool_of_an_undisturbed_ru
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ray_actors_give_the_same_pool_although_one_of_them_is_killed(undisturbed, tmp_path, workers):
     job = Job(tmp_path, "runtime.runner=ray", f"runtime.workers={workers}")
-    assert kill_at(job, 1, actors) == 0
+    assert kill_at(job, 1, partial(actors, name="_Actor")) == 0
     assert job.made() == undisturbed.made()
     assert selected(job) == selected(undisturbed)

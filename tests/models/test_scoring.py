@@ -1,11 +1,14 @@
 """Scores of a clip: the same bits whatever is scored with it, with and without the cache, under one protocol."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ttmray.audio.io import resample
+from ttmray.models import scoring
 from ttmray.models.bundle import LoadOptions, Models, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.protocol import Protocol
@@ -168,6 +171,30 @@ def test_no_clips_give_empty_arrays(models, tmp_path):
         assert embeddings.clap.shape == (0, 512)
         assert embeddings.mert.shape == (0, models.mert.dim)
         assert scorer.rewards(embeddings, scorer.texts([])).shape == (0,)
+
+
+def test_clips_are_resampled_for_the_next_model_while_the_one_before_works(models, clips, monkeypatch):
+    """A GPU waits for a CPU once for each call: for the clips of the first model."""
+    alone = [Scorer(models, PROTOCOL).embed(clips[i : i + 1]) for i in range(2)]
+    begun, ahead = threading.Semaphore(0), []
+
+    def noted(wave, rate, to):
+        begun.release()
+        return resample(wave, rate, to)
+
+    def at_work(*_):
+        count = (2, 1, 1, 0)[len(ahead)]  # at first its own clip and the next one
+        ahead.append(all(begun.acquire(timeout=10) for _ in range(count)))
+
+    monkeypatch.setattr(scoring, "resample", noted)
+    hooked = (models.clap.model.audio_model, models.mert.model)
+    hooks = [model.register_forward_pre_hook(at_work) for model in hooked]
+    both = Scorer(models, PROTOCOL).embed_each([clips[:1], clips[1:2]])
+    for hook in hooks:
+        hook.remove()
+    assert ahead == [True] * 4
+    for together, one in zip(both, alone, strict=True):
+        assert_same_bits(vars(together), vars(one))
 
 
 def test_rewards_of_stored_embeddings_are_those_of_the_audio(models, clips):

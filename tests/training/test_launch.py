@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import actors, descendants
 
 from ttmray import cost
 from ttmray.cli import main
@@ -21,7 +22,7 @@ from ttmray.config import fingerprint, load_config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
-from ttmray.training.launch import claim, gpus_held, user_error
+from ttmray.training.launch import _ray_device, claim, gpus_held, user_error
 
 pytestmark = pytest.mark.timeout(600)
 REPO = Path(__file__).resolve().parents[2]
@@ -158,6 +159,15 @@ def test_the_users_error_is_found_inside_of_rays():
     assert user_error(ControllerError(RuntimeError("a bug"))) is None
 
 
+def test_a_cluster_that_has_no_gpu_yet_does_not_train_on_cpus_without_a_word(make_sets, tmp_path, monkeypatch, capsys):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    sets = make_sets(tmp_path / "run", "runtime.runner=ray", "runtime.device=auto")
+    assert _ray_device(load_config(TrainConfig, None, sets)) == (torch.device("cpu"), None)
+    assert "with runtime.device=cuda it would wait" in " ".join(capsys.readouterr().out.split())
+
+
 def start(sets: list[str], log: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, str(REPO / "jobs/train_sft.py")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -204,35 +214,6 @@ def test_four_workers_of_ray_train_make_the_updates_of_one_process(finished, mak
     assert lost(look, run, finished) < ORDER_OF_SUMS
 
 
-def descendants(pid: int) -> list[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    found, todo = [], [pid]
-    while todo:
-        node = todo.pop()
-        children = [child for child, parent in parents.items() if parent == node]
-        found += children
-        todo += children
-    return found
-
-
-def workers_of(driver: int) -> list[int]:
-    """Ray Train workers of one driver's own Ray, not of those that others run on this machine."""
-    found = []
-    for pid in descendants(driver):
-        try:
-            if b"ray::RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        except FileNotFoundError:
-            continue
-    return found
-
-
 def wait_for(done: Callable[[], bool], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not done():
@@ -257,7 +238,7 @@ def test_a_run_that_loses_a_worker_goes_on_by_itself(longer, make_sets, look, tm
     driver = start(make_sets(run, *on_ray(workers), "steps=60"), tmp_path / "log")
     wait_for(lambda: (run / "checkpoints/step-00000010/state.json").exists() or driver.poll() is not None)
     noted = cost.read(Folder.at(str(run)))["seconds"]  # by the first worker: the driver waits for it
-    os.kill(workers_of(driver.pid)[-1], signal.SIGKILL)
+    os.kill(actors(driver.pid, "RayTrainWorker")[-1], signal.SIGKILL)
     assert driver.wait(timeout=560) == EXIT_OK
     text = (tmp_path / "log").read_text()
     assert "restart 1 of at most 3 without a new checkpoint" in text

@@ -102,12 +102,15 @@ class StageResources(Config):
     """What one worker of a stage gets from Ray, and how many workers there are."""
 
     cpus: float = Field(1.0, ge=0)
-    """CPUs per worker."""
+    """CPUs per worker. One that has models and a GPU reserves none where other processes decode: models never wait for
+    a CPU."""
     gpus: float | None = Field(None, ge=0)
     """GPUs per worker; a fraction is a scheduling share, not a memory limit. Default: where there are GPUs, one
     for each process that holds models (shared equally where `fuse` is `none`)."""
     workers: tuple[int, int] | None = None
-    """Fewest and most workers; default: a fixed share of what Ray has (see corpus/placement.py)."""
+    """Fewest and most workers; of stages without models, which are tasks, only the most counts. Default: from one to
+    what the cluster has room for, at any time; where `fuse` is `none` a fixed share of what it has at the start (see
+    corpus/placement.py)."""
 
     @field_validator("workers")
     @classmethod
@@ -132,9 +135,10 @@ class CorpusRuntime(RuntimeConfig):
     """Clips that one worker resamples and embeds side by side on CPUs. Each is computed in one thread, because more
     would change last bits; more workers are the better use of many cores."""
     fuse: Literal["auto", "all", "models", "none"] = "auto"
-    """Which stages share a Ray process: `all` of them (nothing travels), the `models` stages (one process holds
-    all models; best on one card), or `none` (stages spread over many cards). `auto`: `models` where there are
-    GPUs, else `all`. The local runner always shares all."""
+    """Which stages share a Ray process: `all` of them (nothing travels), the `models` stages and writing (one process
+    holds all models; `all` where no worker gets a GPU), or `none` (stages spread over many cards, in fixed shares).
+    `auto`: `models` where there are GPUs at the start or `models.gpus` asks for them, else `all`. The local runner
+    always shares all."""
     decode: StageResources = StageResources()
     """Workers that decode, cut and resample."""
     models: StageResources = StageResources()
@@ -146,7 +150,7 @@ class CorpusRuntime(RuntimeConfig):
     encode: StageResources | None = None
     """Workers of the encoding stage where `fuse` is `none`."""
     write: StageResources = StageResources(cpus=0.5)
-    """Workers that write shards."""
+    """Workers that write shards where `fuse` is `none`; else the processes with models do."""
     embedding_cache: Location | None = None
     """Local folder that keeps CLAP and MERT embeddings by content, shared by jobs on one machine."""
     embedding_cache_gib: float = Field(8.0, gt=0)
@@ -156,7 +160,7 @@ class CorpusRuntime(RuntimeConfig):
     clip_timeout_s: float = Field(600.0, gt=0)
     """A clip (or track) that runs alone longer than this is quarantined."""
     no_progress_timeout_s: float = Field(1800.0, gt=0)
-    """Without any finished unit for this long the job stops instead of hanging."""
+    """Without any finished unit for this long, or without a node for some stage, the job stops instead of hanging."""
 
     @field_validator("workers")
     @classmethod

@@ -9,17 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ttmray.corpus import index, shards
+from ttmray.corpus import index, shards, unit_log
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import PLAN_FILES, Plan
 from ttmray.corpus.scores import reward_statistics
-from ttmray.corpus.unit import FAILED, OK, REJECTED
+from ttmray.corpus.unit import FAILED, OK, REJECTED, Times
 from ttmray.corpus.upgrade import located
 from ttmray.errors import UserError
 from ttmray.inventory import Written, entries, entry, seal
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 
+LATENTS = "stats/latents.json"
+"""What `latent_statistics` says of a finished run."""
+_KINDS = ("wall", "cpu")
 More = Callable[[pa.Table, list[dict[str, Any]]], tuple[pa.Table, dict[str, Any]]]
 """The rows and metadata of a whole run -> the rows with further columns, and further facts of the summary."""
 
@@ -28,14 +31,12 @@ def finalise(
     run: Folder,
     plan: Plan,
     described: dict[str, Any],
-    timing: dict[str, list[float]],
     seconds: float,
     more: More | None = None,
 ) -> dict[str, Any]:
     """Merge, check and sum up a run whose units are all committed; `_SUCCESS.json` is written last.
 
     Args:
-        timing: stage -> [wall s, CPU s, clips] of this launch.
         seconds: wall time of this launch.
         more: what the run has beside a corpus. Of its facts `of` is what its tracks are called, and `lines` are for
             people.
@@ -48,9 +49,7 @@ def finalise(
     missing = [name for name in names if name not in committed]
     if missing:
         raise UserError(f"{len(missing)} units are not committed, e.g. {missing[0]}.", "Start the same command again.")
-    units = index.read_units(run, names)
-    metadata = [data for _, data in units]
-    table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
+    table, metadata = index.read_together(run, names)
     problems = check_rows(table, plan)
     if problems:
         raise UserError("the index does not match the plan:\n    " + "\n    ".join(problems[:20]))
@@ -65,7 +64,7 @@ def finalise(
         files[name] = entry(data)
 
     write(index.MERGED, index.parquet_bytes(table))
-    write("stats/latents.json", json.dumps(latents, indent=1).encode())
+    write(LATENTS, json.dumps(latents, indent=1).encode())
     scored = {"protocol": described["protocol_id"], "splits": rewards}  # conditioning on z-scores needs mean and std
     write("stats/rewards.json", json.dumps(scored, indent=1).encode())
     swept = sweep(run, metadata)
@@ -85,7 +84,7 @@ def finalise(
         "note": described["note"],
         "swept_files": swept,
         "launch_seconds": round(seconds, 1),
-        "stages": _stage_rates(timing),
+        "stages": _stage_rates(unit_log.gather(run, names)),
         **facts,
     }
     write("summary.json", json.dumps(summary, indent=1).encode())
@@ -211,13 +210,12 @@ def summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
     return lines
 
 
-def _stage_rates(timing: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def _stage_rates(timing: dict[str, Times]) -> dict[str, Times]:
+    """Of every stage its times over all launches, and what they are for a clip."""
     return {
-        stage: {
-            "wall_ms_per_clip": 1000 * wall / max(clips, 1),
-            "cpu_ms_per_clip": 1000 * cpu / max(clips, 1),
-        }
-        for stage, (wall, cpu, clips) in timing.items()
+        stage: {name: round(value, 3) for name, value in times.items()}
+        | {f"{kind}_ms_per_clip": 1000 * times.get(f"{kind}_s", 0) / max(times.get("clips", 0), 1) for kind in _KINDS}
+        for stage, times in timing.items()
     }
 
 

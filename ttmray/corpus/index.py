@@ -23,6 +23,8 @@ from ttmray.storage import Folder, parquet_table
 INDEX = "index"
 MERGED = "index.parquet"
 METADATA_KEY = b"ttmray.unit"
+BLOCK = 64
+"""Units whose rows are joined at once."""
 
 SCHEMA = pa.schema(
     [
@@ -191,6 +193,19 @@ def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, 
         return list(pool.map(one, units))
 
 
+def read_together(run: Folder, units: Sequence[str]) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Index rows of some units as one table, in the given order, and what `read_units` says beside.
+
+    Thousands of tables of some rows would take ten times the memory of the rows: they are joined block by block.
+    """
+    tables, metadata = [SCHEMA.empty_table()], list[dict[str, Any]]()
+    for start in range(0, len(units), BLOCK):
+        block = read_units(run, list(units[start : start + BLOCK]))
+        tables.append(pa.concat_tables([rows for rows, _ in block]).combine_chunks())
+        metadata += [data for _, data in block]
+    return pa.concat_tables(tables[1:] or tables), metadata
+
+
 def read_index(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows that are committed so far: those of the merged file of a finished run, else of the units' files.
 
@@ -199,9 +214,8 @@ def read_index(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:
     """
     if run.exists(MERGED):
         return read_merged(run, columns)
-    units = read_units(run, committed_units(run))
-    rows = pa.concat_tables([table for table, _ in units]) if units else SCHEMA.empty_table()
-    return with_text_places(rows, [metadata for _, metadata in units]).select(columns or rows.column_names)
+    rows, metadata = read_together(run, committed_units(run))
+    return with_text_places(rows, metadata).select(columns or rows.column_names)
 
 
 def read_merged(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:

@@ -19,6 +19,7 @@ from ttmray.corpus.plan import PLAN_FILE, PLAN_FILES, Plan, build_plan, derived_
 from ttmray.corpus.repair import existing_run, forget_damaged
 from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
+from ttmray.corpus.unit_log import UnitLog
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.inventory import read_marker, restore_run
 from ttmray.models.bundle import ROLES, Bundle, open_bundle
@@ -81,11 +82,11 @@ def score_corpus(
         _show_plan(plan, config, run, save=True)
 
     def work(units: Sequence[Unit], done: Done) -> None:
+        from ttmray.corpus import pipeline, ray_runner
         from ttmray.corpus.assembly import CorpusJob
-        from ttmray.corpus.pipeline import run_local, run_ray
 
         job = CorpusJob(config.model_dump_json(), plan.root, described["protocol_id"])
-        (run_ray if config.runtime.runner == "ray" else run_local)(job, units, done)
+        (ray_runner.run_ray if config.runtime.runner == "ray" else pipeline.run_local)(job, units, done)
 
     return carry_out(run, plan, described, todo, work, config.max_failures, started)
 
@@ -130,8 +131,9 @@ def carry_out(
     marker = None if todo else read_marker(run)
     if marker is None:
         with cost.account(run, since=started):
-            timing = _make(plan, todo, units, work, counts, way_out)
-            summary = finalise(run, plan, described, timing, time.time() - started, more)
+            if todo:
+                _make(run, plan, todo, units, work, counts, way_out)
+            summary = finalise(run, plan, described, time.time() - started, more)
     else:
         summary = marker["summary"]
         console.print(f"nothing to do: all {units} units of {run} are committed, 0 clips to process")
@@ -146,27 +148,23 @@ def carry_out(
 
 
 def _make(
-    plan: Plan, todo: Sequence[Unit], units: int, work: Work, counts: Counter[str], way_out: str
-) -> dict[str, list[float]]:
-    """Make units and count their rows by status; the times of the stages."""
-    timing: dict[str, list[float]] = {}
-    if todo:
-        if len(todo) < units:
-            console.print(f"resuming: {units - len(todo)} of {units} units are committed, {len(todo)} to do")
-        with meter("clips", plan.expected_clips({unit.name for unit in todo})) as progress:
+    run: Folder, plan: Plan, todo: Sequence[Unit], units: int, work: Work, counts: Counter[str], way_out: str
+) -> None:
+    """Make units, log them, and count their rows by status."""
+    if len(todo) < units:
+        console.print(f"resuming: {units - len(todo)} of {units} units are committed, {len(todo)} to do")
+    expected = plan.expected_clips({unit.name for unit in todo})
+    with UnitLog(run, time.time()) as log, meter("clips", expected) as progress:
 
-            def done(unit: Unit) -> None:
-                counts.update(row["status"] for row in unit.rows)
-                for stage, values in unit.timing.items():
-                    total = timing.setdefault(stage, [0.0, 0.0, 0.0])
-                    timing[stage] = [a + b for a, b in zip(total, values, strict=True)]
-                note = f"{counts[REJECTED]} rejected, {counts[FAILED]} failed"
-                progress.advance(sum(row["segment"] >= 0 for row in unit.rows), note)
-                cost.note()
-                _stop_if_hopeless(unit, counts, way_out)
+        def done(unit: Unit) -> None:
+            counts.update(row["status"] for row in unit.rows)
+            log.add(unit)
+            note = f"{counts[REJECTED]} rejected, {counts[FAILED]} failed"
+            progress.advance(sum(row["segment"] >= 0 for row in unit.rows), note)
+            cost.note()
+            _stop_if_hopeless(unit, counts, way_out)
 
-            work(todo, done)
-    return timing
+        work(todo, done)
 
 
 def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) -> tuple[Plan, str]:

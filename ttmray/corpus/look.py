@@ -4,11 +4,11 @@ Nothing but `upgrade` changes it.
 """
 
 import json
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
@@ -16,14 +16,14 @@ from ttmray import cost, pages
 from ttmray.audio import io as audio_io
 from ttmray.audio import segment
 from ttmray.console import console
-from ttmray.corpus import index, shards
+from ttmray.corpus import index, shards, unit_log
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.finalise import latent_statistics, summary_lines
+from ttmray.corpus.finalise import LATENTS, latent_statistics, summary_lines
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import REWARDS, protocols, reward_statistics, table_names, with_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
-from ttmray.inventory import finished, marker_problem, read_marker
+from ttmray.inventory import checked, finished, marker_problem, read_marker
 from ttmray.runs import RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
 
@@ -39,7 +39,7 @@ def _open(folder: str) -> Folder:
 
 
 def status(folder: str) -> int:
-    """Print how far the run is, from its plan and index files alone."""
+    """Print how far the run is: from its plan, its log, and the names of index files."""
     run = _open(folder)
     plan = Plan.load(run)
     names = index.committed_units(run)
@@ -53,12 +53,21 @@ def status(folder: str) -> int:
         return EXIT_OK
     if run.exists(SUCCESS):
         console.print(marker_problem(run), style="yellow")
-    table = index.read_index(run)
+    lines = unit_log.read(run)
+    logged = [lines[name] for name in names if name in lines]
+    total = unit_log.counts(logged)
+    # what a killed launch had not yet logged
+    for rows, _ in index.read_units(run, [name for name in names if name not in lines]):
+        total.update(rows["status"].to_pylist())
     for state in (OK, REJECTED, FAILED):
-        console.print(f"  {state}: {pc.sum(pc.equal(table['status'], state)).as_py() or 0}")
-    seconds = cost.read(run)["seconds"]
-    if seconds > 0 and clips:
-        left = timedelta(seconds=round((plan.expected_clips() - clips) * seconds / clips))
+        console.print(f"  {state}: {total[state]}")
+    missing = plan.expected_clips() - clips
+    if (now := unit_log.rate(logged)) is not None and now[0] > 0:
+        clips_per_s, last = now
+        left, ago = (timedelta(seconds=round(s)) for s in (missing / clips_per_s, max(0.0, time.time() - last)))
+        console.print(f"  {clips_per_s:.3g} clips/s lately; at this rate {left} are left; the last unit was {ago} ago")
+    elif (seconds := cost.read(run)["seconds"]) > 0 and clips:
+        left = timedelta(seconds=round(missing * seconds / clips))
         console.print(f"  {clips / seconds:.3g} clips/s over all launches; at this rate {left} are left")
     console.print("not finished: start the same command again to go on")
     return EXIT_OK
@@ -70,9 +79,10 @@ def stats(folder: str) -> int:
     if (marker := read_marker(run)) is not None and "summary" in marker:
         for line in summary_lines(marker["summary"], run):
             console.print(line, markup=False)
-    names = index.committed_units(run)
-    units = index.read_units(run, names)
-    table = pa.concat_tables([rows for rows, _ in units]) if units else index.SCHEMA.empty_table()
+        table, latents = index.read_merged(run), json.loads(checked(run.path(LATENTS)))  # not a request for every unit
+    else:
+        table, metadata = index.read_together(run, index.committed_units(run))
+        latents = latent_statistics(metadata)
     shown = Table("split", "column", "clips", "mean", "std", "p5", "p95", "max")
     rewards = [*REWARDS, *(f"{name}/{column}" for name in table_names(run) for column in REWARDS)]
     for split, columns in reward_statistics(with_columns(run, table, rewards), rewards).items():
@@ -84,7 +94,7 @@ def stats(folder: str) -> int:
     for name, protocol in protocols(run).items():
         if name:
             console.print(f"scores {name} by {protocol}", markup=False)
-    for split, values in latent_statistics([metadata for _, metadata in units]).items():
+    for split, values in latents.items():
         mean, std = np.array(values["mean"]), np.array(values["std_of_samples"])
         console.print(
             f"latents, {split}: {len(mean)} channels, {values['frames']} frames, "

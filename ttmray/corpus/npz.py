@@ -95,7 +95,7 @@ def import_npz(train: str, out: str, *, validation: str | None = None, test: str
             if name not in done:
                 write(_unit(name, tracks, of_track))
             progress.advance(1)
-    finalise(run, plan, described, {}, time.perf_counter() - started)
+    finalise(run, plan, described, time.perf_counter() - started)
     console.print(f"{run}: {len(clips)} clips of {len(of_track)} tracks, without rewards", markup=False)
     return EXIT_OK
 

@@ -1,10 +1,9 @@
-"""Run the stages over units: a plain local runner and a Ray Data runner over one set of stages.
+"""Run the stages over units: the plain local runner, and what the Ray Data runner (`ray_runner.py`) shares with it.
 
 Ray is left to place work, restart actors, apply back-pressure and move units between processes. What must be
 exact (names, commits, retries of killers, quarantine) is ours and the same for both runners.
 """
 
-import logging
 import os
 import queue
 import threading
@@ -12,17 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ttmray import cost
-from ttmray.cluster import connect
 from ttmray.corpus import index
 from ttmray.corpus.assembly import CorpusJob
-from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
-from ttmray.corpus.placement import gpus_held, least_cpus, place
 from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.stage import AT_HOME, Stage, alive, reads
 from ttmray.corpus.unit import FAILED, Unit, merge
 from ttmray.corpus.worker import ChildWorker, WorkerDied
-from ttmray.errors import ClipError, UserError
+from ttmray.errors import ClipError
 from ttmray.storage import Folder
 
 
@@ -75,20 +71,23 @@ def _survivor(job: Job, worker: ChildWorker, stage: type[Stage], part: Unit, tim
             (track,) = part.tracks
             row = index.new_row(track, part.name, job.protocol)
             row.update(status=error.status, stage=stage.name, reason=error.reason, message=error.message)
-            return Unit(part.name, [track], [row])
-        part.rows = before
-        part.drop({0: error}, stage.name)
+            part = Unit(part.name, [track], [row])
+        else:
+            part.rows = before
+            part.drop({0: error}, stage.name)
+        part.timing = {stage.name: {"rows_in": 1, FAILED: 1}}
         return part
 
 
 class StageWorker:
-    """The stages of one process, with the crash guard around them. Also the class of the Ray actors."""
+    """The stages of one process, with the crash guard around them."""
 
     def __init__(self, job: str, name: str, stages: Sequence[str]) -> None:
         self.job = Job.from_json(job)
         self.name, self.names = name, tuple(stages)
         self.run = Folder.at(self.job.output)
         self.chain = self.job.build(stages)
+        self.commits = stages[-1] == self.job.stages()[-1].name
 
     def on_unit(self, unit: Unit) -> Unit:
         return guarded(
@@ -101,7 +100,7 @@ class StageWorker:
 
     def __call__(self, table: Any) -> Any:
         unit = self.on_unit(Unit.from_table(table))
-        return unit.to_table()
+        return (unit.told() if self.commits else unit).to_table()
 
 
 Done = Callable[[Unit], None]
@@ -177,60 +176,3 @@ def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done
         stop.set()
         for worker in workers:
             worker.kill()
-
-
-def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
-    """Run units on Ray Data: one row per unit, one operator per group of stages."""
-    import ray
-
-    config = job.corpus
-    _connect(config)
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)  # its hints are about its own progress bars; its files keep all
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts clips and knows the whole plan
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = config.runtime.no_progress_timeout_s
-    context.max_errored_blocks = 0  # a lost block would be lost clips
-    dataset = ray.data.from_blocks([unit.to_table() for unit in units])
-    cluster = ray.cluster_resources()
-    gpus = cluster.get("GPU", 0)
-    groups = place(config, cluster.get("CPU", 0), gpus, len(units))
-    for group in groups:
-        dataset = dataset.map_batches(
-            StageWorker,
-            fn_constructor_args=(job.to_json(), group.name, group.stages),
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(min_size=group.fewest, max_size=group.most),
-            num_cpus=group.cpus,
-            num_gpus=group.gpus or None,
-        )
-    try:
-        with cost.holding(gpus_held(groups, gpus)):
-            for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-                done(Unit.from_table(table))
-    except ray.exceptions.RayError as error:
-        raise _root_cause(error) from error
-
-
-def _connect(config: CorpusConfig) -> None:
-    """Join the cluster that RAY_ADDRESS names (set by `ray job submit`), else start a local instance."""
-    workers = config.runtime.workers
-    cores = workers if isinstance(workers, int) and workers > 0 else os.cpu_count() or 1
-    # logical CPUs: a small machine must be able to hold one worker of each group
-    connect(max(cores, least_cpus(config)), object_store_gib=config.runtime.object_store_gib)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The UserError inside Ray's wrappers, if there is one."""
-    seen: set[int] = set()
-    node: BaseException | None = error
-    while node is not None and id(node) not in seen:
-        seen.add(id(node))
-        if isinstance(node, UserError):
-            return node
-        node = getattr(node, "cause", None) or node.__cause__
-    return error

@@ -1,8 +1,9 @@
 """Which stages share a process, and how many workers each group gets. Pure arithmetic, no Ray.
 
-Every group's share is fixed and the shares never add up to more than there is. Otherwise another group could
-grow into the place of a worker that died, the dead one could not restart, and the job would wait for ever
-(seen on two CPUs).
+No group can keep another one from starting, also after machines have gone: processes with a GPU reserve no CPU, so
+decoders use CPUs, models hold GPUs, and nobody waits for a place that the other one has. Numbers of workers are then
+ranges: a pool goes on with what is left and takes what joins. Where `fuse` is `none`, several groups share the GPUs,
+and their shares are fixed.
 """
 
 import math
@@ -13,15 +14,36 @@ from itertools import groupby
 from ttmray.corpus.assembly import stage_classes
 from ttmray.corpus.config import CorpusConfig, StageResources
 from ttmray.corpus.stage import AT_HOME, Stage, alive
-from ttmray.errors import UserError
 
 DECODE_SHARE = 0.15
 """Of the CPUs that are left for CPU groups where models run on CPUs too: decoding costs far less than they do."""
+DECODERS_PER_GPU = 4
+"""At most: decoding and measuring cost 30 ms of CPU per clip, so 0.4 CPUs keep an RTX A5000 busy, and 2 a card of five
+times its speed. The rest is for long tracks and slow storage."""
+GROWTH_GPUS = 16
+"""Decoders are bounded as if there were so many GPUs at least: a cluster may grow."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster. `name` is for people."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
 
 
 @dataclass(frozen=True)
 class Group:
-    """Stages that share a process. `fewest` to `most` workers with `cpus` and `gpus` each; `heavy`: it holds models."""
+    """Stages that share a process.
+
+    Attributes:
+        heavy: it holds models, and its workers live as long as the run. Others are tasks.
+        cpus, gpus: that each worker reserves.
+        fewest, most: workers. Of tasks there are no more than `most` at a time.
+        begin: workers to start with.
+    """
 
     name: str
     stages: tuple[str, ...]
@@ -30,20 +52,30 @@ class Group:
     gpus: float
     fewest: int = 1
     most: int = 1
+    begin: int = 1
+
+    def fits(self, node: Node) -> int:
+        """Workers that a machine has room for."""
+        ratios = [have / need for have, need in ((node.cpus, self.cpus), (node.gpus, self.gpus)) if need]
+        return int(min(ratios, default=max(node.cpus, 1.0)) + 1e-6)
 
 
 def layout(config: CorpusConfig, gpus: float) -> list[tuple[str, tuple[str, ...]]]:
     """(name, stages) of every process boundary.
 
-    `fuse: auto` puts all stages in one process where there is no GPU: nothing then travels. Stages between which an
-    array is alive that must not travel share a process.
+    All stages share one process where no worker gets a GPU, unless `fuse` is `none`: nothing then travels. Stages
+    between which an array is alive that must not travel share a process.
+
+    Args:
+        gpus: of the cluster.
     """
     stages, fuse = stage_classes(config), config.runtime.fuse
-    if fuse == "auto":
-        fuse = "models" if gpus else "all"
+    if fuse in ("auto", "models"):
+        own = config.runtime.models.gpus
+        fuse = "models" if (gpus if own is None else own) else "all"
     names = ["all"] * len(stages) if fuse == "all" else _resource_names(stages)
     if fuse == "models":
-        names = [name if name in ("decode", "write") else "models" for name in names]
+        names = [name if name == "decode" else "models" for name in names]
     for position in range(len(stages) - 1, 0, -1):
         if AT_HOME & alive(stages, position):
             names[position - 1] = names[position]
@@ -61,35 +93,56 @@ def _resource_names(stages: Sequence[type[Stage]]) -> list[str]:
     return names
 
 
-def place(config: CorpusConfig, cpus: float, gpus: float, units: int) -> list[Group]:
-    """The groups with their workers, for a cluster of `cpus` and `gpus` and `units` to do.
-
-    Raises:
-        UserError: not even one worker of each group fits.
-    """
+def place(config: CorpusConfig, nodes: Sequence[Node], units: int) -> list[Group]:
+    """The groups with their workers, for the machines that there are and `units` to do. See `lacking`."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     groups = _groups(config, gpus)
-    explicit = {group.name for group in groups if _resources(config, group.name).workers is not None}
-    # what the user has asked for is not measured: a cluster may still have to grow to it
-    needed_cpus = sum(group.cpus for group in groups if group.name not in explicit)
-    needed_gpus = sum(group.gpus for group in groups if group.name not in explicit)
-    if needed_cpus > cpus + 1e-6 or needed_gpus > gpus + 1e-6:
-        raise UserError(
-            f"The stages need {needed_cpus:g} CPUs and {needed_gpus:g} GPUs at least; Ray has {cpus:g} and {gpus:g}.",
-            "Lower runtime.<stage>.cpus, gpus or workers, or set runtime.fuse=all.",
-        )
-    asked = [group for group in groups if group.name in explicit]
-    spare_cpus = max(0.0, cpus - needed_cpus - sum(group.cpus * group.most for group in asked))
-    spare_gpus = max(0.0, gpus - needed_gpus - sum(group.gpus * group.most for group in asked))
+    asked = {group.name for group in groups if _resources(config, group.name).workers is not None}
+    if config.runtime.fuse == "none":
+        return _fixed_shares(groups, asked, cpus, gpus, units)
+    heavy = next(group for group in groups if group.heavy)
+    room = sum(heavy.fits(node) for node in nodes)
+    for i, group in enumerate(groups):
+        begin, most = (room, units) if group.heavy else (1, DECODERS_PER_GPU * max(room, GROWTH_GPUS))
+        most = max(group.fewest, min(group.most if group.name in asked else most, units))
+        groups[i] = replace(group, begin=max(group.fewest, min(begin, most)), most=most)
+    return groups
+
+
+def lacking(groups: Sequence[Group], nodes: Sequence[Node]) -> list[Group]:
+    """Groups of which not even one worker has a place."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    lonely = [group for group in groups if not any(group.fits(node) for node in nodes)]
+    needed_cpus = sum(group.cpus for group in groups)
+    needed_gpus = sum(group.gpus for group in groups)
+    if not lonely and (needed_cpus > cpus + 1e-6 or needed_gpus > gpus + 1e-6):
+        return list(groups)
+    return lonely
+
+
+def needs(groups: Sequence[Group]) -> str:
+    """What one worker of each group needs, in words."""
+    return " and ".join(f"{group.name} needs {group.cpus:g} CPUs and {group.gpus:g} GPUs" for group in groups)
+
+
+def _fixed_shares(groups: list[Group], asked: set[str], cpus: float, gpus: float, units: int) -> list[Group]:
+    """Shares that never add up to more than there is: a group that could grow into the place of another one's worker
+    could keep it from starting, and everything would wait."""
+    needed_cpus = sum(group.cpus for group in groups if group.name not in asked)
+    needed_gpus = sum(group.gpus for group in groups if group.name not in asked)
+    explicit = [group for group in groups if group.name in asked]
+    spare_cpus = max(0.0, cpus - needed_cpus - sum(group.cpus * group.most for group in explicit))
+    spare_gpus = max(0.0, gpus - needed_gpus - sum(group.gpus * group.most for group in explicit))
     # Groups on GPUs first: what they can use bounds everybody else.
     for i, group in enumerate(groups):
-        if group.name in explicit or not group.gpus:
+        if group.name in asked or not group.gpus:
             continue
-        more = int(spare_gpus / len([g for g in groups if g.gpus and g.name not in explicit]) / group.gpus + 1e-6)
+        more = int(spare_gpus / len([g for g in groups if g.gpus and g.name not in asked]) / group.gpus + 1e-6)
         if group.cpus:
             more = min(more, int(spare_cpus / group.cpus + 1e-6))
         groups[i] = _with_workers(group, 1 + more, units)
         spare_cpus -= group.cpus * (groups[i].most - 1)
-    free = [g for g in groups if not g.gpus and g.name != "write" and g.name not in explicit and g.cpus]
+    free = [g for g in groups if not g.gpus and g.name != "write" and g.name not in asked and g.cpus]
     heavy = [g for g in free if g.heavy]
     shares = {g.name: 1.0 if not heavy else (1.0 / len(heavy) if g.heavy else 0.0) for g in free}
     if heavy and any(not g.heavy for g in free):
@@ -108,8 +161,7 @@ def gpus_held(groups: Sequence[Group], gpus: float) -> float:
 
 def least_cpus(config: CorpusConfig) -> int:
     """Logical CPUs that one worker of each group needs, GPU or not: what a Ray of our own must at least offer."""
-    needs = [sum(group.cpus * group.fewest for group in _groups(config, gpus)) for gpus in (0, 1)]
-    return math.ceil(max(needs))
+    return math.ceil(max(sum(group.cpus * group.fewest for group in _groups(config, gpus)) for gpus in (0, 1)))
 
 
 def _groups(config: CorpusConfig, gpus: float) -> list[Group]:
@@ -122,13 +174,14 @@ def _groups(config: CorpusConfig, gpus: float) -> list[Group]:
     for (name, stages), holds_models in zip(arrangement, heavy, strict=True):
         resources = _resources(config, name)
         own_gpus = resources.gpus if resources.gpus is not None else share * holds_models
-        groups.append(Group(name, stages, holds_models, resources.cpus, own_gpus, *(resources.workers or (1, 1))))
+        own_cpus = 0.0 if own_gpus and holds_models and len(arrangement) > 1 else resources.cpus
+        groups.append(Group(name, stages, holds_models, own_cpus, own_gpus, *(resources.workers or (1, 1))))
     return groups
 
 
 def _with_workers(group: Group, count: int, units: int) -> Group:
     count = max(1, min(count, units))
-    return replace(group, fewest=count, most=count)
+    return replace(group, fewest=count, begin=count, most=count)
 
 
 def _resources(config: CorpusConfig, group: str) -> StageResources:

@@ -93,8 +93,9 @@ def run_stages(chain: Chain, unit: Unit) -> Unit:
     Where a whole batch of a clip stage fails, its clips are tried one by one to find the bad ones.
     """
     for position, stage in enumerate(chain.stages, 1):
-        with unit.timed(stage.name):
-            unit = _run_stage(stage, unit)
+        read = unit.timed()
+        unit = _run_stage(stage, unit)
+        unit.timing[stage.name] = read(unit)
         unit.keep(chain.read_later | {name for later in chain.stages[position:] for name in later.reads})
     return unit
 

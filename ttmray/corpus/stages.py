@@ -260,8 +260,7 @@ class Score(Stage):
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()
         texts = self.scorer.texts([row["caption"] for row in rows])
-        mix = self.scorer.embed(unit.clips["mix_mono"])
-        instrumental = self.scorer.embed(unit.clips["instrumental"])
+        mix, instrumental = self.scorer.embed_each([unit.clips["mix_mono"], unit.clips["instrumental"]])
         rewards = self.scorer.rewards(mix, texts)
         instrumental_rewards = self.scorer.rewards(instrumental, texts)
         for i, row in enumerate(rows):

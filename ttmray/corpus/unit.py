@@ -9,8 +9,8 @@ nor merge a unit.
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ from ttmray.errors import ClipError
 OK = "ok"
 REJECTED = "rejected"
 FAILED = "failed"
+Times = dict[str, float]
+"""What a stage took and did: `wall_s` and `cpu_s` (of its process); `clips` that it worked on; `rows_in` (of the first
+stage: tracks) and `rows_out` that are ok; rows that it turned into `rejected` and `failed` ones."""
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Unit:
         clips: arrays over the ok rows, e.g. `mix` (n, 2, samples) float32.
         caption_ids: captions whose text features this unit stores.
         texts: arrays over `caption_ids`.
-        timing: stage -> [wall seconds, CPU seconds of the process, clips].
+        timing: stage -> its `Times`.
         track_audio: whole tracks (2, samples) that never leave the process (separation of whole tracks).
     """
 
@@ -45,7 +48,7 @@ class Unit:
     clips: dict[str, np.ndarray] = field(default_factory=dict)
     caption_ids: list[str] = field(default_factory=list)
     texts: dict[str, np.ndarray] = field(default_factory=dict)
-    timing: dict[str, list[float]] = field(default_factory=dict)
+    timing: dict[str, Times] = field(default_factory=dict)
     track_audio: dict[str, np.ndarray] = field(default_factory=dict)
 
     def ok_rows(self) -> list[dict[str, Any]]:
@@ -83,15 +86,26 @@ class Unit:
         self.drop(errors, stage)
         return results
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        wall, cpu, before = time.perf_counter(), time.process_time(), len(self.ok_rows())
-        yield
-        self.timing[stage] = [
-            time.perf_counter() - wall,
-            time.process_time() - cpu,
-            float(max(before, len(self.ok_rows()))),
-        ]
+    def timed(self) -> Callable[["Unit"], Times]:
+        """Begin to measure a stage; what is returned says what it took, of the unit after it."""
+        wall, cpu, before = time.perf_counter(), time.process_time(), self._ended()
+        came = before[OK] if self.rows else len(self.tracks)
+
+        def read(after: "Unit") -> Times:
+            ended = after._ended()
+            return {
+                "wall_s": time.perf_counter() - wall,
+                "cpu_s": time.process_time() - cpu,
+                "clips": max(before[OK], ended[OK]),
+                "rows_in": came,
+                "rows_out": ended[OK],
+                **{status: ended[status] - before[status] for status in (REJECTED, FAILED)},
+            }
+
+        return read
+
+    def _ended(self) -> Counter[str]:
+        return Counter(row["status"] for row in self.rows)
 
     def part(self, track_ids: set[str], keys: set[str] | None = None) -> "Unit":
         """The sub-unit of some tracks, or of some ok clips, for running suspects alone."""
@@ -103,6 +117,12 @@ class Unit:
             rows=[dict(ok[i]) for i in keep],
             clips={name: array[keep] for name, array in self.clips.items()},
         )
+
+    def told(self) -> "Unit":
+        """What is still to be said of a committed unit: how its rows ended, and times. It is small: Ray keeps it with
+        the driver, where the loss of a machine cannot reach it."""
+        rows = [{name: row[name] for name in ("key", "segment", "status", "stage", "message")} for row in self.rows]
+        return Unit(self.name, [], rows, timing=self.timing)
 
     def to_table(self) -> pa.Table:
         """One Arrow row: `header` (JSON) and one large_binary column per array."""
@@ -173,6 +193,17 @@ def merge(whole: Unit, parts: list[Unit]) -> Unit:
         clips=clips,
         caption_ids=whole.caption_ids,
         texts=whole.texts,
-        timing=whole.timing,
+        timing=add_times([whole.timing, *(part.timing for part in parts)]),
         track_audio=whole.track_audio,
     )
+
+
+def add_times(timings: Iterable[Mapping[str, Times]]) -> dict[str, Times]:
+    """Stage -> the sums of its `Times`."""
+    sums: dict[str, Times] = {}
+    for timing in timings:
+        for stage, times in timing.items():
+            total = sums.setdefault(stage, {})
+            for name, value in times.items():
+                total[name] = total.get(name, 0) + value
+    return sums

@@ -39,8 +39,10 @@ def problems(run: Folder) -> Iterator[str]:
         return
     names = [name for name, _ in plan.units()]
     committed = index.committed_units(run)
-    yield from (f"unit {name} is not committed" for name in names if name not in set(committed))
-    yield from (f"unit {name} is committed and not planned" for name in committed if name not in set(names))
+    missing = set(names) - set(committed)
+    yield from (f"unit {name} is not committed" for name in names if name in missing)
+    unplanned = set(committed) - set(names)
+    yield from (f"unit {name} is committed and not planned" for name in committed if name in unplanned)
     tables: list[pa.Table] = []
     read: list[dict[str, Any]] = []
     latents: dict[str, dict[str, int]] = {}
@@ -57,7 +59,7 @@ def problems(run: Folder) -> Iterator[str]:
         except UserError as error:
             yield f"unit {name}: {error.message}"
     table = pa.concat_tables(tables) if tables else index.SCHEMA.empty_table()
-    if not set(names) - set(committed):
+    if not missing:
         yield from check_rows(table, plan)
     clips = table.filter(pc.equal(table["status"], OK)).select(["caption_id", "caption"]).to_pylist()
     needed = {row["caption_id"] for row in clips if row["caption"]}

@@ -7,7 +7,7 @@ the same scores wherever it is scored.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -65,10 +65,28 @@ class Scorer:
             ValueError: a clip that is empty, not mono, not finite or too short for one frame of MERT.
             RuntimeError: a model's output is not finite.
         """
-        waves = list(waves)
-        clap = self._kept("clap", waves, CLAP_SAMPLE_RATE, self.models.clap.dim, self._clap)
-        mert = self._kept("mert", waves, MERT_SAMPLE_RATE, self.models.mert.dim, self.models.mert.embed)
-        return Embeddings(clap, mert)
+        return self.embed_each([waves])[0]
+
+    def embed_each(self, sets: Sequence[Sequence[np.ndarray] | np.ndarray]) -> list[Embeddings]:
+        """As `embed` of each of several sets of clips, (n, T) or (T_i,) each.
+
+        Where there is no cache, the clips that a model gets next are resampled while the one before works: resampling
+        is most of what a scoring process does on a CPU, and a GPU shall not wait for it.
+
+        Raises:
+            ValueError, RuntimeError: as `embed`.
+        """
+        clap = _Kind("clap", CLAP_SAMPLE_RATE, self.models.clap.dim, self._clap)
+        mert = _Kind("mert", MERT_SAMPLE_RATE, self.models.mert.dim, self.models.mert.embed)
+        steps = [(kind, list(waves)) for waves in sets for kind in (clap, mert)]
+        results = []
+        with ThreadPoolExecutor(self._threads) as pool:
+            # one step ahead and no more: all at once would be 3 MB for each clip
+            ahead = self._resampling(pool, *steps[0]) if steps else []
+            for step, following in zip(steps, [*steps[1:], None], strict=True):
+                now, ahead = ahead, self._resampling(pool, *following) if following else []
+                results.append(self._embedded(pool, *step, now))
+        return [Embeddings(*of_set) for of_set in zip(results[::2], results[1::2], strict=True)]
 
     def texts(self, captions: Sequence[str]) -> np.ndarray:
         """(n, 512) CLAP text vectors; the empty caption gives zeros. Repeated captions are encoded once."""
@@ -91,24 +109,37 @@ class Scorer:
         seed = 0 if how.crop == "random" else None
         return self.models.clap.embed_audio(waves, how.crop, seed, int16=how.int16, bandlimit_hz=how.bandlimit_hz)
 
-    def _kept(
-        self,
-        name: str,
-        waves: Sequence[np.ndarray],
-        rate: int,
-        width: int,
-        make: Callable[[list[np.ndarray]], np.ndarray],
-    ) -> np.ndarray:
-        if not len(waves):
-            return np.zeros((0, width), np.float32)
-        if self._cache is None:
-            return make(self._resampled(waves, rate))
-        keys = [audio_key(wave, SAMPLE_RATE, self._cache_name, name) for wave in waves]
-        embeddings = self._cache.get_or_make(
-            keys, lambda missing: list(make(self._resampled([waves[i] for i in missing], rate)))
+    def _resampling(self, pool: Executor, kind: "_Kind", waves: list[np.ndarray]) -> "list[Future[np.ndarray]]":
+        """The clips at the rate of a model, begun; none where the cache may have what is to be made of them."""
+        return (
+            [] if self._cache is not None else [pool.submit(resample, wave, SAMPLE_RATE, kind.rate) for wave in waves]
         )
-        return np.stack(embeddings)
 
-    def _resampled(self, waves: Sequence[np.ndarray], rate: int) -> list[np.ndarray]:
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(lambda wave: resample(wave, SAMPLE_RATE, rate), waves))
+    def _embedded(
+        self, pool: Executor, kind: "_Kind", waves: list[np.ndarray], begun: "Sequence[Future[np.ndarray]]"
+    ) -> np.ndarray:
+        """(n, width) float32 of a model.
+
+        Args:
+            begun: the clips at its rate, where there is no cache.
+        """
+        if not waves:
+            return np.zeros((0, kind.width), np.float32)
+        if self._cache is None:
+            return kind.make([future.result() for future in begun])
+
+        def make(missing: list[int]) -> list[np.ndarray]:
+            return list(kind.make(list(pool.map(lambda i: resample(waves[i], SAMPLE_RATE, kind.rate), missing))))
+
+        keys = [audio_key(wave, SAMPLE_RATE, self._cache_name, kind.name) for wave in waves]
+        return np.stack(self._cache.get_or_make(keys, make))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A model that embeds audio: its name, the rate in Hz of what it takes, the width of an embedding, and how."""
+
+    name: str
+    rate: int
+    width: int
+    make: Callable[[list[np.ndarray]], np.ndarray]

@@ -306,6 +306,8 @@ def _ray_device(config: LoopConfig) -> tuple[torch.device, int | None]:
 
     device = config.runtime.device
     if device == "cpu" or (device == "auto" and not ray.cluster_resources().get("GPU")):
+        if device == "auto":
+            console.print("Ray has no GPU now, so this trains on CPUs; with runtime.device=cuda it would wait for GPUs")
         return torch.device("cpu"), None
     gpus = config.runtime.workers + config.beside[0]
     require_gpus(gpus, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers (and samplers).")

@@ -15,7 +15,7 @@ from ttmray.audio.io import encode_flac
 from ttmray.config import differences
 from ttmray.console import console
 from ttmray.corpus import index
-from ttmray.corpus.finalise import latent_statistics
+from ttmray.corpus.finalise import LATENTS, latent_statistics
 from ttmray.corpus.scores import protocol_of
 from ttmray.errors import UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
@@ -304,8 +304,8 @@ def corpus_latents(corpus: str, std: str) -> tuple[Tensor, Tensor]:
         UserError: there is no training clip, or a channel never changes.
     """
     run, of = Folder.at(corpus), f"std_of_{std}"
-    if run.exists("stats/latents.json"):
-        splits = json.loads(run.read("stats/latents.json"))
+    if run.exists(LATENTS):
+        splits = json.loads(run.read(LATENTS))
     else:
         splits = latent_statistics([data for _, data in index.read_units(run, index.committed_units(run))])
     if "train" not in splits:

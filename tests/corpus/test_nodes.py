@@ -1,0 +1,132 @@
+"""The corpus job on several nodes: real raylets, stages that only wait."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+from quick_job import NODES, Runs, agent_ports
+
+from ttmray.cluster import leave
+from ttmray.corpus import ray_runner
+from ttmray.errors import UserError
+
+MIB = 2**20
+Started = TypeVar("Started")
+
+
+def patiently(start: Callable[[], Started]) -> Started:
+    """Try again what a busy machine does not do in time: a raylet gives its agents 15 s and has no option for it."""
+    for _ in range(4):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
+class Raylets:
+    """A cluster on this machine, whose head takes no work."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "object_store_memory": 200 * MIB, "include_dashboard": False}
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | agent_ports()))
+
+    def add(self, cpus: int, gpus: int = 0) -> Any:
+        sizes = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 100 * MIB}
+        return patiently(lambda: self.cluster.add_node(**sizes, **agent_ports()))
+
+    def kill(self, node: Any) -> None:
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture
+def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
+    leave()
+    for name, value in NODES.items():
+        monkeypatch.setenv(name, value)
+    raylets = Raylets()
+    monkeypatch.setenv("RAY_ADDRESS", raylets.cluster.address)
+    yield raylets
+    leave()
+    raylets.cluster.shutdown()
+
+
+def test_three_nodes_of_two_kinds_all_work_and_one_that_breaks_is_left_out(raylets, tmp_path, capsys):
+    """Decoders could take every CPU of the nodes with GPUs: models must start all the same."""
+    first, second, _ = raylets.add(1, 1), raylets.add(1, 1), raylets.add(2)
+    run = Runs(tmp_path / "run", 24)
+    sick = run.folder.with_name("sick.json")
+
+    def then(_: int) -> None:
+        if not sick.exists() and second.node_id in run.committed().values():
+            sick.write_text(json.dumps({second.node_id: "breaks"}))
+
+    run.go(then, pace_s=0.3, crowd=2)
+    text = capsys.readouterr().out
+    assert "is left out from here on" in text
+    assert second.node_id[:8] in text
+    assert "CUDA error" in text
+    assert set(run.committed().values()) == {first.node_id, second.node_id}
+
+
+@pytest.mark.slow
+def test_losing_nodes_costs_their_units_in_flight_and_a_node_that_joins_gets_work(raylets, tmp_path):
+    """The node that is left makes again what lost ones had decoded, and at the end what their models had begun."""
+    first, stays = raylets.add(2, 1), raylets.add(2, 1)
+    run, joined, lost = Runs(tmp_path / "run", 80), [], []
+
+    def then(count: int) -> None:
+        if count == 10:
+            lost.append(first)
+            raylets.kill(first)
+        if count == 20:
+            joined.append(raylets.add(2, 1))
+        if len(lost) == 1 and joined and list(run.committed().values()).count(joined[0].node_id) >= 3:
+            lost.append(joined[0])
+            raylets.kill(joined[0])
+
+    run.go(then, pace_s=0.5, crowd=2)
+    assert len(lost) == 2
+    assert list(run.committed().values()).count(stays.node_id) >= 20
+
+
+@pytest.mark.slow
+def test_an_empty_cluster_is_waited_for_with_a_message(raylets, tmp_path, capsys, monkeypatch):
+    run, joined, say = Runs(tmp_path / "run", 6), [], ray_runner.console.print
+
+    def then_a_node_joins(*words: Any, **style: Any) -> None:
+        say(*words, **style)
+        if not joined:  # in this thread: Ray sets signal handlers with every node
+            joined.append(raylets.add(2, 1))
+
+    monkeypatch.setattr(ray_runner.console, "print", then_a_node_joins)
+    run.go(models={"gpus": 1})
+    text = capsys.readouterr().out
+    assert "waiting for nodes: a worker of decode needs 1 CPUs and 0 GPUs and models needs 0 CPUs and 1 GPUs" in text
+    assert "the cluster has 0 CPUs and 0 GPUs" in text
+
+
+@pytest.mark.slow
+def test_what_no_node_can_build_ends_the_job_with_one_message(raylets, tmp_path):
+    nodes = [raylets.add(1, 1), raylets.add(1, 1)]
+    run = Runs(tmp_path / "run", 6)
+    sick = dict.fromkeys((node.node_id for node in nodes), "cannot be built")
+    run.folder.with_name("sick.json").write_text(json.dumps(sick))
+    with pytest.raises(Exception, match="no kernel image is available"):
+        run.go()
+    assert run.seen == []
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_no_node_sees_is_said_at_the_start(raylets, tmp_path, monkeypatch):
+    raylets.add(1, 1)
+    run = Runs(tmp_path / "run", 4)
+    monkeypatch.setattr("ttmray.corpus.ray_runner._run_hash", lambda _: "of another file")
+    with pytest.raises(UserError, match=r"run\.json is not there, or not the same") as caught:
+        run.go()
+    assert "shared file system or a bucket" in caught.value.hint
+    assert run.committed() == {}

@@ -1,0 +1,168 @@
+"""A corpus job whose stages do nothing but wait and commit: for tests of the runner, which needs no models."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttmray.corpus import index
+from ttmray.corpus.assembly import CorpusJob
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.ray_runner import run_ray
+from ttmray.corpus.running import Makers
+from ttmray.corpus.stage import Stage
+from ttmray.corpus.unit import OK, Unit
+from ttmray.models.bundle import Models
+from ttmray.storage import Folder
+
+TESTS = Path(__file__).resolve().parent
+NODES = {
+    "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "600",
+}
+"""Environment of nodes: what workers import, and that a busy machine starts processes slowly, which is no death."""
+
+
+def agent_ports() -> dict[str, int]:
+    """Free ports: a raylet waits 15 s for agents that choose their own, and dies."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    sockets = [socket.socket() for _ in names]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return dict(zip(names, ports, strict=True))
+
+
+def node() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+class QuickDecode(Stage):
+    name, scope, resources = "decode", "unit", "decode"
+    writes = ("mix",)
+
+    def __init__(self, models: Models) -> None:
+        pass
+
+    def __call__(self, unit: Unit) -> Unit:
+        unit.rows = [index.new_row(track, unit.name, "quick") | {"segment": 0} for track in unit.tracks]
+        unit.clips = {"mix": np.ones((len(unit.rows), 2, 50_000), np.float32)}
+        return unit
+
+
+class QuickModels(Stage):
+    """Every stage with models at once. On nodes named in the file `sick` of the run it is what that file says."""
+
+    name, scope, resources = "score", "unit", "score"
+    reads = ("mix",)
+    writes = ("mert",)
+
+    def __init__(self, run: Path, pace_s: float, crowd: int) -> None:
+        self.run, self.pace_s = run, pace_s
+        if self.sickness() == "cannot be built":
+            raise RuntimeError("no kernel image is available")
+        begun = run.with_name("begun")
+        begun.mkdir(exist_ok=True)
+        (begun / node()).touch()
+        deadline = time.monotonic() + 300
+        while len(list(begun.iterdir())) < crowd and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def sickness(self) -> str:
+        sick = self.run.with_name("sick.json")
+        return json.loads(sick.read_text()).get(node(), "") if sick.exists() else ""
+
+    def __call__(self, unit: Unit) -> Unit:
+        if self.sickness() == "breaks":
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        time.sleep(self.pace_s)
+        unit.clips = {"mert": unit.clips["mix"][:, 0, :10].copy()}
+        return unit
+
+
+class QuickWrite(Stage):
+    """Commits a unit: a file with its name that says on which node."""
+
+    name, scope, resources = "write", "unit", "write"
+    reads = ("mert",)
+
+    def __init__(self, run: Folder) -> None:
+        self.run = run
+
+    def __call__(self, unit: Unit) -> Unit:
+        assert all(row["status"] == OK for row in unit.rows), unit.rows
+        self.run.create(f"index/{unit.name}.parquet", node().encode())
+        return unit
+
+
+@dataclass(frozen=True)
+class QuickJob(CorpusJob):
+    """The models take `pace_s` for a unit, and begin when they are there on `crowd` nodes."""
+
+    pace_s: float = 0.2
+    crowd: int = 0
+
+    def makers(self) -> Makers:
+        return {
+            QuickDecode: QuickDecode,
+            QuickModels: lambda _: QuickModels(Path(self.output), self.pace_s, self.crowd),
+            QuickWrite: lambda _: QuickWrite(Folder(self.output)),
+        }
+
+    def stages(self, names: Sequence[str] | None = None) -> list[type[Stage]]:
+        """Of those names that it has: groups are laid out by the real stages."""
+        return [stage for stage in self.makers() if names is None or stage.name in names]
+
+
+@dataclass
+class Runs:
+    """A run of a quick job, and what came of it."""
+
+    folder: Path
+    count: int
+    seen: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        (self.folder / "run.json").write_text("{}")
+
+    @property
+    def units(self) -> list[Unit]:
+        tracks = [
+            {"track_id": f"t{i}", "split": "train", "caption": "", "caption_id": "", "path": ""}
+            for i in range(self.count)
+        ]
+        return [Unit(f"u{i:06d}", [track]) for i, track in enumerate(tracks)]
+
+    def job(self, *, pace_s: float = 0.2, crowd: int = 0, **runtime: object) -> QuickJob:
+        settings = {"device": "cpu", "no_progress_timeout_s": 900} | runtime
+        config = CorpusConfig.model_validate({"input": "s3://b", "output": str(self.folder), "runtime": settings})
+        return QuickJob(config.model_dump_json(), "", "quick", pace_s, crowd)
+
+    def committed(self) -> dict[str, str]:
+        """Unit -> the node that committed it."""
+        return {path.stem: path.read_text() for path in (self.folder / "index").glob("u*.parquet")}
+
+    def go(self, then: Callable[[int], None] = lambda _: None, **settings: Any) -> None:
+        """Run it; `then` gets the number of units done after each."""
+
+        def done(unit: Unit) -> None:
+            self.seen.append(unit.name)
+            then(len(self.seen))
+
+        run_ray(self.job(**settings), self.units, done)
+        assert sorted(self.seen) == [unit.name for unit in self.units]
+        assert sorted(self.committed()) == sorted(self.seen)
