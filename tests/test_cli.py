@@ -194,8 +194,12 @@ def test_planning_writes_the_plan_and_nothing_else(songs, tmp_path, capsys):
     assert files(tmp_path / "run") == {"plan.parquet", "plan.json", "plan.md"}
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert plan["expected clips"]["value"] == 2
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in plan)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 10
+    assert f"all {len(plan)} numbers, with their reasons: {tmp_path / 'run/plan.md'}" in shown
+    assert any(line.startswith("2 clips expected (0.00") for line in shown), shown
+    reasons = (tmp_path / "run/plan.md").read_text()
+    assert all(f"| {name} | " in reasons for name in plan)
     job = [sys.executable, REPO / "jobs/score_corpus.py", "--plan-only", *arguments(songs, tmp_path / "job")]
     subprocess.run(job, check=True, capture_output=True)
     assert (tmp_path / "job/plan.parquet").read_bytes() == (tmp_path / "run/plan.parquet").read_bytes()

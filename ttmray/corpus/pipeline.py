@@ -181,13 +181,13 @@ def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done
 
 def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     """Run units on Ray Data: one row per unit, one operator per group of stages."""
-    import ray
+    import ray.data  # named, because it gives its loggers their handlers when it is first imported
 
     config = job.corpus
     _connect(config)
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)  # its hints are about its own progress bars; its files keep all
+            handler.setLevel(logging.CRITICAL)  # errors arrive as exceptions, and its own files keep all
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts clips and knows the whole plan
     context.print_on_execution_start = False
