@@ -6,10 +6,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy import stats
 
 from ttmray.audio.io import resample
 from ttmray.errors import UserError
+from ttmray.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,17 +42,23 @@ def colour(index: int, theme: Theme) -> str:
     return PALETTE[index % len(PALETTE)][theme == "dark"]
 
 
-def distributions(scores: Mapping[str, np.ndarray], label: str, theme: Theme) -> bytes:
-    """One row per system: every clip as a dot, the quartiles as a box, the mean with its 95 % t interval.
+def distributions(
+    scores: Mapping[str, np.ndarray],
+    means: Mapping[str, tuple[float, float | None, float | None]],
+    label: str,
+    theme: Theme,
+) -> bytes:
+    """One row per system: every clip as a dot, the quartiles as a box, the mean with its interval.
 
     Args:
         scores: (n,) per system.
+        means: mean and ends of its interval of systems that have them, as in the table.
     """
 
     def draw(axes: "Axes") -> None:
         ink, quiet, _ = INK[theme]
         place: Any = {"textcoords": "offset points", "ha": "center", "color": quiet, "size": 8}
-        for i, values in enumerate(scores.values()):
+        for i, (name, values) in enumerate(scores.items()):
             own = colour(i, theme)
             jitter = np.random.default_rng(0).uniform(-0.17, 0.17, len(values))
             axes.scatter(values, i + 0.12 + jitter, s=16, color=own, alpha=0.65, linewidths=0)
@@ -61,8 +67,11 @@ def distributions(scores: Mapping[str, np.ndarray], label: str, theme: Theme) ->
             low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
             axes.plot([low, high], [i - 0.22] * 2, color=own, lw=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([middle] * 2, [i - 0.29, i - 0.15], color=own, lw=1.5)
-            mean, half = float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-            axes.errorbar(mean, i - 0.36, xerr=half, fmt="o", ms=4.5, color=ink, ecolor=ink, elinewidth=1.2, capsize=2)
+            if name not in means:
+                continue
+            mean, *ends = means[name]
+            bar: Any = None if None in ends else [[mean - ends[0]], [ends[1] - mean]]  # type: ignore[operator]
+            axes.errorbar(mean, i - 0.36, xerr=bar, fmt="o", ms=4.5, color=ink, ecolor=ink, elinewidth=1.2, capsize=2)
             axes.annotate(f"{mean:.3f}".replace("-", "−"), (mean, i - 0.36), (0, 6), **place)
         axes.set_yticks(range(len(scores)))
         axes.set_yticklabels(list(scores))
@@ -85,8 +94,7 @@ def differences(values: np.ndarray, a: str, b: str, label: str, theme: Theme, co
         order = np.sort(values)
         place = np.arange(1, len(order) + 1)
         mean = float(order.mean())
-        half = float(stats.t.ppf(0.975, len(order) - 1) * stats.sem(order)) if len(order) > 1 else 0.0
-        axes.axhspan(mean - half, mean + half, color=quiet, alpha=0.18, lw=0)
+        axes.axhspan(*(mean_interval(order) or (mean, mean)), color=quiet, alpha=0.18, lw=0)
         axes.axhline(mean, color=ink, lw=1)
         axes.axhline(0, color=quiet, lw=0.8, dashes=(3, 3))
         dots = [colour(colours[int(value <= 0)], theme) for value in order]
