@@ -29,7 +29,7 @@ PREPARE = {
     "expert_iteration": ["-m ttmray checkpoint export runs/demo/stage1 --out runs/demo/stage1.safetensors"],
     "train_crpo": ["-m ttmray pairs runs/demo/stage2/expert/round-1/pool --out runs/demo/pairs"],
     "train_ranker": ["-m ttmray.synth.votes runs/demo/corpus runs/demo/votes.csv"],
-    "evaluate": ["-m ttmray reference build demo runs/demo/corpus --store runs/demo/references"],
+    "evaluate": ["-m ttmray reference build demo runs/demo/corpus --bundle debug --store runs/demo/references"],
 }
 """Job -> what the comments of its config ask for first."""
 TINY_WORLD = (

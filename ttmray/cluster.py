@@ -148,6 +148,9 @@ def connect(
         show_workers: print what workers' consoles print (`Relay`).
         state_api: with Ray's dashboard (on the loopback interface), which Ray Train asks every second whether its
             controller lives; where nobody answers it warns every second.
+
+    Raises:
+        UserError: Ray does not start, or the cluster is not there.
     """
     import ray
 
@@ -160,7 +163,16 @@ def connect(
             options["object_store_memory"] = int(object_store_gib * 2**30)
     on_termination = signal.getsignal(signal.SIGTERM)
     with _own_level():
-        ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
+        except Exception as error:  # Ray's own are of many types, and plain ones; each says that there is no cluster
+            signal.signal(signal.SIGTERM, on_termination)
+            said = str(error).strip().splitlines()
+            raise UserError(
+                f"Ray did not start: {said[0] if said else type(error).__name__}",
+                "A machine that is too busy or has too little memory may need another try; `runtime.runner=local` "
+                "works without Ray; RAY_ADDRESS names the cluster to join.",
+            ) from error
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
     if show_workers:
         from ray._private.ray_logging import global_worker_stdstream_dispatcher

@@ -80,6 +80,24 @@ def config(name: str | None = None, *, docs: bool = False, schema: bool = False)
     return EXIT_OK
 
 
+def report(folder: str, output: str | None = None, audio: str = "ogg") -> int:
+    """`ttmray report`: the page of an evaluation, or of a training run.
+
+    Raises:
+        UserError: as `evaluation.report.report` and `recipes.result_page.run_page`.
+    """
+    from ttmray.evaluation.results import RESULTS
+    from ttmray.storage import Folder
+
+    if Folder.at(folder).exists(RESULTS):
+        from ttmray.evaluation.report import report
+
+        return report(folder, output, audio)  # type: ignore[arg-type]
+    from ttmray.recipes.result_page import run_page
+
+    return run_page(folder)
+
+
 def pull(
     names: Sequence[str] = (), *, bundle: str | None = None, everything: bool = False, offline: bool = False
 ) -> int:

@@ -89,10 +89,10 @@ COMMANDS = (
     ),
     Command(
         "report",
-        "an evaluation as a static page: tables, plots, players, blind A/B test",
-        "ttmray.evaluation.report:report",
+        "a page: of an evaluation tables, plots, players, blind A/B test; of a training run its curves",
+        "ttmray.cli.acts:report",
         (
-            argument("folder", metavar="OUT", help="output of `ttmray evaluate`, local or s3://"),
+            argument("folder", metavar="OUT", help="output of `ttmray evaluate` or of a training, local or s3://"),
             argument("--output", metavar="DIR", help="folder of the report (default OUT/report)"),
             argument("--audio", choices=("ogg", "flac"), help="ogg is small (default), flac lossless"),
         ),

@@ -35,6 +35,14 @@ blindness in the first four."""
 MEL_FLOOR_DB, MEL_TOP_DB = -80.0, 0.0
 """Range of the spectrograms, the same for all clips, so that louder clips look brighter."""
 MEL_WIDTH, MEL_LEVELS = 420, 32
+LEAST_LU, LEAST_DB = 6.0, 4.0
+"""Least spans of the loudness plot: clips that are all at their target shall not look scattered."""
+
+
+def _least_span(limits: Callable[[], tuple[float, float]], set_limits: Callable[..., Any], least: float) -> None:
+    low, high = limits()
+    if high - low < least:
+        set_limits((low + high - least) / 2, (low + high + least) / 2)
 
 
 def colour(index: int, theme: Theme) -> str:
@@ -120,11 +128,35 @@ def loudness(levels: Mapping[str, tuple[np.ndarray, np.ndarray]], theme: Theme) 
             label = f" {name}"  # matplotlib hides labels that start with _
             axes.scatter(lufs, peak, s=20, marker=shape, color=colour(i, theme), alpha=0.65, linewidths=0, label=label)
         axes.axhline(0, color=INK[theme][1], lw=0.8, dashes=(3, 3))
+        _least_span(axes.get_xlim, axes.set_xlim, LEAST_LU)
+        _least_span(axes.get_ylim, axes.set_ylim, LEAST_DB)
         axes.set_xlabel("integrated loudness, LUFS")
         axes.set_ylabel("true peak, dBTP")
         axes.legend(frameon=False, loc="best", labelcolor=INK[theme][0])
 
     return _svg(draw, theme, height=3.1, grid="both")
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, theme: Theme) -> bytes:
+    """Curves of a training, such as loss and validation loss by update.
+
+    Args:
+        lines: name -> (step, value) in order.
+        label: what is shown, over what: `loss by update`.
+    """
+    what, _, over = label.partition(" by ")
+
+    def draw(axes: "Axes") -> None:
+        for i, (name, places) in enumerate(lines.items()):
+            x, y = (np.array(column, float) for column in zip(*places, strict=True))
+            dots = {"marker": "os^D"[i % 4], "ms": 3.5} if len(x) < 30 else {}
+            axes.plot(x, y, lw=1.5, color=colour(i, theme), label=f" {name}", **dots)
+        axes.set_xlabel(over)
+        axes.set_ylabel(what)
+        if len(lines) > 1:
+            axes.legend(frameon=False, labelcolor=INK[theme][0], loc="best")
+
+    return _svg(draw, theme, height=2.7, grid="both")
 
 
 def score_sweep(

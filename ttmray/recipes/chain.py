@@ -18,6 +18,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.inventory import damage, read_marker
 from ttmray.recipes.needs import Need, refuse_missing
+from ttmray.recipes.result_page import chain_values
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
@@ -197,12 +198,13 @@ def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -
         )
         for row in rows
     ]
-    values = {
+    values: dict[str, Any] = {
         "title": os.path.basename(root.uri),
         "header": ("step", "state", "wall s", "GPU-hours", "page"),
         "totals": _totals(rows),
         "note": "Wall time is that of all launches of a step. A GPU counts as long as a step holds it, busy or not.",
     }
+    values |= chain_values(root, {step.name: step.config for step in steps})
     links = [(*texts, f"[{page}]({page})" if page else "") for texts, page in cells]
     root.write("summary.md", pages.render("chain.md.j2", rows=links, **values).encode())
     root.write("index.html", pages.render("chain.html.j2", rows=cells, **values).encode())
