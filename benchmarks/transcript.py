@@ -114,21 +114,28 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(REPO / "configs")
-    text, foreign = [HEADER], 0
+    sections, foreign = _sections(typed.output), 0
     for job in typed.jobs:
-        text.append(f"\n## {job}\n")
-        for command in [*PREPARE.get(job, []), f"jobs/{job}.py {JOBS[job]}"]:
-            lines = transcript(shlex.split(command), folder)
-            foreign += sum(line.startswith((FOREIGN, "(exit code")) for line in lines)
-            shown = (
-                command.replace("-m ttmray ", "ttmray ", 1) if command.startswith("-m ttmray ") else f"python {command}"
-            )
-            text.append("\n".join(["```console", f"$ {shown}", *lines, "```", ""]))
-            print(text[-1], flush=True)
-    if typed.output is not None:
-        typed.output.write_text("\n".join(text), "utf-8")
+        for command in PREPARE.get(job, []):
+            subprocess.run([sys.executable, *shlex.split(command)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        lines = transcript(shlex.split(f"jobs/{job}.py {JOBS[job]}"), folder)
+        foreign += sum(line.startswith((FOREIGN, "(exit code")) for line in lines)
+        before = [f"$ python {one}".replace("python -m ttmray ", "ttmray ") for one in PREPARE.get(job, [])]
+        block = ["```console", *before, f"$ python jobs/{job}.py {JOBS[job]}", *lines, "```"]
+        sections[job] = "\n".join(["", f"## {job}", "", *block, ""])
+        print(sections[job], flush=True)
+        if typed.output is not None:
+            typed.output.write_text(HEADER + "".join(sections[one] for one in JOBS if one in sections), "utf-8")
     print(f"{foreign} lines are not ours")
     return int(foreign > 0)
+
+
+def _sections(output: Path | None) -> dict[str, str]:
+    """Job -> its part of the file as it is: those that are not run again stay."""
+    if output is None or not output.exists():
+        return {}
+    parts = re.split(r"(?m)^(?=\n## )", output.read_text("utf-8"))
+    return {part.split("\n")[1].removeprefix("## "): part for part in parts if part.startswith("\n## ")}
 
 
 HEADER = """# What jobs print

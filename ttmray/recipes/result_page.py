@@ -24,12 +24,13 @@ from ttmray.training.logbook import METRICS as LOG
 from ttmray.training.logbook import read_lines
 from ttmray.training.rounds import ROUNDS
 
-PAGE = "index.html"
+PAGE, TABLES = "index.html", "tables/index.html"
 SHOWN = {"fad": ("FAD ↓", 3), "clap_score": ("CLAP score ↑", 3), "reward": ("Reward ↑", 3), "lufs": ("LUFS", 1)}
 """Metrics of the first table, with label and digits; the evaluation's own page has all."""
 PAPER_ROWS = {"stage1": "SFT (v1)", "stage2": "+ expert iteration", "stage3": "Sub.1"}
 """System of a chain -> row of the paper's Table II."""
-PROMPTS_SHOWN = 4
+PROMPTS_SHOWN, FIGURES = 4, 8
+"""Of a long list the page shows the first; the pages of the steps have all."""
 Points = list[tuple[float, float]]
 
 
@@ -178,8 +179,10 @@ def chain_values(root: Folder, configs: Mapping[str, Config]) -> dict[str, Any]:
     curves = [one for name, place in _trainings(trainings) if (one := curves_of(place, name)) is not None]
     bundles = {str(config.bundle) for config in configs.values() if hasattr(config, "bundle")}
     notes = sorted(BUNDLES[base_name(one)].note for one in bundles if means_nothing(one))
-    results = next((read_results(place) for place in below.values() if place.exists(RESULTS)), None)
-    values: dict[str, Any] = {"notes": notes, "figures": figures_of(curves), "results": results}
+    evaluated = [place for place in below.values() if place.exists(RESULTS)]
+    results = read_results(evaluated[0]) if len(evaluated) == 1 else None  # cells of tables are on a page of their own
+    values: dict[str, Any] = {"notes": notes, "figures": figures_of(curves[:FIGURES]), "results": results}
+    values["tables"] = TABLES if root.exists(TABLES) else ""
     values["hacking"] = [f"{one.title}: {line}" for one in curves for line in one.warnings]
     if results is None:
         return values | {"headline": "", "table": None, "prompts": [], "systems": []}
