@@ -171,10 +171,11 @@ def _clear_another(run: Folder, described: dict[str, Any]) -> None:
     ours = [
         f"{folder}/{file.name}" for folder in (manifest.ROWS, manifest.CLIPS) for file in run.files(folder, sizes=False)
     ]
-    # run.json last: until then the folder is known to be a run, and the same command goes on deleting
-    for name in (SUCCESS, *ours, *MERGED, PLAYERS, cost.COST, RUN):
+    # run.json last: until then it is the other run's, and the same command goes on deleting
+    for name in (SUCCESS, *ours, *MERGED, PLAYERS, cost.COST):
         if run.exists(name):
             run.delete(name)
+    run.write(RUN, json.dumps(described, indent=1).encode())
     console.print(f"{run}: {sum(name.startswith(manifest.ROWS) for name in ours)} clips of other settings are deleted")
 
 

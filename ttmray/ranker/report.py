@@ -161,7 +161,7 @@ def grave_warnings(result: dict[str, Any]) -> list[str]:
         )
     about: dict[str, list[str]] = {}
     for name, head in result["heads"].items():
-        test, temperature = head["test"], head["temperature"]
+        test, temperature = head["test"], head.get("temperature", 1.0)
         if not head["note"]:
             if test["decided"] < FEW_PAIRS:
                 about.setdefault(
