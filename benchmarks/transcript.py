@@ -37,7 +37,7 @@ TINY_WORLD = (
     "fresh_stems: 2, workers: 1}"
 )
 JOBS = {
-    "score_corpus": "--config configs/debug/corpus.yaml",
+    "score_corpus": "--config configs/debug/corpus.yaml --set runtime.workers=1",
     "train_sft": f"--config configs/debug/stage1.yaml {SHORT} --set samples.every=6 --set runtime.runner=ray "
     "--set runtime.workers=2",
     "expert_iteration": f"--config configs/debug/stage2.yaml {SHORT} --set polish.steps=2 --set pool.candidates=4",
@@ -105,7 +105,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--inside"]:
         run_marked(sys.argv[2:])
         return 0
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--folder", type=Path, help="where the jobs run (default: a new one)")

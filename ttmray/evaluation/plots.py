@@ -149,7 +149,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, theme
     def draw(axes: "Axes") -> None:
         for i, (name, places) in enumerate(lines.items()):
             x, y = (np.array(column, float) for column in zip(*places, strict=True))
-            dots = {"marker": "os^D"[i % 4], "ms": 3.5} if len(x) < 30 else {}
+            dots: dict[str, Any] = {"marker": "os^D"[i % 4], "ms": 3.5} if len(x) < 30 else {}
             axes.plot(x, y, lw=1.5, color=colour(i, theme), label=f" {name}", **dots)
         axes.set_xlabel(over)
         axes.set_ylabel(what)

@@ -186,7 +186,7 @@ def chain_values(root: Folder, configs: Mapping[str, Config]) -> dict[str, Any]:
     values["hacking"] = [f"{one.title}: {line}" for one in curves for line in one.warnings]
     if results is None:
         return values | {"headline": "", "table": None, "prompts": [], "systems": []}
-    folders = {system.name: Folder.at(system.folder) for system in results.systems}
+    folders = {system.name: Folder.at(system.folder) for system in results.systems if system.folder}
     inside = {name: folder for name, folder in folders.items() if folder.uri.startswith(f"{root.uri}/")}
     return values | {
         "headline": headline(results),

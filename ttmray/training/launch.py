@@ -322,7 +322,10 @@ def finish(out: Folder, described: dict[str, Any], config: LoopConfig, before: B
 
 def _is_result(name: str) -> bool:
     """Whether the end of a run notes a file. Checkpoints check themselves, as do exported weights."""
-    unlisted, folders = (SUCCESS, EXPORTED, "cost.json"), (CHECKPOINTS, TRANSITIONS, "tensorboard", "wandb")
+    unlisted, folders = (
+        (SUCCESS, EXPORTED, "cost.json", "index.html"),
+        (CHECKPOINTS, TRANSITIONS, "tensorboard", "wandb"),
+    )
     return name not in unlisted and name.partition("/")[0] not in folders
 
 
