@@ -96,7 +96,9 @@ def neutral(line: str, folder: Path) -> str:
     """A line without what differs from run to run."""
     line = line.replace(str(folder.resolve()), "...").replace(str(REPO), "REPO")
     line = re.sub(r"\d+:\d\d:\d\d", "T", line)
-    line = re.sub(r"[\d.]+(?:e[+-]?\d+)?(?= (?:samples/s|s\b|min\b|h\b|CPU-hours|TFLOP/s))", "T", line)
+    line = re.sub(
+        r"[\d.]+(?:e[+-]?\d+)?(?= (?:samples/s|s\b|min\b|TFLOP/s|ms per|ms CPU))|(?<=so far: )[\d.]+", "T", line
+    )
     return re.sub(r"[\d.]+(?=/s\b)|(?<=MFU )[\d.]+|(?<=data wait )[\d.]+", "T", line)
 
 

@@ -372,7 +372,7 @@ def test_no_work_that_is_to_do_takes_no_time():
         assert len(lines) <= 8
         assert not re.search(r"\b0(\.0+)?\b (h|s|min|days|kB|MB)", " ".join(lines)), lines
     assert "models about" in plan_lines(derived_numbers(plan, config()), config(), "paper", True)[-1]
-    assert "unknown, as the FLOPs of bundle mine are" in lines_of_unknown(plan)
+    assert "unknown, as FLOPs of bundle mine are" in lines_of_unknown(plan)
 
 
 def lines_of_unknown(plan):

@@ -49,7 +49,7 @@ def _time(value: Mapping[str, int | float | str], config: CorpusConfig, bundle: 
     decoding = float(value["audio, h"]) * 3600 / DECODE_REALTIME / cores()
     if not known_costs:
         return (
-            f"time: decoding {about(decoding)} on {cores()} cores; models unknown, as the FLOPs of bundle {bundle} are"
+            f"time here: decoding {about(decoding)} on {cores()} cores; models unknown, as FLOPs of bundle {bundle} are"
         )
     peak, source = present_flops(config.runtime.device)
     models = float(value["models, PFLOP"]) * 1e15 / (REACHED * peak)
