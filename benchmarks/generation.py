@@ -15,7 +15,7 @@ plain  benchmarks/plain.py: one clip at a time on all cores, both texts encoded 
 The cost of a clip is text + steps * cost of a step. On a CPU few steps are run, so text would weigh more than it does
 for users; the time in the encoders is measured within the runs, and the ratio at 25 steps follows from both. That one
 has the target: 1.5 on a CPU, 8 on a GPU. Utilisation is the arithmetic of matrix products and direct convolutions in
-the backbone per second outside of the encoders, against `training.memory.peak_flops`; minimal filtering
+the backbone per second outside of the encoders, against `models.speed.peak_flops`; minimal filtering
 (models/conv.py) needs less arithmetic, so on a CPU ours may exceed 100 %. Exit code 1 if the target is missed. Two
 threads on busy cores wait for each other and measure nothing. --quick only shows that everything runs, and judges
 nothing.
@@ -43,8 +43,8 @@ from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import forward_flops
 from ttmray.models.bundle import resolve_device
 from ttmray.models.clap import Clap, byte_roberta_tokenizer, debug_clap, htsat_base_config
+from ttmray.models.speed import peak_flops
 from ttmray.models.t5 import TextEncoder, byte_t5_tokenizer, debug_text_encoder
-from ttmray.training.memory import peak_flops
 
 TARGET = {"cpu": 1.5, "cuda": 8.0}
 PAPER_STEPS = 25

@@ -16,7 +16,7 @@ Losses of all updates are compared; a ratio between paths that do not compute th
 times in float32 on a CPU; 2.5 times in bf16 on a GPU or on a CPU with matrix units (on a CPU with vector units for bf16
 it is measured without a target, elsewhere only if --precision bf16 asks for it); on a GPU 45 % utilisation at batch 64.
 Utilisation is three times the forward arithmetic of matrix products and direct convolutions, against
-`training.memory.peak_flops`; minimal filtering (models/conv.py) needs less of it on a CPU.
+`models.speed.peak_flops`; minimal filtering (models/conv.py) needs less of it on a CPU.
 
 Peak memory is that of each side alone, in a process of its own that makes two updates: of a batch of 64 in the
 micro-batches that `split_batch` picks for 24 GB on a GPU (it must stay below 24 GB), of two micro-batches of the
@@ -44,12 +44,13 @@ from torch import Tensor
 
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.bundle import resolve_device
+from ttmray.models.speed import peak_flops
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig, TrainRuntime, ValidationConfig
 from ttmray.training.data import DataConfig, Samples, SourceConfig
 from ttmray.training.flow_matching import Batch, flow_losses
 from ttmray.training.loop import train
-from ttmray.training.memory import peak_flops, split_batch, step_flops
+from ttmray.training.memory import split_batch, step_flops
 from ttmray.training.schedule import learning_rate
 from ttmray.training.task import Losses, Ranks
 

@@ -43,7 +43,7 @@ def write_random_corpus(
     """Write a run folder whose numbers are seeded noise.
 
     Args:
-        captions: distinct captions (default: one per track), given to the tracks in turn.
+        captions: distinct captions (default: one per track), given to the tracks in turn; 0: none has one.
         validation, test: tracks of these splits, the last ones; the others are for training.
         latent: frames x channels of a clip.
         text: tokens x width of the T5 features.
@@ -52,7 +52,7 @@ def write_random_corpus(
     run = Folder.at(folder)
     segments = SegmentConfig(max_clips=clips_per_track)
     config = CorpusConfig(input="none", output=run.uri, bundle=PROTOCOL, unit_clips=unit_clips, segments=segments)
-    plan = _plan(tracks, clips_per_track, captions or tracks, validation, test, unit_clips)
+    plan = _plan(tracks, clips_per_track, tracks if captions is None else captions, validation, test, unit_clips)
     what: dict[str, Any] = {"seed": seed, "plan": plan.identity(), "latent": list(latent), "text": list(text)}
     what["protocol"] = asdict(Protocol())
     described = {"kind": "corpus", "fingerprint": fingerprint(what), "identity": what, "protocol_id": PROTOCOL}
@@ -69,7 +69,7 @@ def write_random_corpus(
 
 
 def _plan(tracks: int, clips: int, captions: int, validation: int, test: int, unit_clips: int) -> Plan:
-    of_track = [f"a caption of number {i % captions}" for i in range(tracks)]
+    of_track = [f"a caption of number {i % captions}" if captions else "" for i in range(tracks)]
     train = tracks - validation - test
     columns: dict[str, Sequence[Any]] = {
         "unit": pack_units([clips] * tracks, [0.0] * tracks, unit_clips),
@@ -81,7 +81,7 @@ def _plan(tracks: int, clips: int, captions: int, validation: int, test: int, un
         "split": ["train"] * train + ["validation"] * validation + ["test"] * test,
         "caption": of_track,
         "caption_id": [hashlib.sha256(caption.encode()).hexdigest()[:16] for caption in of_track],
-        "caption_owner": [i < captions for i in range(tracks)],
+        "caption_owner": [i < max(captions, 1) for i in range(tracks)],
         "status": ["ok"] * tracks,
     }
     empty = [""] * tracks

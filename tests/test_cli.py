@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import pytest
 import soundfile
 
 from ttmray import __version__
-from ttmray.cli import COMMANDS, main
+from ttmray.cli import COMMANDS, _parser, main
 from ttmray.cli.command import Command, imported
+from ttmray.cli.examples import EXAMPLES
+from ttmray.config import load_config
 from ttmray.config_docs import field_lines
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES
 from ttmray.generation.config import GenerateConfig
-from ttmray.presets import presets
+from ttmray.presets import command_of, presets
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -84,9 +87,48 @@ def test_the_commands_are_these(capsys):
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     chain |= {"train-grpo", "push", "attm"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card", "synth", "demo"}
-    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config", "verify"}
+    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config", "completion", "verify"}
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
     assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "repair", "upgrade"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_the_help_of_a_command_has_a_sentence_an_example_that_parses_and_where_its_fields_are(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.name.split(), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{command.help[1:]}.".replace("%%", "%") in text
+    example = f"ttmray {command.name} {EXAMPLES[command.name]}".rstrip()
+    assert f"example: {example}" in text
+    assert _parser().parse_args(shlex.split(example)[1:]).table_row is command
+    if command.config:
+        assert f"fields of --config and --set: ttmray config {shlex.quote(command.name)} " in text
+        assert "relative to the folder in which the command runs" in text
+    assert EXAMPLES.keys() == {one.name for one in COMMANDS}
+
+
+def test_every_preset_is_of_the_command_whose_config_it_is():
+    kinds = {command.name: command.config for command in COMMANDS if command.config}
+    for name, path in presets().items():
+        kind = imported(kinds[command_of(name)])
+        sets = ["checkpoint=mine.safetensors"] if command_of(name) == "generate" else []  # some are about one
+        assert load_config(kind, str(path), sets), name
+
+
+@pytest.mark.parametrize("words", [["corpus", ""], ["corpus", "ls", "--st"], ["train-sft", "--config", "debug/st"]])
+def test_the_shell_completes_commands_flags_and_presets(words, capsys, tmp_path):
+    assert main(["completion", "bash"]) == EXIT_OK
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    line = " ".join(shlex.quote(word) for word in ["ttmray", *words])
+    script = f'source completion; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _ttmray; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    offered = set(done.stdout.split())
+    expected = {"": {"ls", "stats", "verify"}, "--st": {"--status"}, "debug/st": {"debug/stage1", "debug/stage2"}}
+    assert expected[words[-1]] <= offered
+    assert all(one.startswith(words[-1]) for one in offered)
+    for shell in ("zsh", "fish"):
+        assert main(["completion", shell]) == EXIT_OK
+        assert "debug/stage1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [[], ["sing"], ["corpus"], ["corpus", "ls"], ["plan", "--limit", "3"]])
@@ -194,8 +236,12 @@ def test_planning_writes_the_plan_and_nothing_else(songs, tmp_path, capsys):
     assert files(tmp_path / "run") == {"plan.parquet", "plan.json", "plan.md"}
     plan = json.loads((tmp_path / "run/plan.json").read_text())
     assert plan["expected clips"]["value"] == 2
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in plan)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 10
+    assert f"all {len(plan)} numbers, with their reasons: {tmp_path / 'run/plan.md'}" in shown
+    assert any(line.startswith("2 clips expected (0.00") for line in shown), shown
+    reasons = (tmp_path / "run/plan.md").read_text()
+    assert all(f"| {name} | " in reasons for name in plan)
     job = [sys.executable, REPO / "jobs/score_corpus.py", "--plan-only", *arguments(songs, tmp_path / "job")]
     subprocess.run(job, check=True, capture_output=True)
     assert (tmp_path / "job/plan.parquet").read_bytes() == (tmp_path / "run/plan.parquet").read_bytes()
@@ -369,7 +415,22 @@ def test_what_can_be_set_is_told_with_type_limit_default_and_description(capsys)
     schema = json.loads(capsys.readouterr().out)
     assert schema["properties"]["head"]["format"] == "path"
     assert schema["additionalProperties"] is False
-    assert "train-sft" in refused(capsys, "config", "train")
+    text = refused(capsys, "config", "train")
+    assert "train-sft" in text
+    assert "micro/train" in text
+
+
+def test_a_preset_is_shown_as_it_is_and_its_fields_where_they_are_asked_for(capsys):
+    assert main(["config", "debug/stage1"]) == EXIT_OK
+    assert capsys.readouterr().out == (REPO / "configs/debug/stage1.yaml").read_text()
+    assert main(["config", "debug/stage1", "--docs"]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert text.startswith("ttmray train-sft: TrainConfig of ttmray/training/config.py. Relative paths")
+    assert "batch: integer" in text
+    assert main(["config"]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert re.search(r"^train-sft +attm/stage1-16gb, .*debug/stage1", text, re.MULTILINE)
+    assert re.search(r"^corpus rescore$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one.config], ids=lambda command: command.name)

@@ -1,6 +1,7 @@
 """Reading, overriding and identifying run configs."""
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -38,6 +39,12 @@ def message(*sets: str, path: str | None = None) -> str:
 )
 def test_an_unknown_field_suggests_the_near_one(assignment, suggestion):
     assert suggestion in message(assignment)
+
+
+@pytest.mark.parametrize(("sets", "shown"), [("texts=slow", "[slow]"), ("texts=3", "[3]"), ("texts={a: 1}", "[a, b]")])
+def test_a_value_in_place_of_a_list_is_told_how_to_become_one(sets, shown):
+    with pytest.raises(UserError, match=re.escape(f"texts: needs a list, in brackets: {shown}")):
+        load_config(GenerateConfig, None, [sets])
 
 
 def test_an_unknown_field_without_a_near_one_lists_what_there_is():

@@ -286,6 +286,18 @@ def _shape(line: str) -> str:
     return " ".join(re.sub(r"measured[ ,]*$", "", re.sub(r"[, ]+", " ", line)).split())
 
 
+def test_the_table_of_environment_variables_has_all_that_the_code_reads() -> None:
+    table = (REPO / "README.md").read_text("utf-8").partition("## Environment variables")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([A-Z][A-Z_]+)", table))
+    read = set()
+    for path in (REPO / "ttmray").rglob("*.py"):
+        read |= set(
+            re.findall(r"""environ(?:\.get\(|\.setdefault\(|\[|\.pop\()["']([A-Z_]+)["']""", path.read_text("utf-8"))
+        )
+    read |= {"RAY_BACKEND_LOG_LEVEL", "HF_HUB_OFFLINE", "HF_TOKEN"}
+    assert read - named == set()
+
+
 def test_relative_links_of_the_documents_lead_somewhere() -> None:
     documents = [REPO / "README.md", REPO / "cluster/README.md", *sorted((REPO / "docs").glob("*.md"))]
     missing = []

@@ -9,7 +9,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -17,11 +19,12 @@ from pydantic import Field
 
 from ttmray import cost
 from ttmray.config import Config, Device
-from ttmray.console import console
+from ttmray.console import OURS, console, errors
 from ttmray.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+RAY_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 RETRIES = 3
 """How often work is tried again that its worker died of. Workers are started again without end: in a run of days many
 may die, each of something else."""
@@ -106,6 +109,35 @@ class _Actor:
         return self._work(item)
 
 
+class Relay:
+    """What workers print reaches this process: lines of their consoles (`Marked`) are printed as if they were ours,
+    and so are a cluster's complaints; the last of all else is kept, for the day that a worker is lost."""
+
+    LINES = 30
+
+    def __init__(self) -> None:
+        self._others: deque[str] = deque(maxlen=self.LINES)
+
+    def __call__(self, printed: Mapping[str, Any]) -> None:
+        """Args:
+        printed: `lines` of one process, and its `pid`, as Ray hands them over.
+        """
+        for line in printed["lines"]:
+            if line.startswith(OURS):
+                console.print(line.removeprefix(OURS))
+            elif printed.get("pid") == "autoscaler" and ("Error:" in line or "Warning:" in line):
+                errors.print(line)
+            elif line.strip():
+                self._others.append(line)
+
+    def last_words(self) -> str:
+        """What is no console's line, newest last; empty where there was none."""
+        return "\n".join(self._others)
+
+
+relay = Relay()
+
+
 def connect(
     cpus: int, *, object_store_gib: float | None = None, show_workers: bool = False, state_api: bool = False
 ) -> None:
@@ -114,9 +146,12 @@ def connect(
     Args:
         cpus: logical CPUs that an instance started here has.
         object_store_gib: its object store; default: Ray's own choice (30 % of RAM).
-        show_workers: print what workers print.
+        show_workers: print what workers' consoles print (`Relay`).
         state_api: with Ray's dashboard (on the loopback interface), which Ray Train asks every second whether its
             controller lives; where nobody answers it warns every second.
+
+    Raises:
+        UserError: Ray does not start, or the cluster is not there.
     """
     import ray
 
@@ -128,10 +163,51 @@ def connect(
         if object_store_gib:
             options["object_store_memory"] = int(object_store_gib * 2**30)
     on_termination = signal.getsignal(signal.SIGTERM)
-    joined = ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
+    with _own_level():
+        try:
+            joined = ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
+        except Exception as error:  # Ray's own are of many types, and plain ones; each says that there is no cluster
+            signal.signal(signal.SIGTERM, on_termination)
+            said = str(error).strip().splitlines()
+            raise UserError(
+                f"Ray did not start: {said[0] if said else type(error).__name__}",
+                "A machine that is too busy or has too little memory may need another try; `runtime.runner=local` "
+                "works without Ray; RAY_ADDRESS names the cluster to join.",
+            ) from error
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
     if joined.dashboard_url:
         console.print(f"Ray's dashboard, with queues and use of GPUs: http://{joined.dashboard_url}", markup=False)
+    if show_workers:
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+        global_worker_stdstream_dispatcher.add_handler("ray_print_logs", relay)  # Ray removes it by this name
+
+
+@contextmanager
+def _own_level() -> Iterator[None]:
+    """Ray's C++ side, which starts inside, is silent below fatal errors unless the user says otherwise.
+
+    Whatever actor gets an object, as all of Ray Data's do, it prints an error line that nobody can act on. What ends
+    work arrives as an exception. That the level was set is a line, too, which goes into a file in place of the console.
+    """
+    if os.environ.get(RAY_LEVEL):
+        yield
+        return
+    os.environ[RAY_LEVEL] = "fatal"
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            del os.environ[RAY_LEVEL]
+            held.seek(0)
+            for line in held:
+                if RAY_LEVEL.encode() not in line:
+                    os.write(2, line)
 
 
 def require_gpus(needed: float, field: str, way_out: str) -> None:

@@ -226,6 +226,12 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
         return f"{'.'.join(place)}: unknown field{advice}{known}"
     message = problem["msg"].removeprefix("Value error, ")
     entered = problem.get("input")
+    if problem["type"] in ("tuple_type", "list_type"):
+        example = entered if isinstance(entered, str | int | float) else "a, b"
+        return f"{'.'.join(place)}: needs a list, in brackets: [{example}] (got {entered!r})"
+    if problem["type"] in ("too_short", "missing") and "ctx" in problem and "min_length" in problem["ctx"]:
+        least = problem["ctx"]["min_length"]
+        return f"{'.'.join(place)}: needs a list of {least} or more, in brackets (got {entered!r})"
     shown = f" (got {entered!r})" if isinstance(entered, str | int | float | bool) else ""
     return f"{'.'.join(place) or 'config'}: {message}{shown}"
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -28,6 +28,28 @@ console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 if not console.is_terminal:
     console.width = 160  # tables in logs and pipes
 errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+OURS = "\x02"
+"""Begins every line of a console that another process reads, and tells it from what libraries print there."""
+
+
+class Marked:
+    """A text stream whose lines begin with `OURS`."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream, self._begins = stream, True
+
+    def write(self, text: str) -> int:
+        """As of any stream; it is flushed, because readers take whole lines as they come."""
+        for line in text.splitlines(keepends=True):
+            self._stream.write(OURS * self._begins + line)
+            self._begins = line.endswith("\n")
+        self._stream.flush()
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
 
 LOG_EVERY_S = 10.0
 NOTEBOOK_EVERY_S = 0.5

@@ -1,9 +1,9 @@
 """Configs that ship with the package: `--config debug/stage1` from any folder."""
 
+from functools import cache
 from pathlib import Path
 
 from ttmray.errors import UserError
-from ttmray.storage import is_remote
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -13,12 +13,38 @@ def presets() -> dict[str, Path]:
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
+_COMMANDS = {
+    "corpus": "score-corpus",
+    "stage1": "train-sft",
+    "stage2": "expert-iteration",
+    "stage3": "train-crpo",
+    "grpo": "train-grpo",
+    "ranker": "train-ranker",
+    "train": "train-micro",
+}
+"""Where the name of a preset is not that of its command; what follows a dash says for what machine or variant it is."""
+
+
+def command_of(preset: str) -> str:
+    """The command whose config a preset is: `train-sft` of `paper/stage1-h200`."""
+    name = preset.rpartition("/")[2].partition("-")[0]
+    return _COMMANDS.get(name, name)
+
+
+@cache
+def presets_of(command: str) -> list[str]:
+    """Presets of a command; `plan` takes those of the job that it plans."""
+    return [name for name in presets() if command_of(name) == ("score-corpus" if command == "plan" else command)]
+
+
 def config_file(path: str) -> str:
     """The file that `--config` names: one that is there, else the preset of that name.
 
     Raises:
         UserError: there is neither, and it may be meant as a preset.
     """
+    from ttmray.storage import is_remote  # here, because --help knows presets and is to be there at once
+
     if is_remote(path) or Path(path).expanduser().exists():
         return path
     shipped = presets()

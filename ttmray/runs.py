@@ -40,6 +40,18 @@ def describe(kind: str, what: Any, config: Config, libraries: Sequence[str], **m
     }
 
 
+def note_of(run: Folder) -> str:
+    """What people must know about the numbers of a run: of its bundle; empty where there is nothing to say.
+
+    Raises:
+        UserError: there is no run, or it is damaged.
+    """
+    try:
+        return str(json.loads(run.read(RUN)).get("note") or "")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{run.path(RUN)} describes no run.", "Restore it.") from error
+
+
 def kind_of(run: Folder, known: Sequence[str]) -> str:
     """Which of some kinds of run `run.json` speaks of; the first where it says nothing, as its reader then explains."""
     try:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ttmray.errors import EXIT_INTERRUPTED
@@ -24,9 +24,12 @@ class Interruption:
     def __init__(self) -> None:
         self.asked = self.said = False
         self._before = {number: signal.getsignal(number) for number in NUMBERS}
+        self._console: int | None = None  # 2 itself may lead to a file for a while, see `cluster` and `audio.chatter`
 
     def install(self) -> None:
         """From here on the signals come here."""
+        with suppress(OSError):  # closed: there is no console
+            self._console = os.dup(2)
         for number in NUMBERS:
             if self._before[number] is not signal.SIG_IGN:
                 signal.signal(number, self)
@@ -34,6 +37,9 @@ class Interruption:
     def remove(self) -> None:
         """Give the signals back, unless the process is ending because of one."""
         if not self.asked:
+            if self._console is not None:
+                os.close(self._console)
+                self._console = None
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
@@ -46,7 +52,7 @@ class Interruption:
         self.said = True
         if sys.stderr.isatty():
             lines += _SHOW_CURSOR
-        os.write(2, lines)
+        os.write(2 if self._console is None else self._console, lines)
         os._exit(EXIT_INTERRUPTED)
 
     def say(self) -> bool:

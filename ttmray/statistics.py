@@ -201,6 +201,20 @@ def hierarchical_bootstrap(
     return Estimate(value, float(low), float(high), confidence, n, min(table.shape[1] for table in tables))
 
 
+MEAN_INTERVAL = "t over prompts"
+"""The interval of a mean over prompts, wherever one is shown: tables, plots, ablations and cards."""
+CROSSED_INTERVAL = "bootstrap over prompts and seeds"
+"""Instead of it where samples of all prompts share seeds, of which others are to be covered, too."""
+
+
+def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+    """t interval of the mean of `values` (n,), one per prompt; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
 def grouped_interval(
     values: np.ndarray,
     groups: Sequence[Hashable] | None = None,

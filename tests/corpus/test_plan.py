@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import replace
 from itertools import groupby
@@ -26,6 +27,7 @@ from ttmray.corpus.plan import (
     pack_units,
     plan_difference,
 )
+from ttmray.corpus.plan_lines import plan_lines
 from ttmray.corpus.track import Track
 from ttmray.errors import UserError
 from ttmray.storage import Folder
@@ -351,13 +353,30 @@ def test_numbers_of_a_small_plan_follow_from_it_by_hand():
     assert (numbers["tracks"], numbers["usable tracks"], numbers["rejected: excluded"]) == (5, 4, 1)
     assert (numbers["expected clips"], numbers["units"], numbers["clips per unit, most"]) == (12, 2, 9)
     assert (numbers["clips per unit, mean"], numbers["distinct captions"]) == (6.0, 1)
-    assert (numbers["audio, h"], numbers["clips, h"]) == (0.04, 0.03)
+    assert (numbers["audio, h"], numbers["clips, h"]) == (0.04, 0.033)
     assert numbers["bytes read"] == 100 + 101 + 102 + 103
     assert numbers["bytes written, captions"] == 77 * 1024 * 2 + 2 * 512 * 4
     payload = 2 * 430 * 40 * 2 + 2 * 512 * 4 + 2 * 1024 * 4
     assert 12 * payload < numbers["bytes written, clips"] < 12 * (payload + 5 * 1536) + 2 * 10240
     teraflop = 12 * (0.761 + 2 * 0.031 + 2 * 0.59 + 0.116)
     assert numbers["models, PFLOP"] == pytest.approx(teraflop / 1000, abs=1e-3)
+
+
+def test_no_work_that_is_to_do_takes_no_time():
+    plan = build_plan(catalogue_of(some_tracks(1, duration_s=6.0)), config())
+    numbers = numbers_of(plan, config())
+    for name in ("audio, h", "clips, h", "decoding, core-h", "clap, PFLOP", "models, PFLOP", "models, accelerator-h"):
+        assert numbers[name] > 0, name
+    for known in (True, False):
+        lines = plan_lines(derived_numbers(plan, config()), config(), "paper", known)
+        assert len(lines) <= 8
+        assert not re.search(r"\b0(\.0+)?\b (h|s|min|days|kB|MB)", " ".join(lines)), lines
+    assert "models about" in plan_lines(derived_numbers(plan, config()), config(), "paper", True)[-1]
+    assert "unknown, as FLOPs of bundle mine are" in lines_of_unknown(plan)
+
+
+def lines_of_unknown(plan):
+    return plan_lines(derived_numbers(plan, config()), config(), "mine", False)[-1]
 
 
 def test_whole_track_separation_costs_the_separator_the_whole_track():

@@ -20,7 +20,7 @@ from ttmray.audio import loudness
 from ttmray.evaluation.metrics import Metric
 from ttmray.evaluation.results import CLIPS, COLUMNS, RESULTS
 
-PROTOCOL = "debug/test protocol"
+PROTOCOL = "mine/test protocol"
 HOSTILE = "</script><script>alert(1)</script> & \"quotes\" 'too' {{data}} $x^2$"
 PROMPTS = ("calm piano", HOSTILE, "loud guitars", "a choir")
 SYSTEMS = ("_base <b>$", "tuned")
@@ -146,8 +146,8 @@ def write_evaluation(folder: Path, rows: Sequence[Mapping[str, Any]], **changes:
         "kind": "evaluation",
         "created": "2026-01-01T00:00:00+00:00",
         "protocol": PROTOCOL,
-        "bundle": "debug",
-        "note": "debug bundle: scores mean nothing",
+        "bundle": "mine",
+        "note": "my bundle: of synthetic songs",
         "systems": systems,
         "comparisons": comparisons,
         "reference": {"name": "reference", "clips": 10, "by": {"seed": 1}},

@@ -18,8 +18,8 @@ from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.evaluation import measure, metrics
-from ttmray.evaluation.compare import compare, show
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate, system_table
+from ttmray.evaluation.compare import compare, show, system_table
+from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
 from ttmray.evaluation.fad import _Samples, fad
 from ttmray.evaluation.measure import MeasureConfig
 from ttmray.evaluation.metrics import kad
@@ -144,8 +144,8 @@ def test_metrics_are_those_of_the_stored_embeddings_with_n_protocol_and_interval
             assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
         assert 0 <= metrics["near_duplicates"]["value"] <= 1
     warnings = " ".join(results["warnings"])
-    assert "one: fad: 3 generated clips are fewer than 512 dimensions: FAD is expected to be too high" in warnings
-    assert "one: 3 clips are too few for fad_inf, which needs 8" in warnings
+    assert "one, two: fad: 3 generated clips are fewer than 512 dimensions: FAD is expected to be too high" in warnings
+    assert "one, two: 3 clips are too few for fad_inf, which needs 8" in warnings
 
 
 def test_comparisons_are_the_paired_tests_of_the_clips(finished):
@@ -317,6 +317,38 @@ def test_samples_of_a_prompt_are_averaged_before_prompts_are(root):
     assert (cell["n"], cell["mean_a"]) == (3, metric["value"])
 
 
+def test_grave_warnings_come_first_and_what_is_said_of_several_systems_is_said_once(finished, root, capsys):
+    results = read_results(Folder.at(str(finished / "out")))
+    assert results.grave[0].startswith("the reference shares 3 tracks with the training split by id")
+    assert results.grave[1].startswith("one, two: 3 prompts are too few to tell systems apart")
+    assert results.warnings[:2] == results.grave
+    assert len(results.warnings) == len(set(results.warnings))
+    assert sum("one, two: fad: 3 generated clips are fewer" in text for text in results.warnings) == 1
+    assert not any(text.startswith("two: fad: ") for text in results.warnings)
+    assert evaluate(make(root)) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("WARNING: one, two: 3 prompts are too few") < shown.index("reward")
+    assert "FAD and KAD are left out" in shown
+    assert "ttmray reference build" in shown
+    assert "95 % CI: " in shown
+    assert "clap_score, reward, lufs, true_peak" in shown.partition("95 % CI: ")[2].partition(": t over prompts")[0]
+
+
+def test_nothing_is_marked_where_the_models_are_untrained(finished, tmp_path, capsys):
+    results = read_results(Folder.at(str(finished / "out")))
+    assert results.meaningless
+    assert not any(cell.significant for cell in results.comparisons)
+    for format, name in (("markdown", "pairs.md"), ("latex", "pairs.tex"), ("csv", "pairs.csv")):
+        assert main(["compare", str(finished / "out"), "--format", format, "--out", str(tmp_path / name)]) == 0
+        text = (tmp_path / name).read_text()
+        assert text.count("these scores are of untrained models and mean nothing") == len(results.comparisons)
+        assert " * " not in text
+    assert main(["compare", str(finished / "out"), "--alpha", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing is marked" in shown
+    assert "*" not in shown
+
+
 def test_crossed_seeds_widen_intervals_by_what_the_samples_of_all_prompts_share(root):
     for i, name in enumerate(PROMPTS):
         (root / f"one/{name}.wav").unlink()
@@ -332,12 +364,14 @@ def test_crossed_seeds_widen_intervals_by_what_the_samples_of_all_prompts_share(
     rows = rows_of(root / "out")
     for metric, column in (("reward", "reward"), ("lufs", "lufs")):
         table = np.array([row[column] for row in rows]).reshape(3, 2)
-        for seeds, given in (("nested", table.mean(axis=1, keepdims=True)), ("crossed", table)):
-            expected = hierarchical_bootstrap(given, seeds=seeds)
+        crossed = hierarchical_bootstrap(table, seeds="crossed")
+        means = table.mean(axis=1)
+        half = stats.t.ppf(0.975, 2) * means.std(ddof=1) / np.sqrt(3)
+        ends = {"nested": (table.mean() - half, table.mean() + half), "crossed": (crossed.low, crossed.high)}
+        for seeds, how in (("nested", "t over prompts"), ("crossed", "bootstrap over prompts and seeds")):
             got = found[seeds][metric]
-            assert (got["value"], got["low"], got["high"]) == pytest.approx(
-                (table.mean(), expected.low, expected.high), rel=1e-12
-            )
+            assert (got["value"], got["low"], got["high"]) == pytest.approx((table.mean(), *ends[seeds]), rel=1e-12)
+            assert got["interval"] == how
     width = {seeds: metrics["lufs"]["high"] - metrics["lufs"]["low"] for seeds, metrics in found.items()}
     assert width["crossed"] > width["nested"] + 10
     (root / "one/b_s2.wav").unlink()
@@ -398,8 +432,7 @@ def test_a_judge_that_answers_nothing_is_a_failure_of_every_clip(root, server, c
     asked = f"judge={{endpoint: {server.url}, model: ears, attempts: 1}}"
     assert evaluate(make(root, asked)) == 3
     warnings = " ".join(results_of(root / "out")["warnings"])
-    for name in ("one", "two"):
-        assert f"{name}: 3 of 3 clips have no CCS (judge: no usable answer" in warnings
+    assert "one, two: 3 of 3 clips have no CCS (judge: no usable answer" in warnings
     assert "6 clips failed, 0 are allowed" in capsys.readouterr().out
     server.reply = server.hears_the_piano
     assert evaluate(make(root, asked)) == 0

@@ -104,7 +104,24 @@ def test_tables_show_values_with_interval_n_and_significance(made: Path, evaluat
     content = json.loads((evaluation / RESULTS).read_text())
     assert text.count('aria-label="significant"') == sum(one["significant"] for one in content["comparisons"]) > 0
     assert "<summary>2 warnings</summary><ul><li>N is smaller" in text
-    assert "debug bundle: scores mean nothing" in text
+    assert "my bundle: of synthetic songs" in text
+    assert "95 % interval (" in text
+
+
+def test_a_page_of_untrained_models_marks_nothing_and_grave_warnings_stand_open_at_the_top(
+    evaluation: Path, tmp_path: Path
+) -> None:
+    content = json.loads((evaluation / RESULTS).read_text())
+    grave = "one: 3 prompts are too few <b>"
+    more = {"bundle": "debug", "grave": [grave], "warnings": [grave, *(f"other {i}" for i in range(9))]}
+    (tmp_path / RESULTS).write_text(json.dumps(content | more))
+    text = page(read_results(Folder.at(str(tmp_path))), [], [])
+    assert 'aria-label="significant"' not in text
+    assert "<strong>" not in text
+    assert "class=yes" not in text
+    assert text.count("too few &lt;b&gt;") == 1
+    assert text.index("too few &lt;b&gt;</p>") < text.index('id="results"')
+    assert "<summary>9 warnings</summary>" in text
 
 
 def test_ties_of_a_comparison_and_the_licences_of_the_models_are_shown(evaluation: Path, tmp_path: Path) -> None:
@@ -177,7 +194,9 @@ def test_plots_are_the_same_bytes_for_the_same_scores() -> None:
     values = np.random.default_rng(0).normal(size=20)
     first = plots.differences(values, "a$b$", "_b", "Reward", "light", (0, 1))
     assert first == plots.differences(values, "a$b$", "_b", "Reward", "light", (0, 1))
-    assert plots.distributions({"x": values, "one": values[:1], "none": values[:0]}, "Reward", "dark") != first
+    clips = {"x": values, "one": values[:1], "none": values[:0]}
+    means = {"x": (0.0, -0.1, 0.1), "one": (1.0, None, None)}
+    assert plots.distributions(clips, means, "Reward", "dark") != first
 
 
 def test_every_colour_of_text_and_systems_is_readable_on_page_and_card() -> None:

@@ -210,6 +210,23 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_a_long_file_says_what_was_heard_and_in_pieces_every_piece_has_its_own_reward(scored, capsys, tmp_path):
+    audio = music(26.5)
+    long, short = write(tmp_path / "long.wav", audio), write(tmp_path / "short.wav", music(6.0))
+    whole, brief = scored(long, short)
+    assert (whole["heard"], brief["heard"]) == ("CLAP 8.2 to 18.2 s, MERT all 26.5 s", "")
+    pieces = scored("--pieces", long, short, str(tmp_path / "nothing.wav"))
+    assert [row["start_s"] for row in pieces] == [0.0, 10.0, 20.0, 0.0, 0.0]
+    assert [row["heard"] for row in pieces] == [""] * 5
+    assert pieces[4]["status"] == "failed"
+    second = scored(write(tmp_path / "second.wav", audio[10 * RATE : 20 * RATE]))
+    assert (pieces[1]["reward"], pieces[1]["lufs"]) == (second[0]["reward"], second[0]["lufs"])
+    assert pieces[3]["reward"] == brief["reward"]
+    capsys.readouterr()
+    main(["score", "--bundle", "debug", "--device", "cpu", long])
+    assert "--pieces gives one per 10 s" in capsys.readouterr().out
+
+
 def test_a_folder_is_scored_file_by_file_into_a_csv(capsys, tmp_path):
     (tmp_path / "songs/deep").mkdir(parents=True)
     for name in ("a.flac", "deep/b.wav"):

@@ -136,6 +136,29 @@ def test_other_settings_are_refused_with_their_differences(prompts, run, idle):
         generate(make(prompts, run, FINISH, "scores=true", "seed=55"))
 
 
+def test_other_settings_may_replace_the_clips_of_a_run_and_nothing_else_of_the_folder(
+    prompts, run, finished, tmp_path, capsys
+):
+    (run / "notes.txt").write_text("mine")
+    changed = make(prompts, run, "seed=7")
+    with pytest.raises(UserError, match="--overwrite deletes its clips and starts anew"):
+        generate(changed)
+    before = {path.name: path.read_bytes() for path in (run / "clips").iterdir()}
+    assert generate(changed, overwrite=True) == 0
+    assert f"{len(before)} clips of other settings are deleted" in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in (run / "clips").iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[name] != data for name, data in before.items())
+    assert (run / "notes.txt").read_text() == "mine"
+    assert generate(changed, overwrite=True) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    (tmp_path / "songs").mkdir()
+    (tmp_path / "songs/a.flac").write_bytes(b"music")
+    with pytest.raises(UserError, match=r"holds a\.flac"):
+        generate(make(prompts, tmp_path / "songs"), overwrite=True)
+    assert (tmp_path / "songs/a.flac").exists()
+
+
 def test_prompts_can_be_added_but_an_id_keeps_its_prompt(run, finished, tmp_path):
     longer = tmp_path / "more.csv"
     longer.write_text("id,prompt\nd,a harp\na,a calm piano\n")

@@ -185,6 +185,20 @@ def test_a_missed_target_is_recorded(tmp_path, capsys):
     assert "missed" in capsys.readouterr().out
 
 
+def test_limiting_that_is_heard_is_listed_and_less_is_not(tmp_path, capsys):
+    soft = 0.1 * np.sin(2 * np.pi * 330 * np.arange(3 * RATE) / RATE, dtype=np.float32)[None]
+    hard = np.where(np.arange(3 * RATE) == RATE, np.float32(2), soft)  # one click far above the tone
+    write(tmp_path / "in/soft.wav", soft)
+    write(tmp_path / "in/hard.wav", hard)
+    assert run(tmp_path / "out", tmp_path / "in", config=PLAIN.model_copy(update={"max_reduction_db": 60.0})) == EXIT_OK
+    table = rows(tmp_path / "out")
+    assert float(table["hard.wav"]["reduction_db"]) > 6 > float(table["soft.wav"]["reduction_db"])
+    shown = capsys.readouterr().out
+    assert "dB off peaks, more than 6: listen to it" in shown
+    assert "soft.wav" not in shown
+    assert table["hard.wav"]["reason"] == ""
+
+
 @pytest.mark.parametrize(
     ("wave", "reason"),
     [

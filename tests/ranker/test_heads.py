@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,6 +228,37 @@ def test_ties_do_not_count_and_a_margin_of_zero_predicts_b():
     assert found["sources"]["y"]["accuracy"] == 0.0
     only_ties = report.metrics(margin[:1], np.array([0.5]), ["x"])
     assert (only_ties["decided"], only_ties["accuracy"], only_ties["interval"]) == (0, None, None)
+
+
+def ranker_result(
+    split: str = "item: 9 train", note: str = "", **heads: tuple[int, float, int, float]
+) -> dict[str, Any]:
+    """`metrics.json` of heads: (decided pairs, lower end of the interval, best epoch, temperature) each."""
+    rows = {
+        name: {
+            "inputs": "clap", "temperature": temperature, "best_epoch": best, "note": "",
+            "test": {"decided": decided, "accuracy": 0.6, "interval": [low, 0.9], "sources": {}},
+        }
+        for name, (decided, low, best, temperature) in heads.items()
+    }  # fmt: skip
+    run = {"split": split, "intervals_resample": "prompt"}
+    return {"note": note, "run": run, "heads": rows, "leave_one_out": {}, "mcnemar": {}}
+
+
+def test_what_makes_a_ranker_doubtful_stands_first_in_its_report_and_once_for_all_its_heads():
+    assert report.grave_warnings(ranker_result(good=(1000, 0.6, 5, 1.3))) == []
+    bad = ranker_result("pair: 9 train", "debug bundle", a=(20, 0.45, 0, 100.0), b=(20, 0.45, 3, 1.0))
+    lines = report.grave_warnings(bad)
+    assert lines[0].startswith("the split is by pair: clips of test pairs are in training pairs")
+    assert [line.partition(":")[0] for line in lines[1:]] == ["a, b", "a, b", "a", "a"]
+    assert all(
+        words in " ".join(lines) for words in ("20 decided test pairs", "chance", "no epoch", "temperature of 100")
+    )
+    text = report.summary(bad)
+    assert text.startswith("# Preference ranker\n\n> debug bundle\n>\n> WARNING: the split is by pair")
+    assert text.index("WARNING") < text.index("## Heads")
+    assert "| 95 % interval, bootstrap over prompt |" in text
+    assert "**" not in text
 
 
 def test_the_interval_is_the_binomial_one_for_pairs_and_wider_for_groups_that_agree():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,31 @@ def test_the_best_of_every_column_is_bold_and_the_papers_figures_have_columns_of
     assert "<b>0.3000</b>†" in render_table(table, "html")
     assert "arXiv" in render_table(table, "markdown")
     assert "arXiv" not in render_table(contrast_table("x", rows, {}), "markdown")
+
+
+def test_tables_of_untrained_models_mark_nothing_and_say_so_in_every_format():
+    rows = {"SFT": cell(0.1, 0.1, 0.3), "Sub.1": cell(0.5, 0.3, 0.4, seed=1)}
+    table = chain_table(rows, [], CHAIN).unmarked("These numbers <mean> nothing.")
+    assert not any(pair["significant"] for pair in table.pairs)
+    for format in ("markdown", "latex", "csv", "html"):
+        text = render_table(table, format)
+        assert "nothing." in text
+        assert "nothing is marked" in text or format in ("latex", "csv")
+        rest = text.replace(f"{DAGGER}: better", "").replace(r"\end{tabular}", "")  # the note that says what one is
+        assert not any(mark in rest for mark in (DAGGER, "**", "textbf", "dagger", "<b>", TIE)), (format, rest)
+    for row in csv.DictReader(io.StringIO(render_table(table, "csv"))):
+        assert row["note"] == "These numbers <mean> nothing."
+
+
+def test_the_interval_of_a_mean_is_that_of_the_evaluation():
+    plain = cell(0.1)
+    values = np.array(list(plain.scores["reward"].values()))
+    half = stats.t.ppf(0.975, 39) * values.std(ddof=1) / np.sqrt(40)
+    (_, row), _ = contrast_table("x", {"a": plain, "b": cell(0.2)}, {}).rows
+    assert (row["reward"].low, row["reward"].high) == pytest.approx((values.mean() - half, values.mean() + half))
+    crossed = replace(plain, ends={"reward": (-0.4, 0.6)})
+    (_, row), _ = contrast_table("x", {"a": crossed, "b": cell(0.2)}, {}).rows
+    assert (row["reward"].low, row["reward"].high) == (-0.4, 0.6)
 
 
 def test_csv_has_a_number_or_nothing_in_every_field():

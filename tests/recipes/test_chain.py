@@ -1,7 +1,9 @@
 """Steps in one run folder: what is skipped, what is run, and what it has cost."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from ttmray.config import Config
 from ttmray.errors import UserError
 from ttmray.recipes.chain import Step, is_done, run_chain
 from ttmray.storage import Folder
+from ttmray.training.config import TrainConfig
 
 PRINTS = {"a": "1", "b": "2", "c": "3"}
 
@@ -110,9 +113,26 @@ def test_an_error_names_its_step_and_the_page_shows_how_far_it_came(three):
     page, text = (three.root.read(name).decode() for name in ("index.html", "summary.md"))
     assert "<td>a</td><td>done</td>" in page
     assert "<td>b</td><td>begun</td>" in page
-    assert "| c | to do | 0.0 | 0.00 |  |" in text
+    assert "| c | to do | – | – |  |" in text
     assert "<a href='a/made'>" in page
     assert "&lt;run&gt;" in page
+
+
+def test_a_plan_says_how_long_what_is_to_do_takes_and_a_foreign_folder_is_refused(three, tmp_path, capsys):
+    data = {"sources": [{"corpus": "x"}]}
+    train = {"output": str(tmp_path / "t"), "data": data, "model": {"size": "debug"}, "steps": 7, "batch": 4}
+    steps = [replace(three.steps()[0], config=TrainConfig.model_validate(train)), *three.steps()[1:]]
+    assert run_chain(three.root, steps, PRINTS, plan_only=True) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if " a " in line)
+    assert re.search(r"to do +│ – +│ (less than 1 s|about [1-9])", line), line
+    assert "25% of" in " ".join(shown.split())
+    assert not re.search(r"\b0\.0+\b", shown)
+    assert shown.count("not known") == 2
+    three.root.write("run.json", json.dumps({"kind": "sft"}).encode())
+    for plan_only in (True, False):
+        with pytest.raises(UserError, match="no chain"):
+            three.run(plan_only=plan_only)
 
 
 def test_a_step_that_claims_to_have_ended_well_without_results_is_a_bug(three):

@@ -37,8 +37,23 @@ def test_the_plan_says_every_number_and_writes_nothing(make_sets, tmp_path, caps
     text = " ".join(capsys.readouterr().out.split())
     assert "update 12 samples (1 workers x 3 x 4)" in text
     assert "updates 12 (144 samples)" in text
-    for name in ("trainable weights 1,260,264", "memory per device", "GFLOP per sample"):
+    for name in ("trainable weights 1,260,264", "memory per device", "GFLOP per sample", "time here"):
         assert name in text
+    assert "0.00 PFLOP" not in text
+    assert "matrix product" in text
+
+
+def test_a_plan_into_the_folder_of_another_run_is_refused_as_the_run_is(finished, make_sets, tmp_path, capsys):
+    before = sorted(path.stat().st_mtime_ns for path in finished.rglob("*"))
+    for sets in ([], ["optimizer.lr=2e-3"]):
+        command = ["train-sft", "--plan-only", *(f"--set={text}" for text in make_sets(finished, *sets))]
+        assert main(command) == (EXIT_BAD_INPUT if sets else EXIT_OK)
+    assert "config.optimizer.lr: 0.001 -> 0.002" in capsys.readouterr().err
+    assert main([*command, "--force"]) == EXIT_OK
+    assert sorted(path.stat().st_mtime_ns for path in finished.rglob("*")) == before
+    (tmp_path / "song.flac").write_bytes(b"music")
+    assert main(["train-sft", "--plan-only", *(f"--set={text}" for text in make_sets(tmp_path))]) == EXIT_BAD_INPUT
+    assert "holds song.flac but no run.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

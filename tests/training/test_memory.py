@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ttmray.models import conv
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
-from ttmray.training.memory import activation_bytes, peak_flops, split_batch, step_flops
+from ttmray.models.speed import peak_flops
+from ttmray.training.memory import activation_bytes, split_batch, step_flops
 
 DEBUG = BackboneConfig(hidden=64, heads=2, depth=3, fused_depth=1, text_dim=64)
 

@@ -376,6 +376,20 @@ def test_corpora_of_different_models_are_not_mixed(make_train_config, debug_corp
     assert corpus_bundle(make_train_config(tmp_path).data) == "debug"
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_training_without_captions_is_told_aloud(
+    make_train_config, write_corpus, debug_corpus, tmp_path, capsys, mixed
+):
+    bare = write_corpus(tmp_path / "bare", tracks=2, captions=0, validation=0)
+    sources = [{"corpus": str(bare)}, *([{"corpus": str(debug_corpus)}] if mixed else [])]
+    SftTask(make_train_config(tmp_path / "run", f"data.sources={sources}", "validation.clips=0"), CPU)
+    shown = capsys.readouterr().out
+    assert ("WARNING: 25% OF THE SAMPLES HAVE NO CAPTION." if mixed else "WARNING: NO SAMPLE HAS A CAPTION.") in shown
+    assert "catalogue.captions" in shown
+    SftTask(make_train_config(tmp_path / "run", "validation.clips=0"), CPU)
+    assert "CAPTION" not in capsys.readouterr().out
+
+
 def test_without_clips_held_out_there_is_no_validation(make_train_config, look, expert_debug, tmp_path, capsys):
     config = make_train_config(tmp_path / "run", f"data.sources.0.corpus={expert_debug}", "steps=1")
     assert open_with_held_out(config.data)[1] is None

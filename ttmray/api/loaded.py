@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ttmray.generation.config import GenerateConfig
 
-COLUMNS = ("file", "status", "reason", "message", *FACTS, "reward", "clap_score", "protocol")
+COLUMNS = ("file", "status", "reason", "message", *FACTS, "reward", "clap_score", "heard", "protocol")
 """Of a table of scores; numbers are those of `ttmray score`."""
 COUNTS = ("sample_rate", "channels")
 

@@ -16,6 +16,7 @@ def generate(
     retry_failed: bool = False,
     zip_to: str | None = None,
     play_page: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """`ttmray generate`, at the score that was chosen for the checkpoint where `score_from` names that run.
 
@@ -29,37 +30,72 @@ def generate(
 
         sampler = config.sampler.model_copy(update={"score": chosen_score(score_from, config.checkpoint)})
         config = config.model_copy(update={"sampler": sampler})
-    return generate(config, retry_failed=retry_failed, zip_to=zip_to, play_page=play_page)
+    return generate(config, retry_failed=retry_failed, zip_to=zip_to, play_page=play_page, overwrite=overwrite)
 
 
-def config(name: str, *, schema: bool = False) -> int:
-    """`ttmray config`: what can be set for a command, or its JSON schema for editors.
+def config(name: str | None = None, *, docs: bool = False, schema: bool = False) -> int:
+    """`ttmray config`: what can be set for a command, or its JSON schema for editors; of a preset the file itself.
+
+    Without a name: the commands that have a config, each with its presets.
 
     Raises:
-        UserError: there is no such command, or it has no config.
+        UserError: there is no such command or preset, or it has no config.
     """
     import json
 
     from ttmray.cli import COMMANDS
-    from ttmray.cli.command import imported
+    from ttmray.cli.command import PATH_RULE, imported
     from ttmray.config_docs import field_lines
     from ttmray.console import console
     from ttmray.errors import EXIT_OK, UserError
-    from ttmray.presets import presets
+    from ttmray.presets import command_of, presets, presets_of
 
     kinds = {command.name: command.config for command in COMMANDS if command.config}
-    if name not in kinds:
-        raise UserError(f"{name!r} is no command with a config.", f"Those are: {', '.join(kinds)}.")
-    full = imported(kinds[name]).model_json_schema()
+    if name is None:
+        for command in kinds:
+            console.print(f"{command:<18} {', '.join(presets_of(command))}".rstrip())
+        console.print("ttmray config NAME: the fields of a command, or the file of a preset.")
+        return EXIT_OK
+    files = presets()
+    if name in files and not docs and not schema:
+        console.print(files[name].read_text("utf-8"), end="")
+        return EXIT_OK
+    command = command_of(name) if name in files else name
+    if command not in kinds:
+        raise UserError(
+            f"{name!r} is no command with a config, and no preset.",
+            f"Commands are: {', '.join(kinds)}. Presets are: {', '.join(files)}.",
+        )
+    kind = imported(kinds[command])
+    full = kind.model_json_schema()
     if schema:
         print(json.dumps(full, indent=1))
         return EXIT_OK
+    console.print(f"ttmray {command}: {kind.__name__} of {kind.__module__.replace('.', '/')}.py. {PATH_RULE}")
     for line, description in field_lines(full):
         console.print(line, style="bold")
         if description:
             console.print(Padding(description, (0, 0, 0, 4), expand=False))
-    console.print(f"Presets: {', '.join(presets())}.", markup=False)
+    console.print(f"Presets: {', '.join(presets_of(command)) or 'none'}.")
     return EXIT_OK
+
+
+def report(folder: str, output: str | None = None, audio: str = "ogg") -> int:
+    """`ttmray report`: the page of an evaluation, or of a training run.
+
+    Raises:
+        UserError: as `evaluation.report.report` and `recipes.result_page.run_page`.
+    """
+    from ttmray.evaluation.results import RESULTS
+    from ttmray.storage import Folder
+
+    if Folder.at(folder).exists(RESULTS):
+        from ttmray.evaluation.report import report
+
+        return report(folder, output, audio)  # type: ignore[arg-type]
+    from ttmray.recipes.result_page import run_page
+
+    return run_page(folder)
 
 
 def pull(

@@ -1,10 +1,14 @@
 """What a command is: a line of a table. Functions and configs are named, and imported when the command runs."""
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+
+from ttmray.cli.examples import EXAMPLES
+from ttmray.presets import presets_of
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,20 @@ def imported(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+PATH_RULE = "Relative paths, also those in files, are relative to the folder in which the command runs."
+
+
+def explained(command: Command) -> tuple[str, str]:
+    """A sentence about a command, and what stands at the end of its help: an example, and where its fields are."""
+    lines = ["example:", f"  ttmray {command.name} {EXAMPLES[command.name]}".rstrip()]
+    if command.config:
+        presets = ", ".join(presets_of(command.name))
+        lines += ["", f"fields of --config and --set: ttmray config {shlex.quote(command.name)}"]
+        lines += [f"presets: {presets}"] if presets else []
+        lines += [PATH_RULE]
+    return f"{command.help[0].upper()}{command.help[1:]}.".replace("%", "%%"), "\n".join(lines).replace("%", "%%")
+
+
 def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, str]) -> None:
     """A parser for each command; those of two words go below one for the first, whose help `groups` has."""
     acts: dict[str, Any] = {}
@@ -82,7 +100,14 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
             acts[group] = commands.add_parser(group, help=groups[group]).add_subparsers(
                 dest="act", required=True, metavar="ACT"
             )
-        parser = (acts[group] if group else commands).add_parser(act, help=command.help)
+        description, end = explained(command)
+        parser = (acts[group] if group else commands).add_parser(
+            act,
+            help=command.help,
+            description=description,
+            epilog=end,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         for flag in command.flags:
             parser.add_argument(*flag.names, **{"default": argparse.SUPPRESS, **flag.options})
         if command.config:

@@ -21,6 +21,7 @@ COMMANDS = (
             argument("--batch", type=int, metavar="N", help="clips per model forward on a GPU (default 8)"),
             argument("--cache", metavar="DIR", help="folder that keeps embeddings, shared by jobs"),
             switch("--json", "one JSON object per line", dest="as_json"),
+            switch("--pieces", "score longer files in pieces of 10 s, a row each"),
             argument("--csv", metavar="FILE", dest="csv_to", help="write the rows to this .csv"),
         ),
     ),
@@ -88,10 +89,10 @@ COMMANDS = (
     ),
     Command(
         "report",
-        "an evaluation as a static page: tables, plots, players, blind A/B test",
-        "ttmray.evaluation.report:report",
+        "a page: of an evaluation tables, plots, players, blind A/B test; of a training run its curves",
+        "ttmray.cli.acts:report",
         (
-            argument("folder", metavar="OUT", help="output of `ttmray evaluate`, local or s3://"),
+            argument("folder", metavar="OUT", help="output of `ttmray evaluate` or of a training, local or s3://"),
             argument("--output", metavar="DIR", help="folder of the report (default OUT/report)"),
             argument("--audio", choices=("ogg", "flac"), help="ogg is small (default), flac lossless"),
         ),

@@ -23,6 +23,7 @@ COMMANDS = (
             argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form"),
             switch("--play-page", "write index.html with players into the run folder"),
             switch("--retry-failed", "make failed clips once more"),
+            switch("--overwrite", "delete the clips of other settings that the run folder holds, and start anew"),
         ),
         config="ttmray.generation.config:GenerateConfig",
         exclusive=("texts", "prompts"),

@@ -10,9 +10,16 @@ COMMANDS = (
         "what can be set for a command: fields, types, defaults, descriptions",
         "ttmray.cli.acts:config",
         (
-            argument("name", metavar="COMMAND", help="such as train-sft"),
+            argument("name", nargs="?", metavar="NAME", help="command, such as train-sft, or preset: debug/stage1"),
+            switch("--docs", "of a preset: the fields of its command, not the file"),
             switch("--schema", "the JSON schema, for editors that complete and check YAML"),
         ),
+    ),
+    Command(
+        "completion",
+        "a script by which a shell completes commands, flags and presets",
+        "ttmray.cli.completion:completion",
+        (argument("shell", choices=("bash", "zsh", "fish"), help='bash and zsh: eval "$(ttmray completion bash)"'),),
     ),
     Command(
         "params",

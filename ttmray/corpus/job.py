@@ -16,6 +16,7 @@ from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import More, finalise, summary_lines
 from ttmray.corpus.plan import PLAN_FILE, PLAN_FILES, Plan, build_plan, derived_numbers, plan_difference, replaced
+from ttmray.corpus.plan_lines import catalogue_lines, plan_lines
 from ttmray.corpus.repair import existing_run, forget_damaged
 from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
@@ -53,7 +54,7 @@ def score_corpus(
     existing = existing_run(run, "corpus", beside=PLAN_FILES)
     plan, catalogue_digest = _plan(config, run, existing)
     if plan_only and existing is None:  # before the weights are here, too
-        _show_plan(plan, config, run, save=True)
+        _show_plan(plan, config, run, bundle)
         return EXIT_OK
     described = _describe(config, plan, bundle, catalogue_digest)
     if existing is not None:
@@ -61,7 +62,7 @@ def score_corpus(
         _check_same(run, existing, described, plan)
         described = existing  # as it was written
     if plan_only:
-        _show_plan(plan, config, run, save=True)
+        _show_plan(plan, config, run, bundle)
         return EXIT_OK
     _claim(run, described, plan)
     run.sweep_temporary()
@@ -79,7 +80,7 @@ def score_corpus(
         )
     if todo or not all(run.exists(name) for name in PLAN_FILES):
         # also when the songs have moved: the saved plan says where they are
-        _show_plan(plan, config, run, save=True)
+        _show_plan(plan, config, run, bundle)
 
     def work(units: Sequence[Unit], done: Done) -> None:
         from ttmray.corpus import pipeline, ray_runner
@@ -170,9 +171,8 @@ def _make(
 def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) -> tuple[Plan, str]:
     """The plan: the saved one where the catalogue is unchanged (headers are then not read again)."""
     catalogue = build_catalogue(config.input, config.catalogue)
-    for name, value in catalogue.report.items():
-        warning = name.startswith("warning") or name == "audio"
-        console.print(f"catalogue: {name.replace('_', ' ')}: {value}", style="yellow" if warning else None)
+    for line, warning in catalogue_lines(catalogue.report):
+        console.print(line, style="yellow" if warning else None)
     # messages name folders, and songs may move, which changes the times of files
     columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
     digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
@@ -192,17 +192,16 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
     return build_plan(catalogue, config), digest
 
 
-def _show_plan(plan: Plan, config: CorpusConfig, run: Folder, save: bool) -> None:
+def _show_plan(plan: Plan, config: CorpusConfig, run: Folder, bundle: Bundle) -> None:
+    """Save the plan with every derived number, and print what matters most of it."""
     numbers = derived_numbers(plan, config)
-    width = max(len(name) for name, _, _ in numbers)
-    lines = [f"{name:<{width}}  {value}  ({reason})" for name, value, reason in numbers]
-    for line in lines:
-        console.print(line, markup=False)
-    if save:
-        plan.save(run)
-        run.write("plan.json", json.dumps({n: {"value": v, "reason": r} for n, v, r in numbers}, indent=1).encode())
-        table = ["| what | value | why |", "|---|---|---|", *(f"| {n} | {v} | {r} |" for n, v, r in numbers)]
-        run.write("plan.md", ("# Plan\n\n" + "\n".join(table) + "\n").encode())
+    for line in plan_lines(numbers, config, bundle.name, known_costs=bool(bundle.weights())):
+        console.print(line)
+    plan.save(run)
+    run.write("plan.json", json.dumps({n: {"value": v, "reason": r} for n, v, r in numbers}, indent=1).encode())
+    table = ["| what | value | why |", "|---|---|---|", *(f"| {n} | {v} | {r} |" for n, v, r in numbers)]
+    run.write("plan.md", ("# Plan\n\n" + "\n".join(table) + "\n").encode())
+    console.print(f"all {len(numbers)} numbers, with their reasons: {run.path('plan.md')}")
 
 
 def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest: str) -> dict[str, Any]:

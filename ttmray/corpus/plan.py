@@ -346,8 +346,8 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
         ("clips per unit, most", int(unit_clips.max(initial=0)), f"bound: unit_clips={config.unit_clips}"),
         ("headers not readable", unheaded, "one row each until decoding, which records why"),
         ("distinct captions", captions, "text features are made once per caption of a usable track"),
-        ("audio, h", round(audio_h, 2), "usable tracks, decoded whole" + _lacking(unknown, "duration")),
-        ("clips, h", round(clip_h, 2), f"expected clips x {segments.clip_s:g} s"),
+        ("audio, h", _rounded(audio_h, 2), "usable tracks, decoded whole" + _lacking(unknown, "duration")),
+        ("clips, h", _rounded(clip_h, 2), f"expected clips x {segments.clip_s:g} s"),
     ]
     if unsized < usable.num_rows or not usable.num_rows:
         numbers.append(("bytes read", int(size[size > 0].sum()), "file sizes" + _lacking(unsized, "size")))
@@ -369,7 +369,7 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
         ),
         (
             "decoding, core-h",
-            round(audio_h / DECODE_REALTIME, 3),
+            _rounded(audio_h / DECODE_REALTIME, 3),
             f"audio hours / {DECODE_REALTIME:g}: MP3 through libsndfile, times real time per core",
         ),
     ]
@@ -402,17 +402,24 @@ def _model_costs(costs: Mapping[str, float], clip_h: float, separated_h: float) 
         spent = tflop * forwards * scale * 360  # 360 clips of 10 s per hour
         total += spent
         over = "clips" if scale is clip_h else "whole tracks"
-        numbers.append((f"{model}, PFLOP", round(spent / 1000, 3), f"{tflop:g} TFLOP x {forwards} per 10 s of {over}"))
-    hours = round(total / PAPER_TFLOPS / 3600, 2)
+        numbers.append(
+            (f"{model}, PFLOP", _rounded(spent / 1000, 3), f"{tflop:g} TFLOP x {forwards} per 10 s of {over}")
+        )
+    hours = _rounded(total / PAPER_TFLOPS / 3600, 2)
     return [
         *numbers,
-        ("models, PFLOP", round(total / 1000, 3), "sum of the models"),
+        ("models, PFLOP", _rounded(total / 1000, 3), "sum of the models"),
         (
             "models, accelerator-h",
             hours,
             f"at {PAPER_TFLOPS:g} TFLOP/s, the rate of the paper's Stage 1 on an RTX A5000",
         ),
     ]
+
+
+def _rounded(value: float, digits: int) -> float:
+    """Rounded, to two significant digits where that would be less: what is to do is never 0."""
+    return round(value, digits) if value >= 10.0 ** (1 - digits) else float(f"{value:.2g}")
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

@@ -22,6 +22,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.generation import manifest
+from ttmray.models.bundle import means_nothing
 from ttmray.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.storage import Folder, absolute, parquet_table, split_path
 from ttmray.tables import read_rows
@@ -153,7 +154,12 @@ def compare(
             f"nothing to compare: systems {', '.join(systems)}. {' '.join(warnings)}",
             "Two systems with scores of the same two or more prompts are needed.",
         )
-    written = render(*paired_table(cells), "markdown" if format == "table" else format)
+    marked = not any(means_nothing(protocol) for known in protocols.values() for protocol in known)
+    cells = cells if marked else without_marks(cells)
+    header, rows = paired_table(cells)
+    if not marked:
+        header[-1], rows = "note", [[*row[:-1], MEANINGLESS] for row in rows]
+    written = render(header, rows, "markdown" if format == "table" else format)
     if out is not None:
         folder, name = split_path(out)
         folder.write(name, written.encode())
@@ -164,7 +170,7 @@ def compare(
         console.print(written, markup=False, end="")
     if out is not None or format == "table":
         scorers = dict.fromkeys(protocol or "an unknown protocol" for known in protocols.values() for protocol in known)
-        console.print(f"scores by {', '.join(scorers)}; {legend(alpha)}", markup=False)
+        console.print(f"scores by {', '.join(scorers)}; {legend(alpha, marked=marked)}", markup=False)
         for warning in warnings:
             console.print(warning, style="yellow")
     return EXIT_OK
@@ -210,6 +216,20 @@ def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
     return scores, protocols
 
 
+def system_table(systems: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text: a row per metric and system, so that any number of either fits a terminal's width."""
+    rows = []
+    for name in dict.fromkeys(name for system in systems for name in system["metrics"]):
+        for system in systems:
+            if (metric := system["metrics"].get(name)) is None:
+                continue
+            value = "" if metric["value"] is None else f"{metric['value']:.4f}"
+            interval = "" if metric["low"] is None else f"[{metric['low']:.4g}, {metric['high']:.4g}]"
+            n = f"{metric['n_generated']}" + (f" / {metric['n_reference']}" if metric["n_reference"] else "")
+            rows.append([name, system["name"], value, interval, n])
+    return ["metric", "system", "value", "95 % CI", "N (/ reference)"], rows
+
+
 def paired_table(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text; a star marks what is significant after Holm's correction."""
     header = ["metric", "A", "B", "n", "mean A", "mean B", "A - B", "95 % CI", "t", "p", "p Holm", "p Wilcoxon"]
@@ -231,11 +251,25 @@ def paired_table(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
     return header, rows
 
 
-def legend(alpha: float = ALPHA) -> str:
+def legend(alpha: float = ALPHA, *, marked: bool = True) -> str:
+    """What stands in the paired table.
+
+    Args:
+        marked: whether anything may be called significant, see `without_marks`.
+    """
+    star = f"* is p < {alpha:g} after Holm's correction over the table" if marked else MEANINGLESS
     return (
-        f"paired t tests over prompts; * is p < {alpha:g} after Holm's correction over the table; n needed: prompts "
-        "with which four of five tests would find this difference"
+        f"paired t tests over prompts, 95 % t intervals of the difference; {star}; n needed: prompts with which four "
+        "of five tests would find this difference"
     )
+
+
+MEANINGLESS = "nothing is marked: these scores are of untrained models and mean nothing"
+
+
+def without_marks(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Cells of scores that mean nothing: none is called significant."""
+    return [dict(cell) | {"significant": False} for cell in cells]
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]], format: Literal["markdown", "latex", "csv"]) -> str:

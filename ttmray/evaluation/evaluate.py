@@ -25,7 +25,17 @@ from ttmray import __version__, cost, inventory, runs
 from ttmray.config import Config, Location, added, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
-from ttmray.evaluation.compare import COMPARED, ClipScore, comparisons, legend, plain, show, show_pairs
+from ttmray.evaluation.compare import (
+    COMPARED,
+    ClipScore,
+    comparisons,
+    legend,
+    plain,
+    show,
+    show_pairs,
+    system_table,
+    without_marks,
+)
 from ttmray.evaluation.fad import fad, fad_inf, half_distances
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
 from ttmray.evaluation.measure import FACTS, FAILED, OK, PARTS, MeasureConfig, embedding_protocol, measure
@@ -40,14 +50,21 @@ from ttmray.evaluation.metrics import (
     near_duplicate_rate,
 )
 from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_training
-from ttmray.evaluation.results import CLIPS, RESULTS
+from ttmray.evaluation.results import CLIPS, RESULTS, Results
 from ttmray.evaluation.systems import SystemFolder, find_systems
-from ttmray.evaluation.warnings import file_warnings, judge_warnings, unjudged
+from ttmray.evaluation.warnings import (
+    few_prompts,
+    file_warnings,
+    judge_warnings,
+    merged_warnings,
+    unjudged,
+    without_reference,
+)
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
-from ttmray.models.bundle import DEFAULT, Bundle, BundleName, open_bundle
+from ttmray.models.bundle import DEFAULT, Bundle, BundleName, means_nothing, open_bundle
 from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import RUN, SUCCESS
-from ttmray.statistics import Seeds, hierarchical_bootstrap
+from ttmray.statistics import CROSSED_INTERVAL, MEAN_INTERVAL, Seeds, hierarchical_bootstrap, mean_interval
 from ttmray.storage import Folder
 
 EMBEDDINGS = "embeddings.safetensors"
@@ -171,10 +188,15 @@ def evaluate_run(
         rows, claps, seconds = _clip_rows(systems, config, out)
         warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows, bundle.clip_s)
         warnings += judge_warnings(rows) if config.judge else []
-        leaks, leak_warnings = _leaks(reference, training, config.near_duplicate)
+        leaks, grave, leak_warnings = _leaks(reference, training, config.near_duplicate)
         described, metric_warnings = _described(systems, rows, claps, config, bundle, reference, training)
         cells, pair_warnings = comparisons(_compared(rows), config.baseline, config.alpha, config.seed)
-        warnings += leak_warnings + metric_warnings + pair_warnings
+        cells = without_marks(cells) if means_nothing(bundle.name) else cells
+        grave += few_prompts(described)
+        warnings += (without_reference() if reference is None else []) + leak_warnings + metric_warnings + pair_warnings
+        names = [system.name for system in systems]
+        grave = merged_warnings(grave, names)
+        warnings = list(dict.fromkeys([*grave, *merged_warnings(warnings, names)]))
         results = {
             "kind": KIND,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -190,7 +212,8 @@ def evaluate_run(
             "alpha": config.alpha,
             "reference": reference.about if reference else {},
             "leaks": _plain_leaks(leaks, training, config.near_duplicate) if training else {},
-            "warnings": list(dict.fromkeys(warnings)),
+            "grave": grave,
+            "warnings": warnings,
             "license_notes": list(bundle.licence_notes),
             "timing": {"wall_s": time.perf_counter() - started, **seconds},
         }
@@ -217,14 +240,16 @@ def _check_names(config: EvaluateConfig, systems: Sequence[SystemFolder]) -> Non
         metrics.append(name)
 
 
-def _leaks(reference: Embedded | None, training: Embedded | None, threshold: float) -> tuple[Leaks, list[str]]:
-    """What the reference shares with the training split, and what a reader must know of it."""
+def _leaks(
+    reference: Embedded | None, training: Embedded | None, threshold: float
+) -> tuple[Leaks, list[str], list[str]]:
+    """What the reference shares with the training split, and grave and other warnings about it."""
     if not reference or not training:
-        return Leaks((), ()), []
+        return Leaks((), ()), [], []
     leaks = find_leaks(reference.tracks, training.tracks, reference.rows(), iter(training.clap), threshold)
-    warnings = []
+    grave, warnings = [], []
     if leaks.by_id or leaks.by_embedding:
-        warnings.append(
+        grave.append(
             f"the reference shares {len(leaks.by_id)} tracks with the training split by id, and "
             f"{len(leaks.by_embedding)} clips by sound: FAD is too good for a model that was trained on them."
         )
@@ -233,7 +258,7 @@ def _leaks(reference: Embedded | None, training: Embedded | None, threshold: flo
             f"no id of the reference, such as {reference.tracks[0]}, has the form of the training split's, such as "
             f"{training.tracks[0]}: the check by id says nothing, only the one by sound does."
         )
-    return leaks, warnings
+    return leaks, grave, warnings
 
 
 def _compared(rows: Sequence[Mapping[str, Any]]) -> list[ClipScore]:
@@ -383,7 +408,7 @@ def _own(function: Callable[..., Any], clap: np.ndarray, rows: Sequence[Mapping[
 
 
 def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, config: EvaluateConfig) -> Metric:
-    """Mean of the prompts' means, with a bootstrap interval over prompts, and over crossed seeds.
+    """Mean of the prompts' means, with its interval over prompts, and over crossed seeds.
 
     Args:
         values: (prompt id, sample) -> value.
@@ -392,22 +417,23 @@ def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, con
     for (prompt, sample), value in values.items():
         prompts.setdefault(prompt, {})[sample] = value
     means = np.array([np.mean(list(of.values())) for of in prompts.values()])
-    low = high = None
+    interval: tuple[float | None, float | None] = (None, None)
+    how = MEAN_INTERVAL if config.seeds == "nested" else CROSSED_INTERVAL
     details = {"prompts": float(len(means))}
     warnings: tuple[str, ...] = ()
     if len(means) > 1:
         details["sd"] = float(means.std(ddof=1))
         samples = sorted({sample for _, sample in values})
-        table: np.ndarray | None = means[:, None]
-        if config.seeds == "crossed":
-            whole = len(samples) > 1 and len(values) == len(prompts) * len(samples)
-            table = np.array([[of[k] for k in samples] for of in prompts.values()]) if whole else None
-        if table is None:
-            warnings = ("no interval: some samples of some prompts have no value, and crossed seeds need all.",)
+        if config.seeds == "nested":
+            interval = mean_interval(means) or interval
+        elif len(samples) > 1 and len(values) == len(prompts) * len(samples):
+            table = np.array([[of[k] for k in samples] for of in prompts.values()])
+            estimate = hierarchical_bootstrap(table, seeds="crossed", seed=config.seed)
+            interval = estimate.low, estimate.high
         else:
-            estimate = hierarchical_bootstrap(table, seeds=config.seeds, seed=config.seed)
-            low, high = estimate.low, estimate.high
-    return Metric(name, float(means.mean()), len(values), 0, 0, protocol, low, high, 0.95, warnings, details)
+            warnings = ("no interval: some samples of some prompts have no value, and crossed seeds need all.",)
+    value, n = float(means.mean()), len(values)
+    return Metric(name, value, n, 0, 0, protocol, *interval, 0.95, warnings, details, how)
 
 
 def _plain_leaks(leaks: Leaks, training: Embedded, threshold: float) -> dict[str, Any]:
@@ -433,12 +459,16 @@ def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, 
 
 
 def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], config: EvaluateConfig) -> int:
+    read = Results.model_validate(plain(results))
+    for warning in read.grave:
+        console.print(f"WARNING: {warning}", style="bold red")
     show(*system_table(results["systems"]))
+    console.print(f"95 % CI: {'; '.join(read.intervals())}")
     if results["comparisons"]:
         show_pairs(results["comparisons"])
-        console.print(legend(config.alpha))
+        console.print(legend(config.alpha, marked=not read.meaningless))
     console.print(f"scores by {results['protocol']}", markup=False)
-    for warning in results["warnings"]:
+    for warning in read.warnings[len(read.grave) :]:
         console.print(f"warning: {warning}", style="yellow")
     bad = [row for row in rows if row["status"] != OK] + (unjudged(rows) if config.judge else [])
     for row in bad[:5]:
@@ -458,17 +488,3 @@ def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str,
         console.print(f"{len(bad)} clips failed, {config.max_failures} are allowed (max_failures)", style="red")
         return EXIT_TOO_MANY_FAILURES
     return EXIT_OK
-
-
-def system_table(systems: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text: a row per metric and system, so that any number of either fits a terminal's width."""
-    rows = []
-    for name in dict.fromkeys(name for system in systems for name in system["metrics"]):
-        for system in systems:
-            if (metric := system["metrics"].get(name)) is None:
-                continue
-            value = "" if metric["value"] is None else f"{metric['value']:.4f}"
-            interval = "" if metric["low"] is None else f"[{metric['low']:.4g}, {metric['high']:.4g}]"
-            n = f"{metric['n_generated']}" + (f" / {metric['n_reference']}" if metric["n_reference"] else "")
-            rows.append([name, system["name"], value, interval, n])
-    return ["metric", "system", "value", "95 % CI", "N (/ reference)"], rows

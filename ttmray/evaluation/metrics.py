@@ -48,6 +48,7 @@ class Metric:
         low, high: interval at `confidence`; None where there are too few clips for one.
         warnings: sentences for people, to be shown beside the value.
         details: further numbers, such as the bandwidth or the quality of a fit.
+        interval: how `low` and `high` were made and what they are over, for people.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Metric:
     confidence: float
     warnings: tuple[str, ...] = ()
     details: Mapping[str, float] = field(default_factory=dict)
+    interval: str = "half-samples of clips"
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,9 @@ def near_duplicate_rate(
     dimension = np.shape(generated)[1]
     low, high = float(interval.low), float(interval.high)
     m = seen if training_clips is None else training_clips
-    return Metric("near_duplicate_rate", copies / n, n, m, dimension, protocol, low, high, confidence, details=details)
+    how = "Wilson's over clips"
+    name, value = "near_duplicate_rate", copies / n
+    return Metric(name, value, n, m, dimension, protocol, low, high, confidence, details=details, interval=how)
 
 
 def find_leaks(

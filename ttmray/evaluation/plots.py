@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy import stats
 
 from ttmray.audio.io import resample
 from ttmray.errors import UserError
+from ttmray.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,14 @@ blindness in the first four."""
 MEL_FLOOR_DB, MEL_TOP_DB = -80.0, 0.0
 """Range of the spectrograms, the same for all clips, so that louder clips look brighter."""
 MEL_WIDTH, MEL_LEVELS = 420, 32
+LEAST_LU, LEAST_DB = 6.0, 4.0
+"""Least spans of the loudness plot: clips that are all at their target shall not look scattered."""
+
+
+def _least_span(limits: Callable[[], tuple[float, float]], set_limits: Callable[..., Any], least: float) -> None:
+    low, high = limits()
+    if high - low < least:
+        set_limits((low + high - least) / 2, (low + high + least) / 2)
 
 
 def colour(index: int, theme: Theme) -> str:
@@ -43,17 +51,23 @@ def colour(index: int, theme: Theme) -> str:
     return PALETTE[index % len(PALETTE)][theme == "dark"]
 
 
-def distributions(scores: Mapping[str, np.ndarray], label: str, theme: Theme) -> bytes:
-    """One row per system: every clip as a dot, the quartiles as a box, the mean with its 95 % t interval.
+def distributions(
+    scores: Mapping[str, np.ndarray],
+    means: Mapping[str, tuple[float, float | None, float | None]],
+    label: str,
+    theme: Theme,
+) -> bytes:
+    """One row per system: every clip as a dot, the quartiles as a box, the mean with its interval.
 
     Args:
         scores: (n,) per system.
+        means: mean and ends of its interval of systems that have them, as in the table.
     """
 
     def draw(axes: "Axes") -> None:
         ink, quiet, _ = INK[theme]
         place: Any = {"textcoords": "offset points", "ha": "center", "color": quiet, "size": 8}
-        for i, values in enumerate(scores.values()):
+        for i, (name, values) in enumerate(scores.items()):
             own = colour(i, theme)
             jitter = np.random.default_rng(0).uniform(-0.17, 0.17, len(values))
             axes.scatter(values, i + 0.12 + jitter, s=16, color=own, alpha=0.65, linewidths=0)
@@ -62,8 +76,11 @@ def distributions(scores: Mapping[str, np.ndarray], label: str, theme: Theme) ->
             low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
             axes.plot([low, high], [i - 0.22] * 2, color=own, lw=5, alpha=0.35, solid_capstyle="butt")
             axes.plot([middle] * 2, [i - 0.29, i - 0.15], color=own, lw=1.5)
-            mean, half = float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-            axes.errorbar(mean, i - 0.36, xerr=half, fmt="o", ms=4.5, color=ink, ecolor=ink, elinewidth=1.2, capsize=2)
+            if name not in means:
+                continue
+            mean, *ends = means[name]
+            bar: Any = None if None in ends else [[mean - ends[0]], [ends[1] - mean]]  # type: ignore[operator]
+            axes.errorbar(mean, i - 0.36, xerr=bar, fmt="o", ms=4.5, color=ink, ecolor=ink, elinewidth=1.2, capsize=2)
             axes.annotate(f"{mean:.3f}".replace("-", "−"), (mean, i - 0.36), (0, 6), **place)
         axes.set_yticks(range(len(scores)))
         axes.set_yticklabels(list(scores))
@@ -86,8 +103,7 @@ def differences(values: np.ndarray, a: str, b: str, label: str, theme: Theme, co
         order = np.sort(values)
         place = np.arange(1, len(order) + 1)
         mean = float(order.mean())
-        half = float(stats.t.ppf(0.975, len(order) - 1) * stats.sem(order)) if len(order) > 1 else 0.0
-        axes.axhspan(mean - half, mean + half, color=quiet, alpha=0.18, lw=0)
+        axes.axhspan(*(mean_interval(order) or (mean, mean)), color=quiet, alpha=0.18, lw=0)
         axes.axhline(mean, color=ink, lw=1)
         axes.axhline(0, color=quiet, lw=0.8, dashes=(3, 3))
         dots = [colour(colours[int(value <= 0)], theme) for value in order]
@@ -113,11 +129,35 @@ def loudness(levels: Mapping[str, tuple[np.ndarray, np.ndarray]], theme: Theme) 
             label = f" {name}"  # matplotlib hides labels that start with _
             axes.scatter(lufs, peak, s=20, marker=shape, color=colour(i, theme), alpha=0.65, linewidths=0, label=label)
         axes.axhline(0, color=INK[theme][1], lw=0.8, dashes=(3, 3))
+        _least_span(axes.get_xlim, axes.set_xlim, LEAST_LU)
+        _least_span(axes.get_ylim, axes.set_ylim, LEAST_DB)
         axes.set_xlabel("integrated loudness, LUFS")
         axes.set_ylabel("true peak, dBTP")
         axes.legend(frameon=False, loc="best", labelcolor=INK[theme][0])
 
     return _svg(draw, theme, height=3.1, grid="both")
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, theme: Theme) -> bytes:
+    """Curves of a training, such as loss and validation loss by update.
+
+    Args:
+        lines: name -> (step, value) in order.
+        label: what is shown, over what: `loss by update`.
+    """
+    what, _, over = label.partition(" by ")
+
+    def draw(axes: "Axes") -> None:
+        for i, (name, places) in enumerate(lines.items()):
+            x, y = (np.array(column, float) for column in zip(*places, strict=True))
+            dots: dict[str, Any] = {"marker": "os^D"[i % 4], "ms": 3.5} if len(x) < 30 else {}
+            axes.plot(x, y, lw=1.5, color=colour(i, theme), label=f" {name}", **dots)
+        axes.set_xlabel(over)
+        axes.set_ylabel(what)
+        if len(lines) > 1:
+            axes.legend(frameon=False, labelcolor=INK[theme][0], loc="best")
+
+    return _svg(draw, theme, height=2.7, grid="both")
 
 
 def score_sweep(

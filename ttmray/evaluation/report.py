@@ -33,6 +33,7 @@ from ttmray.evaluation.results import (
     read_clips,
     read_results,
 )
+from ttmray.statistics import MEAN_INTERVAL
 from ttmray.storage import Folder
 
 AudioFormat = Literal["flac", "ogg"]
@@ -173,8 +174,11 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
         # systems without any score keep their row, so that colours stay the same
         scores = {n: np.array([r[column] for r in rows if r["system"] == n and r[column] is not None]) for n in names}
         if any(len(values) for values in scores.values()):
-            text = "every clip, quartiles, and the mean with its 95 % interval"
-            add(f"distribution-{column}", f"{label}: {text}", partial(plots.distributions, scores, label))
+            known = {s.name: s.metrics[column] for s in results.systems if column in s.metrics}
+            ends = {name: (m.value, m.low, m.high) for name, m in known.items() if m.value is not None}
+            how = next((m.interval for m in known.values() if m.interval), "as in the table")
+            text = f"every clip, quartiles, and the mean with its 95 % interval ({how})"
+            add(f"distribution-{column}", f"{label}: {text}", partial(plots.distributions, scores, ends, label))
     means = prompt_means(
         ClipScore(r["system"], r["prompt_id"], column, r[column])
         for r in rows
@@ -189,7 +193,7 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
                 label, better = SCORES[column][0], int((values > 0).sum())
                 text = (
                     f"{label}, {names[i]} − {names[j]} per prompt: {better} of {len(values)} above zero, "
-                    f"mean {pages.number(float(values.mean()), 3, '+')}, with its 95 % interval"
+                    f"mean {pages.number(float(values.mean()), 3, '+')}, with its 95 % interval ({MEAN_INTERVAL})"
                 )
                 draw = partial(plots.differences, values, names[i], names[j], label, colours=(i, j))
                 add(f"difference-{column}-{i}-{j}", text, draw)

@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ttmray.errors import UserError
+from ttmray.models.bundle import means_nothing
 from ttmray.storage import Folder, parquet_table
 
 RESULTS, CLIPS = "results.json", "clips.parquet"
@@ -46,6 +47,7 @@ class Measured(_Read):
     n_reference: int = 0
     protocol: str = ""
     warnings: tuple[str, ...] = ()
+    interval: str = ""
 
 
 class System(_Read):
@@ -92,8 +94,24 @@ class Results(_Read):
     reference: dict[str, Any] | None = None
     leaks: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    grave: tuple[str, ...] = ()
+    """Those of `warnings` without which the numbers mislead; the first of them."""
     license_notes: tuple[str, ...] = ()
     """A line per model of the bundle that made the numbers; none where its weights have no licence."""
+
+    @property
+    def meaningless(self) -> bool:
+        """Whether the models that made the numbers are untrained: nothing is then marked as better."""
+        return means_nothing(self.bundle or self.protocol)
+
+    def intervals(self) -> list[str]:
+        """What the intervals of the metrics are, a line per kind."""
+        kinds: dict[str, list[str]] = {}
+        for system in self.systems:
+            for name, metric in system.metrics.items():
+                if metric.low is not None and metric.interval:
+                    kinds.setdefault(metric.interval, []).append(name)
+        return [f"{', '.join(dict.fromkeys(names))}: {kind}" for kind, names in kinds.items()]
 
 
 def read_results(folder: Folder) -> Results:

@@ -5,7 +5,7 @@ Folders stand for the audio in them, at any depth, those of a generation run wit
 
 A file of half a clip to a whole one (5 to 10 s, but for small bundles) has the numbers that the corpus job gives its
 one clip, which is padded with zeros. Shorter files are scored as they are. Longer ones are scored under the protocol of
-the released TuneJury tables: the 10 s in the middle for CLAP, all of it for MERT.
+the released TuneJury tables: the 10 s in the middle for CLAP, all of it for MERT (`heard` says so); or in pieces.
 """
 
 import csv
@@ -13,16 +13,18 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from ttmray.audio.clip import CLIP_S, Reading, read_clip
+from ttmray.audio.clip import CLIP_S, Reading, clip_of, read_clip, read_whole
 from ttmray.audio.io import AUDIO_EXTENSIONS
 from ttmray.console import console, errors
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.evaluation.systems import audio_files
+from ttmray.evaluation.warnings import WINDOW_S
 from ttmray.generation import manifest
 from ttmray.models import one_thread
 from ttmray.models.bundle import DEFAULT, Bundle, LoadOptions, open_bundle
@@ -80,19 +82,46 @@ def score_sounds(scorer: Scorer, sounds: Iterable[tuple[str, Reading]], captions
         captions: of each, for its CLAP score; empty leaves that out.
 
     Yields:
-        `file`, `status`, `reason`, `message`; where the status is ok also `FACTS`, `reward` and `clap_score`.
+        `file`, `start_s`, `status`, `reason`, `message`; where the status is ok also `FACTS`, `reward`, `clap_score`
+        and `heard`, which part of a longer file the models have seen.
     """
     one_thread()  # as in the corpus job, so that scores are the same to the bit
-    for (name, reading), caption in zip(sounds, captions, strict=True):
-        row: ScoreRow = {"file": name, "status": "ok", "reason": "", "message": ""}
+    for (name, reading), caption in zip(sounds, captions, strict=False):
+        row: ScoreRow = {"file": name, "start_s": reading.facts.get("start_s", 0.0)}
+        row |= {"status": "ok", "reason": "", "message": "", "heard": ""}
         try:
             wave, facts = _mono(reading)
             embeddings, text = scorer.embed([wave]), scorer.texts([caption])
             row |= facts | {"reward": float(scorer.rewards(embeddings, text)[0])}
             row["clap_score"] = float(embeddings.clap[0] @ text[0]) if caption else None
+            row["heard"] = heard(facts["duration_s"])
         except ClipError as error:
             row |= {"status": error.status, "reason": error.reason, "message": error.message}
         yield row
+
+
+def heard(duration_s: float) -> str:
+    """Which part of a file the encoders see; empty where it is all of it."""
+    if duration_s <= WINDOW_S + 0.05:
+        return ""
+    start = (duration_s - WINDOW_S) / 2
+    return f"CLAP {start:.1f} to {start + WINDOW_S:.1f} s, MERT all {duration_s:.1f} s"
+
+
+def pieces_of(path: str, clip_s: float) -> Iterator[Reading]:
+    """A file in pieces of a clip's length, one after the other; a rest of half a clip or more is one, too. What is no
+    longer than a clip is one piece, as is what cannot be read."""
+    try:
+        audio, rate = read_whole(path)
+    except (ClipError, UserError):
+        yield read_clip(path, clip_s)  # the same error, as a reading
+        return
+    length = round(clip_s * rate)
+    starts = [start for start in range(0, audio.shape[1], length) if start == 0 or audio.shape[1] - start >= length / 2]
+    for start in starts:
+        reading = clip_of(audio[:, start : start + length], rate, clip_s)
+        reading.facts["start_s"] = start / rate
+        yield reading
 
 
 def sounds_of(sources: Sequence[str], caption: str) -> list[tuple[str, str]]:
@@ -151,8 +180,9 @@ def score(
     cache: str | None = None,
     as_json: bool = False,
     csv_to: str | None = None,
+    pieces: bool = False,
 ) -> int:
-    """Print one row per sound; exit code 3 when one could not be scored.
+    """Print one row per sound, or per piece of a clip's length of it; exit code 3 when one could not be scored.
 
     Args:
         files: files, folders and tables of sounds, see `sounds_of`.
@@ -170,29 +200,29 @@ def score(
     chosen = open_bundle(bundle)
     scorer = open_scorer(chosen, reward_text, LoadOptions(device=device, batch=batch), cache)
     protocol = f"{chosen.name}/{scorer.protocol.id()}"
-    sounds = ((path, read_clip(path, chosen.clip_s)) for path, _ in named)
     rows: list[ScoreRow] = []
-    for row in score_sounds(scorer, sounds, [text for _, text in named]):
-        rows.append(row)
-        if as_json:
-            shown = row | {"protocol": protocol, "note": chosen.note}
-            console.print(json.dumps(shown, ensure_ascii=False), markup=False)
+    for path, text in named:
+        readings = pieces_of(path, chosen.clip_s) if pieces else iter([read_clip(path, chosen.clip_s)])
+        for row in score_sounds(scorer, ((path, reading) for reading in readings), repeat(text)):
+            rows.append(row | {"caption": text})
+            if as_json:
+                shown = row | {"protocol": protocol, "note": chosen.note}
+                console.print(json.dumps(shown, ensure_ascii=False), markup=False)
     if csv_to is not None:
-        _write(rows, [text for _, text in named], protocol, csv_to)
+        _write(rows, protocol, csv_to)
     elif not as_json:
         _print(rows, protocol, chosen.note)
     return EXIT_OK if all(row["status"] == "ok" for row in rows) else EXIT_TOO_MANY_FAILURES
 
 
-def _write(rows: Sequence[ScoreRow], captions: Sequence[str], protocol: str, csv_to: str) -> None:
+def _write(rows: Sequence[ScoreRow], protocol: str, csv_to: str) -> None:
     """Full precision; numbers that a sound does not have are empty."""
-    names = ("file", "status", "reason", "message", *FACTS, "reward", "clap_score")
+    names = ("file", "start_s", "status", "reason", "message", *FACTS, "reward", "clap_score", "heard", "caption")
     sink = io.StringIO(newline="")
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow((*names, "caption", "protocol"))
-    for row, caption in zip(rows, captions, strict=True):
-        cells = ["" if row.get(name) is None else row[name] for name in names]
-        writer.writerow((*cells, caption, protocol))
+    writer.writerow((*names, "protocol"))
+    for row in rows:
+        writer.writerow((*("" if row.get(name) is None else row[name] for name in names), protocol))
     folder, name = split_path(csv_to)
     folder.write(name, sink.getvalue().encode("utf-8", "surrogateescape"))
     ok = sum(row["status"] == "ok" for row in rows)
@@ -200,13 +230,20 @@ def _write(rows: Sequence[ScoreRow], captions: Sequence[str], protocol: str, csv
 
 
 def _print(rows: list[ScoreRow], protocol: str, note: str) -> None:
+    pieces, partly = any(row["start_s"] for row in rows), any(row["heard"] for row in rows)
     columns = ("reward", "clap_score", "lufs", "true_peak_db", "duration_s")
-    table = Table("file", *columns, "status")
+    table = Table("file", *(["from s"] if pieces else []), *columns, *(["heard"] if partly else []), "status")
     for row in rows:
-        numbers = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in columns]
+        cells = [f"{row['start_s']:.1f}"] if pieces else []
+        cells += ["" if row.get(name) is None else f"{row[name]:.3f}" for name in columns]
+        cells += [row["heard"]] if partly else []
         status = "ok" if row["status"] == "ok" else f"{row['status']}: {row['reason']}: {row['message']}"
-        table.add_row(row["file"], *numbers, status)
+        table.add_row(row["file"], *cells, status)
     console.print(table)
+    if partly:
+        console.print(
+            "a reward of a long file is about what was heard of it; --pieces gives one per 10 s", style="yellow"
+        )
     console.print(f"scores by {protocol}")
     if note:
         errors.print(note, style="yellow")

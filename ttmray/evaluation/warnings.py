@@ -9,6 +9,8 @@ from ttmray.evaluation.measure import OK
 
 WINDOW_S = 10.0
 """What CLAP hears at a time, whatever the bundle."""
+FEW_PROMPTS = 20
+"""With fewer, differences below a standard deviation and a half of them go unseen, and single clips decide means."""
 FULL_BAND_HZ = 32_000
 """Files of a lower rate lack sound that others have; FAD and the scores see that."""
 
@@ -47,6 +49,42 @@ def file_warnings(rows: Sequence[Mapping[str, Any]], clip_s: float = CLIP_S) -> 
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             warnings.append(f"{system}: {sum(reasons.values())} clips are in no metric ({counts}).")
     return warnings
+
+
+def few_prompts(systems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Grave: systems with so few prompts that intervals and tests say next to nothing.
+
+    Args:
+        systems: `name` and `prompts`, the number of those with a clip.
+    """
+    return [
+        f"{system['name']}: {system['prompts']} prompts are too few to tell systems apart, whatever the tests say; "
+        f"take {FEW_PROMPTS} or more."
+        for system in systems
+        if 0 < system["prompts"] < FEW_PROMPTS
+    ]
+
+
+def without_reference() -> list[str]:
+    """That two metrics are left out, and how to have them."""
+    return [
+        "FAD and KAD are left out: there is no reference set. `ttmray reference build NAME FOLDER_OR_CORPUS` makes "
+        "one, and `--reference NAME` uses it."
+    ]
+
+
+def merged_warnings(warnings: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """Each warning once, where the first of its kind stands: what is said of several systems names all of them.
+
+    Args:
+        warnings: those about one system begin with `NAME: `.
+    """
+    about: dict[str, list[str]] = {}
+    for warning in warnings:
+        named = max((name for name in systems if warning.startswith(f"{name}: ")), key=len, default="")
+        subjects = about.setdefault(warning.removeprefix(f"{named}: ") if named else warning, [])
+        subjects += [named] if named and named not in subjects else []
+    return [f"{', '.join(subjects)}: {text}" if subjects else text for text, subjects in about.items()]
 
 
 def unjudged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

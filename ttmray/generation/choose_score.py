@@ -19,6 +19,7 @@ from ttmray.generation.filter import numbers, read_pool
 from ttmray.generation.pool import generate_pool
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.backbone_weights import read_support
+from ttmray.models.bundle import open_bundle
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.storage import Folder
 
@@ -71,7 +72,10 @@ def choose_score(config: ScoreChoiceConfig) -> int:
         rewards[score] = float(values.mean()), len(values)
     best = max(rewards, key=lambda score: rewards[score][0])  # the first of equals
     lines = [f"| {score:g} | {mean:+.4f} | {n} |" for score, (mean, n) in rewards.items()]
-    text = f"# Score {best:g}\n\nThe highest mean reward of the clips of other prompts.\n\n"
+    note = open_bundle(config.bundle).note
+    text = (
+        f"# Score {best:g}\n\n{f'> {note}' * bool(note)}\n\nThe highest mean reward of the clips of other prompts.\n\n"
+    )
     out.write(
         "choice.md", (text + "\n".join(["| score | mean reward | clips |", "|---|---|---|", *lines]) + "\n").encode()
     )

@@ -23,7 +23,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
 from ttmray.plugins import ENTRY, function_named
-from ttmray.runs import RUN
+from ttmray.runs import RUN, note_of
 from ttmray.storage import Folder
 
 KEPT, WEIGHTED, REPORT = "kept.txt", "weights.csv", "selection.json"
@@ -103,7 +103,7 @@ def filter_pool(
             report["train"] = compare(train_rewards(corpus, column), rewards["after"]["mean"])
         else:
             console.print(f"not compared with {corpus}: {theirs} made its {column}, {ours} the pool's", markup=False)
-    report = {"identity": what, **report}
+    report = {"identity": what, "note": note_of(Folder.at(pool)), **report}
     out.write(REPORT, json.dumps(report, indent=1).encode())
     out.write("selection.md", markdown(report).encode())
     if config.temperature is not None:
@@ -409,7 +409,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows |= {"reward, training clips": report["train"]} if "train" in report else {}
     return pages.render(
         "selection.md.j2",
-        **{"weights": None, "train": None, **report},
+        **{"weights": None, "train": None, "note": "", **report},
         counted=counted,
         columns=columns,
         rows=[(name, *(f"{row[c]:+.3f}" for c in columns)) for name, row in rows.items()],

@@ -23,7 +23,7 @@ from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation import manifest
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.manifest import FAILED, OK
-from ttmray.generation.play import write_page
+from ttmray.generation.play import PLAYERS, write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import ClipJob, ClipMaker, PlannedClip, SoundMaker, roles_of
@@ -31,9 +31,10 @@ from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, on_gpu, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
-from ttmray.runs import RUN
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
+OVERWRITE = "--overwrite deletes its clips and starts anew."
 MERGED = ("manifest.parquet", "manifest.csv", "summary.json")
 ABORT_AFTER = 50
 """Once this many clips are done and more than half of them failed, the job stops."""
@@ -60,7 +61,12 @@ class Generated:
 
 
 def generate(
-    config: GenerateConfig, *, retry_failed: bool = False, zip_to: str | None = None, play_page: bool = False
+    config: GenerateConfig,
+    *,
+    retry_failed: bool = False,
+    zip_to: str | None = None,
+    play_page: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Make, or go on making, the clips of `config`; returns the exit code.
 
@@ -68,13 +74,14 @@ def generate(
         retry_failed: make failed clips once more.
         zip_to: local file for an archive of the clips (`<name>.wav`, flat): the challenge's submission.
         play_page: write `index.html` with players into the run folder.
+        overwrite: delete the clips of other settings that the run folder holds, and start anew.
 
     Raises:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
     if zip_to is not None:
         manifest.check_zip(zip_to)
-    done = generate_run(config, retry_failed=retry_failed)
+    done = generate_run(config, retry_failed=retry_failed, overwrite=overwrite)
     failed = _report(done, config.best_by)
     if play_page:
         page = write_page(done.run, done.planned, done.described)
@@ -92,6 +99,7 @@ def generate_run(
     prompts: Sequence[Prompt] | None = None,
     retry_failed: bool = False,
     bundle: Bundle | None = None,
+    overwrite: bool = False,
 ) -> Generated:
     """Make, or go on making, the clips of `config`, up to the end of the run folder.
 
@@ -99,6 +107,7 @@ def generate_run(
         prompts: those of the config, where they have ids of their own; default: as the config says.
         retry_failed: make failed clips once more.
         bundle: that of the config, where it is open already; Ray actors open it themselves.
+        overwrite: as in `generate`.
 
     Raises:
         UserError: as `generate`.
@@ -108,10 +117,12 @@ def generate_run(
     run = Folder.at(config.output)
     described = _describe(config, bundle or open_bundle(config.bundle))
     rows: dict[str, dict[str, Any]] = {}
+    if overwrite:
+        _clear_another(run, described)
     if inventory.restore_run(run, "generate", described["fingerprint"]) is not None:
         console.print(f"{run.path(RUN)} was missing or damaged and is made again", style="yellow")
     if (existing := runs.existing(run, "generate")) is not None:
-        runs.refuse_another(run, existing, described)
+        runs.refuse_another(run, existing, described, way_out=OVERWRITE)
         rows = manifest.read_rows(run)
     _check_prompts(run, clips, rows)
     if described["note"]:
@@ -146,6 +157,26 @@ def generate_run(
     names += [file for row in planned for file in (f"{manifest.ROWS}/{row['name']}.json", row["file"]) if file]
     inventory.seal(run, runs.read(run, "generate"), {"clips": len(planned)}, inventory.entries(run, sorted(set(names))))
     return done
+
+
+def _clear_another(run: Folder, described: dict[str, Any]) -> None:
+    """Delete what a generation run with other settings has written, and nothing else.
+
+    Raises:
+        UserError: the folder belongs to another kind of run, or to something else.
+    """
+    old = runs.existing(run, "generate")
+    if old is None or old["fingerprint"] == described["fingerprint"]:
+        return
+    ours = [
+        f"{folder}/{file.name}" for folder in (manifest.ROWS, manifest.CLIPS) for file in run.files(folder, sizes=False)
+    ]
+    # run.json last: until then it is the other run's, and the same command goes on deleting
+    for name in (SUCCESS, *ours, *MERGED, PLAYERS, cost.COST):
+        if run.exists(name):
+            run.delete(name)
+    run.write(RUN, json.dumps(described, indent=1).encode())
+    console.print(f"{run}: {sum(name.startswith(manifest.ROWS) for name in ours)} clips of other settings are deleted")
 
 
 def generate_sounds(
@@ -300,6 +331,11 @@ def _report(done: Generated, by: str) -> int:
     console.print(f"{done.run}: {len(done.planned) - len(failed)} clips ok, {len(failed)} failed", markup=False)
     for row in failed[:5]:
         console.print(f"  {row['name']}: {row['reason']}: {row['message']}", markup=False)
+    limited = [row for row in done.planned if row["status"] == OK and row["message"]]
+    for row in limited[:5]:
+        console.print(f"  {row['name']}: {row['message']}", style="yellow")
+    if len(limited) > 5:
+        console.print(f"  and {len(limited) - 5} more such clips: column message of {done.run.path('manifest.csv')}")
     if gains := best_of_curve(done.planned):
         curve = ", ".join(f"{mean:+.4f} of {n}" for n, mean in gains.items())
         console.print(f"mean {by} of the best candidate before post-processing: {curve}", markup=False)

@@ -10,6 +10,9 @@ from ttmray.storage import Folder
 FACTS = {"lufs": "LUFS", "true_peak_db": "dBTP", "reward_score": "reward", "clap_score": "CLAP"}
 
 
+PLAYERS = "index.html"
+
+
 def write_page(run: Folder, rows: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) -> str:
     """Write `index.html` beside the clips, by prompt in the order of the rows; returns its path."""
     text = pages.render(
@@ -20,5 +23,5 @@ def write_page(run: Folder, rows: Sequence[Mapping[str, Any]], described: Mappin
         prompts=[list(clips) for _, clips in groupby(rows, key=lambda row: row["prompt_id"])],
         facts=FACTS,
     )
-    run.write("index.html", text.encode())
-    return run.path("index.html")
+    run.write(PLAYERS, text.encode())
+    return run.path(PLAYERS)

@@ -441,18 +441,35 @@ def _print(rows: Sequence[Mapping[str, Any]], done_before: int, out: Folder) -> 
                 table.add_row(column, *(f"{value:.2f}" for value in np.percentile(values, (0, 50, 100))))
         console.print(table)
         console.print(f"{sum(float(row['reduction_db']) > 0 for row in ok)} limited, the others by gain alone")
-    odd = [row for row in rows if row["reason"]]
+    odd = [row for row in rows if row["reason"] or _hard_limited(row)]
     if odd:
         table = Table("file", "status", "reason", "details")
         for row in odd:
             details = row["message"] or _level_details(row)
-            cells = (row["file"], row["status"], row["reason"], details)
+            cells = (row["file"], row["status"], row["reason"] or "limited", details)
             table.add_row(*(cell.encode(errors="replace").decode() for cell in cells))
         console.print(table)
     console.print(f"{out}/{TABLE}", markup=False)
 
 
+HARD_DB = 6.0
+"""Beyond this the limiter is heard: such files are listed."""
+
+
+def limiting_heard(reduction_db: float | None) -> str:
+    """What to say of a clip that the limiter took so much off; empty where that is little."""
+    if reduction_db is None or reduction_db <= HARD_DB:
+        return ""
+    return f"the limiter took {reduction_db:.1f} dB off peaks, more than {HARD_DB:g}: listen to it"
+
+
+def _hard_limited(row: Mapping[str, Any]) -> bool:
+    return row["status"] == "ok" and row["reduction_db"] != "" and float(row["reduction_db"]) > HARD_DB
+
+
 def _level_details(row: Mapping[str, Any]) -> str:
     if row["reason"] == "silent":
         return "nothing above the gate of -70 LUFS: left at its level"
+    if not row["reason"]:
+        return limiting_heard(float(row["reduction_db"]))
     return f"{float(row['lufs_after']):.2f} LUFS, {float(row['true_peak_after']):.2f} dBTP"

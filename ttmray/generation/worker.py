@@ -15,7 +15,13 @@ from ttmray.audio.level import silence
 from ttmray.errors import ClipError, UserError
 from ttmray.generation import manifest
 from ttmray.generation.config import GenerateConfig
-from ttmray.generation.postprocess import PostprocessConfig, encode, open_separator, postprocess_clip
+from ttmray.generation.postprocess import (
+    PostprocessConfig,
+    encode,
+    limiting_heard,
+    open_separator,
+    postprocess_clip,
+)
 from ttmray.generation.sampler import Draw, Sampler
 from ttmray.models import one_thread, side_by_side
 from ttmray.models.backbone_weights import load_backbone
@@ -189,6 +195,7 @@ class ClipMaker:
             work.audio, processed = postprocess_clip(work.wave, rate, self.config.postprocess, self.separator)
             facts = {name: processed[name] for name in ("sample_rate", "channels", "outcome")}
             facts |= {"lufs": processed["lufs_after"], "true_peak_db": processed["true_peak_after"]}
+            facts |= {"message": limiting_heard(processed["reduction_db"]) or None}
         work.facts |= facts | {"duration_s": work.audio.shape[1] / facts["sample_rate"]}
 
     def _score(self, works: Sequence[_Work]) -> None:

@@ -401,6 +401,11 @@ def base_name(bundle: str) -> str:
     return bundle.partition("+")[0]
 
 
+def means_nothing(bundle: str) -> bool:
+    """Whether numbers are of untrained models, by the name of a bundle or by a protocol, which begins with it."""
+    return isinstance(BUNDLES.get(base_name(bundle).partition("/")[0]), DebugBundle)
+
+
 def identity_name(bundle: str) -> str:
     """`paper` of `paper+runs/my-ranker`; of a folder, its last part: where it lies decides nothing."""
     return base_name(bundle).rstrip("/").rpartition("/")[2]

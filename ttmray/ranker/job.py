@@ -334,6 +334,7 @@ def _evaluate(
             console.print("no reliability plot: pip install 'ttmray[report]'")
     left = {one.left_out: one.name for one in runs if one.left_out}
     return {
+        "note": open_bundle(config.bundle).note,
         "run": {
             "bundle": config.bundle,
             "protocol": about[firsts[0]]["protocol"],

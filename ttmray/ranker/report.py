@@ -141,9 +141,46 @@ def reliability_png(parts: dict[str, Calibration]) -> bytes | None:
     return buffer.getvalue()
 
 
+FEW_PAIRS = 100
+"""With fewer decided pairs an accuracy of 0.6 is not told from chance."""
+EXTREME_TEMPERATURE = 10.0
+"""Beyond it, or below its inverse, margins and votes have nothing to do with each other's size."""
+
+
+def grave_warnings(result: dict[str, Any]) -> list[str]:
+    """What a reader must know first; one line for all heads that it is said of.
+
+    Args:
+        result: what `metrics.json` holds.
+    """
+    warnings = []
+    if str(result["run"]["split"]).startswith("pair:"):
+        warnings.append(
+            "the split is by pair: clips of test pairs are in training pairs, too, and accuracies are too good "
+            "(split.by item, prompt or system holds them out)."
+        )
+    about: dict[str, list[str]] = {}
+    for name, head in result["heads"].items():
+        test, temperature = head["test"], head.get("temperature", 1.0)
+        if not head["note"]:
+            if test["decided"] < FEW_PAIRS:
+                about.setdefault(
+                    f"{test['decided']} decided test pairs are too few to tell how good it is.", []
+                ).append(name)
+            if test["interval"] is not None and test["interval"][0] <= 0.5:
+                about.setdefault("no better than chance on the test pairs, as far as they can tell.", []).append(name)
+        if head["best_epoch"] == 0:
+            about.setdefault("no epoch after the first was better: it has hardly learned.", []).append(name)
+        if not 1 / EXTREME_TEMPERATURE <= temperature <= EXTREME_TEMPERATURE:
+            text = f"a temperature of {temperature:.3g}: its margins say nothing about how sure it is."
+            about.setdefault(text, []).append(name)
+    return warnings + [f"{', '.join(names)}: {text}" for text, names in about.items()]
+
+
 def summary(result: dict[str, Any]) -> str:
     """The report of a run as Markdown; `result` is what `metrics.json` holds."""
-    return pages.render("ranker.md.j2", **result, shown=_shown, span=_span)
+    more = {"shown": _shown, "span": _span, "warnings": grave_warnings(result)}
+    return pages.render("ranker.md.j2", **{"note": "", **result}, **more)
 
 
 def _shown(value: float | None) -> str:

@@ -6,21 +6,27 @@ scores per prompt are means over the samples of the prompt.
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup
-from scipy import stats
 
 from ttmray import pages
 from ttmray.errors import UserError
-from ttmray.evaluation.compare import COMPARED, ClipScore, comparisons, legend, paired_table, prompt_means
+from ttmray.evaluation.compare import (
+    COMPARED,
+    ClipScore,
+    comparisons,
+    legend,
+    paired_table,
+    prompt_means,
+    without_marks,
+)
 from ttmray.evaluation.results import Results
 from ttmray.recipes.published import Published
-from ttmray.statistics import Alternative, Paired, paired, pearson, pearson_interval
+from ttmray.statistics import Alternative, Paired, mean_interval, paired, pearson, pearson_interval
 
 ALPHA = 0.05
 DAGGER, TIE = "†", "∗"
@@ -41,6 +47,7 @@ class Cell:
         prompts: metric -> (n,) its prompt id; a metric that is not in it has one clip per prompt, in the order of
             `scores`.
         failed: clips that are in no metric, because they are missing, silent or damaged.
+        ends: metric -> interval of its mean as the evaluation has it; of a metric that is not in it, t over prompts.
     """
 
     fad: tuple[float | None, float | None, float | None]
@@ -49,6 +56,7 @@ class Cell:
     protocol: str = ""
     failed: int = 0
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ends: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     def prompts_of(self, metric: str) -> Sequence[str]:
         """Prompt id of every value of `clips[metric]`."""
@@ -80,6 +88,7 @@ class CellTable:
         rows: texts of the leading columns, and metric -> value.
         notes: what a reader must know, one sentence each.
         pairs: paired comparisons behind the marks, see `compare.comparisons`.
+        meaningless: why no number means anything; the table then marks none, and every file of it says so.
     """
 
     name: str
@@ -89,6 +98,15 @@ class CellTable:
     rows: tuple[tuple[tuple[str, ...], Mapping[str, Value]], ...]
     notes: tuple[str, ...] = ()
     pairs: tuple[Mapping[str, Any], ...] = ()
+    meaningless: str = ""
+
+    def unmarked(self, why: str) -> "CellTable":
+        """The same without daggers, stars and bold, because its numbers mean nothing."""
+        rows = tuple(
+            (texts, {metric: replace(value, mark="") for metric, value in values.items()})
+            for texts, values in self.rows
+        )
+        return replace(self, rows=rows, pairs=tuple(without_marks(self.pairs)), meaningless=why)
 
 
 def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
@@ -115,20 +133,19 @@ def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
         results.protocol,
         system.failed,
         {metric: [row.prompt_id for row in rows if row.metric == metric] for metric in COMPARED},
+        {metric: (one.low, one.high) for metric, one in system.metrics.items() if metric in COMPARED},
     )
 
 
 def values_of(cell: Cell, paper: Mapping[str, Published] | None = None) -> dict[str, Value]:
-    """FAD, CLAP score and reward, the latter two with a t interval over prompts."""
+    """FAD, CLAP score and reward, with the intervals of their evaluations."""
     known = paper or {}
     value, low, high = cell.fad
     by_metric = {"fad": Value(value, low, high, paper=known.get("fad"))}
     for metric in TESTED:
         values = np.array(list(cell.scores.get(metric, {}).values()))
-        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else math.nan
-        mean = cell.mean(metric)
-        low, high = (mean - half, mean + half) if mean is not None and math.isfinite(half) else (None, None)
-        by_metric[metric] = Value(mean, low, high, paper=known.get(metric))
+        ends = cell.ends.get(metric) or mean_interval(values) or (None, None)
+        by_metric[metric] = Value(cell.mean(metric), *ends, paper=known.get(metric))
     return by_metric
 
 
@@ -317,16 +334,25 @@ def render_table(table: CellTable, format: Literal["markdown", "latex", "csv", "
         lines = [" & ".join(row) + r" \\" for row in (header, *rows)]
         columns = "l" * len(table.labels) + "r" * (len(header) - len(table.labels))
         body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
-        text = [f"% {table.caption}", *body, r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in _notes(table))]
+        why = [f"% {table.meaningless}", rf"\textit{{{_latex(table.meaningless)}}}\par"] if table.meaningless else []
+        text = [
+            f"% {table.caption}",
+            *why,
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            *(f"% {note}" for note in _notes(table)),
+        ]
         return "\n".join(text) + "\n"
     return pages.render(
         f"ablation_table.{'html' if format == 'html' else 'md'}.j2",
         caption=table.caption,
+        meaningless=table.meaningless,
         header=header,
         rows=rows,
         notes=_notes(table),
         pairs=paired_table(table.pairs) if table.pairs else None,
-        legend=legend(ALPHA),
+        legend=legend(ALPHA, marked=not table.meaningless),
     )
 
 
@@ -351,7 +377,7 @@ def _cells(table: CellTable, format: str) -> tuple[list[str], list[list[str]]]:
     escape = _latex if format == "latex" else str
     rows = []
     for texts, values in table.rows:
-        best = _best(table, values)
+        best = set() if table.meaningless else _best(table, values)
         cells = [escape(text) for text in texts]
         cells += [_shown(values[metric], metric in best, format) for metric in table.metrics]
         cells += [_published(values[metric].paper, format) for metric in known]
@@ -367,14 +393,14 @@ def _csv(table: CellTable) -> str:
         names += [f"{metric}_paper"] if metric in known else []
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow([*names, *(["note"] if table.meaningless else [])])
     for texts, values in table.rows:
         row: list[Any] = list(texts)
         for metric in table.metrics:
             value = values[metric]
             row += [value.value, value.low, value.high, value.mark]
             row += [value.paper.value if value.paper else None] if metric in known else []
-        writer.writerow(row)
+        writer.writerow([*row, *([table.meaningless] if table.meaningless else [])])
     return text.getvalue()
 
 

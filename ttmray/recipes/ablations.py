@@ -21,6 +21,7 @@ from ttmray.evaluation.reference import known_protocol, load_reference, referenc
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.evaluation.systems import audio_files
 from ttmray.generation.prompts import read_prompts
+from ttmray.models.bundle import means_nothing
 from ttmray.models.cross_load import SHARED, cross_load
 from ttmray.models.score_heads import Head
 from ttmray.recipes import published
@@ -55,6 +56,7 @@ from ttmray.training.config import TrainConfig
 
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 PAGE = "tables/index.html"
+MEANINGLESS_CELLS = "The debug bundle's models are tiny and untrained: these numbers mean nothing."
 MECHANISMS: tuple[Head, ...] = ("v1", "v2")
 """Of Table III."""
 
@@ -372,7 +374,6 @@ class AblationPlan:
 
     def write(self) -> int:
         """All tables, the figure and the page, from the evaluations of the cells."""
-        debug = self.config.bundle.startswith("debug")
         cells = {name: self._read(name) for name in self.evaluations}
         tables = []
         if self.config.heads is not None:
@@ -392,12 +393,13 @@ class AblationPlan:
         for name, row in self.contrasts.items():
             contrast = {label: cells[one] for label, one in row.items()}
             tables.append(contrast_table(name, contrast, published.CONTRASTS))
+        note = MEANINGLESS_CELLS if means_nothing(self.config.bundle) else ""
+        tables = [table.unmarked(note) if note else table for table in tables]
         for table in tables:
             console.print(render_table(table, "markdown"), markup=False)
             for format, ending in ENDINGS.items():
                 self.root.write(f"tables/{table.name}.{ending}", render_table(table, format).encode())  # type: ignore[arg-type]
         self.root.write("cells.json", json.dumps(self._cells_of_tables(), indent=1).encode())
-        note = "The debug bundle's models are tiny and untrained: these numbers mean nothing." if debug else ""
         figures = [self.root.read(f"figures/{name}.svg").decode() for name in ("sweep", "sweep-dark") if self.sweep]
         protocols = sorted({cell.protocol for cell in cells.values()})
         self.root.write(PAGE, page(tables, figures, protocols, note).encode())

@@ -16,9 +16,11 @@ from ttmray.cluster import alone
 from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.inventory import damage, read_marker
+from ttmray.inventory import damage, kind_of, read_marker
+from ttmray.recipes.estimates import estimates
 from ttmray.recipes.needs import Need, refuse_missing
-from ttmray.runs import SUCCESS
+from ttmray.recipes.result_page import chain_values
+from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
 PAPER_GPU_HOURS = 40
@@ -84,10 +86,12 @@ def run_chain(
         if name is not None and name not in names:
             raise UserError(f"{flag} {name}: there is no such step.", f"Steps of this config: {', '.join(names)}.")
     start, stop = names.index(first or names[0]), names.index(last or names[-1])
+    if root.exists(RUN):
+        raise UserError(f"{root} is a run of kind {kind_of(root)}, no chain.", "Choose another output.")
     if start > stop:
         raise UserError(f"--from {first} comes after --until {last}.", f"Their order is: {', '.join(names)}.")
     if plan_only:
-        console.print(_table(root, steps, prints))
+        _show_plan(root, steps, prints)
     for step in steps[:start]:
         missing = [name for name in step.makes if not root.exists(name)]
         if missing:
@@ -110,6 +114,22 @@ def run_chain(
     console.print(_table(root, steps, prints))
     console.print(f"open {root.path('index.html')}", markup=False)
     return EXIT_OK
+
+
+def _show_plan(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> None:
+    """The steps with their states, and how long those to do take here."""
+    rows = _rows(root, steps, prints)
+    taken, why = estimates({row.step.name: row.step.config for row in rows if row.state != "done"})
+    table = Table("step", "state", "wall s so far", "time here", caption=why or None)
+    for row in rows:
+        name = row.step.name
+        table.add_row(name, row.state, _spent(row)[0], taken.get(name, "" if row.state == "done" else "not known"))
+    console.print(table)
+
+
+def _spent(row: StepCost) -> tuple[str, str]:
+    """Wall seconds and GPU-hours; dashes for what has not begun."""
+    return ("–", "–") if row.state == "to do" else (f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}")
 
 
 def is_done(root: Folder, step: Step, made_with: str) -> bool:
@@ -183,7 +203,7 @@ def _table(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> Ta
     rows = _rows(root, steps, prints)
     table = Table("step", "state", "wall s", "GPU-hours", caption=_totals(rows))
     for row in rows:
-        table.add_row(row.step.name, row.state, f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}")
+        table.add_row(row.step.name, row.state, *_spent(row))
     return table
 
 
@@ -192,17 +212,18 @@ def write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -
     rows = _rows(root, steps, prints)
     cells = [
         (
-            (row.step.name, row.state, f"{row.seconds:.1f}", f"{row.gpu_hours:.2f}"),
+            (row.step.name, row.state, *_spent(row)),
             row.step.page if row.step.page and root.exists(row.step.page) else "",
         )
         for row in rows
     ]
-    values = {
+    values: dict[str, Any] = {
         "title": os.path.basename(root.uri),
         "header": ("step", "state", "wall s", "GPU-hours", "page"),
         "totals": _totals(rows),
         "note": "Wall time is that of all launches of a step. A GPU counts as long as a step holds it, busy or not.",
     }
+    values |= chain_values(root, {step.name: step.config for step in steps})
     links = [(*texts, f"[{page}]({page})" if page else "") for texts, page in cells]
     root.write("summary.md", pages.render("chain.md.j2", rows=links, **values).encode())
     root.write("index.html", pages.render("chain.html.j2", rows=cells, **values).encode())

@@ -49,6 +49,10 @@ class CorpusRows:
         return bool(pc.any(pc.and_(pc.equal(self.rows["split"], split), pc.equal(self.rows["status"], OK))).as_py())
 
 
+NO_CAPTION = (hashlib.sha256(b"").hexdigest()[:16], "")
+"""`caption_id` of the empty text: of songs, and of latents that others made (`corpus/npz.py`)."""
+
+
 @dataclass(eq=False)
 class Clips:
     """Chosen clips of one corpus in index order. Attributes are arrays over the clips unless said otherwise.
@@ -57,6 +61,7 @@ class Clips:
         corpus: fingerprint of the run.
         chosen: hex SHA-256 over keys, shards (whose names carry hashes), captions, scores and weights.
         waiting: count of clips that a growing corpus holds, but not yet the text of their captions.
+        uncaptioned: count of clips whose caption is empty.
         keys: clip keys.
         score: float32, NaN without a score column.
         weight: float32, of the clip's loss; 1 unless the file of keys or `DataConfig.guide` says something else.
@@ -69,6 +74,7 @@ class Clips:
     corpus: str
     chosen: str
     waiting: int
+    uncaptioned: int
     keys: pa.StringArray
     score: np.ndarray
     weight: np.ndarray
@@ -228,6 +234,7 @@ def choose_clips(
         corpus=corpus.fingerprint,
         chosen=digest.hexdigest(),
         waiting=waiting,
+        uncaptioned=int(pc.sum(pc.is_in(rows["caption_id"], pa.array(NO_CAPTION))).as_py() or 0),
         keys=rows["key"].combine_chunks(),
         score=score,
         weight=weight,

@@ -157,6 +157,11 @@ class Mixture:
     def __len__(self) -> int:
         return sum(self.per_epoch)
 
+    def uncaptioned(self) -> float:
+        """Share of the samples of an epoch that have no caption."""
+        shares = [source.uncaptioned / len(source) for source in self.sources]
+        return sum(share * count for share, count in zip(shares, self.per_epoch, strict=True)) / len(self)
+
     def clips(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """The clip of every sample number, (n,) int64."""
         epochs, places = np.divmod(np.asarray(numbers, np.int64), len(self))

@@ -26,7 +26,7 @@ from ttmray.storage import Folder
 from ttmray.training.config import OptimizerConfig, TrainConfig
 from ttmray.training.data import SourceConfig, open_mixture
 from ttmray.training.export import export
-from ttmray.training.launch import claim, launch
+from ttmray.training.launch import claim, launch, refuse_foreign
 from ttmray.training.sft import SftTask
 
 SELECTION = "selection"
@@ -114,9 +114,10 @@ def expert_iteration(
     assert config.model.init is not None
     weights = config.model.init
     root = Folder.at(config.output).sub("control" if config.control else "expert")
-    if plan_only:
-        return launch("sft", finetuning(config, root, weights, None), SftTask, plan_only=True)
     described = _described(config, weights)
+    if plan_only:
+        refuse_foreign(root, described, force)
+        return launch("sft", finetuning(config, root, weights, None), SftTask, plan_only=True)
     last = "polish.safetensors" if config.polish.steps else "finetune.safetensors"
     places = [root.sub(f"round-{number}") for number in range(1, config.rounds + 1)]
     lost = {problem.name.partition("/")[0] for problem in inventory.damage(root, inventory.read_marker(root) or {})}

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ttmray import cost, inventory, runs
-from ttmray.cluster import connect, require_gpus
-from ttmray.console import console
+from ttmray.cluster import connect, relay, require_gpus
+from ttmray.console import Marked, console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import resolve_device
+from ttmray.models.speed import estimate, peak_flops
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.training.checkpoint import STATE, committed
@@ -30,6 +32,7 @@ from ttmray.training.loop import CHECKPOINTS, train, trajectory
 from ttmray.training.memory import Split, split_batch
 from ttmray.training.task import Ranks, Task
 
+FORCE = "--force goes on with the new ones."
 MakeTask = Callable[[Any, torch.device], Task]
 """Of the config of its own kind."""
 Row = tuple[str, str, str]
@@ -71,10 +74,11 @@ def launch(
         connect(max(needed, os.cpu_count() or 1), show_workers=True, state_api=True)
     device, free = _local_device(config) if local else _ray_device(config)
     task = make_task(config, device if local else torch.device("cpu"))
-    split = plan(config, task, free, more_of_plan)
-    if plan_only:
-        return EXIT_OK
+    split = plan(config, task, device, free, more_of_plan)
     described = describe(kind, config, task)
+    if plan_only:
+        refuse_foreign(out, described, force)
+        return EXIT_OK
     if inventory.restore_run(out, kind, "" if force else described["fingerprint"], exact=False) is not None:
         console.print(f"{out.path(RUN)} was missing or damaged and is made again", markup=False)
     claim(out, described, force)
@@ -95,6 +99,17 @@ def launch(
             after(config, device)
     finish(out, described, config, before)
     return EXIT_OK
+
+
+def refuse_foreign(out: Folder, described: dict[str, Any], force: bool = False) -> None:
+    """What a plan says of its folder: the same that the run would, without writing.
+
+    Raises:
+        UserError: the folder belongs to another run or to something else.
+    """
+    existing = runs.existing(out, described["kind"])
+    if existing is not None and not force:
+        runs.refuse_another(out, existing, described, way_out=FORCE)
 
 
 def gpus_held(config: LoopConfig, device: torch.device) -> int:
@@ -123,12 +138,14 @@ def _free_bytes() -> int:
 def plan(
     config: LoopConfig,
     task: Task,
+    device: torch.device,
     free: int | None,
     more: Callable[[Any, Any, Split], list[Row]] | None = None,
 ) -> Split:
     """Micro-batches, memory and work of the run, printed with their reasons.
 
     Args:
+        device: of this process or of the workers.
         free: bytes of a GPU; None for a CPU.
         more: further rows.
 
@@ -169,9 +186,10 @@ def plan(
         ("updates", f"{config.steps:,}", f"{config.steps * config.batch:,} samples"),
         (
             "work",
-            f"{flops / 1e15:,.2f} PFLOP",
+            f"{flops / 1e15:,.3g} PFLOP",
             f"{task.flops_per_sample / 1e9:,.2f} GFLOP per sample, forward and backward",
         ),
+        ("time here", *_time(config, device, flops)),
         *([] if more is None else more(config, task, split)),
     ]
     width = max(len(name) for name, _, _ in rows)
@@ -180,6 +198,14 @@ def plan(
     if most is not None:
         require_memory(split.bytes, most, "training")
     return split
+
+
+def _time(config: LoopConfig, device: torch.device, flops: float) -> tuple[str, str]:
+    """How long a run takes, and why. Workers of a cluster may have GPUs that this machine has not."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "unknown", "this machine has no GPU to measure; the log has an ETA"
+    peak, source = peak_flops(device, config.precision == "bf16")
+    return estimate(flops, peak, source, config.runtime.workers if device.type == "cuda" else 1)
 
 
 def require_memory(needed: float, most: float, phase: str) -> None:
@@ -217,7 +243,7 @@ def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
             return
         existing = runs.read(out, described["kind"])  # another process was faster
     if not force:
-        runs.refuse_another(out, existing, described, way_out="--force goes on with the new ones.")
+        runs.refuse_another(out, existing, described, way_out=FORCE)
     out.write(RUN, json.dumps(described | {"created": existing["created"]}, indent=1).encode())
     marker = inventory.read_marker(out) or {}
     ours = marker.get("fingerprint", described["fingerprint"]) == described["fingerprint"]
@@ -296,7 +322,10 @@ def finish(out: Folder, described: dict[str, Any], config: LoopConfig, before: B
 
 def _is_result(name: str) -> bool:
     """Whether the end of a run notes a file. Checkpoints check themselves, as do exported weights."""
-    unlisted, folders = (SUCCESS, EXPORTED, "cost.json"), (CHECKPOINTS, TRANSITIONS, "tensorboard", "wandb")
+    unlisted, folders = (
+        (SUCCESS, EXPORTED, "cost.json", "index.html"),
+        (CHECKPOINTS, TRANSITIONS, "tensorboard", "wandb"),
+    )
     return name not in unlisted and name.partition("/")[0] not in folders
 
 
@@ -371,7 +400,8 @@ def _train_on_ray(
                     since = f"the checkpoint {reached[0]}" if reached else "the start"
                     raise UserError(
                         f"Workers were lost {restarts} times since {since}; the last time: {reason}",
-                        "What they printed is above. The same command goes on from there; see runtime.max_restarts.",
+                        "The same command goes on from there; see runtime.max_restarts. What workers printed last:\n"
+                        + (relay.last_words() or "(nothing)"),
                     ) from error
                 restart = f"restart {restarts} of at most {runtime.max_restarts} without a new checkpoint"
                 console.print(f"a worker was lost ({reason}); {restart}", markup=False)
@@ -417,6 +447,7 @@ def _on_worker(settings: dict[str, Any]) -> None:
     else:
         torch.set_num_threads(config.runtime.threads or 1)
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    console.file = Marked(sys.stdout)  # type: ignore[assignment]  # the driver prints it, and nothing of libraries
     console.quiet = True  # the driver has made its own task, and said what there is to say
     try:
         task = settings["make_task"](config, device)

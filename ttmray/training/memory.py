@@ -1,7 +1,5 @@
-"""How many samples fit on a device, and how fast that device could be: estimates before the first step."""
+"""How many samples fit on a device: estimates before the first step."""
 
-import re
-import time
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +13,6 @@ BF16_SHARE = 0.6
 """Activations under bf16 autocast against float32: most halve, norms and rotations stay float32. Counted: 0.58."""
 FREE_SHARE = 0.85
 CPU_BATCH = 4
-PEAK_TFLOPS = {
-    r"A5000": 111.1,
-    r"A6000": 154.8,
-    r"A100": 312.0,
-    r"H100 (PCIe|NVL)": None,
-    r"H100": 989.4,
-    r"H200 NVL": None,
-    r"H200": 989.4,
-    r"L40S": 362.0,
-    r"RTX 4090": 165.2,
-}
-"""Dense bf16 with float32 accumulation, TFLOP/s, from the makers' data sheets, by words of the device's name; None: a
-variant with other clocks, which is measured like any unknown one."""
 
 
 @dataclass(frozen=True)
@@ -115,24 +100,3 @@ def split_batch(
 def step_flops(config: BackboneConfig) -> float:
     """FLOPs of a training sample: forward, and twice that backward."""
     return 3 * sum(forward_flops(config).values())
-
-
-def peak_flops(device: torch.device, bf16: bool) -> tuple[float, str]:
-    """FLOP/s that the device could reach, and where the number is from.
-
-    A data sheet's where the GPU is known and precision is bf16; else a matrix product, measured now.
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        sheet = next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
-        if bf16 and sheet is not None:
-            return sheet * 1e12, f"{name} data sheet, bf16"
-    size = 4096 if device.type == "cuda" else 1024
-    own = torch.Generator(device).manual_seed(0)  # the global one is part of a run's state
-    a = torch.randn(size, size, generator=own, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best, f"matrix product of {size} measured at the start"

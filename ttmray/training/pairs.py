@@ -24,6 +24,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool
 from ttmray.generation.prompts import plain, read_prompts
+from ttmray.runs import note_of
 from ttmray.storage import Folder, parquet_table
 
 PAIRS, KIND = "pairs.parquet", "pairs"
@@ -107,6 +108,7 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
         {METADATA_KEY: json.dumps(what, sort_keys=True)}
     )
     pq.write_table(table_of_pairs, buffer, compression="zstd")
+    report["note"] = note_of(Folder.at(pool))
     out.write("pairs.json", json.dumps(report, indent=1).encode())
     out.write("pairs.md", markdown(report).encode())
     out.write(PAIRS, buffer.getvalue())
@@ -241,7 +243,12 @@ def make_pairs(
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report for people."""
-    lines = ["# Preference pairs", "", f"- ranked by {report['by']}"]
+    lines = [
+        "# Preference pairs",
+        "",
+        *([f"> {report['note']}", ""] if report.get("note") else []),
+        f"- ranked by {report['by']}",
+    ]
     lines += [f"- {name}: {counted(report[name])}" for name in ("pairs", "prompts", "clips")]
     lines.append("- margin: " + ", ".join(f"{name} {value:.4f}" for name, value in report["margin"].items()))
     for name in ("reward", "clap"):

@@ -78,6 +78,8 @@ class SftTask:
             self.mixture, self.held_out = open_mixture(config.data), None
         if config.validation.clips and self.held_out is None:
             console.print(f"no validation: {config.data.sources[0].corpus} has no clips of that split", markup=False)
+        if line := caption_warning(self.mixture.uncaptioned()):
+            console.print(line, style="bold red")
         self.bundle = corpus_bundle(config.data)
         self.model, self.init = initial_model(config, self.mixture)
         self.model.to(device)
@@ -120,6 +122,25 @@ class SftTask:
 
     def note(self, start: int, stop: int, lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         return {"drawn": self.mixture.counts(start, stop)} if len(self.mixture.sources) > 1 else {}
+
+
+MANY_UNCAPTIONED = 0.2
+"""Share of samples without a caption from which people are told."""
+
+
+def caption_warning(share: float) -> str | None:
+    """What a training without captions comes to; None where nearly all samples have one.
+
+    Args:
+        share: of the samples without a caption.
+    """
+    if share < MANY_UNCAPTIONED:
+        return None
+    what = "NO SAMPLE HAS A CAPTION" if share == 1 else f"{share:.0%} OF THE SAMPLES HAVE NO CAPTION"
+    return (
+        f"WARNING: {what}. Text is learned from captions alone: clips of this model will not follow prompts. Give the "
+        "corpus captions (captions.json beside the songs, or catalogue.captions) and make it anew."
+    )
 
 
 def corpus_bundle(data: DataConfig) -> str:

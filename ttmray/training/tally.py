@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.models.speed import peak_flops
 from ttmray.storage import Folder
 from ttmray.training.config import LoopConfig
 from ttmray.training.data import Samples
 from ttmray.training.flow_matching import noise_level_report, noise_level_sums
-from ttmray.training.memory import peak_flops
 from ttmray.training.task import Losses, Ranks, Task
 
 LINES = 16

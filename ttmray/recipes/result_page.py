@@ -1,0 +1,257 @@
+"""One page of what a run or a chain has come to: a sentence, a table, curves, players, a card per system; steps folded.
+
+Everything is read from files that the steps have written, so that the page of an unfinished chain has what is there.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from ttmray import inventory, pages
+from ttmray.config import Config
+from ttmray.console import console
+from ttmray.errors import EXIT_OK, UserError
+from ttmray.evaluation import plots
+from ttmray.evaluation.results import RESULTS, Results, System, read_results
+from ttmray.generation import manifest
+from ttmray.models.bundle import BUNDLES, base_name, means_nothing
+from ttmray.recipes import published
+from ttmray.storage import Folder
+from ttmray.training.config import LoopConfig
+from ttmray.training.logbook import METRICS as LOG
+from ttmray.training.logbook import read_lines
+from ttmray.training.rounds import ROUNDS
+
+PAGE, TABLES = "index.html", "tables/index.html"
+SHOWN = {"fad": ("FAD ↓", 3), "clap_score": ("CLAP score ↑", 3), "reward": ("Reward ↑", 3), "lufs": ("LUFS", 1)}
+"""Metrics of the first table, with label and digits; the evaluation's own page has all."""
+PAPER_ROWS = {"stage1": "SFT (v1)", "stage2": "+ expert iteration", "stage3": "Sub.1"}
+"""System of a chain -> row of the paper's Table II."""
+PROMPTS_SHOWN, FIGURES = 4, 8
+"""Of a long list the page shows the first; the pages of the steps have all."""
+Points = list[tuple[float, float]]
+
+
+class Curves(NamedTuple):
+    """What a training has logged: name of the curve -> (step, value), in order; and what it warned of."""
+
+    title: str
+    lines: dict[str, dict[str, Points]]
+    warnings: list[str]
+
+
+def curves_of(run: Folder, title: str) -> Curves | None:
+    """Losses, and for online tuning rewards by round; None where nothing was logged."""
+    if not run.exists(LOG):
+        return None
+    rows = read_lines(run)
+    losses = {"loss": points(rows, "loss"), "validation loss": points(rows, "validation_loss")}
+    reports = [json.loads(run.read(f"{ROUNDS}/{file.name}")) for file in run.files(ROUNDS, sizes=False)]
+    reports.sort(key=lambda report: int(report["round"]))
+    rewards: dict[str, Points] = {"reward of the rounds": points(reports, "reward", "round")}
+    for report in reports:
+        for name, score in ((report.get("held_out") or {}).get("scores") or {}).items():
+            rewards.setdefault(f"held out: {name}", []).append((float(report["round"]), float(score["mean"])))
+    lines = {"loss by update": losses, "reward by round": rewards}
+    lines = {name: {label: line for label, line in some.items() if line} for name, some in lines.items()}
+    warnings = [report["warning"] for report in reports if report.get("warning")]
+    return Curves(title, {name: some for name, some in lines.items() if some}, warnings)
+
+
+def points(rows: Sequence[Mapping[str, Any]], name: str, at: str = "step") -> Points:
+    """(step, value) of the rows that have a number of that name."""
+    return [(float(row[at]), float(row[name])) for row in rows if isinstance(row.get(name), int | float)]
+
+
+def figures_of(curves: Sequence[Curves]) -> list[dict[str, Any]]:
+    """Every set of curves as inline SVG for a light and a dark page; none where matplotlib is not installed."""
+    try:
+        plots.require_matplotlib()
+    except UserError:
+        return []
+    shown = []
+    for one in curves:
+        for axis, lines in one.lines.items():
+            drawn = {theme: plots.curves(lines, axis, theme).decode() for theme in ("light", "dark")}
+            svgs = [(theme, Markup(svg[svg.index("<svg") :])) for theme, svg in drawn.items()]
+            last = ", ".join(f"{label} {line[0][1]:.4g} to {line[-1][1]:.4g}" for label, line in lines.items())
+            shown.append({"title": f"{one.title}: {axis}", "said": last, "svgs": svgs})
+    return shown
+
+
+def headline(results: Results) -> str:
+    """What an evaluation says, in a sentence: the best mean reward, and whether it is told from the first system's."""
+    known = {system.name: system.metrics["reward"] for system in results.systems if "reward" in system.metrics}
+    values = {name: metric.value for name, metric in known.items() if metric.value is not None}
+    if not values:
+        return "No system has a reward."
+    best, first = max(values, key=lambda name: values[name]), next(iter(values))
+    ends = known[best]
+    interval = "" if ends.low is None or ends.high is None else f" (95 % interval {ends.low:+.3f} to {ends.high:+.3f})"
+    text = f"{best} has the highest mean reward, {values[best]:+.3f}{interval}"
+    pair = next(
+        (one for one in results.comparisons if one.metric == "reward" and {one.a, one.b} == {best, first}), None
+    )
+    if best == first or pair is None or pair.difference is None:
+        return f"{text}."
+    gain = abs(pair.difference)
+    if results.meaningless:
+        return f"{text}, {gain:.3f} more than {first}; by untrained models, so it means nothing."
+    told = "told from chance" if pair.significant else "which may be chance"
+    return f"{text}, {gain:.3f} more than {first}, {told} (Holm's p {pages.p_value(pair.p_holm)}, {pair.n} prompts)."
+
+
+def result_table(results: Results) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of systems: value and interval of `SHOWN`, and the paper's figures where it has the row."""
+    names = [name for name in SHOWN if any(name in system.metrics for system in results.systems)]
+    paper = {system.name: _paper(system) for system in results.systems}
+    beside = [name for name in names if any(name in row for row in paper.values())]
+    header = ["system", *(SHOWN[name][0] for name in names), *(f"paper: {SHOWN[name][0][:-2]}" for name in beside)]
+    rows: list[list[Any]] = []
+    for system in results.systems:
+        row: list[Any] = [system.name]
+        for name in names:
+            metric, digits = system.metrics.get(name), SHOWN[name][1]
+            ends = "" if metric is None or metric.low is None else pages.number(metric.low, digits)
+            ends += (
+                "" if metric is None or metric.high is None or not ends else f" to {pages.number(metric.high, digits)}"
+            )
+            row.append((pages.number(metric.value if metric else None, digits), ends))
+        row += [
+            ("≈" * figure.about + figure.text, "") if figure else ("", "")
+            for figure in map(paper[system.name].get, beside)
+        ]
+        rows.append(row)
+    return header, rows
+
+
+def _paper(system: System) -> Mapping[str, published.Published]:
+    return published.CHAIN.get(PAPER_ROWS.get(system.name, system.name), {})
+
+
+def players_of(root: Folder, folders: Mapping[str, Folder]) -> list[dict[str, Any]]:
+    """The first prompts that have clips, each with a clip of every system.
+
+    Args:
+        folders: system -> generation run, below `root`.
+    """
+    rows = {name: manifest.read_rows(run).values() for name, run in folders.items() if run.exists("run.json")}
+    prompts: dict[str, dict[str, Any]] = {}
+    for name, clips in rows.items():
+        for row in clips:
+            if row["file"]:
+                prompt = prompts.setdefault(row["prompt_id"], {"text": row["prompt"], "clips": {}})
+                address = folders[name].path(row["file"]).removeprefix(f"{root.uri}/")
+                prompt["clips"].setdefault(name, {"system": name, "file": address, "row": row})
+    return [one | {"clips": list(one["clips"].values())} for _, one in sorted(prompts.items())][:PROMPTS_SHOWN]
+
+
+def systems_of(results: Results, folders: Mapping[str, Folder]) -> Iterator[dict[str, Any]]:
+    """A card per system: what made its clips."""
+    for system in results.systems:
+        facts = {"clips": f"{system.clips} of {system.prompts} prompts", "failed": system.failed or ""}
+        run = folders.get(system.name)
+        described = json.loads(run.read("run.json")) if run is not None and run.exists("run.json") else {}
+        config = described.get("config", {})
+        sampler = config.get("sampler", {})
+        facts |= {"weights": config.get("checkpoint") or "", "bundle": config.get("bundle", "")}
+        facts |= {name: sampler.get(name) for name in ("score", "guidance", "steps") if sampler.get(name) is not None}
+        facts |= {"seed": config.get("seed", ""), "folder": system.folder}
+        metric = system.metrics.get("reward")
+        yield {
+            "name": system.name,
+            "reward": pages.number(metric.value if metric else None, 3, "+"),
+            "facts": {name: value for name, value in facts.items() if value not in ("", None)},
+        }
+
+
+def chain_values(root: Folder, configs: Mapping[str, Config]) -> dict[str, Any]:
+    """What the page of a chain shows beside its steps.
+
+    Args:
+        configs: step -> its config; those with an output below `root` are looked into.
+    """
+    places = {name: Folder.at(str(config.output)) for name, config in configs.items() if hasattr(config, "output")}
+    below = {name: place for name, place in places.items() if place.uri.startswith(f"{root.uri}/")}
+    trainings = {name: place for name, place in below.items() if isinstance(configs[name], LoopConfig)}
+    curves = [one for name, place in _trainings(trainings) if (one := curves_of(place, name)) is not None]
+    bundles = {str(config.bundle) for config in configs.values() if hasattr(config, "bundle")}
+    notes = sorted(BUNDLES[base_name(one)].note for one in bundles if means_nothing(one))
+    evaluated = [place for place in below.values() if place.exists(RESULTS)]
+    results = read_results(evaluated[0]) if len(evaluated) == 1 else None  # cells of tables are on a page of their own
+    values: dict[str, Any] = {"notes": notes, "figures": figures_of(curves[:FIGURES]), "results": results}
+    values["tables"] = TABLES if root.exists(TABLES) else ""
+    values["hacking"] = [f"{one.title}: {line}" for one in curves for line in one.warnings]
+    if results is None:
+        return values | {"headline": "", "table": None, "prompts": [], "systems": []}
+    folders = {system.name: Folder.at(system.folder) for system in results.systems if system.folder}
+    inside = {name: folder for name, folder in folders.items() if folder.uri.startswith(f"{root.uri}/")}
+    return values | {
+        "headline": headline(results),
+        "table": result_table(results),
+        "prompts": players_of(root, inside),
+        "systems": list(systems_of(results, inside)),
+    }
+
+
+def _trainings(places: Mapping[str, Folder]) -> Iterator[tuple[str, Folder]]:
+    """Runs with a log: outputs of steps, and the phases of rounds in them."""
+    for name, place in {place.uri: (name, place) for name, place in places.items()}.values():
+        yield name, place
+        phases = {file.name.rpartition("/")[0] for file in place.files(sizes=False) if file.name.endswith(f"/{LOG}")}
+        for phase in sorted(phases):
+            yield f"{name}, {phase}", place.sub(phase)
+
+
+def run_page(folder: str) -> int:
+    """`ttmray report RUN` of a training run: writes its `index.html`; returns the exit code.
+
+    Raises:
+        UserError: it is no training run, or nothing was logged yet.
+    """
+    run = Folder.at(folder)
+    curves = curves_of(run, run.uri.rpartition("/")[2])
+    if curves is None or not run.exists("run.json"):
+        raise UserError(
+            f"{run} is neither an evaluation nor a training run: it has no {RESULTS} and no {LOG}.",
+            "Give the output of `ttmray evaluate` or of a training; chains and generation write pages of their own.",
+        )
+    described = json.loads(run.read("run.json"))
+    config = described["config"]
+    rows = read_lines(run)
+    last = rows[-1] if rows else {}
+    bundle = str(config.get("bundle", ""))
+    sounds = [file.name for file in run.files("samples", sizes=False) if file.name.endswith((".wav", ".flac"))]
+    facts = {
+        "kind": described["kind"],
+        "updates": f"{last.get('step', 0)} of {config.get('steps', '?')}",
+        "state": "finished" if inventory.finished(run) else "not finished",
+        "samples per update": config.get("batch"),
+        "learning rate": (config.get("optimizer") or {}).get("lr"),
+        "began": described["created"],
+    }
+    text = pages.render(
+        "run.html.j2",
+        title=f"{described['kind']}: {run.uri.rpartition('/')[2]}",
+        headline=_said(curves),
+        notes=[BUNDLES[base_name(bundle)].note] if bundle and means_nothing(bundle) else [],
+        hacking=curves.warnings,
+        figures=figures_of([curves]),
+        facts={name: value for name, value in facts.items() if value is not None},
+        sounds=[(name, f"samples/{name}") for name in sorted(sounds)],
+    )
+    run.write(PAGE, text.encode())
+    console.print(f"open {run.path(PAGE)}")
+    return EXIT_OK
+
+
+def _said(curves: Curves) -> str:
+    """The first and last value of each curve, in a sentence."""
+    parts = [
+        f"{label} from {line[0][1]:.4g} to {line[-1][1]:.4g}"
+        for some in curves.lines.values()
+        for label, line in some.items()
+    ]
+    return f"{'; '.join(parts) or 'Nothing is logged yet'}."
