@@ -46,8 +46,8 @@ from transformers import ClapFeatureExtractor, ClapModel
 
 from ttmray.audio.io import AudioLimits, decode, resample, to_mono
 from ttmray.models import seeded
-from ttmray.models.bundle import resolve_device
 from ttmray.models.clap import CLAP_SAMPLES, Clap, byte_roberta_tokenizer, htsat_base_config
+from ttmray.models.devices import resolve_device
 from ttmray.models.protocol import CLAP_SAMPLE_RATE, MERT_SAMPLE_RATE
 from ttmray.models.separator import SAMPLE_RATE, Separator
 

@@ -41,8 +41,8 @@ from ttmray.generation.sampler import NEGATIVE_PROMPT, PREFIX, Draw, Sampler, Sa
 from ttmray.models import one_thread, seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import forward_flops
-from ttmray.models.bundle import resolve_device
 from ttmray.models.clap import Clap, byte_roberta_tokenizer, debug_clap, htsat_base_config
+from ttmray.models.devices import resolve_device
 from ttmray.models.speed import peak_flops
 from ttmray.models.t5 import TextEncoder, byte_t5_tokenizer, debug_text_encoder
 

@@ -43,7 +43,7 @@ from plain import PlainTrainer, plain_copy, seeded_backbone
 from torch import Tensor
 
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
-from ttmray.models.bundle import resolve_device
+from ttmray.models.devices import resolve_device
 from ttmray.models.speed import peak_flops
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig, TrainRuntime, ValidationConfig

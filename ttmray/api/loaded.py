@@ -17,7 +17,8 @@ from ttmray.console import errors, meter
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.score import FACTS, open_scorer, score_sounds
 from ttmray.models import one_thread, threads_restored
-from ttmray.models.bundle import DEFAULT, LoadOptions, open_bundle, resolve_device
+from ttmray.models.bundle import DEFAULT, LoadOptions, open_bundle
+from ttmray.models.devices import resolve_device
 from ttmray.models.kept import KeptBundle
 from ttmray.models.published import published
 from ttmray.models.scoring import Embeddings, Scorer

@@ -212,7 +212,7 @@ class PartScorer:
 
     def __init__(self, run: str, out: str, head: str, text: str, device: str) -> None:
         from ttmray.models import one_thread
-        from ttmray.models.bundle import resolve_device
+        from ttmray.models.devices import resolve_device
 
         self.run, self.out, self.with_text = Folder(run), Folder(out), text == "caption"
         self.device = resolve_device(device)

@@ -7,7 +7,7 @@ import torch
 
 from ttmray.audio.io import resample
 from ttmray.errors import UserError
-from ttmray.models.bundle import resolve_device
+from ttmray.models.devices import resolve_device
 
 FETCH = "Fetch it first (hf download MODEL), or name the folder that holds it."
 

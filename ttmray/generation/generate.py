@@ -28,7 +28,8 @@ from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import ClipJob, ClipMaker, PlannedClip, SoundMaker, roles_of
 from ttmray.models.backbone_weights import file_config, score_warning
-from ttmray.models.bundle import Bundle, on_gpu, open_bundle
+from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.models.devices import on_gpu
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN, SUCCESS

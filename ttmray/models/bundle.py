@@ -23,6 +23,7 @@ from ttmray import hub
 from ttmray.config import IdentityPart
 from ttmray.errors import UserError
 from ttmray.models import folder_bundle, released
+from ttmray.models.devices import resolve_device
 from ttmray.models.folder_bundle import DESCRIPTION, WEIGHTS, FolderFiles
 from ttmray.models.protocol import Protocol
 from ttmray.models.released import RELEASED, Facts
@@ -453,36 +454,6 @@ def _open_folder(path: str) -> Bundle:
     bundle = FolderBundle(FolderFiles(Path(path), "Copy the whole folder again, or make the bundle again."))
     _ = bundle.name  # says now if it is none
     return bundle
-
-
-def on_gpu(device: str, runner: str, gpus: float) -> bool:
-    """Whether work runs on GPUs: in this process by what there is, in Ray actors by what they are given.
-
-    Raises:
-        UserError: see `resolve_device`; where the work is done by actors, this machine's devices do not matter.
-    """
-    if device == "cpu":
-        return False
-    return gpus > 0 if runner == "ray" else resolve_device(device) != "cpu"
-
-
-def resolve_device(device: str) -> str:
-    """`auto` as cuda where there is one, else cpu.
-
-    Raises:
-        UserError: torch knows no such device, or cuda was asked for and is not there.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        index = torch.device(device).index or 0
-    except RuntimeError as error:
-        raise UserError(f"device is {device}, which torch does not know.", "Use auto, cpu or cuda.") from error
-    if device.startswith("cuda") and index >= torch.cuda.device_count():
-        raise UserError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs.", "Use auto or cpu.")
-    return device
 
 
 def separator_of(model: Any, device: str, options: LoadOptions) -> "Separator":

@@ -22,7 +22,8 @@ from ttmray.config import Config, Device, Location, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import BundleName, FolderBundle, open_bundle, resolve_device
+from ttmray.models.bundle import BundleName, FolderBundle, open_bundle
+from ttmray.models.devices import resolve_device
 from ttmray.models.weights import digest_file
 from ttmray.pretraining.clap import CLAPConfig, CLAPPart
 from ttmray.pretraining.clips import ClipSet

@@ -22,7 +22,8 @@ from ttmray.cluster import ActorsConfig, each
 from ttmray.config import Config, Location, execution, fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.models.bundle import BundleName, open_bundle, resolve_device
+from ttmray.models.bundle import BundleName, open_bundle
+from ttmray.models.devices import resolve_device
 from ttmray.models.tunejury import BLOCKS, VARIANTS, TuneJury, load_tunejury
 from ttmray.ranker import report as report
 from ttmray.ranker.features import EncodingConfig, Features, extract

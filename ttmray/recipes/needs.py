@@ -457,7 +457,7 @@ def _package_there(name: str, extra: str) -> None:
 
 def _device(section: str, runtime: Any, field: str) -> Iterable[Need]:
     """A device of this machine that the config names; those of a cluster are Ray's to find."""
-    from ttmray.models.bundle import resolve_device
+    from ttmray.models.devices import resolve_device
 
     if runtime.runner == "local":
         yield Need(resolve_device, (runtime.device,), f"Set {section}.{field}.device to auto or cpu.")

@@ -19,7 +19,7 @@ from ttmray import cost, inventory, runs
 from ttmray.cluster import connect, relay, require_gpus
 from ttmray.console import Marked, console
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.models.bundle import resolve_device
+from ttmray.models.devices import resolve_device
 from ttmray.models.speed import estimate, peak_flops
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
