@@ -19,8 +19,8 @@ from ttmray.ranker.votes import (
     PairSource,
     PairSplit,
     disjoint_splits,
-    read_pairs,
     read_splits,
+    read_votes,
     split_pairs,
 )
 
@@ -57,7 +57,7 @@ def source(path: str | Path, **fields) -> PairSource:
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_every_format_holds_the_same_pairs(tmp_path, suffix):
-    pairs, dropped = read_pairs([source(write(tmp_path / f"votes{suffix}", ROWS))])
+    pairs, dropped = read_votes([source(write(tmp_path / f"votes{suffix}", ROWS))])
     assert dropped == []
     assert [(pair.id, pair.target, pair.split) for pair in pairs] == [
         ("mine:1", 1.0, "train"),
@@ -74,7 +74,7 @@ def test_the_records_of_the_release_are_read_under_each_of_their_names(tmp_path)
         {"battle_uuid": "p1", "dataset": "MusicArena", "winner": "B", "prompt": None, "a_audio": "1", "b_audio": "3"},
         {"uuid": "p2", "dataset": "MusicPrefs", "winner": "draw", "prompt": "y", "a_audio": "2", "b_audio": "3"},
     ]
-    pairs, _ = read_pairs([source(write(tmp_path / "all.json", records), audio="/audio")])
+    pairs, _ = read_votes([source(write(tmp_path / "all.json", records), audio="/audio")])
     found = [(pair.id, pair.source, pair.target, pair.text, pair.a) for pair in pairs]
     assert found == [
         ("p0", "AIME", 1.0, "x", "/audio/1.mp3"),
@@ -85,19 +85,19 @@ def test_the_records_of_the_release_are_read_under_each_of_their_names(tmp_path)
 
 def test_prompts_can_be_hidden_from_the_text_input_and_still_hold_a_split_together(tmp_path):
     rows = [ROWS[0] | {"prompt_id": 7}]
-    ((pair,), _) = read_pairs([source(write(tmp_path / "v.json", rows), prompts=False)])
+    ((pair,), _) = read_votes([source(write(tmp_path / "v.json", rows), prompts=False)])
     assert (pair.text, pair.prompt) == ("", "mine/7")
 
 
 def test_clips_of_a_corpus_are_addressed_by_their_keys(tmp_path):
     rows = [{"a": "song_0", "b": "song_1", "label": 1}]
-    ((pair,), _) = read_pairs([source(write(tmp_path / "v.json", rows), corpus="s3://bucket/run")])
+    ((pair,), _) = read_votes([source(write(tmp_path / "v.json", rows), corpus="s3://bucket/run")])
     assert pair.a == "s3://bucket/run#song_0"
 
 
 @pytest.mark.parametrize(("label", "target"), [*LABELS.items(), ("TIE", 0.5), ("Model_A", 1.0), (1, 1.0), (0.5, 0.5)])
 def test_known_labels(tmp_path, label, target):
-    ((pair,), _) = read_pairs([source(write(tmp_path / "v.json", [ROWS[0] | {"label": label}]))])
+    ((pair,), _) = read_votes([source(write(tmp_path / "v.json", [ROWS[0] | {"label": label}]))])
     assert pair.target == target
 
 
@@ -108,16 +108,16 @@ def test_an_unknown_label_is_an_error_that_names_its_row_and_never_a_tie(tmp_pat
         return
     path = tmp_path_factory.mktemp("labels") / "v.json"
     with pytest.raises(UserError, match=r"item 2: .*"):
-        read_pairs([source(write(path, [ROWS[0], ROWS[1] | {"label": label}]))])
+        read_votes([source(write(path, [ROWS[0], ROWS[1] | {"label": label}]))])
 
 
 def test_both_bad_is_a_tie_or_left_out_and_a_clip_against_itself_is_left_out(tmp_path):
     rows = [ROWS[0] | {"label": "BOTH_BAD"}, ROWS[0] | {"b": "x/1.wav"}]
     path = write(tmp_path / "v.json", rows)
-    pairs, dropped = read_pairs([source(path)])
+    pairs, dropped = read_votes([source(path)])
     assert [pair.target for pair in pairs] == [0.5]
     assert [row.reason for row in dropped] == ["same_clip"]
-    pairs, dropped = read_pairs([source(path, both_bad="drop")])
+    pairs, dropped = read_votes([source(path, both_bad="drop")])
     assert pairs == []
     assert [row.reason for row in dropped] == ["both_bad", "same_clip"]
 
@@ -125,7 +125,7 @@ def test_both_bad_is_a_tie_or_left_out_and_a_clip_against_itself_is_left_out(tmp
 @pytest.mark.parametrize("name", ["../secret.wav", "/etc/passwd", "a/../../b.wav", "a\\b.wav", "", "x\n.wav"])
 def test_clip_names_cannot_leave_their_folder(tmp_path, name):
     with pytest.raises(UserError, match="item 1"):
-        read_pairs([source(write(tmp_path / "v.json", [ROWS[0] | {"b": name}]))])
+        read_votes([source(write(tmp_path / "v.json", [ROWS[0] | {"b": name}]))])
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_bad_tables_are_one_message_with_the_file(tmp_path, file, content, messa
     path = tmp_path / file
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as error:
-        read_pairs([source(path)])
+        read_votes([source(path)])
     assert file in error.value.message
 
 
 def test_an_id_is_used_once(tmp_path):
     rows = [ROWS[0] | {"id": "p"}, ROWS[1] | {"id": "p"}]
     with pytest.raises(UserError, match="'p'"):
-        read_pairs([source(write(tmp_path / "v.json", rows))])
+        read_votes([source(write(tmp_path / "v.json", rows))])
 
 
 # ---- released splits --------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_released_splits_are_json_lists_or_files_of_ids(tmp_path):
     expected = {"p0": "train", "p1": "validation", "p2": "test"}
     assert read_splits(as_json) == read_splits(files) == expected
     rows = [row | {"id": f"p{i}", "split": ""} for i, row in enumerate([*ROWS, ROWS[0]])]
-    pairs, _ = read_pairs([source(write(tmp_path / "v.json", rows), splits=as_json)])
+    pairs, _ = read_votes([source(write(tmp_path / "v.json", rows), splits=as_json)])
     splits, dropped = split_pairs(pairs, PairSplit(by="released"))
     assert {name: [pair.id for pair in members] for name, members in splits.items()} == {
         "train": ["p0"],
@@ -202,7 +202,7 @@ def test_pairs_of_rated_songs_differ_enough_and_the_higher_mean_wins(tmp_path):
     means = {f"{i}.mp3": 1 + i * 0.2 for i in range(20)}
     path = write(tmp_path / "songs.jsonl", [song(name, mean - 0.5, mean + 0.5) for name, mean in means.items()])
     rated = source(path, format="songs", count=60)
-    pairs, _ = read_pairs([rated])
+    pairs, _ = read_votes([rated])
     assert len(pairs) == 60
     assert len({frozenset((pair.a, pair.b)) for pair in pairs}) == 60
     assert {pair.target for pair in pairs} == {0.0, 1.0}
@@ -210,13 +210,13 @@ def test_pairs_of_rated_songs_differ_enough_and_the_higher_mean_wins(tmp_path):
         gap = means[Path(pair.a).name] - means[Path(pair.b).name]
         assert abs(gap) >= 0.5 - 1e-9
         assert pair.target == (gap > 0)
-    assert read_pairs([rated])[0] == pairs
+    assert read_votes([rated])[0] == pairs
     assert pairs[3].id == "mine_000003"
 
 
 def test_fewer_pairs_than_asked_for_end_the_draw(tmp_path):
     path = write(tmp_path / "songs.json", [song("1.mp3", 1), song("2.mp3", 1.2), song("3.mp3", 3)])
-    pairs, _ = read_pairs([source(path, format="songs")])
+    pairs, _ = read_votes([source(path, format="songs")])
     assert len(pairs) == 2  # 1 and 2 are too close
 
 
@@ -224,7 +224,7 @@ def test_fewer_pairs_than_asked_for_end_the_draw(tmp_path):
 def test_songs_without_ratings_are_refused(tmp_path, row):
     (tmp_path / "songs.json").write_text(json.dumps([row]))
     with pytest.raises(UserError, match="item 1"):
-        read_pairs([source(tmp_path / "songs.json", format="songs")])
+        read_votes([source(tmp_path / "songs.json", format="songs")])
 
 
 # ---- splits -----------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_ties_alone_and_no_votes_are_named_as_what_they_are():
 def test_tables_of_votes_may_have_another_separator(tmp_path, separator):
     rows = [["a", "b", "label"], ["1.wav", "2.wav", "a"], ["2.wav", "3.wav", "b"]]
     (tmp_path / "votes.csv").write_text("".join(separator.join(row) + "\n" for row in rows))
-    pairs, _ = read_pairs([source(tmp_path / "votes.csv")])
+    pairs, _ = read_votes([source(tmp_path / "votes.csv")])
     assert [(Path(vote.a).name, Path(vote.b).name, vote.target) for vote in pairs] == [
         ("1.wav", "2.wav", 1.0),
         ("2.wav", "3.wav", 0.0),
@@ -323,7 +323,7 @@ def test_votes_fall_into_the_same_splits_wherever_their_clips_lie(tmp_path, by):
         folder = tmp_path / place
         folder.mkdir(parents=True)
         (folder / "votes.csv").write_text("a,b,label\n" + "\n".join(rows) + "\n")
-        pairs, _ = read_pairs([source(folder / "votes.csv")])
+        pairs, _ = read_votes([source(folder / "votes.csv")])
         splits, _ = split_pairs(pairs, PairSplit(by=by, validation=0.2, test=0.2))
         sides.append({split: [vote.id for vote in members] for split, members in splits.items()})
     assert sides[0] == sides[1]
@@ -338,7 +338,7 @@ def test_a_clip_of_two_sources_with_two_names_is_in_one_split(tmp_path):
         PairSource(name="first", path=str(tmp_path / "first.csv"), audio=str(tmp_path)),
         PairSource(name="second", path=str(tmp_path / "second.csv"), audio=str(tmp_path / "x")),
     ]
-    pairs, _ = read_pairs(sources)
+    pairs, _ = read_votes(sources)
     splits, dropped = split_pairs(pairs, PairSplit(by="pair", validation=0.2, test=0.2))
     assert dropped == []
     clips = [{vote.a for vote in members} for members in splits.values()]

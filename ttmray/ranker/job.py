@@ -28,7 +28,7 @@ from ttmray.models.tunejury import BLOCKS, VARIANTS, TuneJury, load_tunejury
 from ttmray.ranker import report as report
 from ttmray.ranker.features import EncodingConfig, Features, extract
 from ttmray.ranker.heads import HeadConfig, margins, pack, scores, train_head
-from ttmray.ranker.votes import SPLITS, Dropped, Pair, PairSource, PairSplit, read_pairs, split_pairs
+from ttmray.ranker.votes import SPLITS, Dropped, Pair, PairSource, PairSplit, read_votes, split_pairs
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
@@ -103,7 +103,7 @@ def train_ranker(config: RankerConfig) -> int:
     bundle = open_bundle(config.bundle)
     if bundle.note:
         console.print(bundle.note, style="yellow")
-    pairs, dropped = read_pairs(config.sources)
+    pairs, dropped = read_votes(config.sources)
     if not pairs and dropped:
         why = ", ".join(f"{count} {reason}" for reason, count in Counter(row.reason for row in dropped).most_common())
         raise UserError(f"none of {len(dropped)} votes can be used: {why}.", f"The first is {dropped[0].message}.")

@@ -132,7 +132,7 @@ class Dropped:
     message: str = ""
 
 
-def read_pairs(sources: Sequence[PairSource]) -> tuple[list[Pair], list[Dropped]]:
+def read_votes(sources: Sequence[PairSource]) -> tuple[list[Pair], list[Dropped]]:
     """All pairs of all sources, in order, and the rows that are no use.
 
     Raises:

@@ -209,7 +209,7 @@ def _of_corpus(section: str, config: Any) -> Iterable[Need]:
 
 
 def _of_ranker(section: str, config: Any, root: Folder) -> Iterable[Need]:
-    from ttmray.ranker.votes import KNOWN, read_pairs, read_splits
+    from ttmray.ranker.votes import KNOWN, read_splits, read_votes
     from ttmray.tables import read_rows
 
     for number, source in enumerate(config.sources):
@@ -227,7 +227,7 @@ def _of_ranker(section: str, config: Any, root: Folder) -> Iterable[Need]:
             audio = absolute(source.audio) if source.audio else split_path(source.path)[0].uri
             yield Need(_audio_there, (audio,), f"Put the clips of the votes there, or set {field}.audio.")
         has_audio = source.corpus is None
-        yield Need(_clips_there, (source, config.max_missing)) if has_audio else Need(read_pairs, ((source,),))
+        yield Need(_clips_there, (source, config.max_missing)) if has_audio else Need(read_votes, ((source,),))
     yield from weights(config.bundle)
     yield from _device(section, config.encoding, "encoding")
     yield from _device(section, config.training, "training")
@@ -248,9 +248,9 @@ def _clips_there(source: Any, share: float) -> None:
     Raises:
         UserError: of more than `share` of the pairs one is missing; also for a table that cannot be used.
     """
-    from ttmray.ranker.votes import read_pairs
+    from ttmray.ranker.votes import read_votes
 
-    pairs, _ = read_pairs((source,))
+    pairs, _ = read_votes((source,))
     folder = Folder.at(source.audio) if source.audio else split_path(source.path)[0]
     names = {folder.path(entry.name) for entry in folder.files(sizes=False)}
     lost = [clip for pair in pairs for clip in (pair.a, pair.b) if clip not in names]
