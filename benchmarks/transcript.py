@@ -57,6 +57,15 @@ JOBS = {
 }
 
 
+WITHOUT_RAY = {
+    "score_corpus": " --set runtime.runner=local",
+    "generate": " --set runtime.runner=local",
+    "train_sft": " --set runtime.runner=local --set runtime.workers=1",
+    "demo": " --set 'corpus={runtime: {runner: local, workers: 0}}'",
+}
+"""What makes jobs run in this process that use Ray otherwise."""
+
+
 def run_marked(words: Sequence[str]) -> None:
     """Run `jobs/x.py ...` or `-m module ...` in this process, with marks."""
     console.file, errors.file = Marked(sys.stdout), Marked(sys.stderr)  # type: ignore[assignment]
@@ -111,6 +120,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--folder", type=Path, help="where the jobs run (default: a new one)")
+    parser.add_argument("--local", action="store_true", help="without Ray, where a machine is too busy to start it")
     typed = parser.parse_args()
     folder = typed.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,10 +130,11 @@ def main() -> int:
     for job in typed.jobs:
         for command in PREPARE.get(job, []):
             subprocess.run([sys.executable, *shlex.split(command)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        lines = transcript(shlex.split(f"jobs/{job}.py {JOBS[job]}"), folder)
+        command = f"jobs/{job}.py {JOBS[job]}" + (WITHOUT_RAY.get(job, "") if typed.local else "")
+        lines = transcript(shlex.split(command), folder)
         foreign += sum(line.startswith((FOREIGN, "(exit code")) for line in lines)
         before = [f"$ python {one}".replace("python -m ttmray ", "ttmray ") for one in PREPARE.get(job, [])]
-        block = ["```console", *before, f"$ python jobs/{job}.py {JOBS[job]}", *lines, "```"]
+        block = ["```console", *before, f"$ python {command}", *lines, "```"]
         sections[job] = "\n".join(["", f"## {job}", "", *block, ""])
         print(sections[job], flush=True)
         if typed.output is not None:

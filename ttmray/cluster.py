@@ -127,7 +127,7 @@ class Relay:
                 console.print(line.removeprefix(OURS))
             elif printed.get("pid") == "autoscaler" and ("Error:" in line or "Warning:" in line):
                 errors.print(line)
-            elif line.strip():
+            elif line.strip() and RAY_LEVEL not in line:
                 self._others.append(line)
 
     def last_words(self) -> str:
