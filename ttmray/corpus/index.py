@@ -193,17 +193,38 @@ def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, 
         return list(pool.map(one, units))
 
 
-def read_together(run: Folder, units: Sequence[str]) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Index rows of some units as one table, in the given order, and what `read_units` says beside.
+class RowBlocks:
+    """Rows that come unit by unit, joined block by block: thousands of tables of some rows would take ten times the
+    memory of the rows."""
 
-    Thousands of tables of some rows would take ten times the memory of the rows: they are joined block by block.
-    """
-    tables, metadata = [SCHEMA.empty_table()], list[dict[str, Any]]()
+    def __init__(self) -> None:
+        self._joined: list[pa.Table] = []
+        self._block: list[pa.Table] = []
+
+    def add(self, rows: pa.Table) -> None:
+        self._block.append(rows)
+        if len(self._block) >= BLOCK:
+            self._join()
+
+    def _join(self) -> None:
+        self._joined.append(pa.concat_tables(self._block).combine_chunks())
+        self._block = []
+
+    def table(self) -> pa.Table:
+        """All rows so far, in their order."""
+        if self._block:
+            self._join()
+        return pa.concat_tables(self._joined) if self._joined else SCHEMA.empty_table()
+
+
+def read_together(run: Folder, units: Sequence[str]) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Index rows of some units as one table, in the given order, and what `read_units` says beside."""
+    blocks, metadata = RowBlocks(), list[dict[str, Any]]()
     for start in range(0, len(units), BLOCK):
-        block = read_units(run, list(units[start : start + BLOCK]))
-        tables.append(pa.concat_tables([rows for rows, _ in block]).combine_chunks())
-        metadata += [data for _, data in block]
-    return pa.concat_tables(tables[1:] or tables), metadata
+        for rows, data in read_units(run, list(units[start : start + BLOCK])):
+            blocks.add(rows)
+            metadata.append(data)
+    return blocks.table(), metadata
 
 
 def read_index(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:

@@ -43,7 +43,7 @@ def problems(run: Folder) -> Iterator[str]:
     yield from (f"unit {name} is not committed" for name in names if name in missing)
     unplanned = set(committed) - set(names)
     yield from (f"unit {name} is committed and not planned" for name in committed if name in unplanned)
-    tables: list[pa.Table] = []
+    blocks = index.RowBlocks()
     read: list[dict[str, Any]] = []
     latents: dict[str, dict[str, int]] = {}
     indexed: set[str] = set()
@@ -52,13 +52,13 @@ def problems(run: Folder) -> Iterator[str]:
     for name in committed:
         try:
             rows, metadata = index.read_units(run, [name])[0]
-            tables.append(rows)
+            blocks.add(rows)
             indexed.update(metadata["files"])
             read.append(metadata)
             yield from _unit_problems(run, rows, metadata, captions, shapes, latents)
         except UserError as error:
             yield f"unit {name}: {error.message}"
-    table = pa.concat_tables(tables) if tables else index.SCHEMA.empty_table()
+    table = blocks.table()
     if not missing:
         yield from check_rows(table, plan)
     clips = table.filter(pc.equal(table["status"], OK)).select(["caption_id", "caption"]).to_pylist()
