@@ -50,7 +50,7 @@ LAYERS = (
     ("config", "tables"),
     ("presets",),
     ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
-    ("object_store",),
+    ("object_store", "local_files"),
     ("hub",),
     ("console", "errors", "listing", ""),
 )

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray import runs, storage
+from ttmray import local_files, runs
 from ttmray.errors import UserError
 from ttmray.storage import (
     TEMPORARY_PREFIX,
@@ -92,9 +92,9 @@ def without_links(monkeypatch: pytest.MonkeyPatch, number: int, renames: bool) -
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(storage, "_said", set())
+    monkeypatch.setattr(local_files, "_said", set())
     if not renames:
-        monkeypatch.setattr(storage, "_rename_new", refuse)
+        monkeypatch.setattr(local_files, "_rename_new", refuse)
 
 
 @pytest.mark.parametrize("renames", [True, False])

@@ -26,8 +26,9 @@ from ttmray import hub
 from ttmray.config import Config, load_config
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.local_files import fsync, fsync_folder
 from ttmray.models.download import Remote, download, forget
-from ttmray.storage import Folder, absolute, explained, fsync, fsync_folder, local_file
+from ttmray.storage import Folder, absolute, explained, local_file
 
 Role = Literal[
     "clap", "clap_condition", "mert", "text", "separator", "tunejury", "latents", "vocoder", "tokenizer", "backbone"

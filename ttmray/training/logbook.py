@@ -11,8 +11,9 @@ from typing import Any, Self
 from ttmray.config import fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.local_files import sync
 from ttmray.runs import RUN
-from ttmray.storage import Folder, explained, sync
+from ttmray.storage import Folder, explained
 
 METRICS = "metrics.jsonl"
 
