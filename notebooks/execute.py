@@ -77,7 +77,7 @@ def printed(outputs: Sequence[Mapping[str, Any]]) -> str:
             text = str(data.get("text/plain", ""))
             if "<audio" in str(data.get("text/html", "")):
                 text = "(a player)"
-            texts.append(text + "\n")
+            texts.append(text if text.endswith("\n") else text + "\n")
     lines = [line.rstrip() for line in _ANSI.sub("", "".join(texts)).split("\n")]
     return "\n".join(line.rpartition("\r")[2] for line in lines).strip("\n")
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 import ttmray
 from ttmray.config import load_config
 from ttmray.corpus import index
+from ttmray.corpus.config import CorpusConfig
+from ttmray.corpus.job import score_corpus
 from ttmray.errors import UserError
 from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
 from ttmray.storage import Folder
@@ -81,6 +83,23 @@ def test_tables_of_scores_stand_beside_the_index(corpus, tmp_path):
     assert list(one.index.columns)[-1] == "mine/reward_score"
     with pytest.raises(UserError, match="has no score column 'yours'"):
         ttmray.open_corpus(run.uri, scores="yours")
+
+
+def test_songs_are_composed_once_and_become_the_corpus_of_the_command(tmp_path):
+    songs = ttmray.compose(tmp_path / "songs", 2, seconds=5.2)
+    first = sorted(Path(songs).glob("*.flac"))[0]
+    before = first.stat().st_mtime_ns
+    assert ttmray.compose(tmp_path / "songs", 2, seconds=5.2) == songs
+    assert first.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="holds 2 other songs"):
+        ttmray.compose(tmp_path / "songs", 3, seconds=5.2)
+    fields = {"bundle": "debug", "splits": {"validation": 0, "test": 0}, "separation": {"scope": "none"}}
+    made = ttmray.score_corpus(songs, output=tmp_path / "api", runtime={"workers": 0}, **fields)
+    sets = [f"input={songs}", f"output={tmp_path}/cli", "splits.validation=0", "splits.test=0", "separation.scope=none"]
+    runtime = ["runtime.runner=local", "runtime.workers=0"]
+    assert score_corpus(load_config(CorpusConfig, None, [*sets, *runtime])) == 0
+    assert made.index.equals(ttmray.open_corpus(tmp_path / "cli").index)
+    assert made.index["caption"].str.len().min() > 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ttmray.training.checkpoint import committed, load
 
 REPO = Path(__file__).resolve().parents[2]
 CLOCK = {"seconds", "samples_per_s", "tflops_per_device", "mfu", "data_wait", "eta_s"}
+KILLS = [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 PRELOAD = ["ttmray.cli", "ttmray.corpus.assembly", "ttmray.corpus.pipeline", "ttmray.training.sft", "demucs.htdemucs"]
 
 
@@ -95,7 +96,7 @@ def assert_equal_corpora(disturbed: Command, undisturbed: Command) -> None:
     assert list(problems(Folder.at(str(disturbed.output)))) == []
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", KILLS)
 def test_a_corpus_on_a_drive_is_that_of_an_undisturbed_run(
     songs: Path, undisturbed_corpus: Command, tmp_path: Path, kills: int
 ) -> None:
@@ -161,7 +162,7 @@ def log_of(run: Command) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", KILLS)
 def test_a_training_on_a_drive_has_the_bits_of_an_undisturbed_one(
     corpus: Path, undisturbed_training: Command, tmp_path: Path, kills: int
 ) -> None:

@@ -130,6 +130,8 @@ def test_a_vote_about_a_blind_pair_is_a_row_that_the_ranker_reads(post: Post, ou
         ("/clips", PROMPT | {"scores": [1], "prompt": " "}, "1 to 1000 characters"),
         ("/clips", PROMPT | {"scores": [1], "seed": -1}, "A seed is a whole number"),
         ("/clips", PROMPT | {"scores": [1], "guidance": 1e9}, "Guidance is a number"),
+        ("/clips", PROMPT | {"scores": [1], "seed": float("inf")}, "none of this page"),
+        ("/clips", PROMPT | {"scores": [float("nan")]}, "A score is a number"),
         ("/clips", {"prompt": "x"}, "none of this page"),
         ("/clips", [], "none of this page"),
         ("/votes", {"pair": "0" * 32, "choice": "first"}, "no such pair"),
@@ -227,3 +229,32 @@ def test_the_command_prints_its_address_and_ends_on_ctrl_c(tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
     assert "0 votes" in process.stdout.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_clips_are_made_heard_and_voted_on(browser: Any, served: Served, output: Path, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(120_000)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.goto(served[1])
+    page.get_by_label("Seed").fill("3")
+    page.get_by_role("button", name="Make").click()
+    page.wait_for_selector("#clips audio")
+    page.wait_for_function("document.querySelector('#clips audio').duration > 9.9")
+    assert "reward" in page.locator(".facts-line").first.inner_text()
+    page.get_by_label("Two, to compare blind").check()
+    page.get_by_label("Score of the other").fill("-2")
+    page.get_by_role("button", name="Make").click()
+    page.wait_for_selector(".choices:not([hidden])")
+    pair = page.locator("article").first
+    assert pair.locator(".facts-line").all_inner_texts() == ["", ""]
+    pair.get_by_role("button", name="2 is better").click()
+    page.wait_for_function("document.querySelector('.said').textContent === 'Kept.'")
+    assert all("asked for" in text for text in pair.locator(".facts-line").all_inner_texts())
+    assert pair.get_by_role("button", name="1 is better").is_disabled()
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert problems == []
+    page.close()

@@ -55,6 +55,22 @@ def test_a_line_that_a_kill_has_cut_is_not_read(tmp_path):
     assert read_lines(out) == [{"step": 1, "loss": 2.0}]
 
 
+def test_what_is_taken_out_is_cut_off_and_the_file_never_replaced(tmp_path):
+    """On a drive whose renames are not atomic, whoever is killed while a file is replaced has lost it."""
+    out = Folder.at(str(tmp_path))
+    with Logbook(out, 0, tensorboard=False) as book:
+        for step in (1, 2, 3):
+            book.write({"step": step})
+    with open(out.path(METRICS), "ab") as file:
+        file.write(b'{"step": 4, "lo')
+    before = os.stat(out.path(METRICS)).st_ino
+    with Logbook(out, 2, tensorboard=False) as book:
+        assert steps(out) == [1, 2]
+        book.write({"step": 3})
+    assert steps(out) == [1, 2, 3]
+    assert os.stat(out.path(METRICS)).st_ino == before
+
+
 def test_a_bucket_has_all_lines_from_a_flush_on(bucket):
     out = Folder.at(f"{bucket}/logbook")
     with Logbook(out, 0, tensorboard=True) as book:  # events need a local folder and are left out

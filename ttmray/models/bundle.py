@@ -1,13 +1,11 @@
 """Bundles: a consistent set of models under one name, loaded by role.
 
-`paper` is the released weights. `micro` ships with the package: small, and trained on the built-in composer's songs.
-`debug` is made of the same classes at tiny width with seeded, untrained weights,
-so every job and test runs anywhere; `debug-wide` is the same at a width whose cost per clip is that of a real
-workload, for benchmarks. `public-16k` and `debug-16k` differ from `paper` and `debug` in VAE and vocoder alone, which
-are those of 16 kHz latents and only decode: the public baseline generates with them. Three bundles have a released
-backbone and what it needs to make sound, and no more (`models/released.py`). A bundle of one's own is a folder,
-named by its path (`models/folder_bundle.py`); `jobs/train_micro.py` makes one from nothing. Opening a bundle imports no
-framework: identity and protocol are known before anything is loaded.
+`paper` is the released weights. `micro` ships with the package, trained on the built-in composer's songs. `debug` is
+made of the same classes at tiny width with seeded, untrained weights, so every job and test runs anywhere; `debug-wide`
+is the same at a width whose cost per clip is that of a real workload, for benchmarks. `public-16k` and `debug-16k` have
+VAE and vocoder of 16 kHz latents, for the public baseline; these only decode. Three have a released backbone and what
+it needs to make sound (`models/released.py`). A bundle of one's own is a folder, named by its path
+(`models/folder_bundle.py`); `jobs/train_micro.py` makes one from nothing. Opening one imports no framework.
 """
 
 from abc import ABC, abstractmethod
@@ -109,12 +107,7 @@ class Bundle(ABC):
         return []
 
     def backbone_file(self) -> Path | None:
-        """The weights of its backbone, to train on from or to ask what they were trained on; None where it has none, or
-        draws them from a seed.
-
-        Raises:
-            UserError: they are not here, or damaged.
-        """
+        """Its backbone's weights; None where it has none, or draws them from a seed. UserError: they are not here."""
         return None
 
     @abstractmethod
@@ -277,11 +270,7 @@ class ReleasedBundle(Bundle):
         return Protocol(text=reward_text, hashes=tuple(sorted(hashes.items())))
 
     def backbone_file(self) -> Path | None:
-        store, name = open_store(), self._entries(open_store()).get("backbone")
-        if name is None:
-            return None
-        store.require([name])
-        return next(path for path in store.find(name).values() if path.suffix not in (".json", ".txt"))
+        return released.backbone_file(open_store(), self._entries(open_store()))
 
     def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
         store = open_store()

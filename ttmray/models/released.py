@@ -46,6 +46,21 @@ RELEASED = {
 }
 
 
+def backbone_file(store: "Store", entries: Mapping[str, str]) -> Path | None:
+    """The weights of a bundle's backbone; None where it has none.
+
+    Args:
+        entries: role -> name of the registry entry.
+
+    Raises:
+        UserError: they are not here, or damaged.
+    """
+    if "backbone" not in entries:
+        return None
+    store.require([entries["backbone"]])
+    return next(path for path in store.find(entries["backbone"]).values() if path.suffix not in (".json", ".txt"))
+
+
 def makers(
     store: "Store", entries: Mapping[str, str], facts: Facts, options: "LoadOptions", device: str, vocoder: bool
 ) -> dict[str, Callable[[], Any]]:

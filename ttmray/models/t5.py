@@ -5,7 +5,8 @@ kept, padded ones included as the encoder gives them.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils import logging
 
 from ttmray.errors import UserError
 from ttmray.models import init_for_debug, micro_batch, require_finite, seeded, to_float32
@@ -140,9 +142,10 @@ def load_text_encoder(
             f"{folder} has no tokenizer.json, and sentencepiece, which reads spiece.model, is not installed.",
             "Copy tokenizer.json of google/flan-t5-large there, or: pip install 'ttmray[sentencepiece]'",
         )
-    loaded: Any = T5EncoderModel.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-    )
+    with _without_bars():
+        loaded: Any = T5EncoderModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
     model, report = loaded
     foreign = [k for k in report["unexpected_keys"] if not k.startswith(("decoder.", "lm_head."))]
     if foreign or report["missing_keys"] or report["mismatched_keys"]:
@@ -152,6 +155,18 @@ def load_text_encoder(
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return TextEncoder(model, tokenizer, device, batch, max_length)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for every model that it loads, be it of 2 MB, also into notebooks and logs."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def byte_t5_tokenizer() -> T5Tokenizer:

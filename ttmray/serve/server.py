@@ -168,7 +168,7 @@ class TryOutHandler(BaseHTTPRequestHandler):
             answer = act(asked)
         except UserError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, f"{error.message} {error.hint}".strip())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, f"The request is none of this page: {error!r}.")
         except Exception:
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "Something broke; the terminal has the details.")
