@@ -134,7 +134,7 @@ def main() -> int:
         lines = transcript(shlex.split(command), folder)
         foreign += sum(line.startswith((FOREIGN, "(exit code")) for line in lines)
         before = [f"$ python {one}".replace("python -m ttmray ", "ttmray ") for one in PREPARE.get(job, [])]
-        block = ["```console", *before, f"$ python {command}", *lines, "```"]
+        block = ["```text", *before, f"$ python {command}", *lines, "```"]
         sections[job] = "\n".join(["", f"## {job}", "", *block, ""])
         print(sections[job], flush=True)
         if typed.output is not None:
