@@ -147,8 +147,9 @@ def _sections(output: Path | None) -> dict[str, str]:
     """Job -> its part of the file as it is: those that are not run again stay."""
     if output is None or not output.exists():
         return {}
-    parts = re.split(r"(?m)^(?=\n## )", output.read_text("utf-8"))
-    return {part.split("\n")[1].removeprefix("## "): part for part in parts if part.startswith("\n## ")}
+    heads = "|".join(JOBS)  # what a job prints may have headings, too
+    parts = re.split(rf"(?m)^(?=\n## (?:{heads})\n)", output.read_text("utf-8"))
+    return {part.split("\n")[1].removeprefix("## "): part for part in parts[1:]}
 
 
 HEADER = """# What jobs print
