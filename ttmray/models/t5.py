@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from ttmray.errors import UserError
 from ttmray.models import init_for_debug, micro_batch, require_finite, seeded, to_float32
@@ -140,6 +141,7 @@ def load_text_encoder(
             f"{folder} has no tokenizer.json, and sentencepiece, which reads spiece.model, is not installed.",
             "Copy tokenizer.json of google/flan-t5-large there, or: pip install 'ttmray[sentencepiece]'",
         )
+    transformers_logging.disable_progress_bar()  # one per load, of a bar that nobody asked for
     loaded: Any = T5EncoderModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
     )
