@@ -134,7 +134,7 @@ def main() -> int:
         lines = transcript(shlex.split(command), folder)
         foreign += sum(line.startswith((FOREIGN, "(exit code")) for line in lines)
         before = [f"$ python {one}".replace("python -m ttmray ", "ttmray ") for one in PREPARE.get(job, [])]
-        block = ["```console", *before, f"$ python {command}", *lines, "```"]
+        block = ["```text", *before, f"$ python {command}", *lines, "```"]
         sections[job] = "\n".join(["", f"## {job}", "", *block, ""])
         print(sections[job], flush=True)
         if typed.output is not None:
@@ -147,8 +147,9 @@ def _sections(output: Path | None) -> dict[str, str]:
     """Job -> its part of the file as it is: those that are not run again stay."""
     if output is None or not output.exists():
         return {}
-    parts = re.split(r"(?m)^(?=\n## )", output.read_text("utf-8"))
-    return {part.split("\n")[1].removeprefix("## "): part for part in parts if part.startswith("\n## ")}
+    heads = "|".join(JOBS)  # what a job prints may have headings, too
+    parts = re.split(rf"(?m)^(?=\n## (?:{heads})\n)", output.read_text("utf-8"))
+    return {part.split("\n")[1].removeprefix("## "): part for part in parts[1:]}
 
 
 HEADER = """# What jobs print

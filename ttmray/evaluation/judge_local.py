@@ -28,7 +28,9 @@ class LocalJudge:
 
     def __init__(self, model: str, device: str, dtype: str, max_new_tokens: int) -> None:
         from transformers import AutoModelForMultimodalLM, AutoProcessor
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             self.processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False)
             self.model = AutoModelForMultimodalLM.from_pretrained(

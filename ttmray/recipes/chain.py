@@ -108,12 +108,20 @@ def run_chain(
                 console.print(f"step {step.name} ended with exit code {code}, and the chain with it", style="red")
                 return code
     finally:
-        write_page(root, steps, prints)
+        _write_page(root, steps, prints)
     if not todo:
         console.print(f"nothing to do: all {stop - start + 1} steps are done")
     console.print(_table(root, steps, prints))
     console.print(f"open {root.path('index.html')}", markup=False)
     return EXIT_OK
+
+
+def _write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> None:
+    """The result page. What keeps it from being made is said, and hides no step's own end."""
+    try:
+        write_page(root, steps, prints)
+    except Exception as error:  # of files that a step has left in whatever state
+        console.print(f"no page was made: {error}", style="yellow", markup=False)
 
 
 def _show_plan(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> None:
