@@ -10,6 +10,7 @@ tagged `parameters`. The transcript is text: code, and beside it what came out, 
 import argparse
 import ast
 import re
+import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -113,11 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CellExecutionError as error:
         print(error, file=sys.stderr)
         return 1
-    seconds = time.monotonic() - started
-    print(f"{arguments.notebook}: {seconds:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the kernel, which has ended
+    seconds, cpu = time.monotonic() - started, used.ru_utime + used.ru_stime
+    print(f"{arguments.notebook}: {seconds:.0f} s, {cpu:.0f} s of CPU time")
     if arguments.transcript:
         about = (
-            f"`notebooks/{arguments.notebook.name}` as it ran on a CPU in {seconds:.0f} s, written by "
+            f"`notebooks/{arguments.notebook.name}` as it ran in {seconds:.0f} s ({cpu:.0f} s of CPU time), written by "
             "`notebooks/execute.py`. Numbers change with the songs and the bundle."
         )
         page = transcript(done, arguments.folder, "The notebook, executed", about)

@@ -155,7 +155,7 @@ class TryOut:
             if not self.out.exists(facts):
                 sampler: dict[str, Any] = {"score": score, "steps": self.config.steps}
                 sampler |= {"weight": guidance, "guidance": "joint"}
-                fields = {} if weights.checkpoint is None else {"checkpoint": weights.checkpoint}
+                fields: dict[str, Any] = {} if weights.checkpoint is None else {"checkpoint": weights.checkpoint}
                 (sound,) = self.studio.generate({"clip": prompt}, seed=seed, sampler=sampler, **fields)
                 sound.save(self.out.path(name))
                 heard = HeardClip(name, weights.name, score, *self._judged(sound, prompt), sound.row["lufs"])
@@ -194,7 +194,7 @@ class TryOut:
             raise UserError(f"{choice!r} is no choice.", "first, second or tie.")
         a, b = heard.clips
         names = (self._system(a), self._system(b))
-        row = {"id": heard.id, "a": a.file, "b": b.file, "label": label, "prompt": heard.prompt}
+        row: dict[str, Any] = {"id": heard.id, "a": a.file, "b": b.file, "label": label, "prompt": heard.prompt}
         row |= {"system_a": names[0], "system_b": names[1], "score_a": a.score, "score_b": b.score}
         row |= {"guidance": heard.guidance, "seed": heard.seed, "cast": datetime.now(UTC).isoformat(timespec="seconds")}
         return heard, self.votes.add(row)
