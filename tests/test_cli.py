@@ -87,7 +87,7 @@ def test_the_commands_are_these(capsys):
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     chain |= {"train-grpo", "push", "attm"}
     evaluation = {"evaluate", "compare", "reference", "subset", "report", "card", "synth", "demo"}
-    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config", "completion", "verify"}
+    assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config", "completion", "verify", "serve"}
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
     assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "repair", "upgrade"}
 
@@ -365,7 +365,7 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
     (config, options) = configs.pop()
     assert (config.seed, config.samples, config.format) == (4, 3, "flac")
     assert (list(config.texts), config.prompts) == (texts, None), "prompts that are typed are all there are"
-    assert options == {"retry_failed": False, "zip_to": None, "play_page": True}
+    assert options == {"retry_failed": False, "zip_to": None, "play_page": True, "overwrite": False}
     assert main(command) == EXIT_OK
     assert configs.pop()[0].prompts == os.path.abspath("prompts.csv")
 

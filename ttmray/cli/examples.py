@@ -44,6 +44,7 @@ EXAMPLES = {
     "reproduce": "--config debug/reproduce --set corpus.input=my-songs --plan-only",
     "ablate": "--config debug/ablate --plan-only",
     "train-micro": "--config micro/train --set parts=[vae]",
+    "serve": "--bundle micro",
     "push": "runs/my-stage1 my-name/my-model --weights ema:0.05",
     "demo": "--set output=runs/demo",
     "synth check": "--bundle micro",
