@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.models.backbone_weights import read_support
 from ttmray.models.bundle import open_bundle
+from ttmray.ranker.job import RankerConfig
 from ttmray.ranker.votes import PairSource, read_pairs
 from ttmray.serve.server import TryOutServer, is_loopback, open_server
 from ttmray.serve.tryout import ServeConfig, _scores
@@ -119,6 +122,15 @@ def test_a_vote_about_a_blind_pair_is_a_row_that_the_ranker_reads(post: Post, ou
     assert [pair.a, pair.b] == [str(output) + clip["audio"] for clip in made["clips"]]
     assert all(soundfile.info(path).frames == 441_000 for path in (pair.a, pair.b))
     assert {pair.system_a, pair.system_b} == {"debug +0.5", "debug -1"}
+
+
+def test_the_command_of_the_page_about_it_takes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[2] / "docs/serve.md").read_text("utf-8")
+    (line,) = re.findall(r"^ttmray train-ranker .*$", text, re.MULTILINE)
+    sets = [word for before, word in pairwise(shlex.split(line)) if before == "--set"]
+    config = load_config(RankerConfig, None, sets)
+    assert [source.path for source in config.sources] == [f"{tmp_path}/runs/serve/{TABLE}"]
 
 
 @pytest.mark.parametrize(
