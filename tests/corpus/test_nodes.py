@@ -1,6 +1,7 @@
 """The corpus job on several nodes: real raylets, stages that only wait."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,6 +27,18 @@ def patiently(start: Callable[[], Started]) -> Started:
     return start()
 
 
+def with_its_agents_port(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Raylets are told all ports of their agents but one, which Ray forgets to pass on, and die if they do not learn it
+    from the agent within 15 s: little on a busy machine."""
+
+    def wrapped(command: list[str], process_type: str, *of: Any, **how: Any) -> Any:
+        if process_type == "raylet" and (port := re.search(r"--listen-port=(\d+)", " ".join(command))):
+            command = [*command, f"--dashboard_agent_listen_port={port[1]}"]
+        return start(command, process_type, *of, **how)
+
+    return wrapped
+
+
 class Raylets:
     """A cluster on this machine, whose head takes no work."""
 
@@ -45,7 +58,10 @@ class Raylets:
 
 @pytest.fixture
 def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
+    from ray._private import services
+
     leave()
+    monkeypatch.setattr(services, "start_ray_process", with_its_agents_port(services.start_ray_process))
     for name, value in NODES.items():
         monkeypatch.setenv(name, value)
     raylets = Raylets()
