@@ -194,7 +194,7 @@ def test_the_text_encoder_is_read_by_its_loader(clips, tmp_path):
     assert rows.shape == (2, 77, 32)
     tokens = part.tokenizer(texts[:1], return_tensors="pt")
     with torch.no_grad():
-        own = part.model.encoder(input_ids=tokens["input_ids"]).last_hidden_state[0].numpy()
+        own = part.model.t5.encoder(input_ids=tokens["input_ids"]).last_hidden_state[0].numpy()
     np.testing.assert_allclose(rows[0, : len(own)], own, atol=1e-4)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ttmray.generation.config import GenerateConfig
 
-COLUMNS = ("file", "status", "reason", "message", *FACTS, "reward", "clap_score", "heard", "protocol")
+COLUMNS = ("file", "start_s", "status", "reason", "message", *FACTS, "reward", "clap_score", "heard", "protocol")
 """Of a table of scores; numbers are those of `ttmray score`."""
 COUNTS = ("sample_rate", "channels")
 
