@@ -43,7 +43,7 @@ class Command:
         arguments = (self.words, str(self.output.parent), die_at)
         process = self._context.Process(target=mounted_drive.command, args=arguments)
         process.start()
-        process.join(timeout=300)
+        process.join(timeout=600)
         assert not process.is_alive()
         return process.exitcode
 
@@ -106,6 +106,7 @@ def test_a_corpus_on_a_drive_is_that_of_an_undisturbed_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_workers_on_a_drive_that_are_killed_with_their_job_make_the_same_corpus(
     songs: Path, undisturbed_corpus: Command, tmp_path: Path
 ) -> None:
@@ -129,7 +130,7 @@ def test_workers_on_a_drive_that_are_killed_with_their_job_make_the_same_corpus(
         time.sleep(chance.uniform(0, 0.3))
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    assert start().wait(timeout=300) == 0
+    assert start().wait(timeout=1500) == 0
     assert_equal_corpora(job, undisturbed_corpus)
 
 
