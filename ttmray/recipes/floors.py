@@ -298,5 +298,5 @@ def _about(
 def generate(models: Models, texts: Sequence[str], settings: Mapping[str, Any], seed: int) -> list[np.ndarray]:
     """(samples,) float32 at 44.1 kHz for each text, by settings of `SamplerConfig`."""
     sampler = Sampler([models.backbone], models.text, models.clap_condition, SamplerConfig(**settings))
-    draws = [Draw(text, f"floor{i}", seed) for i, text in enumerate(texts)]
+    draws = [Draw(prompt_id=f"floor{i}", prompt=text, seed=seed) for i, text in enumerate(texts)]
     return [models.latents.to_audio(latents[None])[0] for latents in sampler.sample(draws).latents]
