@@ -71,6 +71,7 @@ def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
     raylets.cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_three_nodes_of_two_kinds_all_work_and_one_that_breaks_is_left_out(raylets, tmp_path, capsys):
     """Decoders could take every CPU of the nodes with GPUs: models must start all the same."""
     first, second, _ = raylets.add(1, 1), raylets.add(1, 1), raylets.add(2)
