@@ -1,11 +1,11 @@
 """`ttmray.evaluate`: folders of audio in, tables out."""
 
-import html
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ttmray import pages
 from ttmray.api.inputs import Prompts, config_from, prompts_from
 from ttmray.errors import UserError
 from ttmray.evaluation.results import COLUMNS, Comparison, Results, read_clips, read_results
@@ -92,8 +92,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         remarks = [text for text in (self.results.note, *self.warnings) if text]
-        lines = "".join(f"<li>{html.escape(text)}</li>" for text in remarks)
-        return f"<ul>{lines}</ul>{self.metrics.to_html(index=False, escape=True)}"
+        return pages.render("notebook.html.j2", remarks=remarks, table=self.metrics.to_html(index=False, escape=True))
 
     @cached_property
     def metrics(self) -> "pd.DataFrame":
