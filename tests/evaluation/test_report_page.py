@@ -15,7 +15,7 @@ import pytest
 
 from ttmray.cli import main
 from ttmray.evaluation.report import encode_ogg, report
-from ttmray.ranker.votes import PairSource, read_pairs
+from ttmray.ranker.votes import PairSource, read_votes
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra report)")
 SYSTEMS = ("_base <b>$", "tuned")
@@ -214,7 +214,7 @@ def test_blind_votes_by_keyboard_survive_a_reload_and_export_what_the_ranker_rea
         assert (named[r["system_a"]], named[r["system_b"]]) == (r["a"], r["b"])
 
     for path in exported.values():
-        pairs, dropped = read_pairs([PairSource(name="votes", path=str(path))])
+        pairs, dropped = read_votes([PairSource(name="votes", path=str(path))])
         assert dropped == []
         assert [pair.target for pair in pairs] == [1.0, 0.5, 0.0]
         assert all(Path(pair.a).is_file() and Path(pair.b).is_file() for pair in pairs)
@@ -321,7 +321,7 @@ def test_the_two_published_systems_are_evaluated_shown_in_both_themes_and_voted_
         with page.expect_download() as waiting:
             page.click("#csv")
         waiting.value.save_as(out / "report/votes.csv")
-    pairs, dropped = read_pairs([PairSource(name="votes", path=str(out / "report/votes.csv"))])
+    pairs, dropped = read_votes([PairSource(name="votes", path=str(out / "report/votes.csv"))])
     assert dropped == []
     assert sorted(pair.target for pair in pairs) == [0.0, 1.0]
     assert all(Path(pair.a).is_file() and Path(pair.b).is_file() for pair in pairs)

@@ -163,6 +163,7 @@ def log_of(run: Command) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_training_on_a_drive_has_the_bits_of_an_undisturbed_one(
     corpus: Path, undisturbed_training: Command, tmp_path: Path, kills: int

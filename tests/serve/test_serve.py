@@ -25,7 +25,7 @@ from ttmray.errors import UserError
 from ttmray.models.backbone_weights import read_support
 from ttmray.models.bundle import open_bundle
 from ttmray.ranker.job import RankerConfig
-from ttmray.ranker.votes import PairSource, read_pairs
+from ttmray.ranker.votes import PairSource, read_votes
 from ttmray.serve.server import TryOutServer, is_loopback, open_server
 from ttmray.serve.tryout import ServeConfig, _scores
 from ttmray.serve.votes import COLUMNS, TABLE, VOTES, VotesTable
@@ -115,7 +115,7 @@ def test_a_vote_about_a_blind_pair_is_a_row_that_the_ranker_reads(post: Post, ou
     assert [clip["audio"] for clip in voted["clips"]] == [clip["audio"] for clip in made["clips"]]
     again = post("/votes", {"pair": made["pair"], "choice": "first"})
     assert (again.status_code, "has a vote already" in again.json()["error"]) == (400, True)
-    pairs, dropped = read_pairs([PairSource(name="serve", path=str(output / TABLE))])
+    pairs, dropped = read_votes([PairSource(name="serve", path=str(output / TABLE))])
     (pair,) = [pair for pair in pairs if pair.id == made["pair"]]
     assert dropped == []
     assert (pair.target, pair.text) == (0.0, "a calm piano")

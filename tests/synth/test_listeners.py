@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttmray.errors import UserError
-from ttmray.ranker.votes import PairSource, read_pairs
+from ttmray.ranker.votes import PairSource, read_votes
 from ttmray.synth.faults import faults_of, true_quality
 from ttmray.synth.listeners import Heard, Listeners, best_accuracy, chances, main, vocal_bias, votes
 
@@ -101,7 +101,7 @@ def test_the_ranker_reads_the_table(clips, tmp_path):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    pairs, dropped = read_pairs([PairSource(name="panel", path=str(table))])
+    pairs, dropped = read_votes([PairSource(name="panel", path=str(table))])
     assert len(pairs) == 200
     assert not dropped
     target = {"a": 1.0, "b": 0.0, "tie": 0.5}
