@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from synthetic_corpus import write_random_corpus
 
 from ttmray.corpus.verify import problems
 from ttmray.storage import Folder
@@ -132,17 +131,6 @@ def test_workers_on_a_drive_that_are_killed_with_their_job_make_the_same_corpus(
         driver.wait()
     assert start().wait(timeout=1500) == 0
     assert_equal_corpora(job, undisturbed_corpus)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "corpus"
-    sizes: dict[str, Any] = {"tracks": 8, "clips_per_track": 3, "captions": 4, "validation": 2, "unit_clips": 6}
-    run = write_random_corpus(str(folder), latent=(16, 40), text=(77, 64), **sizes)
-    described = json.loads(run.read("run.json"))
-    described["config"]["bundle"] = "debug"
-    run.write("run.json", json.dumps(described).encode())
-    return folder
 
 
 def training(corpus: Path, output: Path) -> Command:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic_corpus import write_random_corpus
 
 from ttmray.storage import Folder
 from ttmray.training.checkpoint import committed, load
@@ -78,17 +77,6 @@ class Run:
                 with suppress(FileNotFoundError):
                     newest = max(newest, os.stat(os.path.join(folder, name)).st_mtime_ns)
         return newest
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "corpus"
-    sizes: dict[str, Any] = {"tracks": 8, "clips_per_track": 3, "captions": 4, "validation": 2, "unit_clips": 6}
-    run = write_random_corpus(str(folder), latent=(16, 40), text=(77, 64), **sizes)
-    described = json.loads(run.read("run.json"))
-    described["config"]["bundle"] = "debug"
-    run.write("run.json", json.dumps(described).encode())
-    return folder
 
 
 @pytest.fixture(scope="session")

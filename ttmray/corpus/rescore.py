@@ -185,15 +185,16 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def _written(out: Folder) -> dict[str, str]:
-    """Name of a part -> its file, of all that are there; those whose bytes are not what was written are said and
+def _written(out: Folder) -> dict[str, bytes]:
+    """Name of a part -> its bytes, of all that are there; those whose bytes are not what was written are said and
     deleted."""
-    written: dict[str, str] = {}
+    written: dict[str, bytes] = {}
     for entry in out.files(PARTS, sizes=False):
         file = f"{PARTS}/{entry.name}"
         name, _, digest = entry.name.removesuffix(".parquet").rpartition("-")
-        if _digest(out.read(file)) == digest:
-            written[name] = file
+        data = out.read(file)
+        if _digest(data) == digest:
+            written[name] = data
         else:
             console.print(f"{out.path(file)} is damaged; it is made again", style="yellow", markup=False)
             out.delete(file)
@@ -290,7 +291,7 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
     written = _written(out)
     if lost := [part.name for part in parts if part.name not in written]:
         raise UserError(f"{out.path(PARTS)}: {lost[0]} is gone or damaged.", "Start the same command again.")
-    tables = [parquet_table(out.read(written[part.name])).cast(scores.SCHEMA) for part in parts]
+    tables = [parquet_table(written[part.name]).cast(scores.SCHEMA) for part in parts]
     table = pa.concat_tables(tables) if tables else scores.SCHEMA.empty_table()
     data = index.parquet_bytes(table)
     out.write(scores.TABLE, data)
