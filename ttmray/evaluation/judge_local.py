@@ -28,14 +28,15 @@ class LocalJudge:
 
     def __init__(self, model: str, device: str, dtype: str, max_new_tokens: int) -> None:
         from transformers import AutoModelForMultimodalLM, AutoProcessor
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        from ttmray.models.t5 import without_bars
+
         try:
-            self.processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-            self.model = AutoModelForMultimodalLM.from_pretrained(
-                model, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
-            )
+            with without_bars():
+                self.processor = AutoProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+                self.model = AutoModelForMultimodalLM.from_pretrained(
+                    model, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
+                )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:300]
             raise UserError(f"judge.model {model} cannot be loaded: {reason}", FETCH) from error

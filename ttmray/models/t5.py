@@ -142,7 +142,7 @@ def load_text_encoder(
             f"{folder} has no tokenizer.json, and sentencepiece, which reads spiece.model, is not installed.",
             "Copy tokenizer.json of google/flan-t5-large there, or: pip install 'ttmray[sentencepiece]'",
         )
-    with _without_bars():
+    with without_bars():
         loaded: Any = T5EncoderModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
         )
@@ -158,7 +158,7 @@ def load_text_encoder(
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """transformers draws a bar for every model that it loads, be it of 2 MB, also into notebooks and logs."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
