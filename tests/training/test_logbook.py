@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -91,6 +92,7 @@ def test_tensorboard_has_the_numbers_and_forgets_what_is_made_again(tmp_path):
     with Logbook(out, 0, tensorboard=True) as book:
         for step in (1, 2, 3):
             book.write({"step": step, "loss": 1.0, "levels": [1], "keys": "abc"})
+    time.sleep(1.1)  # files of events are named by the second, and are read in the order of their names
     with Logbook(out, 1, tensorboard=True) as book:
         book.write({"step": 2, "loss": 2.0})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
