@@ -234,6 +234,11 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[-1] < 0.01
 
 
+def test_in_cycles_the_learning_rate_rises_and_falls_again():
+    once, twice = PartConfig(steps=50, lr=1e-2, warmup=10), PartConfig(steps=100, lr=1e-2, warmup=10, cycles=2)
+    assert [learning_rate(step, twice) for step in range(100)] == 2 * [learning_rate(step, once) for step in range(50)]
+
+
 def test_projected_weights_give_what_they_gave():
     torch.manual_seed(0)
     vae = MelVAE(MelVAEConfig(hidden_dim=8, embed_dim=4)).train()

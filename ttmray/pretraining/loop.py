@@ -2,7 +2,8 @@
 
 Update k sees the items k * batch to (k + 1) * batch of an endless stream and draws all its random numbers from (seed,
 k), so a run that was killed goes on as if nothing had happened (bit for bit on one CPU thread). AdamW with a linear
-warm-up, then half a cosine to a tenth of a percent of the learning rate at the last update.
+warm-up, then half a cosine to a tenth of a percent of the learning rate at the last update; `cycles` of that if told
+(warm restarts, Loshchilov and Hutter 2017), so that a part that turns out too weak can go on.
 """
 
 import math
@@ -21,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ttmray import cost
-from ttmray.config import Config, execution
+from ttmray.config import Config, added, execution
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.models import seeded
@@ -43,6 +44,8 @@ class PartConfig(Config):
     batch: int = Field(8, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(50, ge=0)
+    cycles: int = added(1, ge=1)
+    """Equal parts of the updates, in each of which the learning rate rises and falls."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)
@@ -156,9 +159,11 @@ def train(
 
 def learning_rate(step: int, config: PartConfig) -> float:
     """Of the update after `step` updates."""
+    length = -(-config.steps // config.cycles)
+    step %= length
     if step < config.warmup:
         return config.lr * (step + 1) / (config.warmup + 1)
-    through = (step - config.warmup) / max(1, config.steps - config.warmup)
+    through = (step - config.warmup) / max(1, length - config.warmup)
     return config.lr * (1e-3 + (1 - 1e-3) * 0.5 * (1 + math.cos(math.pi * min(1.0, through))))
 
 
