@@ -162,6 +162,8 @@ def connect(
         options = {"address": "local", "include_dashboard": state_api, "num_cpus": cpus}
         if object_store_gib:
             options["object_store_memory"] = int(object_store_gib * 2**30)
+    # Ray's own actors have errors that nobody waits for and nobody can act on; what our work raises reaches us
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     on_termination = signal.getsignal(signal.SIGTERM)
     with _own_level():
         try:
