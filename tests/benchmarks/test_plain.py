@@ -100,6 +100,7 @@ def test_a_side_that_computes_something_else_is_an_error(plain, monkeypatch):
         training.compare(training.TINY, torch.device("cpu"), 2, 1, "fp32", False, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generation", "training"])
 def test_quick_runs_of_the_benchmarks_measure_both_sides(name, tmp_path):
     output = tmp_path / "result.json"

@@ -32,6 +32,7 @@ def contents(run: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_index_and_shards_as_one(songs, finished_run, make_config, tmp_path):
     assert score_corpus(make_config(songs, tmp_path / "run", "runtime.workers=2")) == 0
     assert contents(tmp_path / "run") == contents(finished_run)

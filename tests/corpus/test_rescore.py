@@ -104,6 +104,7 @@ def test_a_relaunch_goes_on_with_the_parts_that_are_missing(
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_workers_of_ray_write_the_same_table(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rescore, "UNITS_PER_PART", 1)
     head = write_head(tmp_path / "head")

@@ -72,8 +72,14 @@ def some(folder: Path, pattern: str) -> Callable[[], bool]:
     return lambda: any(folder.glob(pattern))
 
 
-@pytest.mark.parametrize("gap_s", [0.0, 0.05, pytest.param(0.6, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("begun", ["run.json", "index/*.parquet"])  # children are starting; all are at work
+@pytest.mark.parametrize(
+    ("begun", "gap_s"),
+    [
+        ("index/*.parquet", 0.05),  # all are at work
+        *(pytest.param("index/*.parquet", gap_s, marks=pytest.mark.slow) for gap_s in (0.0, 0.6)),
+        *(pytest.param("run.json", gap_s, marks=pytest.mark.slow) for gap_s in (0.0, 0.05, 0.6)),  # children start
+    ],
+)
 def test_a_corpus_on_child_processes(songs: Path, tmp_path: Path, begun: str, gap_s: float) -> None:
     words = corpus(songs, tmp_path / "run", "runtime.runner=local", "runtime.workers=2")
     interrupted_twice(words, some(tmp_path / "run", begun), gap_s)

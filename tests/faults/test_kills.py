@@ -98,6 +98,7 @@ def test_local_run_equals_an_undisturbed_one_after_its_driver_is_killed(
     assert_equal_runs(job, undisturbed)
 
 
+@pytest.mark.slow
 def test_local_run_goes_on_when_workers_are_killed(songs: Path, undisturbed: Job, tmp_path: Path) -> None:
     job = Job(songs, tmp_path / "run", "local", "runtime.workers=2")
     driver = job.start()

@@ -95,6 +95,7 @@ def assert_equal_corpora(disturbed: Command, undisturbed: Command) -> None:
     assert list(problems(Folder.at(str(disturbed.output)))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_corpus_on_a_drive_is_that_of_an_undisturbed_run(
     songs: Path, undisturbed_corpus: Command, tmp_path: Path, kills: int

@@ -79,6 +79,7 @@ def kill_at(job: Job, commits: int, victim: Callable[[int], list[int]]) -> int:
     return driver.wait(timeout=300)
 
 
+@pytest.mark.slow
 def test_a_relaunch_after_the_job_was_killed_gives_the_pool_of_an_undisturbed_run(undisturbed, tmp_path):
     job = Job(tmp_path)
     assert kill_at(job, 2, lambda driver: [driver]) == -signal.SIGKILL

@@ -127,6 +127,7 @@ def test_killed_ten_times_it_ends_with_the_bits_of_an_undisturbed_run(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_says_where_and_ends(corpus: Path, tmp_path: Path):
     program = tmp_path / "hang.py"
     program.write_text(

@@ -51,6 +51,7 @@ def test_a_song_without_a_fault_is_better_than_the_same_song_with_it(scorer, fau
     assert np.mean(clean - spoiled) > 0
 
 
+@pytest.mark.slow
 def test_clips_that_are_asked_for_a_higher_score_get_a_higher_reward():
     studio = ttmray.load("micro", device="cpu", threads=1)
     prompts = ["a slow ambient piece with a flute", "fast rock with live drums", "a waltz on the piano"]

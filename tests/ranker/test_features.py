@@ -128,6 +128,7 @@ def test_nothing_usable_is_an_error(tmp_path):
         extract([str(tmp_path / "absent.wav")], [], "debug", Folder.at(str(tmp_path / "run")), CPU)
 
 
+@pytest.mark.slow
 def test_two_ray_actors_give_the_same_bits_as_this_process(made, audio, tmp_path, monkeypatch):
     import ray
 

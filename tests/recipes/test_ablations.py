@@ -373,6 +373,7 @@ def test_another_reference_set_under_a_known_name_is_noticed(given, tmp_path):
     assert changed == {f"evaluate-{name}" for name in plan.cells} | {"tables"}
 
 
+@pytest.mark.slow
 def test_a_silent_clip_stops_nothing_within_the_share_and_stands_in_the_notes(given, tmp_path):
     output, contrast = tmp_path / "run", SMALL[-1]
     cell = AblationPlan(configure(given, output, contrast)).contrasts["conditioning"]["score"]
@@ -438,6 +439,7 @@ def test_mistakes_are_found_before_the_first_step(given, tmp_path, sets, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_16_khz_checkpoint_and_clips_of_another_program_can_be_row_0(given, tmp_path, capsys):
     """The public baseline has latents, a VAE and a vocoder of its own, and no score; a user's may be mere files."""
     output, mine = tmp_path / "run", tmp_path / "mine"
@@ -539,6 +541,7 @@ def test_tables_figure_and_page_come_from_real_cells_and_a_relaunch_does_nothing
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")} == before
 
 
+@pytest.mark.slow
 def test_cells_from_and_in_a_bucket_are_those_of_folders(given, bucket, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TTMRAY_COPIES", str(tmp_path / "copies"))
     for path in sorted(path for path in given.rglob("*") if path.is_file()):

@@ -145,6 +145,7 @@ def test_a_second_start_does_nothing_and_says_so(made, capsys):
     assert not any(name.endswith((".flac", "demo.json", "index.html")) for name in changed)
 
 
+@pytest.mark.slow
 def test_where_no_scores_are_given_those_of_the_worst_and_the_best_song_are_asked_for(made, facts, capsys):
     config = command(made)
     config.remove("--set=scores=[-1, 2]")

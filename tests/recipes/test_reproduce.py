@@ -333,6 +333,7 @@ def test_a_chain_that_is_killed_on_its_way_ends_like_an_undisturbed_one(songs, t
     assert "nothing to do: all 14 steps are done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_chain_runs_its_first_steps_and_goes_on_from_there(songs, tmp_path, capsys):
     output = tmp_path / "run"
     config = load_config(ReproduceConfig, str(DEBUG), small(songs, output)[1:])
@@ -408,6 +409,7 @@ def test_the_reward_of_the_bundle_is_a_switch(tmp_path):
     assert made["pool"].config.bundle == "debug"
 
 
+@pytest.mark.slow
 def test_a_chain_whose_run_folder_is_in_a_bucket_ends_there(songs, bucket, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TTMRAY_COPIES", str(tmp_path / "copies"))
     monkeypatch.chdir(tmp_path)

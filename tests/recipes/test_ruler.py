@@ -24,6 +24,7 @@ def reward_of_loud_treble(monkeypatch):
     monkeypatch.setattr(Scorer, "rewards", lambda self, embeddings, texts: embeddings.clap[:, 0])
 
 
+@pytest.mark.slow
 def test_a_reward_that_hears_treble_alone_is_told_to_hear_dullness_and_no_detuning(reward_of_loud_treble, tmp_path):
     words = ["synth", "check", "--bundle", "debug", "--pieces", "4", "--seed", "5", "--out", str(tmp_path)]
     assert main([*words, "--fault", "dull", "--fault", "detune"]) == 0

@@ -72,6 +72,7 @@ def test_each_fault_moves_its_measure(kind):
     assert np.mean(np.array(moved) > 0) >= 5 / 6
 
 
+@pytest.mark.slow
 def test_estimated_quality_follows_true_quality_on_fresh_pieces():
     true, told = [], []
     for index in range(60):

@@ -133,6 +133,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_expert_iteration_raises_the_true_reward_and_the_control_does_not(corpus, start, tmp_path):
     def weights(folder: str, name: str) -> str:
         return str(tmp_path / folder / "round-1" / f"{name}.safetensors")
@@ -160,6 +161,7 @@ def test_expert_iteration_raises_the_true_reward_and_the_control_does_not(corpus
     assert paired(expert, control, alternative="greater").p < 1e-6
 
 
+@pytest.mark.slow
 def test_reward_weighted_fine_tuning_raises_the_true_reward_and_equal_weights_do_not(corpus, start, tmp_path):
     learn = {"batch": 32, "steps": 80, "optimizer": FineTuneOptimizer(lr=2e-3), "polish": PolishConfig(steps=0)}
     assert expert_iteration(configure(corpus, tmp_path / "stage1", start, control=True, **learn)) == 0
