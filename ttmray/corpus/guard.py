@@ -20,7 +20,7 @@ MAX_ATTEMPTS = 3
 
 def at_work(run: Folder) -> list[str]:
     """`<unit> (<group>)` of all that was begun and not ended; also what killed processes have left behind."""
-    begun = {file.path.rsplit("/", 1)[-1].rsplit(".", 1)[0] for file in run.files(ATTEMPTS, sizes=False)}
+    begun = {file.name.rsplit("/", 1)[-1].rsplit(".", 1)[0] for file in run.files(ATTEMPTS, sizes=False)}
     return [f"{unit} ({group})" for unit, _, group in sorted(name.partition(".") for name in begun)]
 
 
