@@ -272,6 +272,8 @@ def _quiet(config: CorpusConfig) -> None:
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = config.runtime.no_progress_timeout_s
     context.max_errored_blocks = 0  # a lost block would be lost clips
+    # An actor that waits for a slow decoder is not given up: the next one would load its models again.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     # Ray Data's own exception around a fault has it as `__cause__` only, which does not survive pickling
     context.raise_original_map_exception = True
 
