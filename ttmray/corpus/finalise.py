@@ -133,21 +133,21 @@ def differing_tracks(table: pa.Table, plan: Plan) -> list[dict[str, Any]]:
     clip = pc.greater_equal(table["segment"], 0)
     clips = _grouped(table.filter(clip), "track_id", [([], "count_all")])
     of = pc.index_in(plan.table["track_id"].combine_chunks(), clips["track_id"].combine_chunks())
-    found = pc.fill_null(clips["count_all"].combine_chunks().take(of), 0)
-    differ = pc.not_equal(plan.table["clips"].combine_chunks(), found)
+    counts = pc.fill_null(clips["count_all"].combine_chunks().take(of), 0)
+    differ = pc.not_equal(plan.table["clips"].combine_chunks(), counts)
     without = table.filter(pc.invert(clip)).select(["track_id", "reason", "message"]).to_pylist()
     why = {row["track_id"]: f"{row['reason']}: {row['message']}" for row in without}
     return [
         {
             "track_id": track,
             "expected": expected,
-            "found": clips_found,
+            "found": count,
             "why": why.get(track, "the header's duration was an estimate"),
         }
-        for track, expected, clips_found in zip(
+        for track, expected, count in zip(
             plan.table["track_id"].filter(differ).to_pylist(),
             plan.table["clips"].filter(differ).to_pylist(),
-            found.filter(differ).to_pylist(),
+            counts.filter(differ).to_pylist(),
             strict=True,
         )
     ]
