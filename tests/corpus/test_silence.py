@@ -34,7 +34,8 @@ def test_a_run_that_finishes_nothing_says_what_is_at_work_and_what_is_free(tmp_p
         text = said(capsys, 2)
     assert (
         "no unit was finished for 0.05 s; at work: u000001 (decode, after 1 killed processes), u000002 "
-        "(models), u000010 (models), u000011 (models), u000012 (models) and 6 more; a worker of models needs 1 GPUs, and Ray has none."
+        "(models), u000010 (models), u000011 (models), u000012 (models) and 6 more; "
+        "a worker of models needs 1 GPUs, and Ray has none."
     ) in text
     assert "no unit was finished for 0.1 s" in text
     assert "Where nothing moves for 1800 s (runtime.no_progress_timeout_s), the stages are started again" in text
