@@ -315,7 +315,7 @@ def plan_lines(inputs: Inputs, size: Size) -> list[Line]:
     note = "MTG-Jamendo: 55,525 tracks, 537,626 clips"
     expected: tuple[int, int | None] = (55_525, 537_626)
     if not table.exists():
-        table, note, expected = _synthetic_table(inputs.work / "tracks.csv"), "synthetic table", (55_525, None)
+        table, note, expected = synthetic_table(inputs.work / "tracks.csv"), "synthetic table", (55_525, None)
     wall, cpu = [], []
     for repeat in range(max(size.repeats, 2)):
         output = inputs.work / f"plan{repeat}"
@@ -333,7 +333,7 @@ def plan_lines(inputs: Inputs, size: Size) -> list[Line]:
     ]
 
 
-def _synthetic_table(path: Path) -> Path:
+def synthetic_table(path: Path) -> Path:
     rng = np.random.default_rng(0)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)

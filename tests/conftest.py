@@ -4,6 +4,7 @@ import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: equal bits, and two test processes on 2 cores
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # Ray kills workers where others use a machine's memory
 
 import shutil
 import signal

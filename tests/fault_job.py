@@ -1,6 +1,7 @@
 """The corpus job with models that only calculate: real files, stages in between and commits, in a second. A program
 too, with the arguments of `jobs/score_corpus.py`."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ttmray.corpus.stages import Decode, Measure, Write
 from ttmray.corpus.unit import Unit
 from ttmray.models.bundle import Models
 
-PACE_S = 0.02
+PACE_S = float(os.environ.get("FAULT_PACE_S", "0.02"))
 """For a unit: kills need something to interrupt."""
 
 

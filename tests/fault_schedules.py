@@ -81,10 +81,10 @@ class Job:
         with mock.patch("ttmray.corpus.assembly.CorpusJob", fault_job.FaultJob):
             return score_corpus(config)
 
-    def start(self) -> "subprocess.Popen[bytes]":
+    def start(self, stdout: Any = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
         command = [sys.executable, fault_job.__file__, *(f"--set={one}" for one in self.sets)]
         paths = os.pathsep.join((str(Path(fault_job.__file__).parents[1]), str(Path(fault_job.__file__).parent)))
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths}, cwd="/")
+        return subprocess.Popen(command, stdout=stdout, env=os.environ | {"PYTHONPATH": paths}, cwd="/")
 
     def committed(self) -> int:
         return len(list(Path(self.output, "index").glob("*.parquet")))

@@ -88,7 +88,7 @@ class QuickModels(Stage):
     def __call__(self, unit: Unit) -> Unit:
         if self.sickness() == "breaks":
             raise RuntimeError("CUDA error: device-side assert triggered")
-        time.sleep(self.pace_s)
+        time.sleep(10 * self.pace_s if self.sickness() == "slow" else self.pace_s)
         unit.clips = {"mert": unit.clips["mix"][:, 0, :10].copy()}
         return unit
 
@@ -138,6 +138,11 @@ class Runs:
     def __post_init__(self) -> None:
         self.folder.mkdir()
         (self.folder / "run.json").write_text("{}")
+
+    def ail(self, **sicknesses: str) -> None:
+        """What ails nodes from here on, by id."""
+        self.folder.with_name("sick.tmp").write_text(json.dumps(sicknesses))
+        self.folder.with_name("sick.tmp").rename(self.folder.with_name("sick.json"))
 
     @property
     def units(self) -> list[Unit]:

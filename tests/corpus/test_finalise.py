@@ -48,6 +48,28 @@ def test_rows_that_match_the_plan_are_no_problem():
     assert check_rows(table_of("a_0", "a_1"), plan_of(a=9)) == [], "clip counts are expectations"
 
 
+ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(-1, 3)), min_size=1, max_size=9)
+
+
+@given(rows=ROWS, planned=st.dictionaries(st.sampled_from("abcd"), st.integers(0, 3), min_size=1))
+def test_rows_are_checked_as_a_loop_over_them_would(rows, planned):
+    keys = [f"{track}_{segment}" if segment >= 0 else track for track, segment in rows]
+    problems = [f"{key} has {keys.count(key)} rows" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    problems += [f"{track} is planned and has no row" for track in planned if track not in dict(rows)]
+    problems += [f"{track} has rows and is not planned" for track in dict(rows) if track not in planned]
+    for track in dict(rows):
+        segments = sorted(segment for of, segment in rows if of == track)
+        if segments not in ([-1], list(range(len(segments)))):
+            problems.append(f"{track} has segments {segments}")
+    assert check_rows(table_of(*keys), plan_of(**planned)) == problems
+    clips = {track: sum(of == track and segment >= 0 for of, segment in rows) for track in planned}
+    differing = [
+        (one["track_id"], one["expected"], one["found"])
+        for one in differing_tracks(table_of(*keys), plan_of(**planned))
+    ]
+    assert differing == [(track, count, clips[track]) for track, count in planned.items() if count != clips[track]]
+
+
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [

@@ -1,11 +1,13 @@
-"""The corpus job on several nodes: real raylets, stages that only wait."""
+"""The corpus job on several nodes: real raylets, stages that only wait or calculate."""
 
-import json
+import gc
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
+from fault_schedules import Job, World, differences
 from quick_job import NODES, Runs, agent_ports
 
 from ttmray.cluster import leave
@@ -75,14 +77,18 @@ def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
 def test_three_nodes_of_two_kinds_all_work_and_one_that_breaks_is_left_out(raylets, tmp_path, capsys):
     """Decoders could take every CPU of the nodes with GPUs: models must start all the same."""
     first, second, _ = raylets.add(1, 1), raylets.add(1, 1), raylets.add(2)
-    run = Runs(tmp_path / "run", 24)
-    sick = run.folder.with_name("sick.json")
+    run, ill = Runs(tmp_path / "run", 24), []
 
     def then(_: int) -> None:
-        if not sick.exists() and second.node_id in run.committed().values():
-            sick.write_text(json.dumps({second.node_id: "breaks"}))
+        if not ill and second.node_id in run.committed().values():
+            ill.append(second)
+            run.ail(**{second.node_id: "breaks"})
 
-    run.go(then, pace_s=0.3, crowd=2)
+    gc.disable()  # a driver with much in memory collects its garbage that rarely
+    try:
+        run.go(then, pace_s=0.3, crowd=2)
+    finally:
+        gc.enable()
     text = capsys.readouterr().out
     assert "is left out from here on" in text
     assert second.node_id[:8] in text
@@ -94,15 +100,17 @@ def test_three_nodes_of_two_kinds_all_work_and_one_that_breaks_is_left_out(rayle
 def test_losing_nodes_costs_their_units_in_flight_and_a_node_that_joins_gets_work(raylets, tmp_path):
     """The node that is left makes again what lost ones had decoded, and at the end what their models had begun."""
     first, stays = raylets.add(2, 1), raylets.add(2, 1)
-    run, joined, lost = Runs(tmp_path / "run", 80), [], []
+    run, joined, lost = Runs(tmp_path / "run", 60), [], []
 
     def then(count: int) -> None:
         if count == 10:
             lost.append(first)
             raylets.kill(first)
         if count == 20:
+            run.ail(**{stays.node_id: "slow"})  # as long as the one that joins needs to start
             joined.append(raylets.add(2, 1))
         if len(lost) == 1 and joined and list(run.committed().values()).count(joined[0].node_id) >= 3:
+            run.ail()
             lost.append(joined[0])
             raylets.kill(joined[0])
 
@@ -131,8 +139,7 @@ def test_an_empty_cluster_is_waited_for_with_a_message(raylets, tmp_path, capsys
 def test_what_no_node_can_build_ends_the_job_with_one_message(raylets, tmp_path):
     nodes = [raylets.add(1, 1), raylets.add(1, 1)]
     run = Runs(tmp_path / "run", 6)
-    sick = dict.fromkeys((node.node_id for node in nodes), "cannot be built")
-    run.folder.with_name("sick.json").write_text(json.dumps(sick))
+    run.ail(**dict.fromkeys((node.node_id for node in nodes), "cannot be built"))
     with pytest.raises(Exception, match="no kernel image is available"):
         run.go()
     assert run.seen == []
@@ -147,3 +154,32 @@ def test_a_run_folder_that_no_node_sees_is_said_at_the_start(raylets, tmp_path, 
         run.go()
     assert "shared file system or a bucket" in caught.value.hint
     assert run.committed() == {}
+
+
+@pytest.mark.slow
+def test_a_cluster_that_begins_empty_grows_and_loses_a_node_ends_as_one_process_does(raylets, tmp_path, monkeypatch):
+    """The command itself, from songs to the end of a run."""
+    world = World.at(tmp_path)
+    monkeypatch.setenv("FAULT_PACE_S", "2")
+    job, log, joined = Job(world.songs, tmp_path / "run", "runtime.runner=ray"), tmp_path / "log.txt", []
+
+    def until(seen: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 400
+        while not seen():
+            assert driver.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+
+    with log.open("wb") as stdout:
+        driver = job.start(stdout)
+    try:
+        until(lambda: "waiting for nodes: a worker of" in log.read_text())
+        joined.append(raylets.add(2, 1))
+        until(lambda: job.committed() >= 1)
+        joined.append(raylets.add(2, 1))
+        until(lambda: job.committed() >= 4)
+        raylets.kill(joined[0])
+        assert driver.wait(timeout=400) == 0, log.read_text()
+    finally:
+        driver.kill()
+    assert differences(tmp_path / "run", world.reference) == {}

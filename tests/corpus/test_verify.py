@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ttmray.corpus import index, look, shards
+from ttmray.corpus import index, look, shards, verify_units
 from ttmray.corpus.job import score_corpus
 from ttmray.corpus.verify import problems
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
@@ -186,3 +186,20 @@ def test_songs_that_the_catalogue_rejected_do_not_miss_their_captions(songs, mak
 def test_a_folder_that_is_no_run_is_one_message(tmp_path):
     with pytest.raises(UserError, match=r"has no run\.json"):
         look.verify(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(run, monkeypatch):
+    """Three units of one block each, two of them with something wrong."""
+    folder = Folder.at(str(run))
+    flipped, cut = sorted(run.glob("shards/*"))[:2]
+    flipped.write_bytes(bytes([flipped.read_bytes()[0] ^ 1]) + flipped.read_bytes()[1:])
+    cut.write_bytes(cut.read_bytes()[:-1])
+    monkeypatch.setattr(verify_units, "BLOCK", 1)
+    alone = list(problems(folder))
+    monkeypatch.setattr(verify_units, "ALONE", 1)
+    blocks = list(verify_units.check_units(folder, index.committed_units(folder), processes=2))
+    assert [len(block.problems) for block in blocks] == [1, 1, 0]
+    monkeypatch.setattr(verify_units.os, "cpu_count", lambda: 2)
+    assert list(problems(folder)) == alone
+    assert sum("SHA-256 differs from the index" in line for line in alone) == 2

@@ -185,3 +185,12 @@ def test_file_that_kills_its_decoder_under_ray_is_quarantined(songs_with_killer:
     job = Job(songs_with_killer, tmp_path / "run", "ray", *sets)
     assert job.run(PYTHONPATH=KILLER) == 3
     assert statuses(job) == {"killer": ("failed", "killed"), "song0_0": ("ok", ""), "song4_0": ("ok", "")}
+
+
+@pytest.mark.slow
+def test_file_that_hangs_its_decoder_under_ray_is_quarantined(songs_with_killer: Path, tmp_path: Path) -> None:
+    """Nobody waits for it: its processes end by themselves."""
+    sets = ("runtime.fuse=none", "runtime.clip_timeout_s=10", "splits.validation=0", "splits.test=0")
+    job = Job(songs_with_killer, tmp_path / "run", "ray", *sets)
+    assert job.run(PYTHONPATH=KILLER, KILLER_HANGS="1") == 3
+    assert statuses(job) == {"killer": ("failed", "killed"), "song0_0": ("ok", ""), "song4_0": ("ok", "")}

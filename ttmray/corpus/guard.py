@@ -18,6 +18,20 @@ ATTEMPTS = "attempts"
 MAX_ATTEMPTS = 3
 
 
+def at_work(run: Folder) -> list[str]:
+    """`<unit> (<group>)` of all that was begun and not ended, also what killed processes have left behind; with the
+    number of earlier attempts that died."""
+    deaths: dict[str, int] = {}
+    for file in run.files(ATTEMPTS, sizes=False):
+        name, _, n = file.name.rpartition(".")
+        deaths[name] = max(deaths.get(name, 0), int(n) if n.isdigit() else 0)
+    return [_told(*name.partition(".")[::2], deaths[name]) for name in sorted(deaths)]
+
+
+def _told(unit: str, group: str, deaths: int) -> str:
+    return f"{unit} ({group}, after {deaths} killed processes)" if deaths else f"{unit} ({group})"
+
+
 def guarded(
     run: Folder, group: str, unit: Unit, together: Callable[[Unit], Unit], alone: Callable[[Unit], Unit]
 ) -> Unit:

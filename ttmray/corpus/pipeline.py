@@ -4,15 +4,18 @@ Ray is left to place work, restart actors, apply back-pressure and move units be
 exact (names, commits, retries of killers, quarantine) is ours and the same for both runners.
 """
 
+import faulthandler
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ttmray import cost
 from ttmray.corpus import index
 from ttmray.corpus.assembly import CorpusJob
+from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
 from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.stage import AT_HOME, Stage, alive, reads
@@ -79,11 +82,29 @@ def _survivor(job: Job, worker: ChildWorker, stage: type[Stage], part: Unit, tim
         return part
 
 
-class StageWorker:
-    """The stages of one process, with the crash guard around them."""
+@contextmanager
+def dies_after(timeout_s: float) -> Iterator[None]:
+    """A block that takes longer ends this process, also where it hangs in C code: a death, which the guard counts.
 
-    def __init__(self, job: str, name: str, stages: Sequence[str]) -> None:
+    Where all threads stood is in the file of the process's errors.
+    """
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class StageWorker:
+    """The stages of one process, with the crash guard around them.
+
+    Args:
+        timeout_s: a unit that takes longer ends the process; default: none does.
+    """
+
+    def __init__(self, job: str, name: str, stages: Sequence[str], timeout_s: float | None = None) -> None:
         self.job = Job.from_json(job)
+        self._timeout_s = timeout_s
         self.name, self.names = name, tuple(stages)
         self.run = Folder.at(self.job.output)
         self.chain = self.job.build(stages)
@@ -94,9 +115,13 @@ class StageWorker:
             self.run,
             self.name,
             unit,
-            lambda it: run_stages(self.chain, it),
+            self._in_time,
             lambda it: run_alone(self.job, self.names, it, self.job.clip_timeout_s),
         )
+
+    def _in_time(self, unit: Unit) -> Unit:
+        with dies_after(self._timeout_s) if self._timeout_s else nullcontext():
+            return run_stages(self.chain, unit)
 
     def __call__(self, table: Any) -> Any:
         unit = self.on_unit(Unit.from_table(table))
@@ -104,6 +129,11 @@ class StageWorker:
 
 
 Done = Callable[[Unit], None]
+
+
+def unit_timeout_s(config: CorpusConfig) -> float:
+    """A unit that takes longer has hung."""
+    return config.runtime.clip_timeout_s * max(config.unit_clips, 1)
 
 
 def whole_worker(job: str) -> Callable[[Unit], Unit]:
@@ -132,11 +162,10 @@ def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done
     finished: queue.SimpleQueue[Unit | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
     config = job.corpus
-    run, names = Folder.at(config.output), [stage.name for stage in job.stages()]
+    run, names, timeout_s = Folder.at(config.output), [stage.name for stage in job.stages()], unit_timeout_s(config)
     workers = [ChildWorker(job.to_json(), names) for _ in range(count)]
 
     def until_committed(worker: ChildWorker, unit: Unit) -> Unit:
-        timeout_s = config.runtime.clip_timeout_s * max(config.unit_clips, 1)
         while True:
             try:
                 return guarded(

@@ -6,6 +6,7 @@ when a machine has to be left out; the next round runs what is left on the machi
 go or join within a round are Ray Data's business: pools are ranges.
 """
 
+import gc
 import hashlib
 import logging
 import math
@@ -14,7 +15,7 @@ import socket
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ttmray import cost
@@ -24,9 +25,10 @@ from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.guard import MAX_ATTEMPTS, guarded
 from ttmray.corpus.left_out import LeftOut, WorkerFault
-from ttmray.corpus.pipeline import Done, StageWorker
+from ttmray.corpus.pipeline import Done, StageWorker, dies_after, unit_timeout_s
 from ttmray.corpus.placement import Group, Node, gpus_held, lacking, least_cpus, needs, place
 from ttmray.corpus.running import Job
+from ttmray.corpus.silence import Silence
 from ttmray.corpus.unit import Unit
 from ttmray.errors import UserError
 from ttmray.runs import RUN
@@ -67,11 +69,15 @@ class RayWorker:
 
         workers: list[StageWorker] = []
         job = Job.from_json(self._made_of[0])
+        assert isinstance(job, CorpusJob)
         look_around(job, self._gpus, self._run_hash)  # before anything is written: it may be another folder
+        runtime = job.corpus.runtime
         task = str(ray.get_runtime_context().get_task_id())  # the same when Ray tries again
 
         def build(start: Unit) -> Unit:
-            workers.append(StageWorker(*self._made_of))
+            # models that hang on a sick GPU must not hold it for ever
+            with dies_after(runtime.no_progress_timeout_s):
+                workers.append(StageWorker(*self._made_of, unit_timeout_s(job.corpus)))
             return start
 
         guarded(Folder.at(job.output), task, Unit("start", []), build, _refused)
@@ -159,12 +165,17 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     try:
         while left:
             groups = _places(job.corpus, left_out, len(left), wishes)
+            silence = Silence(run, partial(_places_free, groups), job.corpus.runtime.no_progress_timeout_s)
             try:
                 # closed, so that no worker of a round goes on when it has ended, in whatever way
-                with closing(_round(job, list(left.values()), groups, sorted(left_out.nodes), run_hash)) as committed:
+                with (
+                    silence,
+                    closing(_round(job, list(left.values()), groups, sorted(left_out.nodes), run_hash)) as committed,
+                ):
                     for unit in committed:
                         # a unit comes twice where Ray made it again for something that was lost
                         if left.pop(unit.name, None) is not None:
+                            silence.broken()
                             left_out.progress()
                             done(unit)
                         if _joined() and wishes.due():
@@ -172,12 +183,21 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
                 if left:
                     raise _RoundEnded(RuntimeError(f"{len(left)} units did not come back, and nothing says why"))
             except _RoundEnded as ended:
-                if isinstance(why := _innermost(ended.why), WorkerFault):
-                    left_out.leave_out(why, _nodes(), groups, ended.why)
-                else:
-                    left_out.start_again(why)
+                _judge(ended.why, left_out, groups)
+            # What a failed round leaves behind, its traceback above all, refers to itself and to the actors, which hold
+            # their GPUs as long as anybody refers to them: the next round would wait for Python's next full collection.
+            gc.collect()
     finally:
         wishes.end()
+
+
+def _judge(why: Exception, left_out: LeftOut, groups: Sequence[Group]) -> None:
+    """What the end of a round means for the next one. Nothing that refers to the round outlives this call."""
+    inside = _innermost(why)
+    if isinstance(inside, WorkerFault):
+        left_out.leave_out(inside, _nodes(), groups, why)
+    else:
+        left_out.start_again(inside)
 
 
 class _RoundEnded(Exception):
@@ -252,6 +272,8 @@ def _quiet(config: CorpusConfig) -> None:
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = config.runtime.no_progress_timeout_s
     context.max_errored_blocks = 0  # a lost block would be lost clips
+    # An actor that waits for a slow decoder is not given up: the next one would load its models again.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     # Ray Data's own exception around a fault has it as `__cause__` only, which does not survive pickling
     context.raise_original_map_exception = True
 
@@ -325,6 +347,15 @@ def _places(config: CorpusConfig, left_out: LeftOut, units: int, wishes: Wishes)
         if wishes.due():
             wishes.ask(without, left_out)
         time.sleep(POLL_S)
+
+
+def _places_free(groups: Sequence[Group]) -> str:
+    """What workers need and what is free, in words."""
+    import ray
+
+    free, have = ray.available_resources(), ray.cluster_resources()
+    there = " and ".join(f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
+    return f"a worker of {needs(groups)}, and Ray has {there} free"
 
 
 def _joined() -> bool:

@@ -1,10 +1,9 @@
 """`ttmray corpus verify`: does the corpus hold what its index says? Reads every byte once, changes nothing."""
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,8 @@ from ttmray.corpus.finalise import check_rows
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import OK
-from ttmray.corpus.upgrade import lacking_places, latent_places
+from ttmray.corpus.upgrade import lacking_places
+from ttmray.corpus.verify_units import Checked, Shapes, check_units, other_shapes
 from ttmray.errors import UserError
 from ttmray.runs import KINDS_OF_CORPUS as KINDS
 from ttmray.runs import RUN, SUCCESS
@@ -43,31 +43,27 @@ def problems(run: Folder) -> Iterator[str]:
     yield from (f"unit {name} is not committed" for name in names if name in missing)
     unplanned = set(committed) - set(names)
     yield from (f"unit {name} is committed and not planned" for name in committed if name in unplanned)
-    blocks = index.RowBlocks()
-    read: list[dict[str, Any]] = []
-    latents: dict[str, dict[str, int]] = {}
-    indexed: set[str] = set()
+    rows, latents = list[pa.Table](), [Checked().latents]
+    files: dict[str, dict[str, Any]] = {}
     captions: set[str] = set()
-    shapes: dict[str, tuple[Any, ...]] = {}
-    for name in committed:
-        try:
-            rows, metadata = index.read_units(run, [name])[0]
-            blocks.add(rows)
-            indexed.update(metadata["files"])
-            read.append(metadata)
-            yield from _unit_problems(run, rows, metadata, captions, shapes, latents)
-        except UserError as error:
-            yield f"unit {name}: {error.message}"
-    table = blocks.table()
+    shapes: Shapes = {}
+    for block in check_units(run, committed):
+        yield from block.problems
+        yield from other_shapes(shapes, block.shapes)
+        rows += [block.rows] if block.rows.num_rows else []  # one without any readable unit has no further columns
+        latents.append(block.latents)
+        files |= block.files
+        captions |= block.captions
+    table = pa.concat_tables(rows) if rows else index.SCHEMA.empty_table()
     if not missing:
         yield from check_rows(table, plan)
-    clips = table.filter(pc.equal(table["status"], OK)).select(["caption_id", "caption"]).to_pylist()
-    needed = {row["caption_id"] for row in clips if row["caption"]}
+    captioned = pc.and_(pc.equal(table["status"], OK), pc.fill_null(pc.not_equal(table["caption"], ""), False))
+    needed = set(table.filter(captioned)["caption_id"].unique().to_pylist())
     yield from (f"caption {caption_id} has no text features" for caption_id in sorted(needed - captions))
     done = inventory.finished(run)
     for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS):
         for entry in run.files(folder, sizes=False):
-            if f"{folder}/{entry.name}" not in indexed and done:
+            if f"{folder}/{entry.name}" not in files and done:
                 yield f"{folder}/{entry.name} belongs to no committed unit"
     if not done:
         yield inventory.marker_problem(run)
@@ -77,7 +73,8 @@ def problems(run: Folder) -> Iterator[str]:
         if not merged.drop_columns(index.PLACES).equals(table.drop_columns(index.PLACES)):
             yield f"{index.MERGED} differs from the units' index files"
         else:
-            yield from _place_problems(run, merged, index.with_text_places(table, read), latents)
+            texts = index.with_text_places(table, [{"files": files}])
+            yield from _place_problems(run, merged, texts, pa.concat_tables(latents))
     except UserError as error:
         if index.MERGED not in damaged:
             yield error.message
@@ -104,25 +101,31 @@ def _damage(run: Folder) -> Generator[str, None, set[str]]:
     return {problem.name for problem in damaged}
 
 
-def _place_problems(
-    run: Folder, merged: pa.Table, units: pa.Table, latents: dict[str, dict[str, int]]
-) -> Iterator[str]:
+def _place_problems(run: Folder, merged: pa.Table, texts: pa.Table, latents: pa.Table) -> Iterator[str]:
     """The merged index must say where latents and text features lie, by the headers of the files.
 
     Args:
-        units: the rows of all units, with the places of text features by the files' headers.
-        latents: those of the latents, per key.
+        texts: the rows of all units, with the places of text features by the files' headers.
+        latents: `key` and the places of latents, by the headers of the shards.
     """
     ok = pc.equal(merged["status"], OK)
     if lacking := lacking_places(merged):
         yield f"{index.MERGED} does not say where {lacking} clips lie: ttmray corpus upgrade {run}"
         return
-    rows = merged.filter(ok).select(["key", *index.PLACES]).to_pylist()
-    texts = units.filter(ok).select(index.TEXT_PLACES).to_pylist()
-    for row, text in zip(rows, texts, strict=True):
-        really = latents.get(row["key"], {}) | text
-        if wrong := sorted(name for name, place in really.items() if row[name] != place):
-            yield f"{index.MERGED}: {row['key']}: {wrong[0]} is {row[wrong[0]]}, the file has {really[wrong[0]]}"
+    rows, texts = merged.filter(ok).select(["key", *index.PLACES]), texts.filter(ok)
+    of = pc.index_in(rows["key"].combine_chunks(), latents["key"].combine_chunks())
+    really = {name: latents[name].combine_chunks().take(of) for name in index.LATENT_PLACES}  # null: no such clip
+    really |= {name: texts[name].combine_chunks() for name in index.TEXT_PLACES}
+    told: set[int] = set()
+    for name, places in sorted(really.items()):
+        same = pc.equal(rows[name].combine_chunks(), places)
+        expected = pc.is_valid(places) if name in index.LATENT_PLACES else pa.scalar(True)
+        wrong = pc.and_(expected, pc.invert(pc.fill_null(same, False)))
+        for i in pc.indices_nonzero(wrong).to_pylist():
+            if i not in told:
+                told.add(i)
+                row = rows.slice(i, 1).to_pylist()[0]
+                yield f"{index.MERGED}: {row['key']}: {name} is {row[name]}, the file has {places[i].as_py()}"
 
 
 def table_problems(run: Folder, name: str, rows: pa.Table | None = None) -> Iterator[str]:
@@ -159,71 +162,3 @@ def table_problems(run: Folder, name: str, rows: pa.Table | None = None) -> Iter
         yield f"{place}/{SUCCESS} is damaged: {error!r}. {scores.again(run, name)}"
     except UserError as error:
         yield f"{error.message} {error.hint}"
-
-
-def _unit_problems(
-    run: Folder,
-    rows: pa.Table,
-    metadata: dict[str, Any],
-    captions: set[str],
-    shapes: dict[str, tuple[Any, ...]],
-    latents: dict[str, dict[str, int]],
-) -> Iterator[str]:
-    """What is wrong with a unit; notes what its files really hold in `captions`, `shapes`, `latents` and `metadata`."""
-    expected: dict[str, set[str]] = {}
-    scored: set[str] = set()
-    for row in rows.select(["key", "status", "shard", "reward_score"]).to_pylist():
-        if row["status"] == OK:
-            expected.setdefault(row["shard"], set()).add(row["key"])
-            scored |= {row["key"]} if row["reward_score"] is not None else set()
-    yield from (f"{shard} is in the index and not described" for shard in expected.keys() - metadata["files"].keys())
-    for name, facts in metadata["files"].items():
-        try:
-            data = run.read(name)
-        except UserError as error:
-            yield error.message
-            continue
-        if len(data) != facts["bytes"] or hashlib.sha256(data).hexdigest() != facts["sha256"]:
-            yield f"{name}: size or SHA-256 differs from the index"
-            continue
-        if name.startswith(shards.CAPTIONS):
-            features = shards.read_captions(run, name)
-            captions.update(features)
-            facts.update(_read_places(shards.text_places, data))
-            if len(features) != facts["captions"]:
-                yield f"{name}: {len(features)} captions, the index says {facts['captions']}"
-            for caption_id, arrays in features.items():
-                yield from _array_problems(name, caption_id, arrays, shapes)
-            continue
-        latents.update(_read_places(latent_places, data))
-        keys = set()
-        for key, sample in shards.read_samples(data, name):
-            keys.add(key)
-            arrays = {kind: value for kind, value in sample.items() if isinstance(value, np.ndarray)}
-            needed = {"json", "latent_mean.npy", "latent_std.npy"}
-            needed |= {"clap_audio.npy", "mert.npy"} if key in scored else set()  # latents of others have no rewards
-            missing = needed - sample.keys()
-            yield from (f"{name}: {key} has no {kind}" for kind in sorted(missing))
-            yield from _array_problems(name, key, arrays, shapes)
-        if keys != expected.get(name, set()) or len(keys) != facts["clips"]:
-            yield f"{name}: holds {len(keys)} clips, the index has {len(expected.get(name, ()))}"
-
-
-def _read_places(find: Callable[[BinaryIO], dict[str, Any]], data: bytes) -> dict[str, Any]:
-    """Places by the headers of a file; none where its arrays are of another kind, which is told of the arrays."""
-    try:
-        return find(io.BytesIO(data))
-    except ValueError:
-        return {}
-
-
-def _array_problems(
-    file: str, key: str, arrays: dict[str, np.ndarray], shapes: dict[str, tuple[Any, ...]]
-) -> Iterator[str]:
-    """Shapes and types must be the same all over the corpus, and every number finite."""
-    for kind, array in arrays.items():
-        signature = (array.shape, str(array.dtype))
-        if shapes.setdefault(kind, signature) != signature:
-            yield f"{file}: {key}.{kind} is {signature}, elsewhere {shapes[kind]}"
-        if not np.isfinite(array).all():
-            yield f"{file}: {key}.{kind} is not finite"

@@ -88,7 +88,7 @@ class ChildWorker:
     def _start(self) -> None:
         pipe, theirs = _spawn.Pipe()
         child = _spawn.Process(target=_serve, args=(theirs, self._job, self._stages), daemon=True)
-        with _without_main(), deaf_children():
+        with without_main(), deaf_children():
             child.start()
         theirs.close()  # else the child's death would not close the pipe
         self._child, self._pipe = child, pipe  # only now there is something that `kill` could end
@@ -122,7 +122,7 @@ class ChildWorker:
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
+def without_main() -> Iterator[None]:
     """A spawned process imports the parent's main module again, whatever that does; ours needs nothing of it."""
     with _starting:
         main = sys.modules["__main__"]
