@@ -51,6 +51,8 @@ JOBS = {
     "--set chain=[] --set stage1.steps=2",
     "reproduce": "--config configs/debug/reproduce.yaml --set stage1.steps=4 --set stage2.steps=4 --set stage3.steps=4 "
     "--set stage2.polish.steps=2 --set ranker.head.max_epochs=5",
+    "compare_methods": "--config configs/debug/methods.yaml --set seeds=[0] "
+    "--set 'methods={crpo: {train: {batch: 2}}}'",
     "demo": "--set output=runs/demo --set 'generate={sampler: {steps: 2}}' --set 'prompts=[slow piano]'",
     "train_micro": f"--config configs/micro/train.yaml --set parts=[text] --set '{TINY_WORLD}' "
     "--set 'text={steps: 6, batch: 4, warmup: 1, dim: 32, layers: 1, vocabulary: 300}' --set log_every=2",

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -83,7 +84,37 @@ def test_other_fields_of_the_file_stay(run, clock):
     run.write("step.json", json.dumps({"done": False, "seconds": 1, "gpu_seconds": 2}).encode())
     with cost.account(run, "step.json"), cost.holding(1):
         clock.pass_s(1)
-    assert json.loads(run.read("step.json")) == {"done": False, "seconds": 2, "gpu_seconds": 3}
+    fields = json.loads(run.read("step.json"))
+    assert fields.pop("cpu_seconds") >= 0
+    assert fields == {"done": False, "seconds": 2, "gpu_seconds": 3}
+
+
+def test_cpu_seconds_are_those_of_the_process_and_of_its_children_that_have_ended(run):
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    with cost.account(run):
+        start = time.process_time()
+        while time.process_time() - start < 0.1:
+            pass
+        subprocess.run([sys.executable, "-c", code], check=True)
+        time.sleep(0.2)
+    spent_cpu = cost.read(run)["cpu_seconds"]
+    assert 0.35 <= spent_cpu < 2
+    with cost.account(run):  # another launch begins at 0, and adds
+        pass
+    assert spent_cpu <= cost.read(run)["cpu_seconds"] < spent_cpu + 0.2
+
+
+def test_a_process_that_notes_for_another_adds_its_own_cpu_time_alone(run):
+    with cost.account(run):
+        sent = copy.deepcopy(cost.opened())
+    for one in sent:
+        one.cpu -= 1e6  # the clock of another process
+    before = cost.read(run)["cpu_seconds"]
+    with pytest.MonkeyPatch.context() as other:
+        other.setattr(cost, "_open", [])
+        cost.carry_on(sent)
+        sent[0].save()
+    assert cost.read(run)["cpu_seconds"] < before + 5
 
 
 @pytest.mark.parametrize("text", ["[]", "x", "{}", '{"seconds": 1}', '{"seconds": 1, "gpu_seconds": null}'])

@@ -1,11 +1,15 @@
-"""What a run has cost: `cost.json` in its folder, wall and GPU seconds of all its launches.
+"""What a run has cost: `cost.json` in its folder, wall, CPU and GPU seconds of all its launches.
 
 A job opens an account of its folder around its work. Who takes GPUs says how many for as long as they are held, busy or
 not; who commits something notes the time so far, in every account that is open: that of a chain's step has what the
 jobs inside of it cost. So a killed launch loses no more than what it has spent since its last commit.
+
+CPU seconds, unlike wall time, are the same on a machine that others use as well. They are those of the process that
+opened the account and of its children once they have ended; Ray's workers are nobody's children, so theirs are missing.
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +27,15 @@ LOCAL_S, REMOTE_S = 1.0, 60.0
 
 @dataclass
 class Account:
-    """Cost so far, in the fields `seconds` and `gpu_seconds` of a JSON file; its other fields stay. It pickles.
+    """Cost so far, in the fields `seconds`, `cpu_seconds` and `gpu_seconds` of a JSON file; its other fields stay. It
+    pickles.
 
     `cost.json` also says when it was written (`noted`, as of `time.time`) and why the last launch ended (`stopped`).
 
     Attributes:
         fields: of the file.
         since: time up to which `fields` has the cost, as of `time.time`, which machines share.
+        cpu: the same of the CPU time of this process.
         gpus: held since then.
         saved: time of the last write.
     """
@@ -38,16 +44,18 @@ class Account:
     name: str
     fields: dict[str, Any]
     since: float
+    cpu: float
     gpus: float = 0.0
     saved: float = 0.0
 
     def settle(self) -> None:
         """Add the time since the last call, which a clock that was put back does not make less."""
-        now = time.time()
+        now, cpu = time.time(), _cpu()
         spent = max(0.0, now - self.since)
         self.fields["seconds"] += spent
+        self.fields["cpu_seconds"] += max(0.0, cpu - self.cpu)
         self.fields["gpu_seconds"] += spent * self.gpus
-        self.since = now
+        self.since, self.cpu = now, cpu
 
     def save(self) -> None:
         self.settle()
@@ -73,7 +81,7 @@ def account(folder: Folder, name: str = COST, since: float | None = None) -> Ite
         UserError: the file is damaged, or cannot be written.
     """
     fields = {key: value for key, value in read(folder, name).items() if key != "stopped"}
-    _open.append(Account(folder, name, fields, since or time.time(), _open[-1].gpus if _open else 0.0))
+    _open.append(Account(folder, name, fields, since or time.time(), _cpu(), _open[-1].gpus if _open else 0.0))
     try:
         yield
     except BaseException as error:
@@ -95,6 +103,12 @@ def holding(gpus: float) -> Iterator[None]:
         yield
     finally:
         _hold(before)
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _named(error: BaseException) -> str:
@@ -124,6 +138,8 @@ def opened() -> list[Account]:
 
 def carry_on(accounts: Sequence[Account]) -> None:
     """Note in accounts of a process that waits for this one."""
+    for one in accounts:
+        one.cpu = _cpu()
     _open.extend(accounts)
 
 
@@ -134,10 +150,11 @@ def read(folder: Folder, name: str = COST) -> dict[str, Any]:
         UserError: it is damaged.
     """
     if not folder.exists(name):
-        return {"seconds": 0.0, "gpu_seconds": 0.0}
+        return {"seconds": 0.0, "cpu_seconds": 0.0, "gpu_seconds": 0.0}
     try:
         fields: dict[str, Any] = json.loads(folder.read(name))
         fields |= {field: float(fields[field]) for field in ("seconds", "gpu_seconds")}
+        fields["cpu_seconds"] = float(fields.get("cpu_seconds", 0.0))  # files of older runs have none
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder.path(name)} is damaged.", "Delete it: only what the run has cost is lost.") from error
     return fields

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from synthetic_corpus import write_random_corpus
 from synthetic_pool import Candidate, write_pool
 
@@ -230,6 +231,21 @@ def test_with_a_temperature_all_clips_stay_with_weights_that_follow_the_blend():
     assert alike.report["weights"]["effective"] == pytest.approx(200)
     assert "weights of the losses" in markdown(report)
     assert (choose(table).weights == 1).all()
+
+
+def test_a_weighted_sum_of_columns_ranks_in_place_of_the_blend():
+    table = random_table(50)
+    reward, clap = table["instrumental_reward_score"].to_numpy(), table["clap_score"].to_numpy()
+    total = 2 * reward - 0.5 * clap
+    keys, _, _ = choose(table, rewards={"instrumental_reward_score": 2.0, "clap_score": -0.5})
+    assert keys == [table["key"][i].as_py() for i in np.argsort(-total)[:5]]
+    weights = choose(table, rewards={"instrumental_reward_score": 1.0}, temperature=2.0).weights
+    z = np.sort((reward - reward.mean()) / reward.std())[::-1]
+    assert weights == pytest.approx(np.exp(z / 2) / np.exp(z / 2).mean())  # of standard deviations, whatever the scale
+    lost = pool_table([1.0, 2.0, 3.0], [0.1, None, 0.3])
+    assert choose(lost, rewards={"clap_score": 1.0}, count=1).report["excluded"] == {"no clap_score": 1}
+    with pytest.raises(ValidationError, match="leave out one"):
+        FilterConfig(rule="json:dumps", rewards={"clap_score": 1.0})
 
 
 def test_weighted_clips_pass_the_same_gates_and_need_no_decile():

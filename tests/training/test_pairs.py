@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from synthetic_pool import Candidate, write_pool
 
 from ttmray.errors import UserError
@@ -78,6 +79,48 @@ def test_several_pairs_of_a_prompt_take_the_best_and_the_worst_in_turn():
     table = pool_table({"a": [0.1, 0.5, 0.3, 0.4, 0.2], "b": [0.9, 0.8]})
     assert set(sides(table, per_prompt=2)) == {("a_1", "a_0"), ("a_3", "a_4"), ("b_0", "b_1")}
     assert sides(table, per_prompt=9)[-1] == ("a_3", "a_4")  # second pairs come after all first ones
+
+
+def test_a_winner_by_domination_is_better_in_every_column_by_its_margin():
+    claps = {"a": [0.9, 0.5, 0.1, 0.2], "b": [0.1, 0.9]}
+    rewards = {"a": [1.0, 3.0, 0.0, 2.0], "b": [1.0, 0.0]}
+    table = pool_table(claps, rewards)
+    both = {"clap_score": 0.0, "instrumental_reward_score": 0.0}
+    how = {"by": "rewards", "rewards": {"clap_score": 1.0, "instrumental_reward_score": 0.1}}
+    assert sides(table, dominate=both, **how) == [("a_0", "a_2")]  # a_3 has the reward, a_1 not the CLAP score
+    assert sides(table, dominate=both, per_prompt=3, **how) == [("a_0", "a_2"), ("a_1", "a_3")]
+    wide = both | {"instrumental_reward_score": 1.0}
+    assert sides(table, dominate=wide, per_prompt=3, **how) == [("a_1", "a_2")]  # exactly 1 is not more
+    _, report = make_pairs(table, PairsConfig(dominate=both, **how))
+    assert report["prompts"] == {"pool": 2, "with pairs": 1, "no domination": 1, "no usable candidate": 0}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=8), st.integers(1, 4))
+def test_no_clip_is_in_two_pairs_by_domination_and_none_that_holds_is_left(scores, per_prompt):
+    table = pool_table({"a": [float(c) for c, _ in scores]}, {"a": [float(r) for _, r in scores]})
+    columns = {"clap_score": 0.0, "instrumental_reward_score": 0.0}
+    pairs = sides(table, by="reward", dominate=columns, per_prompt=per_prompt)
+    used = [clip for pair in pairs for clip in pair]
+    assert len(set(used)) == len(used)
+    of = {f"a_{i}": both for i, both in enumerate(scores)}
+    assert all(of[best][0] > of[worst][0] and of[best][1] > of[worst][1] for best, worst in pairs)
+    free = [both for key, both in of.items() if key not in used]
+    if len(pairs) < per_prompt:
+        assert not any(a[0] > b[0] and a[1] > b[1] for a in free for b in free)
+
+
+def test_a_weighted_sum_of_columns_ranks_the_candidates():
+    table = pool_table({"a": [0.3, 0.1, 0.2]}, {"a": [1.0, 5.0, None]})
+    for rewards, pair in (
+        ({"clap_score": 100.0, "instrumental_reward_score": 1.0}, ("a_0", "a_1")),
+        ({"clap_score": 1.0, "instrumental_reward_score": 1.0}, ("a_1", "a_0")),
+        ({"clap_score": -1.0}, ("a_1", "a_0")),
+    ):
+        assert sides(table, by="rewards", rewards=rewards) == [pair]
+    for fields in ({"by": "rewards"}, {"rewards": {"clap_score": 1.0}}):
+        with pytest.raises(ValidationError, match="go together"):
+            PairsConfig(**fields)
 
 
 @settings(deadline=None, max_examples=60)

@@ -26,6 +26,13 @@ COMMANDS = (
         config="ttmray.recipes.ablations:AblateConfig",
     ),
     Command(
+        "compare-methods",
+        "tune by one method or by several at equal cost, and judge them (jobs/compare_methods.py)",
+        "ttmray.recipes.compare_methods:compare_methods",
+        STEPS,
+        config="ttmray.recipes.compare_methods:CompareMethodsConfig",
+    ),
+    Command(
         "train-micro",
         "a small bundle from nothing, on synthetic songs (jobs/train_micro.py)",
         "ttmray.recipes.micro:train_micro",

@@ -7,12 +7,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ttmray import inventory, pages
 from ttmray.config import Config, added, differences, identity
@@ -40,6 +40,9 @@ class FilterConfig(Config):
     rule: str | None = added(None, pattern=ENTRY)
     """Rule of one's own in place of the blend, `module:function`: of the clips that pass the gates it is given the rows
     of the pool's index, ordered by key, and returns a number each, more for better clips. null: the blend (paper)."""
+    rewards: dict[Annotated[str, Field(pattern=COLUMN)], float] = added({})
+    """Columns and weights, whose sum ranks the clips in place of the blend: the very reward that other methods of
+    tuning are trained on. Empty: the blend (paper)."""
     reward_weight: float = Field(0.5, ge=0)
     """Of its z-score in the blend. Only the ratio of the weights counts."""
     clap_weight: float = Field(0.5, ge=0)
@@ -61,6 +64,12 @@ class FilterConfig(Config):
     gates stays, and its loss has the weight exp(blend / temperature), scaled to a mean of 1."""
     max_weight: float = Field(20.0, ge=1)
     """Weights are cut off here before they are scaled."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.rule is not None and self.rewards:
+            raise ValueError("rule and rewards both rank the clips; leave out one")
+        return self
 
 
 class Selection(NamedTuple):
@@ -85,7 +94,7 @@ def filter_pool(
     Raises:
         UserError: no pool, too few clips, scores that are all equal, or an output folder of another selection.
     """
-    table, fingerprint = read_pool(pool, (config.reward,))
+    table, fingerprint = read_pool(pool, (config.reward, *config.rewards))
     out = Folder.at(output)
     what = _identity(pool, fingerprint, config)
     _refuse_another(out, what)
@@ -129,6 +138,8 @@ def _identity(pool: str, fingerprint: str, config: FilterConfig) -> dict[str, An
     what: dict[str, Any] = {"pool": fingerprint, "filter": identity(config)}
     if "/" in config.reward:  # a table may be made again by another head
         what["scores"] = protocol_of(Folder.at(pool), config.reward)
+    if tables := {name: protocol_of(Folder.at(pool), name) for name in config.rewards if "/" in name}:
+        what["rewards"] = tables
     return dict(json.loads(json.dumps(what)))
 
 
@@ -220,6 +231,14 @@ def blend(reward: np.ndarray, clap: np.ndarray, reward_weight: float, clap_weigh
     return blended
 
 
+def weighted(rows: pa.Table, rewards: Mapping[str, float]) -> np.ndarray:
+    """(n,) float64 weighted sum of columns; NaN where one of them is not known."""
+    total = np.zeros(rows.num_rows)
+    for name, weight in rewards.items():
+        total += weight * numbers(rows, name) if weight else 0.0
+    return total
+
+
 def by_rule(rows: pa.Table, rule: str) -> np.ndarray:
     """(n,) float64 of what a rule of one's own says to the rows, see `FilterConfig.rule`.
 
@@ -249,7 +268,8 @@ def excluded(table: pa.Table, config: FilterConfig) -> np.ndarray:
     def refuse(where: np.ndarray, why: str) -> None:
         reason[(reason == "") & where] = why
 
-    for name, weight in ((config.reward, config.reward_weight), ("clap_score", config.clap_weight)):
+    ranking = config.rewards or {config.reward: config.reward_weight, "clap_score": config.clap_weight}
+    for name, weight in ranking.items():
         if weight:
             refuse(~np.isfinite(numbers(table, name)), f"no {name}")
     for name, bound in (("silence", config.max_silence), ("clipping", config.max_clipping)):
@@ -291,7 +311,9 @@ def select(table: pa.Table, config: FilterConfig, embeddings: Mapping[str, np.nd
     # sums must not depend on the order of the rows
     rows = rows.sort_by("key")
     reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
-    if config.rule is None:
+    if config.rewards:
+        blended = z_scores(weighted(rows, config.rewards), "the weighted sum")
+    elif config.rule is None:
         blended = blend(reward, clap, config.reward_weight, config.clap_weight)
     else:
         blended = by_rule(rows, config.rule)

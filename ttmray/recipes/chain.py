@@ -142,7 +142,7 @@ def _spent(row: StepCost) -> tuple[str, str]:
 
 def is_done(root: Folder, step: Step, made_with: str) -> bool:
     """Whether the step ended well with this fingerprint, and what it made is there."""
-    record = _record(root, step.name)
+    record = step_record(root, step.name)
     return record["done"] and record["fingerprint"] == made_with and all(_sound(root, name) for name in step.makes)
 
 
@@ -156,22 +156,27 @@ def _sound(root: Folder, name: str) -> bool:
     return marker is not None and not damage(run, marker)
 
 
-def _record(root: Folder, name: str) -> dict[str, Any]:
+def step_record(root: Folder, name: str) -> dict[str, Any]:
+    """With what a step was last run, whether that ended well, and what all its launches have cost.
+
+    Raises:
+        UserError: its file is no record.
+    """
     file = f"steps/{name}.json"
-    empty = {"fingerprint": "", "done": False, "seconds": 0.0, "gpu_seconds": 0.0, "launches": 0}
+    empty = {"fingerprint": "", "done": False, "seconds": 0.0, "cpu_seconds": 0.0, "gpu_seconds": 0.0, "launches": 0}
     if not root.exists(file):
         return empty
     try:
         record = json.loads(root.read(file))
-        if record.keys() == empty.keys():
-            return dict(record)
+        if record.keys() | {"cpu_seconds"} == empty.keys():  # which records of older runs lack
+            return empty | record
     except (ValueError, AttributeError):  # no JSON, or no object
         pass
     raise UserError(f"{root.path(file)} is no record of a step.", "Delete it: the step then finds out what is done.")
 
 
 def _run(root: Folder, step: Step, made_with: str) -> int:
-    file, record = f"steps/{step.name}.json", _record(root, step.name)
+    file, record = f"steps/{step.name}.json", step_record(root, step.name)
     record |= {"fingerprint": made_with, "done": False, "launches": record["launches"] + 1}
     root.write(file, json.dumps(record, indent=1).encode())
     with alone(), cost.account(root, file):
@@ -183,14 +188,14 @@ def _run(root: Folder, step: Step, made_with: str) -> int:
         missing = [name for name in step.makes if not root.exists(name)]
         if missing:
             raise RuntimeError(f"step {step.name} ended well, but {missing[0]} is missing")
-        root.write(file, json.dumps(_record(root, step.name) | {"done": True}, indent=1).encode())
+        root.write(file, json.dumps(step_record(root, step.name) | {"done": True}, indent=1).encode())
     return code
 
 
 def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> list[StepCost]:
     rows = []
     for step in steps:
-        record = _record(root, step.name)
+        record = step_record(root, step.name)
         state = "done" if is_done(root, step, prints[step.name]) else "begun" if record["launches"] else "to do"
         rows.append(StepCost(step, state, record["seconds"], record["gpu_seconds"] / 3600))
     return rows

@@ -17,8 +17,8 @@ from ttmray.training.sft import SMALL
 
 GUIDED = 2
 """Forwards of a step of the sampler: with and without the prompt."""
-PAIR = 2 + 2 * 2 / 3
-"""A pair's cost over that of a clip: two clips, and both once more through the frozen reference."""
+PAIR = 2 + 2 / 3
+"""A pair's cost over that of a clip: two clips, and both once more forward through the frozen reference."""
 
 
 def backbone_of(size: str) -> BackboneConfig:

@@ -8,21 +8,21 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ttmray import inventory
-from ttmray.config import Config, Location, differences, execution, identity
+from ttmray.config import Config, Location, added, differences, execution, identity
 from ttmray.console import console
 from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool
+from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool, weighted
 from ttmray.generation.prompts import plain, read_prompts
 from ttmray.runs import note_of
 from ttmray.storage import Folder, parquet_table
@@ -49,9 +49,16 @@ SCHEMA = pa.schema(
 class PairsConfig(Config):
     """Which candidates become pairs."""
 
-    by: Literal["clap", "reward", "blend"] = "clap"
-    """What ranks the candidates of a prompt: `clap_score` (the paper), the reward, or their blend (z-scores over the
-    whole pool, as in the filter of Stage 2)."""
+    by: Literal["clap", "reward", "blend", "rewards"] = "clap"
+    """What ranks the candidates of a prompt: `clap_score` (the paper), the reward, their blend (z-scores over the
+    whole pool, as in the filter of Stage 2), or the weighted sum `rewards`."""
+    rewards: dict[Annotated[str, Field(pattern=COLUMN)], float] = added({})
+    """Columns and weights of `by: rewards`."""
+    dominate: dict[Annotated[str, Field(pattern=COLUMN)], Annotated[float, Field(ge=0)]] = added({})
+    """Columns, in each of which a winner must be better than its loser by more than this, in the unit of the column
+    (pairs by domination, MR-FlowDPO): what a pair teaches is then no trade of one reward for another. The pairs of a
+    prompt are then chosen among all that hold, by the largest difference of what ranks, no clip twice. Empty: what
+    ranks is enough."""
     reward: str = Field("instrumental_reward_score", pattern=COLUMN)
     """Column of the reward: of the index, or `<table>/<column>` of a table of `ttmray corpus rescore`."""
     reward_weight: float = Field(0.5, ge=0)
@@ -73,6 +80,17 @@ class PairsConfig(Config):
     seed: int = Field(0, ge=0)
     """Of the choice among the prompts where they give more than `count` pairs."""
 
+    @model_validator(mode="after")
+    def _rewards_of_by(self) -> Self:
+        if (self.by == "rewards") != bool(self.rewards):
+            raise ValueError("by: rewards and rewards go together")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is read of the pool beside its own columns."""
+        return (self.reward, *self.rewards, *self.dominate)
+
 
 class Made(NamedTuple):
     """Rows of `SCHEMA` and the report as plain JSON types."""
@@ -87,12 +105,14 @@ def build_pairs(pool: str, output: str, config: PairsConfig) -> int:
     Raises:
         UserError: no finished pool, no pair, or an output folder of other pairs.
     """
-    table, fingerprint = read_pool(pool, (config.reward,))
+    table, fingerprint = read_pool(pool, config.columns)
     held_out = () if config.held_out is None else [(p.id, p.text) for p in read_prompts(config.held_out)]
     digest = sha256(json.dumps(sorted(held_out)).encode()).hexdigest()
     what = {"pool": fingerprint, "pairs": identity(config) | {"held_out": digest if held_out else None}}
     if "/" in config.reward:  # a table may be made again by another head
         what["scores"] = protocol_of(Folder.at(pool), config.reward)
+    if tables := {name: protocol_of(Folder.at(pool), name) for name in config.columns[1:] if "/" in name}:
+        what["rewards"] = tables
     out = Folder.at(output)
     _refuse_others(out, what)
     inventory.reopen(out, KIND)
@@ -185,9 +205,11 @@ def make_pairs(
     """
     ids, texts = {name for name, _ in held_out}, {plain(text, prefix) for _, text in held_out}
     rows = table.filter(pc.equal(table["status"], OK)).sort_by("key")
-    score = _scores(rows, config)
-    finite = np.isfinite(score)
-    rows, score = rows.filter(pa.array(finite)), score[finite]
+    score, axes = _scores(rows, config), np.empty((len(config.dominate), rows.num_rows))
+    for axis, name in enumerate(config.dominate):
+        axes[axis] = numbers(rows, name)
+    finite = np.isfinite(score) & np.isfinite(axes).all(axis=0)
+    rows, score, axes = rows.filter(pa.array(finite)), score[finite], axes[:, finite]
     columns = rows.select(["key", "prompt_id", "caption"]).to_pydict()
     reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
     of_prompt: dict[str, list[int]] = {}
@@ -204,9 +226,8 @@ def make_pairs(
             prompts["one candidate"] += 1
             continue
         ranked = sorted(members, key=lambda i: (-score[i], columns["key"][i]))
-        possible = list(zip(ranked, reversed(ranked), strict=True))[: min(config.per_prompt, len(ranked) // 2)]
-        pairs = [(best, worst) for best, worst in possible if score[best] - score[worst] > config.margin]
-        prompts["with pairs" if pairs else "margin too small"] += 1
+        pairs = _dominating(ranked, score, axes, config) if config.dominate else _extremes(ranked, score, config)
+        prompts["with pairs" if pairs else "no domination" if config.dominate else "margin too small"] += 1
         all_pairs += [(place, name, best, worst) for place, (best, worst) in enumerate(pairs)]
     prompts["no usable candidate"] = prompts["pool"] - len(of_prompt)
     all_pairs.sort(key=lambda item: (item[0], _unit(f"{config.seed} {item[1]}"), item[1]))
@@ -228,7 +249,8 @@ def make_pairs(
         for best, worst in chosen
     ]
     report: dict[str, Any] = {
-        "by": config.by,
+        "by": " + ".join(f"{weight:g} {name}" for name, weight in config.rewards.items()) or config.by,
+        "dominate": config.dominate,
         "clips": {"pool": table.num_rows, "ok": len(finite), "no score": int((~finite).sum())},
         "prompts": dict(prompts),
         "pairs": {"possible": len(all_pairs), "made": len(pair_rows)},
@@ -241,6 +263,33 @@ def make_pairs(
     return Made(pair_rows, report)
 
 
+def _extremes(ranked: Sequence[int], score: np.ndarray, config: PairsConfig) -> list[tuple[int, int]]:
+    """The best with the worst, the second best with the second worst, ..., of rows of one prompt in order."""
+    possible = list(zip(ranked, reversed(ranked), strict=True))[: min(config.per_prompt, len(ranked) // 2)]
+    return [(best, worst) for best, worst in possible if score[best] - score[worst] > config.margin]
+
+
+def _dominating(
+    ranked: Sequence[int], score: np.ndarray, axes: np.ndarray, config: PairsConfig
+) -> list[tuple[int, int]]:
+    """Pairs of rows of one prompt of which one is better in all columns, those that differ most first."""
+    least = np.array(list(config.dominate.values()))
+    possible = [
+        (best, worst)
+        for place, best in enumerate(ranked)
+        for worst in ranked[place + 1 :]
+        if score[best] - score[worst] > config.margin and (axes[:, best] - axes[:, worst] > least).all()
+    ]
+    possible.sort(key=lambda pair: score[pair[1]] - score[pair[0]])  # a stable sort: of equal ones the first in order
+    pairs: list[tuple[int, int]] = []
+    used: set[int] = set()
+    for pair in possible:
+        if len(pairs) < config.per_prompt and used.isdisjoint(pair):
+            pairs.append(pair)
+            used.update(pair)
+    return pairs
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = [
@@ -249,6 +298,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         *([f"> {report['note']}", ""] if report.get("note") else []),
         f"- ranked by {report['by']}",
     ]
+    if margins := [f"{name} (by more than {least:g})" for name, least in report["dominate"].items()]:
+        lines.append("- the winner is also better in each of: " + ", ".join(margins))
     lines += [f"- {name}: {counted(report[name])}" for name in ("pairs", "prompts", "clips")]
     lines.append("- margin: " + ", ".join(f"{name} {value:.4f}" for name, value in report["margin"].items()))
     for name in ("reward", "clap"):
@@ -259,6 +310,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _scores(rows: pa.Table, config: PairsConfig) -> np.ndarray:
     """(n,) what ranks candidates; NaN where it is not known."""
     reward, clap = numbers(rows, config.reward), numbers(rows, "clap_score")
+    if config.by == "rewards":
+        return weighted(rows, config.rewards)
     if config.by != "blend":
         return clap if config.by == "clap" else reward
     score = np.full(len(reward), np.nan)
