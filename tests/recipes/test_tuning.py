@@ -139,7 +139,7 @@ def test_what_a_row_says_counts_before_what_is_filled_in(tmp_path):
     changes: dict[str, Any] = {"filter": {"share": 0.5}}
     (chosen,) = configs(built(tmp_path, "expert-iteration", **changes), FilterConfig)
     assert (chosen.share, chosen.rewards["clap_score"]) == (0.5, 2.0)
-    with pytest.raises(UserError, match=r"methods\.crpo\.pairs.*perprompt"):
+    with pytest.raises(UserError, match=r"(?s)methods\.crpo\.pairs.*perprompt"):
         built(tmp_path, "crpo", pairs={"perprompt": 3})
 
 

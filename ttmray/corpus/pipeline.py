@@ -82,13 +82,17 @@ def _survivor(job: Job, worker: ChildWorker, stage: type[Stage], part: Unit, tim
         return part
 
 
+LONGEST_S = 1e9
+"""More than Python's timer takes is a mistake; this is thirty years."""
+
+
 @contextmanager
 def dies_after(timeout_s: float) -> Iterator[None]:
     """A block that takes longer ends this process, also where it hangs in C code: a death, which the guard counts.
 
     Where all threads stood is in the file of the process's errors.
     """
-    faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
+    faulthandler.dump_traceback_later(min(timeout_s, LONGEST_S), exit=True, file=2)
     try:
         yield
     finally:

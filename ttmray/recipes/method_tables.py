@@ -5,21 +5,18 @@ both, or the t interval over prompts where there is one seed. P values are of pa
 seeds, adjusted by Holm over all methods of a measure. Clips that failed are left out and counted.
 """
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ttmray import pages
 from ttmray.errors import EXIT_OK
 from ttmray.evaluation import plots
+from ttmray.evaluation.compare import plain
 from ttmray.evaluation.fad import fad
 from ttmray.evaluation.measure import OK, embedding_protocol
 from ttmray.evaluation.metrics import kad
@@ -31,6 +28,7 @@ from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
 from ttmray.recipes.chain import step_record
 from ttmray.recipes.hearing import Sound, read_heard
+from ttmray.recipes.method_page import as_csv, flat, markdown
 from ttmray.recipes.tuning import Tuned
 from ttmray.statistics import hierarchical_bootstrap, holm, mean_interval, paired, vendi_score
 from ttmray.storage import Folder
@@ -137,10 +135,10 @@ def compare(comparison: Comparison) -> int:
         "curves": _curves(parent, curves),
     }
     out = root.sub(OUT)
-    out.write("clips.csv", _csv(_clips(comparison, parent_sound)))
-    out.write("methods.csv", _csv([_flat(row) for row in table]))
-    out.write("contrasts.csv", _csv(result["contrasts"]))
-    out.write("curves.csv", _csv(result["curves"]))
+    out.write("clips.csv", as_csv(_clips(comparison, parent_sound)))
+    out.write("methods.csv", as_csv([flat(row) for row in table]))
+    out.write("contrasts.csv", as_csv(result["contrasts"]))
+    out.write("curves.csv", as_csv(result["curves"]))
     lines = {
         row: [
             (_mean(one.values[REWARD]), _mean(one.values[QUALITY]))
@@ -151,7 +149,8 @@ def compare(comparison: Comparison) -> int:
     }
     for theme in ("light", "dark"):
         out.write(f"hacking-{theme}.svg", plots.curves(lines, CURVE, theme))  # type: ignore[arg-type]
-    out.write("methods.json", json.dumps(result, indent=1, ensure_ascii=False).encode())
+    result = plain(result)
+    out.write("methods.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode())
     out.write("methods.md", markdown(result).encode())
     return EXIT_OK
 
@@ -413,83 +412,7 @@ def _clips(comparison: Comparison, parent: Sound) -> list[dict[str, Any]]:
     return rows
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of methods.csv."""
-    flat: dict[str, Any] = {name: row[name] for name in ("name", "method", "verdict", "failed", "distance")}
-    flat |= dict(row["means"])
-    for name, one in row["changes"].items():
-        flat |= {f"{name}_{part}": one[part] for part in ("value", "low", "high", "p", "p_holm", "n")}
-    flat |= {name: one["mean"] for name, one in row["sets"].items()}
-    return flat | dict(row["account"] or {})
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A table with the columns of all rows, in the order in which they come up; nothing for no rows."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([dict(row) for row in rows])
-    return text.getvalue().encode()
-
-
 def _mean(values: np.ndarray) -> float:
     """Of (...,) numbers, those that are NaN left out; NaN where there is none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The tables for people."""
-    digits = partial(pages.number, digits=3)
-    signed = partial(pages.number, digits=3, sign="+")
-
-    def shown(one: Mapping[str, Any] | None) -> str:
-        if one is None:
-            return "–"
-        return f"{signed(one['value'])} ({signed(one['low'])} to {signed(one['high'])})"
-
-    measures: list[str] = result["measures"]
-    sets = [name for name in ("fad", "kad", "vendi") if name in result["rows"][0]["sets"]]
-    main = [
-        (
-            row["name"],
-            *(
-                digits(row["means"][name]) if not row["account"] else shown(row["changes"].get(name))
-                for name in measures
-            ),
-            *(digits(row["sets"].get(name, {}).get("mean")) for name in sets),
-            digits(row["distance"]),
-            str(row["failed"]),
-            row["verdict"],
-        )
-        for row in result["rows"]
-    ]
-    costs = [
-        (
-            row["name"],
-            *(f"{row['account'][name]:,.0f}" for name in ("clips", "updates", "passes")),
-            *(f"{row['account'][name]:,.3g}" for name in ("training_tflop", "sampling_tflop")),
-            *(f"{row['account'][name]:,.0f}" for name in ("cpu_seconds", "gpu_seconds", "seconds")),
-            f"{row['account']['weight_distance']:.2e}",
-        )
-        for row in result["rows"]
-        if row["account"]
-    ]
-    pairs = [
-        (one["measure"], one["a"], one["b"], shown(one), pages.p_value(one["p"]), pages.p_value(one["p_holm"]))
-        for one in result["contrasts"]
-    ]
-    return pages.render(
-        "methods.md.j2",
-        **{name: result[name] for name in ("equal", "note", "meaningless", "seeds", "prompts")},
-        reward=" + ".join(f"{weight:g} {name}" for name, weight in result["rewards"].items()),
-        header=("", *measures, *sets, "distance", "failed", "reward and true quality"),
-        main=main,
-        cost_header=(
-            "", "clips", "updates", "passes", "TFLOP training", "TFLOP sampling", "CPU s", "GPU s", "wall s",
-            "weights moved",
-        ),
-        costs=costs,
-        pairs=pairs,
-    )  # fmt: skip

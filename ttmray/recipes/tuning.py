@@ -250,9 +250,14 @@ def _fine_tuned(tuning: Tuning, chosen: Mapping[str, Any] | None) -> Tuned:
             phases.append(Phase(selecting, partial(filter_pool, pool, selection, selecting)))
             keys = f"{selection}/{KEPT if selecting.temperature is None else WEIGHTED}"
         run = place.path("training")
-        links = tuning.training(TrainConfig, run, **_schedule(updates, updates // marks))
-        links |= {"model": tuning.model(weights), "validation": {"clips": 0}}
-        links |= {"data": {"sources": [tuning.source(pool, keys)], "seed": tuning.seed}}
+        links = tuning.training(
+            TrainConfig,
+            run,
+            **_schedule(updates, updates // marks),
+            model=tuning.model(weights),
+            validation={"clips": 0},
+            data={"sources": [tuning.source(pool, keys)], "seed": tuning.seed},
+        )
         training = tuning.section(TrainConfig, "train", tuning.settings.train, **links)
         phases.append(Phase(training, partial(train_sft, training)))
         exports, taken = _exports(training, place, [updates * mark // marks for mark in range(1, marks + 1)], updates)
@@ -293,9 +298,15 @@ def _on_pairs(tuning: Tuning, rule: Mapping[str, Any]) -> Tuned:
     batch = tuning.batch(CrpoConfig)
     updates = _updates(tuning, batch, PAIR, budget.snapshots)
     run, pairs = place.path("training"), place.path("pairs")
-    links = tuning.training(CrpoConfig, run, **_schedule(updates, updates // budget.snapshots))
-    links |= {"model": tuning.model(tuning.parent.weights), "pairs": f"{pairs}/{PAIRS}", "gradients_every": 0}
-    links |= {"data": {"sources": [tuning.source(tuning.pool)], "seed": tuning.seed}}
+    links = tuning.training(
+        CrpoConfig,
+        run,
+        **_schedule(updates, updates // budget.snapshots),
+        model=tuning.model(tuning.parent.weights),
+        pairs=f"{pairs}/{PAIRS}",
+        gradients_every=0,
+        data={"sources": [tuning.source(tuning.pool)], "seed": tuning.seed},
+    )
     training = tuning.section(CrpoConfig, "train", tuning.settings.train, **links)
     phases = (
         Phase(pairing, partial(build_pairs, tuning.pool, pairs, pairing)),
@@ -322,9 +333,15 @@ def grpo(tuning: Tuning) -> Tuned:
     rollouts = {**shared, "checkpoint": tuning.parent.weights, "prompts": tuning.prompts, "seed": tuning.seed}
     rollouts |= {"candidates": budget.candidates, "prompt_count": rounds * per_round}
     rollouts |= {"sampler": {**sampler, "score": tuning.score}}
-    links = tuning.training(GrpoConfig, run, **_schedule(total, updates))
-    links |= {"rewards": dict(tuning.rewards), "prompts_per_round": per_round, "updates": updates}
-    links |= {"rollouts": rollouts}
+    links = tuning.training(
+        GrpoConfig,
+        run,
+        **_schedule(total, updates),
+        rewards=dict(tuning.rewards),
+        prompts_per_round=per_round,
+        updates=updates,
+        rollouts=rollouts,
+    )
     training = tuning.section(GrpoConfig, "train", tuning.settings.train, **links)
     marks = min(budget.snapshots, rounds)
     ends = [round(rounds * mark / marks) * updates for mark in range(1, marks + 1)]
