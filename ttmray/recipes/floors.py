@@ -71,14 +71,14 @@ class Floor:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: clips of the encoders; clips that sing; copies by VAE and vocoder; votes; true clips that
+    """How much is measured: clips of the encoders; clips that sing; copies by VAE and vocoder; votes; copies that
     judges learn from; generated clips."""
 
     clips: int = 100
     stems: int = 16
     copies: int = 60
     votes: int = 2000
-    judges: int = 800
+    judges: int = 400
     generated: int = 40
 
 
