@@ -8,6 +8,7 @@ known faults) and into an estimated quality. `ttmray/synth/measures.json` holds 
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from hashlib import sha256
 from importlib import resources
 
 import numpy as np
@@ -27,6 +28,9 @@ SLOWEST, FASTEST = 50.0, 200.0
 DIATONIC = (0, 2, 4, 5, 7, 9, 11)
 
 Floats = NDArray[np.float64]
+FITTED = (resources.files("ttmray.synth") / "measures.json").read_text()
+VERSION = sha256(FITTED.encode()).hexdigest()[:8]
+"""Of the estimates, which evaluations name."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,14 @@ def estimate(measures: Measures) -> tuple[dict[str, float], float]:
     return dict(zip(KINDS, strengths.tolist(), strict=True)), float(np.clip(quality, FLOOR, BASE))
 
 
+def clip_quality(audio: Audio) -> dict[str, float]:
+    """`estimated_quality`, and the estimated strengths that it follows from as `fault_<kind>`, of a clip
+    (channels, samples) float32 at 44.1 kHz: `clip_metrics: [small_world]` of an evaluation.
+    """
+    strengths, quality = estimate(measure(audio))
+    return {"estimated_quality": quality} | {f"fault_{kind}": strength for kind, strength in strengths.items()}
+
+
 def features_of(measures: Measures) -> Floats:
     """Inputs (26,) of the linear models: measures but tempo and level, and bends where a fault shows on one side."""
     row = asdict(measures)
@@ -139,8 +151,7 @@ def fitted() -> dict[str, Floats]:
     """The linear models of `measures.json`, see `ttmray.synth.calibrate.fit`: `mean`, `scale` and `quality` (26,),
     `strengths` (9, 26), `offsets` (9,), `quality_offset` () and `tempo` (17,).
     """
-    text = (resources.files("ttmray.synth") / "measures.json").read_text()
-    return {name: np.asarray(values, np.float64) for name, values in json.loads(text)["models"].items()}
+    return {name: np.asarray(values, np.float64) for name, values in json.loads(FITTED)["models"].items()}
 
 
 def _power(mono: Audio, window: int, hop: int) -> Floats:
