@@ -15,6 +15,8 @@ from ttmray.plugins import function_named
 
 BUILT_IN = {
     "small_world": "ttmray.synth.measures:clip_quality",
+    "rhythm": "ttmray.synth.regularity:rhythm",
+    "tuning": "ttmray.synth.regularity:tuning",
 }
 """Name -> function that ships with the package."""
 ClipFunction = Callable[[np.ndarray], Mapping[str, float]]

@@ -393,9 +393,7 @@ class _Chain:
             "weights": self.config.weights,
             "references": {"corpus": self.path("corpus")},
             "stage1": merged({name: stage1[name] for name in ("data", "model")}, self.config.stage1),
-            "generate": merged(
-                {"seed": seed} if (seed := self.config.seed) is not None else {}, self.config.generate or {}
-            ),
+            "generate": {name: seed for name, seed in seeds.items() if name == "seed"} | (self.config.generate or {}),
             "evaluate": {"reference": "corpus"},
             "checkpoints": {stage: {"path": self.path(file)} for stage, file in self.weights.items()},
         }
