@@ -19,19 +19,24 @@ BUILT_IN = {
     "tuning": "ttmray.synth.regularity:tuning",
 }
 """Name -> function that ships with the package."""
+VOCALS = "vocals"
+"""The one that needs a model, the separator of the bundle: `vocal_ratio`, energy of the vocals over that of the mix."""
 ClipFunction = Callable[[np.ndarray], Mapping[str, float]]
 
 
 def clip_functions(names: Sequence[str]) -> dict[str, ClipFunction]:
-    """What makes the numbers, by what the config says: `small_world`, or `module:function`.
+    """What makes the numbers, by what the config says: a name of `BUILT_IN`, or `module:function`; without `VOCALS`.
 
     Raises:
         UserError: there is no such function.
     """
     functions = {}
     for name in names:
+        if name == VOCALS:
+            continue
         if name not in BUILT_IN and ":" not in name:
-            raise UserError(f"clip_metrics: there is no {name!r}.", f"Known: {', '.join(BUILT_IN)}, module:function.")
+            known = ", ".join([*BUILT_IN, VOCALS])
+            raise UserError(f"clip_metrics: there is no {name!r}.", f"Known: {known}, module:function.")
         functions[name] = function_named(BUILT_IN.get(name, name), "clip_metrics")
     return functions
 
@@ -40,7 +45,7 @@ def versions(names: Sequence[str]) -> list[str]:
     """The names with the `VERSION` of the module of their function, where it has one: other versions measure anew."""
     functions = clip_functions(names)
     known = {name: getattr(sys.modules[one.__module__], "VERSION", "") for name, one in functions.items()}
-    return [f"{name}@{version}" if version else name for name, version in known.items()]
+    return [f"{name}@{version}" if (version := known.get(name, "")) else name for name in names]
 
 
 def numbers_of(wave: np.ndarray, functions: Mapping[str, ClipFunction], path: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from ttmray.errors import UserError
 from ttmray.evaluation.compare import COMPARED, plain
 from ttmray.evaluation.fad import fad, fad_inf, half_distances
 from ttmray.evaluation.measure import OK, embedding_protocol
-from ttmray.evaluation.metrics import Metric, diversity, kad, near_duplicate_rate
+from ttmray.evaluation.metrics import Metric, cosine_distances, diversity, kad, near_duplicate_rate, vendi
 from ttmray.evaluation.reference import Embedded
 from ttmray.evaluation.systems import SystemFolder
 from ttmray.models.bundle import Bundle
@@ -21,7 +21,7 @@ from ttmray.statistics import CROSSED_INTERVAL, MEAN_INTERVAL, hierarchical_boot
 if TYPE_CHECKING:
     from ttmray.evaluation.evaluate import EvaluateConfig
 
-SETS = ("fad", "fad_inf", "kad", "diversity", "near_duplicates")
+SETS = ("fad", "fad_inf", "kad", "diversity", "vendi", "near_duplicates", "parent_fad", "parent_distance")
 """Metrics of a system's clips together."""
 LEVELS = {
     "lufs": ("lufs", "ITU-R BS.1770-4"),
@@ -83,6 +83,18 @@ def _system_metrics(
         sets["fad_inf"] = 8, lambda: fad_inf(clap, against, halves=halves, **how)
         sets["kad"] = 2, lambda: kad(clap, reference.for_kad, **how)
     sets["diversity"] = 2, lambda: diversity(clap, **how)
+    sets["vendi"] = 2, lambda: vendi(clap, **how)
+    if config.parent is not None and name != config.parent:
+        parent = [i for i, row in enumerate(rows) if row["system"] == config.parent and row["status"] == OK]
+        if len(parent) >= 2:
+            sets["parent_fad"] = 2, lambda: fad(clap, claps[parent], **how)
+        theirs = {(rows[i]["prompt_id"], rows[i]["sample"]): i for i in parent}
+        both = [(i, theirs[key]) for i in mine if (key := (rows[i]["prompt_id"], rows[i]["sample"])) in theirs]
+        if both:
+            a, b = np.array(both).T
+            far = zip(a, cosine_distances(claps[a], claps[b]).tolist(), strict=True)
+            values = {(rows[i]["prompt_id"], rows[i]["sample"]): value for i, value in far}
+            sets["parent_distance"] = 1, lambda: _mean("parent_distance", values, audio, config)
     if training is not None:
         sets["near_duplicates"] = (
             1,
@@ -107,9 +119,9 @@ def _system_metrics(
     protocols |= {"clap_score": audio} | ({"ccs": config.judge.name} if config.judge else {})
     own = {column: (column, made_by) for column, made_by in extra.items()}
     for metric, (column, made_by) in ({one: (one, protocols[one]) for one in COMPARED} | own | LEVELS).items():
-        values = {(row["prompt_id"], row["sample"]): row[column] for row in clips if row.get(column) is not None}
-        if values:
-            metrics[metric] = _mean(metric, values, made_by, config)
+        known = {(row["prompt_id"], row["sample"]): row[column] for row in clips if row.get(column) is not None}
+        if known:
+            metrics[metric] = _mean(metric, known, made_by, config)
     warnings += [f"{name}: {metric}: {text}" for metric, result in metrics.items() for text in result.warnings]
     return {metric: plain(asdict(result)) for metric, result in metrics.items()}, warnings
 

@@ -99,6 +99,10 @@ class EvaluateConfig(Config):
     """What the reward sees as text; CLAP scores always use the raw prompt."""
     baseline: str | None = None
     """Name of the system that every other one is compared with; null: all pairs."""
+    parent: str | None = added(None)
+    """Name of the system that the others were trained from: `parent_distance` is the mean of 1 - cosine between the
+    CLAP embeddings of a clip and of the parent's clip of the same prompt and sample, `parent_fad` the Fréchet distance
+    to all of the parent's clips. null: neither."""
     alpha: float = Field(0.05, gt=0, lt=1)
     """Chance of even one false star in the paired table (Holm)."""
     near_duplicate: float = Field(NEAR_DUPLICATE, ge=-1, le=1)
@@ -119,8 +123,10 @@ class EvaluateConfig(Config):
     clip_metrics: tuple[str, ...] = added(())
     """What else is measured of the audio of every clip. `small_world` estimates the true quality of synthetic music and
     the strengths of the faults that it follows from (`ttmray.synth.measures`): for bundles that were trained on such
-    music alone. Or functions of your own, `module:function`: of (channels, samples) float32 at 44.1 kHz they return
-    name -> number."""
+    music alone. `rhythm` (`rhythm_regularity`, `rhythm_jitter_ms`) and `tuning` (`tuning_deviation`, cents) are
+    defined in `ttmray.synth.regularity`. `vocals`: energy of what the bundle's separator takes for vocals over that of
+    the clip (`vocal_ratio`). Or functions of your own, `module:function`: of (channels, samples) float32 at 44.1 kHz
+    they return name -> number."""
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
     """Exit code 3 when more clips than this are missing, cannot be measured, or get no answer of the judge."""
     runtime: MeasureConfig = execution(MeasureConfig())
@@ -213,12 +219,14 @@ def _check_names(config: EvaluateConfig, systems: Sequence[SystemFolder]) -> Non
     """Systems and metrics that the config names are there.
 
     Raises:
-        UserError: one is not, two metrics have one name, or crossed seeds have one sample.
+        UserError: one is not there, two metrics have one name, or crossed seeds have one sample.
     """
     names = [system.name for system in systems]
     clip_functions(config.clip_metrics)
     if config.baseline is not None and config.baseline not in names:
         raise UserError(f"baseline: there is no system {config.baseline!r}.", f"Systems: {', '.join(names)}.")
+    if config.parent is not None and config.parent not in names:
+        raise UserError(f"parent: there is no system {config.parent!r}.", f"Systems: {', '.join(names)}.")
     if config.seeds == "crossed":
         _check_crossed(systems)
     metrics = [*SETS, *COMPARED, *LEVELS]

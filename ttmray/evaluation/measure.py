@@ -26,7 +26,7 @@ from ttmray.config import fingerprint, identity
 from ttmray.console import meter
 from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import ClipError
-from ttmray.evaluation.clip_metrics import ClipFunction, clip_functions, numbers_of, versions
+from ttmray.evaluation.clip_metrics import VOCALS, ClipFunction, clip_functions, numbers_of, versions
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.cache import EmbeddingCache
@@ -196,15 +196,17 @@ class _Measurer:
         if separation is not None:
             how_separated = {name: getattr(separation, name) for name in ("instrumental", "overlap", "precision")}
             options = replace(options, **how_separated)
-        models = chosen.load({*Scorer.roles, *(("separator",) if separation else ())}, options)
-        self.separator = models.separator if separation else None
+        self.separation, self.vocals = separation is not None, VOCALS in clip_metrics
+        separator = {"separator"} if self.separation or self.vocals else set()
+        models = chosen.load({*Scorer.roles, *separator}, options)
+        self.separator = models.separator if separator else None
         one_thread()  # more would change last bits
         cache = (
             EmbeddingCache(how.embedding_cache, int(how.embedding_cache_gib * 2**30)) if how.embedding_cache else None
         )
         self.scorer = Scorer(models, chosen.protocol(reward_text), how.thread_count, cache)
         self.output, self.made_by = Folder(output), made_by
-        functions = clip_functions(clip_metrics)
+        functions = clip_functions(clip_metrics) if clip_metrics else None
         self.read = partial(_read, clip_s=chosen.clip_s, middle=middle, functions=functions)
         self.threads = how.thread_count
         self.batch = how.batch if models.clap.device.type != "cpu" else max(1, min(CPU_PART, how.thread_count))
@@ -241,7 +243,12 @@ class _Measurer:
     def _numbers(self, works: Sequence[_Work]) -> list[dict[str, Any]]:
         waves = [wave for _, wave in works]
         if self.separator is not None:
-            waves = [result.instrumental for result in self.separator.separate(waves)]
+            results = self.separator.separate(waves)
+            if self.separation:
+                waves = [result.instrumental for result in results]
+            if self.vocals:
+                for (row, _), result in zip(works, results, strict=True):
+                    row["numbers"][f"{VOCALS}/vocal_ratio"] = result.vocal_ratio
         embeddings = self.scorer.embed([wave.mean(axis=0) for wave in waves])
         texts = self.scorer.texts([row["prompt"] for row, _ in works])
         rewards = self.scorer.rewards(embeddings, texts)
@@ -256,11 +263,11 @@ class _Measurer:
 
 
 def _read(
-    path: str, clip_s: float, middle: bool, functions: Mapping[str, ClipFunction]
+    path: str, clip_s: float, middle: bool, functions: Mapping[str, ClipFunction] | None
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     started = time.perf_counter()
     row, wave = _decoded(path, clip_s, middle)
-    if functions:
+    if functions is not None:
         row["numbers"] = numbers_of(wave, functions, path) if wave is not None else {}
     return row | {"read_s": time.perf_counter() - started}, wave
 
@@ -293,6 +300,7 @@ def _made_by(
     how |= {"clip_s": chosen.clip_s} if chosen.clip_s != CLIP_S else {}
     how |= {"separation": separation_identity(bundle, separation)} if separation else {}
     how |= {"clip_metrics": versions(clip_metrics)} if clip_metrics else {}
+    how |= {"vocals": fingerprint(chosen.identity(("separator",)))} if VOCALS in clip_metrics else {}
     return fingerprint(json.loads(json.dumps(how)))
 
 

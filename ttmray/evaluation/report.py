@@ -55,6 +55,13 @@ METRICS = {
     "true_peak": ("True peak, dBTP", 1),
     "silence": ("Silence", 3),
     "diversity": ("Diversity ↑", 3),
+    "vendi": ("Vendi score ↑", 1),
+    "parent_distance": ("Distance to the parent", 3),
+    "parent_fad": ("FAD to the parent", 3),
+    "vocal_ratio": ("Vocals", 3),
+    "rhythm_regularity": ("Rhythm regularity", 2),
+    "rhythm_jitter_ms": ("Rhythm jitter, ms", 1),
+    "tuning_deviation": ("Tuning deviation, cents", 1),
     "near_duplicates": ("Near-duplicates ↓", 3),
 }
 """Label and digits of a metric of a system; others go by their own name. Arrows say which way is better."""
