@@ -229,15 +229,12 @@ def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float
     squares = (s * rows @ rows / (p - 1), p * columns @ columns / (s - 1), np.square(left).sum() / ((p - 1) * (s - 1)))
     freedom = (p - 1, s - 1, (p - 1) * (s - 1))
     both = squares[0] + squares[1] - squares[2]
-    candidates = [(float(square), float(df)) for square, df in zip(squares[:2], freedom[:2], strict=True)]
+    sums = [(float(squares[0]), float(freedom[0])), (float(squares[1]), float(freedom[1]))]
     if both > 0:
         spread = sum(square**2 / df for square, df in zip(squares, freedom, strict=True))
-        candidates.append((float(both), float(both**2 / spread)))
-    half = max(
-        float(stats.t.ppf(0.5 + confidence / 2, max(df, 1.0))) * np.sqrt(square / (p * s))
-        for square, df in candidates
-        if square == max(one for one, _ in candidates)
-    )
+        sums.append((float(both), float(both**2 / spread)))
+    square, df = max(sums)
+    half = stats.t.ppf(0.5 + confidence / 2, max(df, 1.0)) * np.sqrt(square / (p * s))
     return mean - float(half), mean + float(half)
 
 

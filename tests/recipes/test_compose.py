@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import soundfile
 
-from ttmray.config import load_config
 from ttmray.recipes import compose
 from ttmray.recipes.compose import WorldConfig, compose_world
 from ttmray.synth.world import clip
@@ -38,8 +37,7 @@ def test_songs_have_their_truth_and_a_killed_step_goes_on_with_what_is_missing(t
 
 def test_prompts_stay_the_same_whatever_songs_are_composed(tmp_path):
     for seed in (1, 2):
-        config = load_config(WorldConfig, None, [f"seed={seed}", *(f"{k}={v}" for k, v in SMALL.items()), "pieces=2"])
-        compose_world(config, str(tmp_path / str(seed)))
+        compose_world(WorldConfig(seed=seed, **(SMALL | {"pieces": 2})), str(tmp_path / str(seed)))
     texts = [(tmp_path / f"{seed}/prompts.csv").read_text() for seed in (1, 2)]
     assert texts[0] == texts[1]
     assert [row["id"] for row in csv.DictReader(texts[0].splitlines())] == ["p000", "p001"]

@@ -21,10 +21,13 @@ REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "configs/micro/reproduce.yaml"
 REDUCED = (
     "world.pieces=56", "world.prompts=4", "corpus.splits={validation: 10, test: 10}", "corpus.runtime.workers=1",
-    "votes.count=300", "ranker.head={widths: [8], max_epochs: 2}", "trunk.steps=2", "trunk.validation.clips=0",
+    "votes.count=300", "ranker.head={widths: [8], max_epochs: 2}", "ranker.split={by: pair}",
+    "trunk.steps=2", "trunk.validation.clips=0",
     "stage1.steps=4", "stage1.validation.clips=0", "stage1.checkpoint.every=2", "weights=raw",
     "pool.prompt_count=4", "pool.candidates=2", "pool.sampler.steps=2",
-    "stage2.steps=2", "stage2.polish.steps=1", "stage2.validation.clips=0", "stage2.filter={share: 0.5}",
+    "pool.max_clipping=1.0", "pool.silence_dbfs=-200",
+    "stage2.steps=2", "stage2.polish.steps=1", "stage2.validation.clips=0",
+    "stage2.filter={share: 0.5, max_silence: null, max_clipping: null, max_similarity: null}",
     "pairs_pool.prompt_count=4", "pairs.count=4", "stage3.steps=2", "stage3.gradients_every=0",
     "tables.generate.sampler.steps=2", "tables.evaluate.resamples=10", "tables.heads.scores=[-1.5, 0.5]",
     "tables.sweep.checkpoints={SFT-only: {checkpoint: stage1}}",

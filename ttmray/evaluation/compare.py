@@ -196,8 +196,8 @@ def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
             results = json.loads(folder.read(RESULTS))
             protocols = dict.fromkeys(COMPARED, str(results["protocol"]))
             for own in ("ccs", "estimated_quality"):  # made by something else than the bundle
-                known = [one["metrics"][own]["protocol"] for one in results["systems"] if own in one["metrics"]]
-                protocols |= {own: str(known[0]) if known else ""}
+                named = [one["metrics"][own]["protocol"] for one in results["systems"] if own in one["metrics"]]
+                protocols |= {own: str(named[0]) if named else ""}
             numbered = [(f"{folder.path(CLIPS)}, row {i}", row) for i, row in enumerate(rows, 1)]
             places = [(place, row) for place, row in numbered if row["status"] == "ok"]
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:

@@ -294,8 +294,9 @@ def _clip_rows(
     clips = [clip for system in systems for clip in system.clips]
     there = [clip for clip in clips if clip.path is not None]
     sources = [(str(clip.path), clip.prompt) for clip in there]
-    how = {"clip_metrics": config.clip_metrics}
-    measured, seconds = measure(sources, config.bundle, config.reward_text, out, config.runtime, **how)
+    measured, seconds = measure(
+        sources, config.bundle, config.reward_text, out, config.runtime, clip_metrics=config.clip_metrics
+    )
     facts = dict(zip(there, measured, strict=True))
     numbers = {clip: row.get("numbers") or {} for clip, row in facts.items()}
     taken = {*SCHEMA.names, *SETS, *LEVELS, "clap"}

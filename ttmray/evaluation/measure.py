@@ -308,7 +308,10 @@ def _write_part(output: Folder, made_by: str, rows: Sequence[dict[str, Any]]) ->
     readable = [row for row in rows if row["sha256"]]  # what could not be read is tried again
     if readable:
         members = [[[row["sha256"], row["prompt"]] for row in readable]]
-        schema = _PART.append(_NUMBERS) if "numbers" in readable[0] else _PART
+        schema = _PART
+        if "numbers" in readable[0]:
+            schema = _PART.append(_NUMBERS)
+            readable = [row | {"numbers": list(row["numbers"].items())} for row in readable]
         write_part(output, f"{PARTS}/", pa.Table.from_pylist(readable, schema), made_by, members)
 
 

@@ -182,7 +182,9 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
     for column in COMPARED:
         label = SCORES[column][0]
         # systems without any score keep their row, so that colours stay the same
-        scores = {n: np.array([r[column] for r in rows if r["system"] == n and r[column] is not None]) for n in names}
+        scores = {
+            n: np.array([r[column] for r in rows if r["system"] == n and r.get(column) is not None]) for n in names
+        }
         if any(len(values) for values in scores.values()):
             known = {s.name: s.metrics[column] for s in results.systems if column in s.metrics}
             ends = {name: (m.value, m.low, m.high) for name, m in known.items() if m.value is not None}
@@ -193,7 +195,7 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
         ClipScore(r["system"], r["prompt_id"], column, r[column])
         for r in rows
         for column in COMPARED
-        if r[column] is not None
+        if r.get(column) is not None
     )
     for i, j in dict.fromkeys((names.index(c.a), names.index(c.b)) for c in _known(results.comparisons, names)):
         for column in COMPARED:
@@ -222,7 +224,9 @@ def page(results: Results, rows: Sequence[Mapping[str, Any]], figures: Sequence[
     """The HTML file; `rows` have `audio` and `mel`, see `add_media`."""
     names = [system.name for system in results.systems]
     scores = {
-        name: one for name, one in SCORES.items() if name != QUALITY or any(row[QUALITY] is not None for row in rows)
+        name: one
+        for name, one in SCORES.items()
+        if name != QUALITY or any(row.get(QUALITY) is not None for row in rows)
     }
     prompts = _by_prompt(rows, names, scores)
     style = pages.source("style.css") + pages.source("report.css")

@@ -130,7 +130,7 @@ def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
         ClipScore(system.name, row["prompt_id"], metric, row[metric])
         for row in ok
         for metric in COMPARED
-        if row[metric] is not None
+        if row.get(metric) is not None
     ]
     if not rows:
         raise UserError(f"{system.folder}: no clip has a score.", "See its evaluation for the reasons.")

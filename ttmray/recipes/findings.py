@@ -250,7 +250,9 @@ def vocals(seeds: Sequence[Seed]) -> Finding:
     if not heard:
         why = "a run without a separator has no instrumentals, hence no contrast `rewards` with clip metric `vocals`"
         return Finding("d", claim, "cannot be told", why, some)
-    verdict: Verdict = "holds" if heard[0].rises else _above(heard[0], MARGIN * heard[0].unit)
+    verdict: Verdict = "holds" if heard[0].rises else "cannot be told"
+    if heard[0].high < MARGIN * heard[0].unit:
+        verdict = "does not hold"
     return Finding("d", claim, verdict, _listed(some), some)
 
 
@@ -279,7 +281,7 @@ def hacking(seeds: Sequence[Seed]) -> Finding:
         if reward is None or quality is None:
             continue
         effects += [reward, quality]
-        if not reward.rises:
+        if not reward.rises or reward.little:
             lines.append(f"{name}: no rise of the reward is shown ({reward})")
         elif quality.high < MARGIN * quality.unit:
             hacked.append(name)

@@ -71,6 +71,8 @@ def heard_clips(rows: Sequence[Mapping[str, Any]], world: Sequence[Mapping[str, 
         sings = bool(song["voice"])
         if row["duration_s"] < song["seconds"] - 0.1:  # a part, in which the voice of the song may be silent
             piece = compose(song["seed"], song["index"])
+            if song["start_s"] == 0 and piece.seconds != song["seconds"]:  # a whole one of another length
+                piece = compose(song["seed"], song["index"], seconds=song["seconds"])
             sings = bool(piece.heard(song["start_s"] + row["start_s"], row["duration_s"]).voice)
         clips.append(Heard(row["key"], song["quality"], sings, row["caption"] or ""))
     return clips
