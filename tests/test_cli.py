@@ -86,7 +86,7 @@ def test_the_commands_are_these(capsys):
     models = {"train-sft", "train-ranker", "train-micro", "generate", "postprocess", "params", "checkpoint"}
     chain = {"pool", "choose-score", "reproduce", "ablate", "expert-iteration", "train-crpo", "pairs", "filter"}
     chain |= {"train-grpo", "push", "attm", "compare-methods"}
-    evaluation = {"evaluate", "compare", "reference", "subset", "report", "card", "synth", "demo"}
+    evaluation = {"evaluate", "compare", "findings", "reference", "subset", "report", "card", "synth", "demo"}
     assert shown_commands(capsys) == corpus | models | chain | evaluation | {"config", "completion", "verify", "serve"}
     assert shown_commands(capsys, "checkpoint") == {"inspect", "export", "steer"}
     assert shown_commands(capsys, "corpus") == {"stats", "verify", "ls", "sample", "rescore", "repair", "upgrade"}

@@ -13,7 +13,7 @@ from jinja2 import UndefinedError
 from ttmray import pages
 from ttmray.generation import play
 from ttmray.ranker.report import summary
-from ttmray.recipes.ablation_tables import page as ablations_page
+from ttmray.recipes.ablation_pages import page as ablations_page
 from ttmray.storage import Folder
 
 FOLDER = Path(pages.__file__).parent / "templates"

@@ -30,6 +30,8 @@ from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.scoring import Scorer
 from ttmray.statistics import hierarchical_bootstrap
 from ttmray.storage import Folder
+from ttmray.synth.measures import clip_quality
+from ttmray.synth.regularity import rhythm, tuning
 
 PROMPTS = {"a": "a calm piano", "b": "driving drums", "c": "a choir"}
 RUNTIME = MeasureConfig(device="cpu", threads=1)
@@ -546,3 +548,47 @@ def test_ray_actors_give_the_same_numbers_as_this_process(root, finished):
         for folder in (root, finished)
     )
     assert ours == theirs
+
+
+def test_what_is_asked_of_the_audio_of_clips_stands_in_every_result(root, capsys):
+    asked = "clip_metrics=[small_world,rhythm,tuning,vocals]"
+    assert evaluate(make(root, asked, "parent=one", "reference=real")) == 0
+    rows, results = rows_of(root / "out"), results_of(root / "out")
+    wave, _ = soundfile.read(root / "one/a.wav", dtype="float32", always_2d=True)
+    padded = np.zeros((1, 441_000), np.float32)
+    padded[:, : len(wave)] = wave.T
+    for name, value in (clip_quality(padded) | rhythm(padded) | tuning(padded)).items():
+        assert rows[0][name] == pytest.approx(value, rel=1e-5, abs=1e-5)
+    assert rows[0]["vocal_ratio"] >= 0
+    one, two = (system["metrics"] for system in results["systems"])
+    assert one["estimated_quality"]["value"] == pytest.approx(np.mean([row["estimated_quality"] for row in rows[:3]]))
+    assert one["estimated_quality"]["protocol"].startswith("small_world@")
+    assert "reward" not in one["tuning_deviation"]["protocol"]
+    assert {cell["metric"] for cell in results["comparisons"]} >= {"reward", "estimated_quality"}
+    assert "parent_distance" not in one
+    claps = load_file(root / "out/embeddings.safetensors")["clap"].astype(float)
+    assert two["parent_distance"]["value"] == pytest.approx(1 - (claps[:3] * claps[3:]).sum(axis=1).mean(), abs=1e-5)
+    assert two["parent_fad"]["n_reference"] == 3
+    read = read_clips(Folder(str(root / "out")), read_results(Folder(str(root / "out"))))
+    assert read[0]["estimated_quality"] == rows[0]["estimated_quality"]
+    capsys.readouterr()
+    evaluate(make(root, asked, "parent=one", "reference=real"))
+    assert "nothing to measure: all 6 clips are done" in capsys.readouterr().out
+    compare([str(root / "out")], format="csv")
+    assert "estimated_quality" in capsys.readouterr().out
+    evaluate(make(root, "reference=real"))
+    assert "estimated_quality" not in rows_of(root / "out")[0]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("clip_metrics=[quality]",), "there is no 'quality'"),
+        (("clip_metrics=['math:nothing']",), "cannot be imported"),
+        (("parent=three",), "there is no system 'three'"),
+    ],
+)
+def test_clip_metrics_and_parents_that_are_not_there_are_refused(finished, sets, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(make(finished, *sets, output="refused"))
+    assert not (finished / "refused").exists()

@@ -27,6 +27,7 @@ from ttmray.errors import EXIT_BAD_INPUT, UserError
 from ttmray.evaluation.reference import build_reference
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.score_heads import Head
+from ttmray.recipes.ablation_pages import page, render_table
 from ttmray.recipes.ablation_tables import (
     DAGGER,
     TIE,
@@ -35,8 +36,6 @@ from ttmray.recipes.ablation_tables import (
     contrast_table,
     factorial_table,
     head_table,
-    page,
-    render_table,
     sweep_table,
 )
 from ttmray.recipes.ablations import AblateConfig, AblationPlan, ablate

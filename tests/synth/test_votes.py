@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ttmray.errors import UserError
-from ttmray.synth.votes import draw_votes, main
+from ttmray.synth.composer import compose
+from ttmray.synth.votes import draw_votes, heard_clips, main
 
 
 def test_votes_follow_the_rewards_with_the_stated_certainty():
@@ -32,3 +33,38 @@ def test_a_folder_that_is_no_corpus_and_a_count_of_none_are_refused(tmp_path):
     with pytest.raises(UserError, match="--count is 0"):
         main([str(tmp_path), str(tmp_path / "votes.csv"), "--count", "0"])
     assert not list(tmp_path.iterdir())
+
+
+def index_row(source: str, start: float = 0.0, duration: float = 5.0) -> dict[str, object]:
+    return {
+        "key": f"{source}@{start:g}",
+        "source": source,
+        "start_s": start,
+        "duration_s": duration,
+        "caption": "a song",
+    }
+
+
+def test_listeners_know_quality_and_voice_of_the_clips_of_a_corpus():
+    pieces = [compose(31, i, seconds=20.0) for i in range(6)]
+    world = [
+        {
+            "path": f"songs/{piece.index}.flac",
+            "seed": 31,
+            "index": piece.index,
+            "start_s": 0.0,
+            "seconds": piece.seconds,
+        }
+        | {"quality": 0.1 * piece.index, "voice": "high" if piece.index % 2 else None}
+        for piece in pieces
+    ]
+    rows = [index_row(f"{piece.index}.flac", start) for piece in pieces for start in (0.0, 10.0)]
+    clips = heard_clips(rows, world)
+    for clip, row, piece in zip(clips, rows, [one for one in pieces for _ in range(2)], strict=True):
+        assert (clip.path, clip.quality) == (row["key"], 0.1 * piece.index)
+        assert clip.sings == bool(piece.heard(row["start_s"], 5.0).voice)
+    assert len({clip.sings for clip in clips}) == 2
+    whole = heard_clips([index_row(f"{i}.flac", 0.0, 20.0) for i in (0, 1)], world)
+    assert [clip.sings for clip in whole] == [False, True]
+    with pytest.raises(UserError, match="is no song of that world"):
+        heard_clips([index_row("other.flac")], world)

@@ -44,6 +44,7 @@ EXAMPLES = {
     "reproduce": "--config debug/reproduce --set corpus.input=my-songs --plan-only",
     "ablate": "--config debug/ablate --plan-only",
     "compare-methods": "--config debug/methods --plan-only",
+    "findings": "runs/miniature/seed-0 runs/miniature/seed-1 runs/miniature/seed-2 --out runs/miniature/findings",
     "train-micro": "--config micro/train --set parts=[vae]",
     "serve": "--bundle micro",
     "push": "runs/my-stage1 my-name/my-model --weights ema:0.05",

@@ -33,6 +33,15 @@ COMMANDS = (
         config="ttmray.recipes.compare_methods:CompareMethodsConfig",
     ),
     Command(
+        "findings",
+        "which findings of the paper hold, from runs of the chain with other seeds (docs/miniature.md)",
+        "ttmray.recipes.findings:findings",
+        (
+            argument("runs", nargs="+", metavar="RUN", help="run folder of the chain with its tables, one per seed"),
+            argument("--out", metavar="DIR", help="also write findings.md, findings.json and per_prompt.csv"),
+        ),
+    ),
+    Command(
         "train-micro",
         "a small bundle from nothing, on synthetic songs (jobs/train_micro.py)",
         "ttmray.recipes.micro:train_micro",

@@ -31,6 +31,7 @@ COMPARED = {
     "clap_score": ("clap_score",),
     "reward": ("reward", "reward_score", "tunejury_reward"),
     "ccs": ("ccs",),
+    "estimated_quality": ("estimated_quality",),
 }
 """Metrics of single clips by which systems are compared (more is better), and their columns in tables of others."""
 KNOWN = frozenset({"prompt_id", "id", "system"}.union(*COMPARED.values()))
@@ -194,8 +195,9 @@ def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
             rows = parquet_table(folder.read(CLIPS)).to_pylist()
             results = json.loads(folder.read(RESULTS))
             protocols = dict.fromkeys(COMPARED, str(results["protocol"]))
-            judged = [one["metrics"]["ccs"]["protocol"] for one in results["systems"] if "ccs" in one["metrics"]]
-            protocols |= {"ccs": str(judged[0]) if judged else ""}
+            for own in ("ccs", "estimated_quality"):  # made by something else than the bundle
+                named = [one["metrics"][own]["protocol"] for one in results["systems"] if own in one["metrics"]]
+                protocols |= {own: str(named[0]) if named else ""}
             numbered = [(f"{folder.path(CLIPS)}, row {i}", row) for i, row in enumerate(rows, 1)]
             places = [(place, row) for place, row in numbered if row["status"] == "ok"]
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:

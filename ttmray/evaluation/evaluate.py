@@ -9,10 +9,9 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -25,6 +24,7 @@ from ttmray import __version__, cost, inventory, runs
 from ttmray.config import Config, Location, added, execution, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.evaluation.clip_metrics import clip_functions, columns_of
 from ttmray.evaluation.compare import (
     COMPARED,
     ClipScore,
@@ -36,19 +36,10 @@ from ttmray.evaluation.compare import (
     system_table,
     without_marks,
 )
-from ttmray.evaluation.fad import fad, fad_inf, half_distances
+from ttmray.evaluation.described import LEVELS, SETS, described_systems
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
 from ttmray.evaluation.measure import FACTS, FAILED, OK, PARTS, MeasureConfig, embedding_protocol, measure
-from ttmray.evaluation.metrics import (
-    NEAR_DUPLICATE,
-    RESAMPLES,
-    Leaks,
-    Metric,
-    diversity,
-    find_leaks,
-    kad,
-    near_duplicate_rate,
-)
+from ttmray.evaluation.metrics import NEAR_DUPLICATE, RESAMPLES, Leaks, find_leaks
 from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_training
 from ttmray.evaluation.results import CLIPS, RESULTS, Results
 from ttmray.evaluation.systems import SystemFolder, find_systems
@@ -61,10 +52,10 @@ from ttmray.evaluation.warnings import (
     without_reference,
 )
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
-from ttmray.models.bundle import DEFAULT, Bundle, BundleName, means_nothing, open_bundle
+from ttmray.models.bundle import DEFAULT, BundleName, means_nothing, open_bundle
 from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import RUN, SUCCESS
-from ttmray.statistics import CROSSED_INTERVAL, MEAN_INTERVAL, Seeds, hierarchical_bootstrap, mean_interval
+from ttmray.statistics import Seeds
 from ttmray.storage import Folder
 
 EMBEDDINGS = "embeddings.safetensors"
@@ -80,14 +71,6 @@ SCHEMA = pa.schema(
         ("ccs", pa.float64()),
     ]
 )
-SETS = ("fad", "fad_inf", "kad", "diversity", "near_duplicates")
-"""Metrics of a system's clips together."""
-LEVELS = {
-    "lufs": ("lufs", "ITU-R BS.1770-4"),
-    "true_peak": ("true_peak_db", "dBTP, ITU-R BS.1770-4 annex 2"),
-    "silence": ("silence", "share of 100 ms frames under -60 dBFS RMS"),
-}
-"""Metric -> column of its clips, and protocol."""
 
 
 class EvaluateConfig(Config):
@@ -116,6 +99,10 @@ class EvaluateConfig(Config):
     """What the reward sees as text; CLAP scores always use the raw prompt."""
     baseline: str | None = None
     """Name of the system that every other one is compared with; null: all pairs."""
+    parent: str | None = added(None)
+    """Name of the system that the others were trained from: `parent_distance` is the mean of 1 - cosine between the
+    CLAP embeddings of a clip and of the parent's clip of the same prompt and sample, `parent_fad` the Fréchet distance
+    to all of the parent's clips. null: neither."""
     alpha: float = Field(0.05, gt=0, lt=1)
     """Chance of even one false star in the paired table (Holm)."""
     near_duplicate: float = Field(NEAR_DUPLICATE, ge=-1, le=1)
@@ -133,6 +120,13 @@ class EvaluateConfig(Config):
     metrics: tuple[Annotated[str, Field(pattern=ENTRY)], ...] = added(())
     """Metrics of your own, `module:function`: of a system's clips that are ok it is given the CLAP embeddings (n, 512)
     and the rows of `clips.parquet` as dictionaries, and returns a number. The function's name is the metric's."""
+    clip_metrics: tuple[str, ...] = added(())
+    """What else is measured of the audio of every clip. `small_world` estimates the true quality of synthetic music and
+    the strengths of the faults that it follows from (`ttmray.synth.measures`): for bundles that were trained on such
+    music alone. `rhythm` (`rhythm_regularity`, `rhythm_jitter_ms`) and `tuning` (`tuning_deviation`, cents) are
+    defined in `ttmray.synth.regularity`. `vocals`: energy of what the bundle's separator takes for vocals over that of
+    the clip (`vocal_ratio`). Or functions of your own, `module:function`: of (channels, samples) float32 at 44.1 kHz
+    they return name -> number."""
     max_failures: Annotated[int, Field(ge=0)] = execution(0)
     """Exit code 3 when more clips than this are missing, cannot be measured, or get no answer of the judge."""
     runtime: MeasureConfig = execution(MeasureConfig())
@@ -185,11 +179,11 @@ def evaluate_run(
     if bundle.note:
         console.print(bundle.note, style="yellow")
     with cost.account(out):
-        rows, claps, seconds = _clip_rows(systems, config, out)
+        rows, claps, extra, seconds = _clip_rows(systems, config, out)
         warnings = [warning for system in systems for warning in system.warnings] + file_warnings(rows, bundle.clip_s)
         warnings += judge_warnings(rows) if config.judge else []
         leaks, grave, leak_warnings = _leaks(reference, training, config.near_duplicate)
-        described, metric_warnings = _described(systems, rows, claps, config, bundle, reference, training)
+        described, metric_warnings = described_systems(systems, rows, claps, config, bundle, reference, training, extra)
         cells, pair_warnings = comparisons(_compared(rows), config.baseline, config.alpha, config.seed)
         cells = without_marks(cells) if means_nothing(bundle.name) else cells
         grave += few_prompts(described)
@@ -217,7 +211,7 @@ def evaluate_run(
             "license_notes": list(bundle.licence_notes),
             "timing": {"wall_s": time.perf_counter() - started, **seconds},
         }
-        _write(out, results, rows, claps)
+        _write(out, results, rows, claps, extra)
     return results, rows
 
 
@@ -225,11 +219,14 @@ def _check_names(config: EvaluateConfig, systems: Sequence[SystemFolder]) -> Non
     """Systems and metrics that the config names are there.
 
     Raises:
-        UserError: one is not, two metrics have one name, or crossed seeds have one sample.
+        UserError: one is not there, two metrics have one name, or crossed seeds have one sample.
     """
     names = [system.name for system in systems]
+    clip_functions(config.clip_metrics)
     if config.baseline is not None and config.baseline not in names:
         raise UserError(f"baseline: there is no system {config.baseline!r}.", f"Systems: {', '.join(names)}.")
+    if config.parent is not None and config.parent not in names:
+        raise UserError(f"parent: there is no system {config.parent!r}.", f"Systems: {', '.join(names)}.")
     if config.seeds == "crossed":
         _check_crossed(systems)
     metrics = [*SETS, *COMPARED, *LEVELS]
@@ -267,35 +264,8 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> list[ClipScore]:
         ClipScore(row["system"], row["prompt_id"], metric, row[metric])
         for row in rows
         for metric in COMPARED
-        if row["status"] == OK and row[metric] is not None
+        if row["status"] == OK and row.get(metric) is not None
     ]
-
-
-def _described(
-    systems: Sequence[SystemFolder],
-    rows: Sequence[Mapping[str, Any]],
-    claps: np.ndarray,
-    config: EvaluateConfig,
-    bundle: Bundle,
-    reference: Embedded | None,
-    training: Embedded | None,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Counts and metrics of every system, and warnings.
-
-    Args:
-        claps: (len(rows), 512), NaN where a clip is not ok.
-    """
-    described, warnings = [], []
-    for system in systems:
-        metrics, of_metrics = _system_metrics(system.name, rows, claps, config, bundle, reference, training)
-        ok = [row for row in rows if row["system"] == system.name and row["status"] == OK]
-        counts = {"clips": len(ok), "failed": sum(row["system"] == system.name for row in rows) - len(ok)}
-        counts["prompts"] = len({row["prompt_id"] for row in ok})
-        described.append({"name": system.name, "folder": system.folder, **counts, "metrics": metrics})
-        warnings += of_metrics
-    if reference and len({system["clips"] for system in described}) > 1:
-        warnings.append("systems have other numbers of clips: their FAD cannot be compared, KAD can.")
-    return described, warnings
 
 
 def _check_crossed(systems: Sequence[SystemFolder]) -> None:
@@ -318,17 +288,24 @@ def _claim(out: Folder) -> None:
 
 def _clip_rows(
     systems: Sequence[SystemFolder], config: EvaluateConfig, out: Folder
-) -> tuple[list[dict[str, Any]], np.ndarray, Counter[str]]:
-    """Rows of clips.parquet, their (n, 512) embeddings with NaN where there is none, and the seconds of `measure`."""
+) -> tuple[list[dict[str, Any]], np.ndarray, dict[str, str], Counter[str]]:
+    """Rows of clips.parquet, their (n, 512) embeddings with NaN where there is none, what made their columns of
+    `clip_metrics`, and the seconds of `measure`."""
     clips = [clip for system in systems for clip in system.clips]
     there = [clip for clip in clips if clip.path is not None]
     sources = [(str(clip.path), clip.prompt) for clip in there]
-    measured, seconds = measure(sources, config.bundle, config.reward_text, out, config.runtime)
+    measured, seconds = measure(
+        sources, config.bundle, config.reward_text, out, config.runtime, clip_metrics=config.clip_metrics
+    )
     facts = dict(zip(there, measured, strict=True))
+    numbers = {clip: row.get("numbers") or {} for clip, row in facts.items()}
+    taken = {*SCHEMA.names, *SETS, *LEVELS, "clap"}
+    extra = columns_of(numbers.values(), config.clip_metrics, taken)
     rows = []
     for clip in clips:
         row = dict.fromkeys((*SCHEMA.names, "clap")) | asdict(clip) | {"status": FAILED}
         row |= {name: facts[clip][name] for name in (*FACTS.names, "clap")} if clip in facts else {}
+        row |= dict.fromkeys(extra) | {key.partition("/")[2]: one for key, one in numbers.get(clip, {}).items()}
         rows.append(row)
     if config.judge is not None:
         heard = [row for row in rows if row["status"] == OK]
@@ -340,100 +317,7 @@ def _clip_rows(
     for i, row in enumerate(rows):
         if row["status"] == OK:
             claps[i] = row["clap"]
-    return rows, claps, seconds
-
-
-def _system_metrics(
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    claps: np.ndarray,
-    config: EvaluateConfig,
-    bundle: Bundle,
-    reference: Embedded | None,
-    training: Embedded | None,
-) -> tuple[dict[str, Any], list[str]]:
-    mine = [i for i, row in enumerate(rows) if row["system"] == name and row["status"] == OK]
-    clips, clap = [rows[i] for i in mine], claps[mine]
-    audio = embedding_protocol(bundle.name, bundle.protocol("empty"))
-    how: dict[str, Any] = {"protocol": audio, "resamples": config.resamples, "seed": config.seed}
-    sets: dict[str, tuple[int, Callable[[], Metric]]] = {}
-    """Metric -> least number of clips, and what makes it."""
-    if reference is not None:
-        against = reference.for_fad()
-        halves = half_distances(clap, against, **how) if len(clips) >= 2 else None
-        sets["fad"] = 2, lambda: fad(clap, against, halves=halves, **how)
-        sets["fad_inf"] = 8, lambda: fad_inf(clap, against, halves=halves, **how)
-        sets["kad"] = 2, lambda: kad(clap, reference.for_kad, **how)
-    sets["diversity"] = 2, lambda: diversity(clap, **how)
-    if training is not None:
-        sets["near_duplicates"] = (
-            1,
-            lambda: near_duplicate_rate(
-                clap,
-                iter(training.clap),
-                protocol=audio,
-                threshold=config.near_duplicate,
-                training_clips=training.about["n"],
-            ),
-        )
-    for entry in config.metrics:
-        function = function_named(entry, "metrics")
-        sets[function.__name__] = 1, partial(_own, function, clap, clips, audio)
-    metrics = {metric: make() for metric, (least, make) in sets.items() if len(clips) >= least}
-    warnings = [
-        f"{name}: {len(clips)} clips are too few for {metric}, which needs {least}."
-        for metric, (least, _) in sets.items()
-        if len(clips) < least
-    ]
-    protocols = dict.fromkeys(COMPARED, f"{bundle.name}/{bundle.protocol(config.reward_text).id()}")
-    protocols |= {"clap_score": audio} | ({"ccs": config.judge.name} if config.judge else {})
-    for metric, (column, made_by) in ({one: (one, protocols[one]) for one in COMPARED} | LEVELS).items():
-        values = {(row["prompt_id"], row["sample"]): row[column] for row in clips if row[column] is not None}
-        if values:
-            metrics[metric] = _mean(metric, values, made_by, config)
-    warnings += [f"{name}: {metric}: {text}" for metric, result in metrics.items() for text in result.warnings]
-    return {metric: plain(asdict(result)) for metric, result in metrics.items()}, warnings
-
-
-def _own(function: Callable[..., Any], clap: np.ndarray, rows: Sequence[Mapping[str, Any]], protocol: str) -> Metric:
-    """The number of a metric from outside, without an interval.
-
-    Raises:
-        UserError: it is no finite number.
-    """
-    value = float(function(clap, rows))
-    if not np.isfinite(value):
-        raise UserError(f"metrics: {function.__name__} gave {value} for {len(rows)} clips.", "Return a finite number.")
-    return Metric(function.__name__, value, len(rows), 0, clap.shape[1], protocol, None, None, 0.95)
-
-
-def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, config: EvaluateConfig) -> Metric:
-    """Mean of the prompts' means, with its interval over prompts, and over crossed seeds.
-
-    Args:
-        values: (prompt id, sample) -> value.
-    """
-    prompts: dict[str, dict[int, float]] = {}
-    for (prompt, sample), value in values.items():
-        prompts.setdefault(prompt, {})[sample] = value
-    means = np.array([np.mean(list(of.values())) for of in prompts.values()])
-    interval: tuple[float | None, float | None] = (None, None)
-    how = MEAN_INTERVAL if config.seeds == "nested" else CROSSED_INTERVAL
-    details = {"prompts": float(len(means))}
-    warnings: tuple[str, ...] = ()
-    if len(means) > 1:
-        details["sd"] = float(means.std(ddof=1))
-        samples = sorted({sample for _, sample in values})
-        if config.seeds == "nested":
-            interval = mean_interval(means) or interval
-        elif len(samples) > 1 and len(values) == len(prompts) * len(samples):
-            table = np.array([[of[k] for k in samples] for of in prompts.values()])
-            estimate = hierarchical_bootstrap(table, seeds="crossed", seed=config.seed)
-            interval = estimate.low, estimate.high
-        else:
-            warnings = ("no interval: some samples of some prompts have no value, and crossed seeds need all.",)
-    value, n = float(means.mean()), len(values)
-    return Metric(name, value, n, 0, 0, protocol, *interval, 0.95, warnings, details, how)
+    return rows, claps, extra, seconds
 
 
 def _plain_leaks(leaks: Leaks, training: Embedded, threshold: float) -> dict[str, Any]:
@@ -447,9 +331,16 @@ def _plain_leaks(leaks: Leaks, training: Embedded, threshold: float) -> dict[str
     }
 
 
-def _write(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], claps: np.ndarray) -> None:
+def _write(
+    out: Folder,
+    results: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    claps: np.ndarray,
+    extra: Iterable[str],
+) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], SCHEMA), sink)
+    schema = pa.schema([*SCHEMA, *((name, pa.float64()) for name in extra)])
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema), sink)
     out.write(CLIPS, sink.getvalue())
     out.write(EMBEDDINGS, save_tensors({"clap": claps}, {"protocol": results["embedding_protocol"]}))
     out.write(RESULTS, json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False).encode())

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,6 +26,7 @@ from ttmray.config import fingerprint, identity
 from ttmray.console import meter
 from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import ClipError
+from ttmray.evaluation.clip_metrics import VOCALS, ClipFunction, clip_functions, numbers_of, versions
 from ttmray.models import one_thread
 from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.models.cache import EmbeddingCache
@@ -60,6 +61,8 @@ FACTS = pa.schema(
     ]
 )
 _PART = FACTS.append(pa.field("prompt", pa.string())).append(pa.field("clap", pa.list_(pa.float32())))
+_NUMBERS = pa.field("numbers", pa.map_(pa.string(), pa.float64()))
+"""Of parts whose clips have further numbers, see `clip_metrics.numbers_of`."""
 
 Source = tuple[str, str]
 """Address of an audio file, and the prompt that it answers; "" where there is none."""
@@ -110,8 +113,10 @@ def measure(
     what: str = "clips",
     middle: bool = False,
     separation: SeparationConfig | None = None,
+    clip_metrics: Sequence[str] = (),
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Facts of every source in order: the columns of `FACTS`, and `clap`, a (512,) float32 unit vector or None.
+    """Facts of every source in order: the columns of `FACTS`; `clap`, a (512,) float32 unit vector or None; and with
+    `clip_metrics` `numbers`, see `clip_metrics.numbers_of`.
 
     Clips of half the length of the bundle's (10 s), or more, are padded to that, as in the corpus job. A file that
     cannot be measured has the status `failed` or `rejected`, a reason and a message; `silent` ones are among them,
@@ -124,6 +129,7 @@ def measure(
             the levels do.
         separation: embed what the bundle's separator leaves without vocals, clip by clip as the corpus job does; levels
             stay those of the file. None: the file as it is.
+        clip_metrics: names of what else is measured of the file's audio.
 
     Returns:
         The rows, and seconds over all processes: `embed` (forward passes and the resampling to their rates), `read`
@@ -131,9 +137,9 @@ def measure(
         models is not in it), and the count `clips` that were measured now.
 
     Raises:
-        UserError: models or device are not there, or a damaged part.
+        UserError: models or device are not there, a damaged part, or a clip metric that does not work.
     """
-    made_by = _made_by(bundle, reward_text, config, middle, separation)
+    made_by = _made_by(bundle, reward_text, config, middle, separation, clip_metrics)
     known = _known(output, made_by)
     files, _ = digests(list({path for path, _ in sources})) if known else ({}, {})
     rows: dict[Source, dict[str, Any]] = {}
@@ -150,7 +156,15 @@ def measure(
     if todo:
         output.sweep_temporary()
         make = partial(
-            _Measurer, bundle, reward_text, config.model_dump_json(), output.uri, made_by, middle, separation
+            _Measurer,
+            bundle,
+            reward_text,
+            config.model_dump_json(),
+            output.uri,
+            made_by,
+            middle,
+            separation,
+            clip_metrics,
         )
         failed = 0
         with meter(what, len(todo)) as progress:
@@ -174,6 +188,7 @@ class _Measurer:
         made_by: str,
         middle: bool,
         separation: SeparationConfig | None,
+        clip_metrics: Sequence[str],
     ) -> None:
         how = MeasureConfig.model_validate_json(config)
         chosen = open_bundle(bundle)
@@ -181,15 +196,18 @@ class _Measurer:
         if separation is not None:
             how_separated = {name: getattr(separation, name) for name in ("instrumental", "overlap", "precision")}
             options = replace(options, **how_separated)
-        models = chosen.load({*Scorer.roles, *(("separator",) if separation else ())}, options)
-        self.separator = models.separator if separation else None
+        self.separation, self.vocals = separation is not None, VOCALS in clip_metrics
+        separator = {"separator"} if self.separation or self.vocals else set()
+        models = chosen.load({*Scorer.roles, *separator}, options)
+        self.separator = models.separator if separator else None
         one_thread()  # more would change last bits
         cache = (
             EmbeddingCache(how.embedding_cache, int(how.embedding_cache_gib * 2**30)) if how.embedding_cache else None
         )
         self.scorer = Scorer(models, chosen.protocol(reward_text), how.thread_count, cache)
         self.output, self.made_by = Folder(output), made_by
-        self.read = partial(_read, clip_s=chosen.clip_s, middle=middle)
+        functions = clip_functions(clip_metrics) if clip_metrics else None
+        self.read = partial(_read, clip_s=chosen.clip_s, middle=middle, functions=functions)
         self.threads = how.thread_count
         self.batch = how.batch if models.clap.device.type != "cpu" else max(1, min(CPU_PART, how.thread_count))
 
@@ -225,7 +243,12 @@ class _Measurer:
     def _numbers(self, works: Sequence[_Work]) -> list[dict[str, Any]]:
         waves = [wave for _, wave in works]
         if self.separator is not None:
-            waves = [result.instrumental for result in self.separator.separate(waves)]
+            results = self.separator.separate(waves)
+            if self.separation:
+                waves = [result.instrumental for result in results]
+            if self.vocals:
+                for (row, _), result in zip(works, results, strict=True):
+                    row["numbers"][f"{VOCALS}/vocal_ratio"] = result.vocal_ratio
         embeddings = self.scorer.embed([wave.mean(axis=0) for wave in waves])
         texts = self.scorer.texts([row["prompt"] for row, _ in works])
         rewards = self.scorer.rewards(embeddings, texts)
@@ -239,9 +262,13 @@ class _Measurer:
         ]
 
 
-def _read(path: str, clip_s: float, middle: bool) -> tuple[dict[str, Any], np.ndarray | None]:
+def _read(
+    path: str, clip_s: float, middle: bool, functions: Mapping[str, ClipFunction] | None
+) -> tuple[dict[str, Any], np.ndarray | None]:
     started = time.perf_counter()
     row, wave = _decoded(path, clip_s, middle)
+    if functions is not None:
+        row["numbers"] = numbers_of(wave, functions, path) if wave is not None else {}
     return row | {"read_s": time.perf_counter() - started}, wave
 
 
@@ -265,12 +292,15 @@ def _made_by(
     config: MeasureConfig,
     middle: bool,
     separation: SeparationConfig | None,
+    clip_metrics: Sequence[str],
 ) -> str:
     chosen = open_bundle(bundle)
     how = asdict(chosen.protocol(reward_text))
     how |= {"bundle": chosen.name, "gpu": config.on_gpu, "middle": middle, "reading": audio_io.READING}
     how |= {"clip_s": chosen.clip_s} if chosen.clip_s != CLIP_S else {}
     how |= {"separation": separation_identity(bundle, separation)} if separation else {}
+    how |= {"clip_metrics": versions(clip_metrics)} if clip_metrics else {}
+    how |= {"vocals": fingerprint(chosen.identity(("separator",)))} if VOCALS in clip_metrics else {}
     return fingerprint(json.loads(json.dumps(how)))
 
 
@@ -278,16 +308,24 @@ def _write_part(output: Folder, made_by: str, rows: Sequence[dict[str, Any]]) ->
     readable = [row for row in rows if row["sha256"]]  # what could not be read is tried again
     if readable:
         members = [[[row["sha256"], row["prompt"]] for row in readable]]
-        write_part(output, f"{PARTS}/", pa.Table.from_pylist(readable, _PART), made_by, members)
+        schema = _PART
+        if "numbers" in readable[0]:
+            schema = _PART.append(_NUMBERS)
+            readable = [row | {"numbers": list(row["numbers"].items())} for row in readable]
+        write_part(output, f"{PARTS}/", pa.Table.from_pylist(readable, schema), made_by, members)
 
 
 def _known(output: Folder, made_by: str) -> dict[tuple[str, str], dict[str, Any]]:
     """(SHA-256, prompt) -> row, of every part that was made in the same way."""
 
     def parse(table: pa.Table) -> list[dict[str, Any]]:
-        rows = table.drop_columns(["clap"]).cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()
+        plain = table.select([name for name in table.column_names if name not in ("clap", "numbers")])
+        rows = plain.cast(pa.schema([f for f in _PART if f.name != "clap"])).to_pylist()
         for row, clap in zip(rows, table["clap"], strict=True):
             row["clap"] = clap.values.to_numpy() if clap.is_valid else None
+        if "numbers" in table.column_names:
+            for row, numbers in zip(rows, table["numbers"].to_pylist(), strict=True):
+                row["numbers"] = dict(numbers or ())
         return rows
 
     parts = read_parts(output, PARTS, made_by, parse)

@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from ttmray.errors import UserError
+from ttmray.statistics import vendi_score
 
 RESAMPLES = 500
 CHUNK = 8192
@@ -28,6 +29,8 @@ KAD_SCALE = 100.0
 KERNEL_ROWS = 1024
 """Rows of either side at a time: a block of KAD's kernel is 8 MB in float64."""
 BANDWIDTH_ROWS = 2048
+VENDI_RESAMPLES = 100
+"""A singular value decomposition each."""
 NEAR_DUPLICATE = 0.95
 """Cosine from which two clips count as the same. No standard exists: calibrate it on distinct training tracks."""
 
@@ -241,6 +244,44 @@ def diversity(
     value = mean_distance(np.arange(n))
     low, high = half_interval(value, half_samples(mean_distance, n, resamples, seed), n, confidence)
     return Metric("diversity", value, n, 0, x.shape[1], protocol, low, high, confidence)
+
+
+def vendi(
+    generated: np.ndarray,
+    *,
+    protocol: str,
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Metric:
+    """Vendi score (Friedman & Dieng 2023, TMLR): how many different clips there are in effect, from 1 to n.
+
+    It grows with n, so only sets of equal size can be compared. Half-samples are taken on a logarithmic scale, because
+    what scatters is its share, and at most `VENDI_RESAMPLES` of them.
+
+    Args:
+        generated: (n, d).
+
+    Raises:
+        UserError: bad embeddings, fewer than two, or a zero vector.
+    """
+    x = _unit(checked(generated, "generated clips", 2), "generated clips")
+    n, value = len(x), vendi_score(x)
+    halves = half_samples(lambda rows: vendi_score(x[rows]), n, min(resamples, VENDI_RESAMPLES), seed)
+    low, high = half_interval(float(np.log(value)), np.log(halves), n, confidence)
+    ends = (None if low is None else float(np.exp(low)), None if high is None else float(np.exp(high)))
+    return Metric("vendi", value, n, 0, x.shape[1], protocol, *ends, confidence)
+
+
+def cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(n,) 1 - cosine of row i of (n, d) with row i of (n, d).
+
+    Raises:
+        UserError: bad embeddings, other shapes, or a zero vector.
+    """
+    x = _unit(checked(a, "clips"), "clips")
+    y = _unit(checked(b, "clips of the parent", len(x), x.shape[1]), "clips of the parent")
+    return np.asarray(1 - (x * y).sum(axis=1))
 
 
 def nearest(queries: np.ndarray, corpus: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:

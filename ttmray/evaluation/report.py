@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from ttmray.evaluation import plots
 from ttmray.evaluation.compare import COMPARED, ClipScore, prompt_means
 from ttmray.evaluation.results import (
     CLIPS,
+    QUALITY,
     RESULTS,
     Comparison,
     Results,
@@ -49,10 +50,18 @@ METRICS = {
     "clap_score": ("CLAP score ↑", 3),
     "reward": ("Reward ↑", 3),
     "ccs": ("CCS ↑", 3),
+    QUALITY: ("Estimated quality (synthetic music) ↑", 3),
     "lufs": ("Loudness, LUFS", 1),
     "true_peak": ("True peak, dBTP", 1),
     "silence": ("Silence", 3),
     "diversity": ("Diversity ↑", 3),
+    "vendi": ("Vendi score ↑", 1),
+    "parent_distance": ("Distance to the parent", 3),
+    "parent_fad": ("FAD to the parent", 3),
+    "vocal_ratio": ("Vocals", 3),
+    "rhythm_regularity": ("Rhythm regularity", 2),
+    "rhythm_jitter_ms": ("Rhythm jitter, ms", 1),
+    "tuning_deviation": ("Tuning deviation, cents", 1),
     "near_duplicates": ("Near-duplicates ↓", 3),
 }
 """Label and digits of a metric of a system; others go by their own name. Arrows say which way is better."""
@@ -60,6 +69,7 @@ SCORES = {
     "reward": ("Reward", 3),
     "clap_score": ("CLAP score", 3),
     "ccs": ("CCS", 2),
+    QUALITY: ("Estimated quality (synthetic music)", 2),
     "lufs": ("LUFS", 1),
     "true_peak_db": ("dBTP", 1),
     "silence": ("Silence", 2),
@@ -172,7 +182,9 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
     for column in COMPARED:
         label = SCORES[column][0]
         # systems without any score keep their row, so that colours stay the same
-        scores = {n: np.array([r[column] for r in rows if r["system"] == n and r[column] is not None]) for n in names}
+        scores = {
+            n: np.array([r[column] for r in rows if r["system"] == n and r.get(column) is not None]) for n in names
+        }
         if any(len(values) for values in scores.values()):
             known = {s.name: s.metrics[column] for s in results.systems if column in s.metrics}
             ends = {name: (m.value, m.low, m.high) for name, m in known.items() if m.value is not None}
@@ -183,7 +195,7 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
         ClipScore(r["system"], r["prompt_id"], column, r[column])
         for r in rows
         for column in COMPARED
-        if r[column] is not None
+        if r.get(column) is not None
     )
     for i, j in dict.fromkeys((names.index(c.a), names.index(c.b)) for c in _known(results.comparisons, names)):
         for column in COMPARED:
@@ -211,7 +223,12 @@ def add_plots(results: Results, rows: Sequence[Mapping[str, Any]], target: Folde
 def page(results: Results, rows: Sequence[Mapping[str, Any]], figures: Sequence[tuple[str, str]]) -> str:
     """The HTML file; `rows` have `audio` and `mel`, see `add_media`."""
     names = [system.name for system in results.systems]
-    prompts = _by_prompt(rows, names)
+    scores = {
+        name: one
+        for name, one in SCORES.items()
+        if name != QUALITY or any(row.get(QUALITY) is not None for row in rows)
+    }
+    prompts = _by_prompt(rows, names, scores)
     style = pages.source("style.css") + pages.source("report.css")
     style += "".join(
         f".system-{i} {{ background: light-dark({light}, {dark}) }}\n" for i, (light, dark) in enumerate(plots.PALETTE)
@@ -243,8 +260,8 @@ def page(results: Results, rows: Sequence[Mapping[str, Any]], figures: Sequence[
         colours=len(plots.PALETTE),
         mel_width=plots.MEL_WIDTH,
         names=names,
-        scores=SCORES,
-        score_options=[(name, label) for name, (label, _) in SCORES.items()],
+        scores=scores,
+        score_options=[(name, label) for name, (label, _) in scores.items()],
         system_options=systems,
         sort_options=[*mean, *systems, *((key, f"{a} − {b}") for key, a, b in pairs)],
         pair_options=[("", "all pairs"), *((key, f"{a} and {b}") for key, a, b in pairs)],
@@ -257,12 +274,12 @@ def page(results: Results, rows: Sequence[Mapping[str, Any]], figures: Sequence[
     )
 
 
-def _by_prompt(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+def _by_prompt(rows: Sequence[Mapping[str, Any]], names: Sequence[str], scores: Iterable[str]) -> list[dict[str, Any]]:
     """Prompts in the order of the table, each with its clips by system and sample: what the script sees."""
     prompts: dict[str, dict[str, Any]] = {}
     for row in rows:
         prompt = prompts.setdefault(row["prompt_id"], {"id": row["prompt_id"], "text": row["prompt"], "clips": []})
-        shown = {name: row[name] for name in ("sample", "audio", "mel", "status", "reason", "message", *SCORES)}
+        shown = {name: row[name] for name in ("sample", "audio", "mel", "status", "reason", "message", *scores)}
         prompt["clips"].append({"system": names.index(row["system"]), **shown})
     for prompt in prompts.values():
         prompt["clips"].sort(key=lambda clip: (clip["sample"] or 0, clip["system"]))

@@ -30,7 +30,10 @@ COLUMNS = {
     "message": pa.string(),
     "ccs": pa.float64(),
 }
-"""What a row of `clips.parquet` holds: one clip of one system for one prompt."""
+"""What a row of `clips.parquet` holds: one clip of one system for one prompt. Further columns are numbers of
+`clip_metrics`."""
+QUALITY = "estimated_quality"
+"""The one of them that is compared and shown like a score; None in rows of evaluations without it."""
 
 
 class _Read(BaseModel):
@@ -133,7 +136,8 @@ def read_results(folder: Folder) -> Results:
 
 
 def read_clips(folder: Folder, results: Results) -> list[dict[str, Any]]:
-    """Rows of `clips.parquet` in its order, with the columns of `COLUMNS`; what is not finite is None.
+    """Rows of `clips.parquet` in its order, with the columns of `COLUMNS`, its further numbers and `QUALITY`; what is
+    not finite is None.
 
     Raises:
         UserError: missing or damaged, lacks a column, or names a system that `results.json` does not have.
@@ -144,7 +148,11 @@ def read_clips(folder: Folder, results: Results) -> list[dict[str, Any]]:
         table = parquet_table(data)
         if absent := [name for name in COLUMNS if name not in table.column_names]:
             raise UserError(f"{where} lacks the columns {', '.join(absent)}.", "Evaluate again.")
-        rows = table.select(list(COLUMNS)).cast(pa.schema(COLUMNS.items())).to_pylist()
+        numbers = {f.name: f.type for f in table.schema if f.name not in COLUMNS and pa.types.is_floating(f.type)}
+        schema = COLUMNS | numbers
+        rows = [
+            {QUALITY: None, **row} for row in table.select(list(schema)).cast(pa.schema(schema.items())).to_pylist()
+        ]
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{where} cannot be read: {error}", "Evaluate again.") from error
     names = {system.name for system in results.systems}

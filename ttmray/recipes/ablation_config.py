@@ -97,8 +97,8 @@ class StageConfig(Config):
 
     v1: str
     """Checkpoint."""
-    v2: str
-    """Checkpoint."""
+    v2: str | None = None
+    """Checkpoint; null: this stage was trained with one mechanism only."""
 
 
 class FactorialConfig(Config):

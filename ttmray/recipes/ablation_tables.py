@@ -4,36 +4,45 @@ Nothing here runs a model. A cell is one system (a checkpoint under one way of g
 scores per prompt are means over the samples of the prompt.
 """
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
-from ttmray import pages
 from ttmray.errors import UserError
 from ttmray.evaluation.compare import (
     COMPARED,
     ClipScore,
     comparisons,
-    legend,
-    paired_table,
     prompt_means,
     without_marks,
 )
-from ttmray.evaluation.results import Results
+from ttmray.evaluation.results import QUALITY, Results
 from ttmray.recipes.published import Published
 from ttmray.statistics import Alternative, Paired, mean_interval, paired, pearson, pearson_interval
 
 ALPHA = 0.05
+STEERED = {"reward": ("score_r", "delta_out"), QUALITY: ("quality_r", "delta_quality")}
+"""What follows the input score: the names of its correlation and of its difference."""
 DAGGER, TIE = "†", "∗"
-TITLES = {"fad": "FAD-CLAP", "clap_score": "CLAP score", "reward": "Reward", "score_r": "Score-r", "delta_out": "Δout"}
+TITLES = {
+    "fad": "FAD-CLAP",
+    "clap_score": "CLAP score",
+    "reward": "Reward",
+    "score_r": "Score-r",
+    "delta_out": "Δout",
+    QUALITY: "Est. quality",
+    "quality_r": "Quality-r",
+    "delta_quality": "Δquality",
+}
 LOWER_IS_BETTER = {"fad"}
 TESTED = ("clap_score", "reward")
 """Metrics of single clips. FAD is one number per system and has an interval instead of a paired test."""
+ESTIMATE = (
+    "Est. quality: true quality on the scale of the small world, estimated from the audio alone "
+    "(ttmray.synth.measures), not known; no system was trained on it."
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
         ClipScore(system.name, row["prompt_id"], metric, row[metric])
         for row in ok
         for metric in COMPARED
-        if row[metric] is not None
+        if row.get(metric) is not None
     ]
     if not rows:
         raise UserError(f"{system.folder}: no clip has a score.", "See its evaluation for the reasons.")
@@ -137,12 +146,21 @@ def read_cell(results: Results, clips: Sequence[Mapping[str, Any]]) -> Cell:
     )
 
 
+def tested(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """Metrics of single clips that a table of these cells has."""
+    return (*TESTED, QUALITY) if any(cell.scores.get(QUALITY) for cell in cells) else TESTED
+
+
+def _estimate(cells: Iterable[Cell]) -> tuple[str, ...]:
+    return (ESTIMATE,) if QUALITY in tested(cells) else ()
+
+
 def values_of(cell: Cell, paper: Mapping[str, Published] | None = None) -> dict[str, Value]:
     """FAD, CLAP score and reward, with the intervals of their evaluations."""
     known = paper or {}
     value, low, high = cell.fad
     by_metric = {"fad": Value(value, low, high, paper=known.get("fad"))}
-    for metric in TESTED:
+    for metric in (*TESTED, QUALITY):
         values = np.array(list(cell.scores.get(metric, {}).values()))
         ends = cell.ends.get(metric) or mean_interval(values) or (None, None)
         by_metric[metric] = Value(cell.mean(metric), *ends, paper=known.get(metric))
@@ -168,20 +186,19 @@ def head_table(
     """
     lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = []
     for name, cell in unconditional.items():
-        lines.append(((name,), values_of(cell) | dict.fromkeys(("score_r", "delta_out"), Value(None))))
+        lines.append(((name,), values_of(cell) | dict.fromkeys([*STEERED["reward"], *STEERED[QUALITY]], Value(None))))
     for name, cells in rows.items():
-        inputs = np.concatenate([np.full(len(cell.clips["reward"]), score) for score, cell in cells.items()])
-        outputs = np.concatenate([cell.clips["reward"] for cell in cells.values()])
-        prompts = [prompt for cell in cells.values() for prompt in cell.prompts_of("reward")]
-        r, (low, high) = pearson(inputs, outputs), pearson_interval(inputs, outputs, prompts) or (None, None)
-        effect = against(cells[steer[1]], cells[steer[0]], "reward")
-        moved = Value(effect.difference, effect.low, effect.high) if effect else Value(None)
-        lines.append(((name,), values_of(cells[at]) | {"score_r": Value(r, low, high), "delta_out": moved}))
+        followed = {}
+        for metric, (r, delta) in STEERED.items():
+            followed |= {r: correlation(cells, metric), delta: _moved(cells, steer, metric)}
+        lines.append(((name,), values_of(cells[at]) | followed))
+    everyone = [*unconditional.values(), *(cell for cells in rows.values() for cell in cells.values())]
+    judged = [metric for metric in STEERED if metric == "reward" or QUALITY in tested(everyone)]
     return CellTable(
         "heads",
         "Score-conditioning heads (Table I of the paper)",
         ("head",),
-        ("fad", "clap_score", "score_r", "delta_out"),
+        ("fad", "clap_score", *(name for metric in judged for name in STEERED[metric])),
         tuple(lines),
         (
             f"FAD-CLAP and CLAP score are of the clips at s = {at:g}; which input scores the paper's columns are of is "
@@ -190,10 +207,27 @@ def head_table(
             f"s = {', '.join(f'{score:g}' for score in next(iter(rows.values()), {}))}, its interval over prompts. "
             f"Δout: mean reward at s = {steer[1]:+g} minus that at {steer[0]:+g}.",
             "The paper's text gives only that score-conditioned heads lie 0.025 to 0.040 below the unconditional FAD.",
+            *(["Quality-r and Δquality: the same of the estimated quality."] if len(judged) > 1 else []),
+            *_estimate(everyone),
             *_failures(unconditional),
             *_failures({f"{name}, s = {s:g}": cell for name, cells in rows.items() for s, cell in cells.items()}),
         ),
     )
+
+
+def correlation(cells: Mapping[float, Cell], metric: str) -> Value:
+    """Pearson's correlation of the input score and a metric over all clips, its interval over prompts."""
+    if not all(len(cell.clips.get(metric, ())) for cell in cells.values()):
+        return Value(None)
+    inputs = np.concatenate([np.full(len(cell.clips[metric]), score) for score, cell in cells.items()])
+    outputs = np.concatenate([cell.clips[metric] for cell in cells.values()])
+    prompts = [prompt for cell in cells.values() for prompt in cell.prompts_of(metric)]
+    return Value(pearson(inputs, outputs), *(pearson_interval(inputs, outputs, prompts) or (None, None)))
+
+
+def _moved(cells: Mapping[float, Cell], steer: tuple[float, float], metric: str) -> Value:
+    effect = against(cells[steer[1]], cells[steer[0]], metric)
+    return Value(effect.difference, effect.low, effect.high) if effect else Value(None)
 
 
 def chain_table(
@@ -213,7 +247,7 @@ def chain_table(
         values = values_of(cell, published.get(name))
         before = names[i - 1] if i and names[i - 1] not in baselines else None
         if before is not None:
-            for metric in TESTED:
+            for metric in tested(rows.values()):
                 test = against(cell, rows[before], metric, "greater")
                 if test and test.p < ALPHA:
                     values[metric] = replace(values[metric], mark=DAGGER)
@@ -224,12 +258,13 @@ def chain_table(
         "chain",
         "Steps of the chain, one after the other (Table II of the paper)",
         ("row", "step"),
-        ("fad", *TESTED),
+        ("fad", *tested(rows.values())),
         tuple(lines),
         (
             f"{DAGGER}: better than the row before, one-sided paired t test over prompts, p < {ALPHA:g}, not corrected "
             "for the number of tests (as in the paper). The table of pairs has two-sided tests and Holm's correction.",
             "FAD is one number per row: whether two intervals overlap says more than which is smaller.",
+            *_estimate(rows.values()),
             *_failures(rows),
             *warnings,
         ),
@@ -251,7 +286,7 @@ def factorial_table(
     lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = []
     for key, cell in rows.items():
         values = values_of(cell, published.get(key))
-        for metric in TESTED if key != submitted else ():
+        for metric in tested(rows.values()) if key != submitted else ():
             test = against(cell, rows[submitted], metric)
             if test and test.p >= ALPHA:
                 values[metric] = replace(values[metric], mark=TIE)
@@ -263,13 +298,14 @@ def factorial_table(
         "factorial",
         "Weights of one mechanism in the forward of another (Table III of the paper)",
         ("stage", "weights", "forward"),
-        ("fad", *TESTED),
+        ("fad", *tested(rows.values())),
         tuple(lines),
         (
             f"{TIE}: not told apart from {first} by a two-sided paired t test, p >= {ALPHA:g} (as in the paper). That "
             "is no evidence of equality: the intervals of the differences are in the table of pairs.",
             "The paper's text has one pair of figures for v2 weights in the v1 forward; both such rows show it. They "
             "are made by force (force_head): everywhere else such weights are refused.",
+            *_estimate(rows.values()),
             *_failures(named),
             *warnings,
         ),
@@ -290,9 +326,9 @@ def contrast_table(
         name,
         f"{name.capitalize()}, each against {first}",
         ("system",),
-        ("fad", *TESTED),
+        ("fad", *tested(rows.values())),
         tuple(lines),
-        (*_failures(rows), *warnings),
+        (*_estimate(rows.values()), *_failures(rows), *warnings),
         compared,
     )
 
@@ -303,6 +339,7 @@ def sweep_table(
     notes: tuple[str, ...] = (),
 ) -> CellTable:
     """The points of Figure 2."""
+    everyone = [cell for cells in curves.values() for cell in cells.values()]
     lines: list[tuple[tuple[str, ...], Mapping[str, Value]]] = [
         ((name, f"{score:g}"), values_of(cell, published.get((name, score))))
         for name, cells in curves.items()
@@ -312,151 +349,14 @@ def sweep_table(
         "sweep",
         "Input score against what comes out (Figure 2 of the paper)",
         ("checkpoint", "s"),
-        ("fad", *TESTED),
+        ("fad", *tested(everyone)),
         tuple(lines),
         (
             *notes,
+            *_estimate(everyone),
             *_failures({f"{name}, s = {s:g}": cell for name, cells in curves.items() for s, cell in cells.items()}),
         ),
     )
-
-
-def render_table(table: CellTable, format: Literal["markdown", "latex", "csv", "html"]) -> str:
-    """A table as text that ends in a newline: with caption and notes, but as CSV, which has one number per field.
-
-    The best value of a column is bold. The paper's figures have columns of their own, where any is known; `≈` marks
-    those that follow from differences in its text.
-    """
-    if format == "csv":
-        return _csv(table)
-    header, rows = _cells(table, format)
-    if format == "latex":
-        lines = [" & ".join(row) + r" \\" for row in (header, *rows)]
-        columns = "l" * len(table.labels) + "r" * (len(header) - len(table.labels))
-        body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
-        why = [f"% {table.meaningless}", rf"\textit{{{_latex(table.meaningless)}}}\par"] if table.meaningless else []
-        text = [
-            f"% {table.caption}",
-            *why,
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            *(f"% {note}" for note in _notes(table)),
-        ]
-        return "\n".join(text) + "\n"
-    return pages.render(
-        f"ablation_table.{'html' if format == 'html' else 'md'}.j2",
-        caption=table.caption,
-        meaningless=table.meaningless,
-        header=header,
-        rows=rows,
-        notes=_notes(table),
-        pairs=paired_table(table.pairs) if table.pairs else None,
-        legend=legend(ALPHA, marked=not table.meaningless),
-    )
-
-
-def page(tables: Sequence[CellTable], figures: Sequence[str], protocols: Sequence[str], note: str) -> str:
-    """All tables on one page of HTML; the SVGs of the sweep, for a light and a dark page, go below its table."""
-    drawings = [Markup(svg[svg.index("<svg") :]) for svg in figures]
-    return pages.render(
-        "ablations.html.j2",
-        title="Ablations",
-        tables=[(table.name, Markup(render_table(table, "html"))) for table in tables],
-        figures=list(zip(("light", "dark"), drawings, strict=bool(drawings))),
-        protocols=protocols,
-        note=note,
-    )
-
-
-def _cells(table: CellTable, format: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table; templates escape them, for LaTeX they are escaped here."""
-    known = _known(table)
-    header = [*table.labels, *(TITLES[metric] for metric in table.metrics)]
-    header += [f"paper: {TITLES[metric]}" for metric in known]
-    escape = _latex if format == "latex" else str
-    rows = []
-    for texts, values in table.rows:
-        best = set() if table.meaningless else _best(table, values)
-        cells = [escape(text) for text in texts]
-        cells += [_shown(values[metric], metric in best, format) for metric in table.metrics]
-        cells += [_published(values[metric].paper, format) for metric in known]
-        rows.append(cells)
-    return [escape(name) for name in header], rows
-
-
-def _csv(table: CellTable) -> str:
-    known = _known(table)
-    names = list(table.labels)
-    for metric in table.metrics:
-        names += [metric, f"{metric}_low", f"{metric}_high", f"{metric}_mark"]
-        names += [f"{metric}_paper"] if metric in known else []
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, *(["note"] if table.meaningless else [])])
-    for texts, values in table.rows:
-        row: list[Any] = list(texts)
-        for metric in table.metrics:
-            value = values[metric]
-            row += [value.value, value.low, value.high, value.mark]
-            row += [value.paper.value if value.paper else None] if metric in known else []
-        writer.writerow([*row, *([table.meaningless] if table.meaningless else [])])
-    return text.getvalue()
-
-
-def _shown(value: Value, best: bool, format: str) -> str:
-    if value.value is None:
-        return "–" if format != "latex" else "--"
-    number = _number(value.value)
-    mark = {"latex": {DAGGER: r"$^{\dagger}$", TIE: r"$^{*}$"}}.get(format, {}).get(value.mark, value.mark)
-    if best:
-        number = {"latex": rf"\textbf{{{number}}}", "html": Markup("<b>{}</b>").format(number)}.get(
-            format, f"**{number}**"
-        )
-    interval = "" if value.low is None or value.high is None else f" [{_number(value.low)}, {_number(value.high)}]"
-    return number + mark + interval
-
-
-def _notes(table: CellTable) -> list[str]:
-    notes = list(table.notes)
-    if _known(table):
-        notes.append(
-            "paper: figures from the text of arXiv 2606.21670, ≈ where they follow from differences in it. They can be "
-            "compared with ours only for equal prompts, reference set, weights of the encoders and N."
-        )
-    return notes
-
-
-def _known(table: CellTable) -> list[str]:
-    """Metrics of which the paper has a figure in some row."""
-    return [metric for metric in table.metrics if any(values[metric].paper for _, values in table.rows)]
-
-
-def _number(value: float) -> str:
-    return f"{round(value, 4) + 0.0:.4f}"  # no -0.0000
-
-
-def _published(value: Published | None, format: str) -> str:
-    if value is None:
-        return ""
-    return (r"$\approx$" if format == "latex" else "≈") * value.about + value.text
-
-
-def _latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
-
-
-def _best(table: CellTable, values: Mapping[str, Value]) -> set[str]:
-    best = set()
-    for metric in table.metrics:
-        column = [row[metric].value for _, row in table.rows]
-        numbers = [value for value in column if value is not None]
-        mine = values[metric].value
-        if mine is not None and len(numbers) > 1:
-            top = min(numbers) if metric in LOWER_IS_BETTER else max(numbers)
-            best |= {metric} if mine == top else set()
-    return best
 
 
 def against(a: Cell, b: Cell, metric: str, alternative: Alternative = "two-sided") -> Paired | None:
@@ -481,7 +381,7 @@ def _pairs(
     scores = [
         ClipScore(name, prompt, metric, value)
         for name, cell in cells.items()
-        for metric in TESTED
+        for metric in (*TESTED, QUALITY)
         for prompt, value in cell.scores.get(metric, {}).items()
     ]
     compared, warnings = comparisons(scores, pairs=pairs)

@@ -26,6 +26,7 @@ from ttmray.models.cross_load import SHARED, cross_load
 from ttmray.models.score_heads import Head
 from ttmray.recipes import published
 from ttmray.recipes.ablation_config import AblateConfig, CellConfig, SweepConfig
+from ttmray.recipes.ablation_pages import page, render_table
 from ttmray.recipes.ablation_tables import (
     TITLES,
     Cell,
@@ -34,9 +35,7 @@ from ttmray.recipes.ablation_tables import (
     contrast_table,
     factorial_table,
     head_table,
-    page,
     read_cell,
-    render_table,
     sweep_table,
 )
 from ttmray.recipes.chain import Step, fill, merged, run_chain
@@ -144,7 +143,7 @@ class AblationPlan:
         if config.factorial is not None:
             for stage, of in config.factorial.stages.items():
                 for weights, checkpoint in (("v1", of.v1), ("v2", of.v2)):
-                    for head in MECHANISMS:
+                    for head in MECHANISMS if checkpoint is not None else ():
                         collapses = {"force_head": True}  # v2 weights under v1 are two of its cells
                         self.factorial[stage, weights, head] = self._cell("factorial", checkpoint, head, collapses)
             for row in config.factorial.submitted:

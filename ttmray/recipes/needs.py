@@ -82,10 +82,12 @@ def needs_of(section: str, config: Config, root: Folder, weights_field: str = ""
         section: of the config of the chain, for the ways out.
         weights_field: the field of the weights, where it is not in that section.
     """
+    from ttmray.corpus.catalogue import check_songs
     from ttmray.corpus.config import CorpusConfig
     from ttmray.evaluation.evaluate import EvaluateConfig
     from ttmray.generation.config import GenerateConfig
     from ttmray.generation.pool_worker import CandidatesConfig
+    from ttmray.generation.prompts import read_prompts
     from ttmray.models.reward_head import open_head
     from ttmray.ranker.job import RankerConfig
     from ttmray.training.config import TrainConfig
@@ -106,8 +108,9 @@ def needs_of(section: str, config: Config, root: Folder, weights_field: str = ""
         needs = _of_evaluation(section, config, root)
     elif isinstance(config, PairsConfig):
         needs = prompts(config.held_out)
-    # a head that another step trains is not there yet
-    return tuple(need for need in needs if not (need.check is open_head and inside(need.arguments[0], root)))
+    # heads, songs and prompts that another step makes are not there yet
+    made_here = (open_head, check_songs, read_prompts)
+    return tuple(need for need in needs if not (need.check in made_here and inside(need.arguments[0], root)))
 
 
 def prompts(path: str | None) -> Iterable[Need]:

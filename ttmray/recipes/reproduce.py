@@ -1,7 +1,8 @@
 """The whole chain from one config (paper III-D): songs in; ranker, three stages, clips, evaluation and one page out.
 
-Steps, in order: corpus, votes (made up, for demos), ranker, rescore (the corpus, by that ranker), stage1, pool, stage2,
-control, pairs_pool, pairs, stage3, choose-<system> (its score), generate-<system> and evaluate. Each is the job of that
+Steps, in order: world (songs that are composed), corpus, votes (made up, for demos), ranker, rescore (the corpus, by
+that ranker), trunk, stage1, pool, stage2, control, pairs_pool, pairs, stage3, choose-<system> (its score),
+generate-<system>, evaluate and tables (`ttmray ablate` about these weights). Each is the job of that
 name with its own config, a section of this one, in a folder of its own. What one step makes for another (folders,
 weights, rewards) is filled in here, as are the held-out prompts. A section that is left out leaves out its step.
 
@@ -13,130 +14,24 @@ job, as ever: to make it again, delete its folder and those of the steps after i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
-
-from ttmray.config import Config, ConfigT, Location, execution, fingerprint, identity
-from ttmray.corpus.scores import COLUMN, SCORES
+from ttmray.config import Config, ConfigT, fingerprint, identity
+from ttmray.corpus.scores import SCORES
 from ttmray.errors import UserError
-from ttmray.evaluation.systems import SYSTEM_NAME
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.backbone_weights import check_forward
-from ttmray.models.bundle import BundleName, base_name
+from ttmray.models.bundle import base_name, open_bundle
 from ttmray.models.cross_load import cross_load
 from ttmray.recipes.chain import Step, fill, merged, run_chain
+from ttmray.recipes.compose import PROMPTS, WorldConfig, compose_world
 from ttmray.recipes.needs import Need, needs_of, plots, problem, text_if_there
+from ttmray.recipes.reproduce_config import RANKER, ReproduceConfig, SystemConfig
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder, absolute
+from ttmray.synth.world import TABLE
 from ttmray.training.config import ModelConfig, TrainConfig
-
-Stage = Literal["stage1", "stage2", "control", "stage3"]
-RANKER = "ranker"
-"""Step, its folder, and the table of the corpus's scores by it."""
-
-
-class VotesConfig(Config):
-    """Made-up votes that follow the rewards of the corpus: for demos."""
-
-    count: int = Field(400, ge=1)
-    """Votes."""
-    prefer: str = Field("reward_score", pattern=COLUMN)
-    """Number of the index that the made-up listener likes more of."""
-    seed: int = 0
-    """Of the draws."""
-
-
-class SystemConfig(Config):
-    """Clips for the evaluation: of a stage of this chain, of other weights, or of another program."""
-
-    stage: Stage | None = None
-    """Whose weights."""
-    checkpoint: str | None = None
-    """Weights file instead, local or s3://: that of the challenge's baseline (Row 0 of Table II), or one's own."""
-    clips: str | None = None
-    """Folder of finished clips instead, named by the ids of the prompts (`<id>.wav`): nothing is generated."""
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    """Seed of the noise, in place of the section's (the paper's submissions: 42 and 55)."""
-    score: float | None = None
-    """Score to generate for, in place of the section's."""
-    scores: tuple[float, ...] | Literal["trained"] = ()
-    """Scores of which the one with the highest mean reward is taken, on one candidate for each prompt of the section
-    `pool`, none of which is a prompt of the evaluation: a parent is to be judged at its own best score as well.
-    `trained`: scores within the range of the training, as the weights name it."""
-    generate: dict[str, Any] = Field(default_factory=dict)
-    """What else differs from the section `generate`: `{bundle: public-16k, sampler: {score: null}}` for weights that
-    were made for another VAE and know no score."""
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if sum(source is not None for source in (self.stage, self.checkpoint, self.clips)) != 1:
-            raise ValueError("needs one of stage, checkpoint (a file) and clips (a folder)")
-        if self.clips is not None and (self.generate or self.scores or (self.seed, self.score) != (None, None)):
-            raise ValueError("clips are there already; seed, score, scores and generate say how some are generated")
-        if self.scores and (self.score is not None or len(self.scores) < 2):
-            raise ValueError("scores are two or more to choose from, and then there is no score")
-        return self
-
-
-class ReproduceConfig(Config):
-    """`jobs/reproduce.py` and `ttmray reproduce`. The sections are configs of the jobs without what the chain fills in:
-    outputs, checkpoints, pools, pairs, corpora and prompts."""
-
-    output: Location = execution("runs/reproduce")
-    """Run folder: a local path or s3:// prefix."""
-    bundle: BundleName = "debug"
-    """Models of all steps."""
-    prompts: Location | None = execution(None)
-    """File of the prompts of the evaluation. Pools and pairs must not use them."""
-    weights: str = Field("raw", pattern=r"^(raw|ema:[0-9.]+)$")
-    """Weights that go from stage to stage: `raw` as in the released chain, or `ema:0.05`."""
-    corpus: dict[str, Any]
-    """`score-corpus`."""
-    votes: VotesConfig | None = None
-    """For demos: the ranker learns from made-up votes about the corpus."""
-    ranker: dict[str, Any] | None = None
-    """`train-ranker`."""
-    reward: Literal["ranker", "bundle"] = "ranker"
-    """Whose rewards condition the training, choose clips and stand in the evaluation: those of the ranker that this
-    chain trains, if it trains one, or those of the bundle's own head. Only ours: the released scores of the paper's
-    corpus are by TuneJury's released head."""
-    stage1: dict[str, Any]
-    """`train-sft`."""
-    pool: dict[str, Any] | None = None
-    """`pool`: candidates of Stage 1 for Stage 2. Without `prompts` their texts are captions of the corpus."""
-    stage2: dict[str, Any] | None = None
-    """`expert-iteration`; its first round has the pool above. Size, head and null of its model are those of Stage 1
-    where it does not say otherwise."""
-    control: bool = True
-    """Stage 2 once more without its own clips, so that the gain can be attributed."""
-    pairs_pool: dict[str, Any] | None = None
-    """What differs from `pool` for the candidates of Stage 2 that the pairs are made of; null: there are no pairs."""
-    pairs: dict[str, Any] | None = None
-    """`pairs`."""
-    stage3: dict[str, Any] | None = None
-    """`train-crpo`. Size, head and null of its model are those of the stage that it starts from where it does not say
-    otherwise; the paper's head is v2 from here on."""
-    generate: dict[str, Any] | None = None
-    """`generate`, for each system."""
-    systems: dict[str, SystemConfig] = Field(default_factory=dict)
-    """What is generated and evaluated, by name; null takes one out again. Default: every trained stage."""
-    evaluate: dict[str, Any] | None = None
-    """`evaluate`, of all systems."""
-
-    @field_validator("systems")
-    @classmethod
-    def _named_as_files(cls, value: dict[str, SystemConfig]) -> dict[str, SystemConfig]:
-        for name in value:
-            if not SYSTEM_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} cannot name a system: use letters, digits, '_', '-' and '.'")
-        return value
-
-    @field_validator("systems", mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def reproduce(
@@ -165,9 +60,13 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
         UserError: a section that is wrong, or needs one that is not there.
     """
     chain = _Chain(config)
+    if config.world is not None:
+        chain.add_world(config.world)
     chain.add_corpus()
     chain.add_ranker()
     chain.add_rescoring()
+    if config.trunk is not None:
+        chain.add_trunk(config.trunk)
     chain.add_stage1()
     if config.pool is not None:
         chain.add_pool("pool", config.pool, "stage1")
@@ -193,6 +92,8 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
         if any(system.clips is None for system in systems.values()):
             _need(config, "evaluate", "generate")
         chain.add_evaluation(systems, config.evaluate)
+    if config.tables is not None:
+        chain.add_tables(config.tables)
     return chain.steps
 
 
@@ -212,9 +113,31 @@ class _Chain:
         """Of the steps that make clips: its rewards are those of the training."""
         self.scored_by: list[str] = []
         """Steps that make those rewards, beyond the corpus."""
+        self.songs: list[str] = []
+        """The step that composes the songs, where one does."""
+        self.prompts = config.prompts
+        """Of the evaluation."""
+        self.start: dict[str, Any] = {}
+        """What Stage 1 starts from, as fields of its model."""
 
     def section(self, kind: type[ConfigT], name: str, fields: Mapping[str, Any], **links: Any) -> ConfigT:
-        return fill(kind, name, fields, {"bundle": self.bundle, **links})
+        return fill(kind, name, fields, merged(self.seeds(name), {"bundle": self.bundle, **links}))
+
+    def seeds(self, name: str) -> dict[str, Any]:
+        """Seeds of a section that names none; those of the two pools are two."""
+        seed = self.config.seed
+        if seed is None:
+            return {}
+        return {"seed": seed + (name == "pairs_pool"), "data": {"seed": seed}, "model": {"seed": seed}}
+
+    def add_world(self, world: WorldConfig) -> None:
+        if self.config.seed is not None and "seed" not in world.model_fields_set:
+            world = world.model_copy(update={"seed": world.seed + self.config.seed})
+        place = self.path("world")
+        if world.prompts:
+            self.prompts = f"{place}/{PROMPTS}"
+        self.add("world", world, lambda: compose_world(world, place), f"world/{TABLE}")
+        self.songs = ["world"]
 
     def add(
         self,
@@ -236,8 +159,10 @@ class _Chain:
         from ttmray.corpus.config import CorpusConfig
         from ttmray.corpus.job import score_corpus
 
-        corpus = self.section(CorpusConfig, "corpus", self.config.corpus, output=self.path("corpus"))
-        self.add("corpus", corpus, lambda: score_corpus(corpus), "corpus/_SUCCESS.json", page="corpus/summary.md")
+        songs = self.path("world/songs") if self.songs else None
+        corpus = self.section(CorpusConfig, "corpus", self.config.corpus, output=self.path("corpus"), input=songs)
+        files, page = "corpus/_SUCCESS.json", "corpus/summary.md"
+        self.add("corpus", corpus, lambda: score_corpus(corpus), files, after=self.songs, page=page)
 
     def add_ranker(self) -> None:
         from ttmray.ranker.job import RankerConfig, train_ranker
@@ -245,8 +170,13 @@ class _Chain:
 
         ballot, path, made_up = self.config.votes, self.path, None
         if ballot is not None:
+            if self.config.seed is not None and "seed" not in ballot.model_fields_set:
+                ballot = ballot.model_copy(update={"seed": self.config.seed})
             draws = [path("corpus"), path("votes.csv"), f"--count={ballot.count}", f"--seed={ballot.seed}"]
-            draws.append(f"--prefer={ballot.prefer}")
+            if ballot.listeners is None:
+                draws.append(f"--prefer={ballot.prefer}")
+            else:
+                draws += ballot.listeners.options(path(f"world/{TABLE}"))
             self.add("votes", ballot, lambda: votes.main(draws), "votes.csv", after=["corpus"])
             made_up = [{"name": "votes", "path": path("votes.csv"), "corpus": path("corpus")}]
         if self.config.ranker is None:
@@ -270,20 +200,31 @@ class _Chain:
         self.bundle = f"{base_name(self.config.bundle)}+{places['head']}"
         self.scored_by = ["rescore"]
 
+    def add_trunk(self, fields: Mapping[str, Any]) -> None:
+        """Weights without a score, from which every head starts alike."""
+        own = open_bundle(base_name(self.config.bundle)).backbone_file()
+        start = {} if own is None else {"model": {"init": str(own)}}
+        data = merged(self.data, {"sources": [{"score_column": None}]})
+        section = merged(self.config.stage1, merged({"model": {"head": "none"}}, fields))
+        trunk = self.section(TrainConfig, "trunk", section, output=self.path("trunk"), data=data, **start)
+        self.start = {"init": self.path("trunk/weights.safetensors")}
+        self.add_training("trunk", trunk, ["corpus"])
+
     def add_stage1(self) -> None:
+        links = {"output": self.path("stage1"), "data": self.data, "model": self.start}
+        stage1 = self.section(TrainConfig, "stage1", self.config.stage1, **links)
+        self.weights["stage1"], self.models["stage1"] = "stage1/weights.safetensors", stage1.model
+        self.add_training("stage1", stage1, ["corpus", *self.scored_by, *(["trunk"] if self.start else [])])
+
+    def add_training(self, name: str, config: TrainConfig, after: Sequence[str]) -> None:
         from ttmray.training.export import export_again
         from ttmray.training.sft import train_sft
 
-        place, links = self.path("stage1"), {"output": self.path("stage1"), "data": self.data}
-        stage1 = self.section(TrainConfig, "stage1", self.config.stage1, **links)
-        self.weights["stage1"], self.models["stage1"] = "stage1/weights.safetensors", stage1.model
-        files = ("stage1/_SUCCESS.json", self.weights["stage1"])
-
         def run() -> int:
             self.check_captions()
-            return train_sft(stage1) or export_again(place, self.config.weights)
+            return train_sft(config) or export_again(self.path(name), self.config.weights)
 
-        self.add("stage1", stage1, run, *files, after=["corpus", *self.scored_by])
+        self.add(name, config, run, f"{name}/_SUCCESS.json", f"{name}/weights.safetensors", after=after)
 
     def check_captions(self) -> None:
         """Whether the corpus has the prompts of the pools: it is known as soon as the corpus is, days before them.
@@ -299,7 +240,7 @@ class _Chain:
 
     def candidates(self, kind: type[ConfigT], section: str, fields: Mapping[str, Any], **links: Any) -> ConfigT:
         texts = None if "prompts" in fields else self.path("corpus")
-        return self.section(kind, section, fields, corpus=texts, held_out=self.config.prompts, **links)
+        return self.section(kind, section, fields, corpus=texts, held_out=self.prompts, **links)
 
     def add_pool(self, name: str, fields: Mapping[str, Any], parent: str) -> None:
         from ttmray.generation.pool import generate_pool
@@ -352,7 +293,7 @@ class _Chain:
     def add_pairs(self, fields: Mapping[str, Any]) -> None:
         from ttmray.training.pairs import PairsConfig, build_pairs
 
-        pairs = self.section(PairsConfig, "pairs", fields, held_out=self.config.prompts)
+        pairs = self.section(PairsConfig, "pairs", fields, held_out=self.prompts)
 
         def run() -> int:
             return build_pairs(self.path("pairs_pool"), self.path("pairs"), pairs)
@@ -391,7 +332,7 @@ class _Chain:
         place, changes = f"generated/{name}", dict(system.generate)
         changes |= {} if system.seed is None else {"seed": system.seed}
         changes = merged(changes, {} if system.score is None else {"sampler": {"score": system.score}})
-        links = {"output": self.path(place), "checkpoint": weights, "prompts": self.config.prompts}
+        links = {"output": self.path(place), "checkpoint": weights, "prompts": self.prompts}
         clips = self.section(GenerateConfig, "generate", merged(fields, changes), **links)
         if system.stage is not None:
             self._check_forward(f"systems.{name}", system.stage, clips)
@@ -429,7 +370,7 @@ class _Chain:
         from ttmray.evaluation.report import report
 
         places = {name: one.clips or self.path(f"generated/{name}") for name, one in systems.items()}
-        links: dict[str, Any] = {"output": self.path("evaluation"), "prompts": self.config.prompts}
+        links: dict[str, Any] = {"output": self.path("evaluation"), "prompts": self.prompts}
         links |= {"folders": [f"{name}={absolute(place)}" for name, place in places.items()]}
         evaluation = self.section(EvaluateConfig, "evaluate", fields, training=self.path("corpus"), **links)
         files = ("evaluation/_SUCCESS.json", "evaluation/report/index.html")
@@ -439,6 +380,28 @@ class _Chain:
             return evaluate(evaluation) or report(evaluation.output)
 
         self.add("evaluate", evaluation, run, *files, after=after, page=files[1], needs=[plots()])
+
+    def add_tables(self, fields: Mapping[str, Any]) -> None:
+        """The ablation job about the weights of this chain. Its cells are steps of its own run folder."""
+        from ttmray.recipes.ablations import PAGE, AblateConfig, AblationPlan, ablate
+
+        seeds = self.seeds("tables")
+        stage1 = merged(seeds, {"data": self.data, "model": self.start})
+        links: dict[str, Any] = {
+            "output": self.path("tables"),
+            "prompts": self.prompts,
+            "weights": self.config.weights,
+            "references": {"corpus": self.path("corpus")},
+            "stage1": merged({name: stage1[name] for name in ("data", "model")}, self.config.stage1),
+            "generate": {name: seed for name, seed in seeds.items() if name == "seed"} | (self.config.generate or {}),
+            "evaluate": {"reference": "corpus"},
+            "checkpoints": {stage: {"path": self.path(file)} for stage, file in self.weights.items()},
+        }
+        tables = self.section(AblateConfig, "tables", fields, **links)
+        AblationPlan(tables)  # what is wrong with it is said now, and not after days
+        files, page = (f"tables/{PAGE}", "tables/cells.json"), f"tables/{PAGE}"
+        after = ["corpus", *self.scored_by, *self.weights]
+        self.add("tables", tables, lambda: ablate(tables), *files, after=after, page=page, needs=[plots()])
 
 
 def _from_outside(config: ReproduceConfig, step: str) -> dict[str, str]:
@@ -463,7 +426,7 @@ def _fingerprints(config: ReproduceConfig, steps: Sequence[Step]) -> dict[str, s
         what: dict[str, Any] = {"config": identity(step.config), "after": [prints[name] for name in step.after]}
         if step.name.endswith("pool") or step.name.startswith(("pairs", "choose", "generate", "evaluate")):
             what["prompts"] = prompts
-        if step.name in ("stage1", "stage3"):
+        if step.name in ("trunk", "stage1", "stage3"):
             what["weights"] = config.weights
         what |= {"outside": outside} if (outside := _from_outside(config, step.name)) else {}
         prints[step.name] = fingerprint(what)

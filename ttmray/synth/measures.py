@@ -8,6 +8,7 @@ known faults) and into an estimated quality. `ttmray/synth/measures.json` holds 
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from hashlib import sha256
 from importlib import resources
 
 import numpy as np
@@ -27,6 +28,9 @@ SLOWEST, FASTEST = 50.0, 200.0
 DIATONIC = (0, 2, 4, 5, 7, 9, 11)
 
 Floats = NDArray[np.float64]
+FITTED = (resources.files("ttmray.synth") / "measures.json").read_text()
+VERSION = sha256(FITTED.encode()).hexdigest()[:8]
+"""Of the estimates, which evaluations name."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,10 @@ def measure(audio: Audio) -> Measures:
     mono = mono / rms
     if mono.size < WINDOW:
         mono = np.pad(mono, (0, WINDOW - mono.size))
-    power = _power(mono, WINDOW, HOP)
+    power = spectra(mono)
     envelope = onsets(mono)
     bpm, pulse = tempo(envelope)
-    tones = _tones(power)
+    peaks = tones(power)
     peak = float(np.abs(audio).max())
     return Measures(
         tempo=bpm,
@@ -100,8 +104,8 @@ def measure(audio: Audio) -> Measures:
         sharpness=float(
             np.sqrt(np.mean(envelope**2)) / (np.sqrt(np.mean(envelope**2)) + 3 * np.median(envelope) + 1e-9)
         ),
-        **_tuning(tones),
-        **_harmony(tones),
+        **_tuning(peaks),
+        **_harmony(peaks),
         **_tone(power),
         flat=float(np.log10(np.mean(np.abs(audio) >= 0.985 * peak) + 1e-6)),
         crest=float(20 * np.log10(peak / np.sqrt(np.mean(np.square(audio, dtype=np.float64))))),
@@ -119,6 +123,14 @@ def estimate(measures: Measures) -> tuple[dict[str, float], float]:
     strengths = np.clip(models["strengths"] @ np.clip(features, -4, 4) + models["offsets"], 0, 1)
     quality = float(models["quality"] @ np.clip(features, -4, 4) + models["quality_offset"])
     return dict(zip(KINDS, strengths.tolist(), strict=True)), float(np.clip(quality, FLOOR, BASE))
+
+
+def clip_quality(audio: Audio) -> dict[str, float]:
+    """`estimated_quality`, and the estimated strengths that it follows from as `fault_<kind>`, of a clip
+    (channels, samples) float32 at 44.1 kHz: `clip_metrics: [small_world]` of an evaluation.
+    """
+    strengths, quality = estimate(measure(audio))
+    return {"estimated_quality": quality} | {f"fault_{kind}": strength for kind, strength in strengths.items()}
 
 
 def features_of(measures: Measures) -> Floats:
@@ -139,8 +151,12 @@ def fitted() -> dict[str, Floats]:
     """The linear models of `measures.json`, see `ttmray.synth.calibrate.fit`: `mean`, `scale` and `quality` (26,),
     `strengths` (9, 26), `offsets` (9,), `quality_offset` () and `tempo` (17,).
     """
-    text = (resources.files("ttmray.synth") / "measures.json").read_text()
-    return {name: np.asarray(values, np.float64) for name, values in json.loads(text)["models"].items()}
+    return {name: np.asarray(values, np.float64) for name, values in json.loads(FITTED)["models"].items()}
+
+
+def spectra(mono: Audio) -> Floats:
+    """(frames, bins) float32 power spectra of (samples,), every 46 ms over 186 ms."""
+    return _power(mono, WINDOW, HOP)
 
 
 def _power(mono: Audio, window: int, hop: int) -> Floats:
@@ -236,8 +252,9 @@ def _pulses(spectrum: Floats, step: float, beats: float) -> tuple[float, list[fl
     return exact, lines
 
 
-def _tones(power: Floats) -> tuple[Floats, Floats, Floats]:
-    """(frame number, MIDI number, amplitude) of the peaks of spectra between 80 Hz and 2.5 kHz."""
+def tones(power: Floats) -> tuple[Floats, Floats, Floats]:
+    """Peaks of power spectra (frames, bins) of `spectra` between 80 Hz and 2.5 kHz: frame number, MIDI number, root of
+    the amplitude, each (n,)."""
     low, high = int(80 * WINDOW / RATE), int(2500 * WINDOW / RATE)
     logs = np.log(power[:, low - 1 : high + 1] + 1e-12)
     middle, left, right = logs[:, 1:-1], logs[:, :-2], logs[:, 2:]
@@ -250,8 +267,8 @@ def _tones(power: Floats) -> tuple[Floats, Floats, Floats]:
     return frame.astype(np.float64), midi, np.exp(0.25 * y1)
 
 
-def _tuning(tones: tuple[Floats, Floats, Floats]) -> dict[str, float]:
-    frame, midi, weight = tones
+def _tuning(peaks: tuple[Floats, Floats, Floats]) -> dict[str, float]:
+    frame, midi, weight = peaks
     sharp = midi > 48  # below, bins are too wide to say
     frame, midi, weight = frame[sharp], midi[sharp], weight[sharp]
     if frame.size < 8:
@@ -269,8 +286,8 @@ def _tuning(tones: tuple[Floats, Floats, Floats]) -> dict[str, float]:
     return {"tuning": float(100 * np.sum(weight * np.abs(away)) / np.sum(weight)), "drift": 100 * drift}
 
 
-def _harmony(tones: tuple[Floats, Floats, Floats]) -> dict[str, float]:
-    frame, midi, weight = tones
+def _harmony(peaks: tuple[Floats, Floats, Floats]) -> dict[str, float]:
+    frame, midi, weight = peaks
     low = midi < 84
     frame, midi, weight = frame[low], midi[low], weight[low]
     if frame.size < 8:

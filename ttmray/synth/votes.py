@@ -4,11 +4,18 @@
 
 A made-up listener prefers the clip with the higher `reward_score`, or more of another number of the index, but for
 chance: P(a) = sigmoid(4 * difference / sd of all).
+
+    python -m ttmray.synth.votes RUN TABLE.csv --world WORLD/world.parquet [--held-out] [--vocal-bias X] ...
+
+Of a corpus of synthetic songs the listeners are those of `ttmray.synth.listeners`, who know the true quality of what
+they hear and like singing.
 """
 
 import argparse
 import csv
 import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +23,15 @@ from ttmray import runs
 from ttmray.corpus import index
 from ttmray.corpus.scores import require_column, with_columns
 from ttmray.errors import UserError, run_program
-from ttmray.storage import Folder, split_path
+from ttmray.storage import Folder, parquet_table, read_file, split_path
+from ttmray.synth.composer import compose
+from ttmray.synth.listeners import COLUMNS, Heard, Listeners, best_accuracy, votes
 
 CERTAINTY = 4.0
 TIE = 0.05
 """A difference of less than this many standard deviations is a tie."""
+PANEL = ("certainty", "vocal_bias", "tie_width", "lapse")
+"""What can be said of the listeners, see `Listeners`."""
 
 
 def draw_votes(keys: list[str], rewards: np.ndarray, count: int, seed: int) -> list[dict[str, str]]:
@@ -42,6 +53,31 @@ def draw_votes(keys: list[str], rewards: np.ndarray, count: int, seed: int) -> l
     return votes
 
 
+def heard_clips(rows: Sequence[Mapping[str, Any]], world: Sequence[Mapping[str, Any]]) -> list[Heard]:
+    """What listeners judge, of clips of a corpus of synthetic songs.
+
+    Args:
+        rows: of the index of the corpus, ok ones.
+        world: of the `world.parquet` of its songs.
+
+    Raises:
+        UserError: a clip is of no song of the table.
+    """
+    songs = {row["path"].removeprefix("songs/"): row for row in world}
+    clips = []
+    for row in rows:
+        if (song := songs.get(row["source"])) is None:
+            raise UserError(f"{row['source']} is no song of that world.", "Name the world.parquet of the corpus.")
+        sings = bool(song["voice"])
+        if row["duration_s"] < song["seconds"] - 0.1:  # a part, in which the voice of the song may be silent
+            piece = compose(song["seed"], song["index"])
+            if song["start_s"] == 0 and piece.seconds != song["seconds"]:  # a whole one of another length
+                piece = compose(song["seed"], song["index"], seconds=song["seconds"])
+            sings = bool(piece.heard(song["start_s"] + row["start_s"], row["duration_s"]).voice)
+        clips.append(Heard(row["key"], song["quality"], sings, row["caption"] or ""))
+    return clips
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write the table that the command names; returns the exit code.
 
@@ -56,24 +92,51 @@ def main(arguments: list[str] | None = None) -> int:
         "--prefer", default="reward_score", metavar="COLUMN", help="score column (default reward_score)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--world", metavar="TABLE", help="world.parquet of the songs: listeners know their quality")
+    parser.add_argument("--held-out", action="store_true", help="with --world: only clips of validation and test")
+    for name in PANEL:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Listeners(), name))
     options = parser.parse_args(arguments)
     if options.count < 1:
         raise UserError(f"--count is {options.count}, but a table needs at least one vote.", "Give 1 or more.")
     runs.read(Folder.at(options.run), "corpus")
     run = Folder.at(options.run)
+    if options.world is not None:
+        return _listen(run, options)
     table = with_columns(run, index.read_index(run), [options.prefer])
     require_column(run, options.prefer)  # one of text is no score
     rows = [row for row in table.to_pylist() if row["status"] == "ok" and row[options.prefer] is not None]
     rewards = np.array([row[options.prefer] for row in rows], np.float64)
-    votes = draw_votes([row["key"] for row in rows], rewards, options.count, options.seed)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["a", "b", "label"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(votes)
-    folder, name = split_path(options.table)
-    folder.write(name, text.getvalue().encode())
-    print(f"{len(votes)} votes about {len(rows)} clips: {options.table}")
+    drawn = draw_votes([row["key"] for row in rows], rewards, options.count, options.seed)
+    _write(options.table, ["a", "b", "label"], drawn)
+    print(f"{len(drawn)} votes about {len(rows)} clips: {options.table}")
     return 0
+
+
+def _listen(run: Folder, options: argparse.Namespace) -> int:
+    """Votes of listeners who know the truth."""
+    splits = ("validation", "test") if options.held_out else ("train", "validation", "test")
+    rows = [row for row in index.read_index(run).to_pylist() if row["status"] == "ok" and row["split"] in splits]
+    clips = heard_clips(rows, parquet_table(read_file(options.world)).to_pylist())
+    try:
+        panel = Listeners(**{name: getattr(options, name) for name in PANEL})
+    except ValueError as error:
+        raise UserError(str(error), "certainty is above 0, tie-width at least 0, lapse from 0 to 1.") from error
+    drawn = votes(clips, options.count, options.seed, panel)
+    _write(options.table, COLUMNS, drawn)
+    best = best_accuracy(clips, panel)
+    print(f"{len(drawn)} votes about {len(clips)} clips: {options.table}")
+    print(f"best possible accuracy: {best.knowing_all:.3f}; knowing true quality alone: {best.knowing_quality:.3f}")
+    return 0
+
+
+def _write(table: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    folder, name = split_path(table)
+    folder.write(name, text.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ sets.
 import argparse
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,12 +142,21 @@ def write_world(folder: str, clips: Iterator[Clip], *, format: str = "wav", stem
         rows.append({"path": path, **item.row()})
     if not rows:
         raise UserError("there are no clips to write.", "Ask for at least one piece, as long as a clip.")
+    write_tables(target, rows)
+    return len(rows)
+
+
+def write_tables(target: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The captions of songs that are there, and last the table of truth.
+
+    Args:
+        rows: `Clip.row` of each, with its path below `target`.
+    """
     captions = [{"path": row["path"].removeprefix("songs/"), "caption": row["caption"]} for row in rows]
     target.write(CAPTIONS, json.dumps(captions, indent=1, ensure_ascii=False).encode())
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer, compression="zstd")
     target.write(TABLE, buffer.getvalue())
-    return len(rows)
 
 
 def encoded(audio: Audio, format: str, rate: int = RATE, title: str = "", artist: str = "") -> bytes:
