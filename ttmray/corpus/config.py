@@ -158,7 +158,8 @@ class CorpusRuntime(RuntimeConfig):
     object_store_gib: float | None = Field(None, gt=0)
     """Object store of a Ray instance that this job starts; default: Ray's own choice (30 % of RAM)."""
     clip_timeout_s: float = Field(600.0, gt=0)
-    """A clip (or track) that runs alone longer than this is quarantined."""
+    """A clip (or track) that runs alone longer than this is quarantined. A unit that takes `unit_clips` times as long
+    ends its worker, and runs alone after three such deaths."""
     no_progress_timeout_s: float = Field(1800.0, gt=0)
     """Without any finished unit for this long, or without a node for some stage, the job stops instead of hanging."""
 
