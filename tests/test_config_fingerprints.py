@@ -39,7 +39,7 @@ FINGERPRINTS = {
     "debug/evaluate": "ebfab4b3786e4057990d2dfdfe18e6e17a8f19bd2ef1ea7a043a15b89b62de3a",
     "debug/generate": "c699324ec303d5918f558017a3895c6524ef44b1f58e8ead7e5564701c1fe634",
     "debug/grpo": "daa973ab28ff8671911fdef50e2d2e85d03fa96020d0478ee76f07a458d8bd67",
-    "debug/methods": "b76760256926c2b4e17eb3678685124a4c8191e39ad173240ef27cb2b1c201a3",
+    "debug/methods": "c5363dd54e6bfdb2be1f07e422266c7dcce26bd42c97d89bb5fe4e77c7a8b738",
     "debug/pool": "6d6f3e78b4e84a594b64d55759ae6edbed9ca0d7d2c231de74d0dfd65021f995",
     "debug/ranker": "fea9f494105009c3ead2ce951b1b731eb911b870d8bd41627beed6fb892c0a8d",
     "debug/reproduce": "cd334cad89f8d617df474a063332919455f7ecb8268931a73340c788e4840c82",

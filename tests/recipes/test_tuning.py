@@ -12,8 +12,17 @@ from ttmray.errors import UserError
 from ttmray.generation.filter import FilterConfig
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.generation.prompts import Prompt, read_prompts
-from ttmray.recipes.hearing import Sound
-from ttmray.recipes.method_tables import Change, Comparison, change, contrasts, points, verdict, weight_distance
+from ttmray.recipes.hearing import Sound, schema
+from ttmray.recipes.method_tables import (
+    Change,
+    Comparison,
+    change,
+    compare,
+    contrasts,
+    points,
+    verdict,
+    weight_distance,
+)
 from ttmray.recipes.tuning import METHODS, BudgetConfig, MethodConfig, Parent, Tuned, Tuning, run_phases, write_prompts
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
@@ -268,3 +277,71 @@ def test_the_distance_of_weights_is_relative_and_0_for_the_parent(tmp_path):
     assert weight_distance(parent, parent) == 0
     assert weight_distance(tuned, parent) == pytest.approx(0.1)
     assert json.dumps(weight_distance(tuned, parent))
+
+
+def write_heard(folder: Path, rows: list[dict[str, Any]], clap: np.ndarray) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vectors = iter(clap.tolist())
+    full = [
+        {"prompt": "", "reason": "", **one, "clap": next(vectors) if one["status"] == "ok" else None} for one in rows
+    ]
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(full, schema({})), folder / "heard.parquet")
+
+
+def test_the_comparison_is_written_from_what_was_heard(tmp_path):
+    rng = np.random.default_rng(4)
+    prompts, base = [f"p{i}" for i in range(8)], rng.normal(size=8)
+    unit = rng.normal(size=(8, 6))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    parent = [row(prompt, 0, one, quality=one, share=0.0) for prompt, one in zip(prompts, base, strict=True)]
+    write_heard(tmp_path / "heard/parent", parent, unit)
+    for seed in (0, 1):
+        for name, gain, quality in (("good", 1.0, 0.5), ("hacked", 2.0, -0.5)):
+            rows = [
+                row(prompt, 0, one + gain * share + 0.1 * seed, quality=one + quality * share, share=share)
+                for share in (0.5, 1.0)
+                for prompt, one in zip(prompts, base, strict=True)
+            ]
+            if name == "good":
+                rows[3] |= {"status": "rejected", "reward_score": None, "clap_score": None, "quality": None}
+            clap = np.concatenate([unit, unit])[: sum(one["status"] == "ok" for one in rows)]
+            write_heard(tmp_path / f"heard/{name}-{seed}", rows, clap)
+    tuned = {
+        (name, seed): Tuned(clips=5, forwards=7, passes=3.0, shares_pool=True)
+        for name in ("good", "hacked")
+        for seed in (0, 1)
+    }
+    for step, spent in (("pool-0", 4.0), ("pool-1", 2.0), ("hear-good-0", 1.0)):
+        record = {"fingerprint": "", "done": True, "seconds": 0, "cpu_seconds": spent, "gpu_seconds": 0, "launches": 1}
+        (tmp_path / "steps").mkdir(exist_ok=True)
+        (tmp_path / f"steps/{step}.json").write_text(json.dumps(record))
+    how: dict[str, Any] = {
+        "root": Folder(str(tmp_path)),
+        "seeds": (0, 1),
+        "tuned": tuned,
+        "equal": "Held equal: clips.",
+    }
+    assert compare(compared(**how, rows={"good": "crpo", "hacked": "grpo"})) == 0
+    result = json.loads((tmp_path / "comparison/methods.json").read_text())
+    first, good, hacked = result["rows"]
+    assert (first["name"], first["account"], first["verdict"]) == ("parent", None, "")
+    assert good["changes"]["reward"]["value"] == pytest.approx(2 * 1.05)  # the sum is twice the score; mean of seeds
+    assert good["verdict"] == "both rise"
+    assert hacked["verdict"] == "hacked: reward rises, quality falls"
+    assert hacked["changes"]["quality"]["p_holm"] < 1e-6
+    assert (good["failed"], hacked["failed"]) == (0, 0)  # of the end; the clip that failed is half way
+    assert good["account"]["cpu_seconds"] == pytest.approx((5 + 2) / 2)
+    assert good["account"]["training_tflop"] == pytest.approx(3 * step_flops(SMALL["debug"]) / 1e12)
+    assert [(one["row"], one["share"]) for one in result["curves"]] == [
+        (name, share) for name in ("good", "hacked") for share in (0.0, 0.5, 1.0)
+    ]
+    assert len((tmp_path / "comparison/clips.csv").read_text().splitlines()) == 1 + 8 + 4 * 16
+    page = (tmp_path / "comparison/methods.md").read_text()
+    assert "hacked: reward rises, quality falls" in page
+    assert "Held equal: clips." in page
+    figure = (tmp_path / "comparison/hacking-dark.svg").read_text()
+    assert "true quality" in figure
+    assert "trained reward" in figure
