@@ -184,7 +184,7 @@ def holds_arrays(annotation: ast.expr | None, arrays: Collection[str]) -> bool:
         return False
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         annotation = ast.parse(annotation.value, mode="eval").body
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Callable"):
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith(("Callable", "Literal")):
         return False
     if isinstance(annotation, ast.Name | ast.Attribute):
         return ast.unparse(annotation).rpartition(".")[2] in arrays

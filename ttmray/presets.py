@@ -19,6 +19,7 @@ _COMMANDS = {
     "stage2": "expert-iteration",
     "stage3": "train-crpo",
     "grpo": "train-grpo",
+    "methods": "compare-methods",
     "ranker": "train-ranker",
     "train": "train-micro",
 }

@@ -12,10 +12,10 @@ from ttmray.errors import UserError
 from ttmray.generation.filter import FilterConfig
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.generation.prompts import Prompt, read_prompts
-from ttmray.recipes.hearing import Sound, schema
+from ttmray.recipes.hearing import HeardClips, schema
 from ttmray.recipes.method_tables import (
     Change,
-    Comparison,
+    MethodComparison,
     change,
     compare,
     contrasts,
@@ -212,10 +212,10 @@ def row(prompt: str, sample: int, reward: float | None, quality: float = 0.0, sh
     return {"share": share, "prompt_id": prompt, "sample": sample, "status": status, **scores}
 
 
-def compared(**changes: Any) -> Comparison:
+def compared(**changes: Any) -> MethodComparison:
     usual: dict[str, Any] = {"root": Folder("/nowhere"), "bundle": "debug", "shape": SMALL["debug"], "parent": ""}
     usual |= {"rewards": {"reward_score": 2.0}, "others": (), "seeds": (0,), "rows": {}, "tuned": {}}
-    return Comparison(**{**usual, "reference": None, "confidence": 0.95, "equal": "", **changes})
+    return MethodComparison(**{**usual, "reference": None, "confidence": 0.95, "equal": "", **changes})
 
 
 def vectors(*angles: float) -> np.ndarray:
@@ -225,7 +225,7 @@ def vectors(*angles: float) -> np.ndarray:
 def test_the_best_of_k_is_chosen_by_the_reward_among_the_first_k_candidates():
     rows = [row("a", k, reward, quality=-k) for k, reward in enumerate([1.0, 3.0, 2.0, 9.0])]
     rows += [row("b", k, reward) for k, reward in enumerate([None, 0.0, 1.0, -1.0])]
-    sound = Sound(rows, vectors(0.0, 0.1, 0.2, 0.3, 1.0, 1.1, 1.2))
+    sound = HeardClips(rows, vectors(0.0, 0.1, 0.2, 0.3, 1.0, 1.1, 1.2))
     two, four = points(compared(), [sound], sound, ["a", "b"])
     assert (two.share, four.share) == (0.5, 1.0)
     np.testing.assert_allclose(two.values["reward"], [[6.0], [0.0]])  # the weighted sum: twice the score
@@ -236,8 +236,8 @@ def test_the_best_of_k_is_chosen_by_the_reward_among_the_first_k_candidates():
 
 
 def test_points_along_a_training_are_held_against_the_parents_clips_of_the_same_noise():
-    parent = Sound([row("a", 0, 1.0, share=0.0), row("b", 0, 2.0, share=0.0)], vectors(0.0, 1.0))
-    tuned = Sound(
+    parent = HeardClips([row("a", 0, 1.0, share=0.0), row("b", 0, 2.0, share=0.0)], vectors(0.0, 1.0))
+    tuned = HeardClips(
         [row("a", 0, 1.5, share=0.5), row("b", 0, None, share=0.5), row("a", 0, 2.0), row("b", 0, 2.5)],
         vectors(0.2, 0.5, 1.0),
     )

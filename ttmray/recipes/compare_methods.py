@@ -34,7 +34,7 @@ from ttmray.models.scoring import SAMPLE_RATE
 from ttmray.models.weights import weights_file
 from ttmray.recipes.chain import Step, fill, merged, run_chain
 from ttmray.recipes.hearing import HEARD, Hearing, OtherRewardConfig, hear
-from ttmray.recipes.method_tables import Comparison, compare
+from ttmray.recipes.method_tables import MethodComparison, compare
 from ttmray.recipes.needs import Need, file_there, needs_of, plots, text_if_there, weights
 from ttmray.recipes.tuning import (
     METHODS,
@@ -165,12 +165,12 @@ def compare_methods(
     root = Folder.at(config.output)
     if root.remote:
         raise UserError(f"output {config.output}: methods are compared in a local folder.", "Name a local path.")
-    chain = _Chain(config, root)
+    chain = _MethodChain(config, root)
     chain.show()
     return run_chain(root, chain.steps, chain.prints, first=first, last=last, plan_only=plan_only)
 
 
-class _Chain:
+class _MethodChain:
     """The steps, and what each depends on."""
 
     def __init__(self, config: CompareMethodsConfig, root: Folder) -> None:
@@ -328,7 +328,7 @@ class _Chain:
         reference = (REFERENCE, self.root.path("references")) if config.composed else None
         if config.reference is not None:
             reference = (config.reference, config.references)
-        comparison = Comparison(
+        comparison = MethodComparison(
             root=self.root,
             bundle=config.bundle,
             shape=self.shape,

@@ -127,15 +127,15 @@ def _quality(path: str, seconds: float) -> dict[str, float]:
     return {"quality": quality, **{f"fault_{kind}": faults[kind] for kind in KINDS}}
 
 
-class Sound(NamedTuple):
+class HeardClips(NamedTuple):
     """Clips of a table of rows that are ok: rows, and their CLAP vectors (n, 512)."""
 
     rows: list[dict[str, Any]]
     clap: np.ndarray
 
 
-def read_heard(folder: Folder) -> Sound:
+def read_heard(folder: Folder) -> HeardClips:
     """What `hear` has written, clips that failed among the rows; vectors (n, 512) of the others in order."""
     table = parquet_table(folder.read(HEARD))
     claps = [row for row in table["clap"].to_pylist() if row is not None]
-    return Sound(table.drop_columns(["clap"]).to_pylist(), np.array(claps, np.float32))
+    return HeardClips(table.drop_columns(["clap"]).to_pylist(), np.array(claps, np.float32))

@@ -27,7 +27,7 @@ from ttmray.models.bundle import base_name, means_nothing, open_bundle
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
 from ttmray.recipes.chain import step_record
-from ttmray.recipes.hearing import Sound, read_heard
+from ttmray.recipes.hearing import HeardClips, read_heard
 from ttmray.recipes.method_page import as_csv, flat, markdown
 from ttmray.recipes.tuning import Tuned
 from ttmray.statistics import hierarchical_bootstrap, holm, mean_interval, paired, vendi_score
@@ -41,7 +41,7 @@ CURVE = "true quality by trained reward"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """What is compared.
 
     Attributes:
@@ -103,7 +103,7 @@ class Change(NamedTuple):
     n: int
 
 
-def compare(comparison: Comparison) -> int:
+def compare(comparison: MethodComparison) -> int:
     """Write `comparison/` of the run folder: tables, figure, every clip; returns an exit code."""
     root, rows = comparison.root, list(comparison.rows)
     parent_sound = read_heard(root.sub("heard/parent"))
@@ -155,11 +155,11 @@ def compare(comparison: Comparison) -> int:
     return EXIT_OK
 
 
-def _heard(comparison: Comparison, row: str, seed: int) -> Sound:
+def _heard(comparison: MethodComparison, row: str, seed: int) -> HeardClips:
     return read_heard(comparison.root.sub(f"heard/{row}-{seed}"))
 
 
-def points(comparison: Comparison, sounds: Sequence[Sound], parent: Sound, prompts: list[str]) -> list[Point]:
+def points(comparison: MethodComparison, sounds: Sequence[HeardClips], parent: HeardClips, prompts: list[str]) -> list[Point]:
     """What was heard along a training, or by the best of 2, 4, ... candidates, in order.
 
     Args:
@@ -194,7 +194,7 @@ class _Take(NamedTuple):
     distance: float
 
 
-def _first(sound: Sound) -> dict[str, np.ndarray]:
+def _first(sound: HeardClips) -> dict[str, np.ndarray]:
     """Prompt -> CLAP vector (512,) of its first clip that is ok."""
     vectors: dict[str, np.ndarray] = {}
     for row, clap in zip([row for row in sound.rows if row["status"] == OK], sound.clap, strict=True):
@@ -203,7 +203,7 @@ def _first(sound: Sound) -> dict[str, np.ndarray]:
     return vectors
 
 
-def _takes(comparison: Comparison, sound: Sound, parents: Mapping[str, np.ndarray]) -> list[_Take]:
+def _takes(comparison: MethodComparison, sound: HeardClips, parents: Mapping[str, np.ndarray]) -> list[_Take]:
     """Snapshots of a training; of several candidates the best of 2, 4, ... and of all."""
     claps = iter(sound.clap)
     rows = [row | {"clap": next(claps) if row["status"] == OK else None} for row in sound.rows]
@@ -261,7 +261,7 @@ def change(values: np.ndarray, base: np.ndarray, confidence: float) -> Change | 
     return Change(float(differences.mean()), low, high, test.p, len(differences))
 
 
-def _changes(comparison: Comparison, point: Point, parent: Point) -> dict[str, Change]:
+def _changes(comparison: MethodComparison, point: Point, parent: Point) -> dict[str, Change]:
     """Measure -> change against the parent, where there is one."""
     changes = {}
     for name in comparison.measures:
@@ -288,7 +288,7 @@ def contrasts(ends: Mapping[str, Point], measures: Sequence[str], confidence: fl
     return rows
 
 
-def _reference(comparison: Comparison) -> Embedded | None:
+def _reference(comparison: MethodComparison) -> Embedded | None:
     if comparison.reference is None:
         return None
     bundle = open_bundle(base_name(comparison.bundle))
@@ -296,7 +296,7 @@ def _reference(comparison: Comparison) -> Embedded | None:
 
 
 def _described(
-    comparison: Comparison,
+    comparison: MethodComparison,
     row: str,
     point: Point,
     changes: Mapping[str, Change],
@@ -349,7 +349,7 @@ def _side(one: Change) -> int:
     return int(one.low > 0) - int(one.high < 0)
 
 
-def account(comparison: Comparison, row: str) -> dict[str, Any]:
+def account(comparison: MethodComparison, row: str) -> dict[str, Any]:
     """What a method has cost, means over seeds: clips, FLOPs, seconds; and how far its weights are from the parent's.
 
     Seconds are those of its steps; of the pool that several methods share each pays all. Choosing the best of N costs
@@ -397,7 +397,7 @@ def _curves(parent: Point, curves: Mapping[str, Sequence[Point]]) -> list[dict[s
     return rows
 
 
-def _clips(comparison: Comparison, parent: Sound) -> list[dict[str, Any]]:
+def _clips(comparison: MethodComparison, parent: HeardClips) -> list[dict[str, Any]]:
     """Every clip that was heard."""
     heard = [("parent", "", parent)]
     heard += [(row, str(seed), _heard(comparison, row, seed)) for row in comparison.rows for seed in comparison.seeds]

@@ -320,7 +320,11 @@ def _on_pairs(tuning: Tuning, rule: Mapping[str, Any]) -> Tuned:
 
 
 def grpo(tuning: Tuning) -> Tuned:
-    """Online GRPO: in rounds, groups of clips are drawn by the weights as they are, and a policy gradient follows."""
+    """Online GRPO: in rounds, groups of clips are drawn by the weights as they are, and a policy gradient follows.
+
+    Raises:
+        UserError: more rounds than prompts.
+    """
     budget, place, rounds = tuning.budget, tuning.folder, tuning.settings.rounds or 4
     per_round = budget.prompts // rounds
     if not per_round:
