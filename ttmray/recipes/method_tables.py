@@ -159,7 +159,9 @@ def _heard(comparison: MethodComparison, row: str, seed: int) -> HeardClips:
     return read_heard(comparison.root.sub(f"heard/{row}-{seed}"))
 
 
-def points(comparison: MethodComparison, sounds: Sequence[HeardClips], parent: HeardClips, prompts: list[str]) -> list[Point]:
+def points(
+    comparison: MethodComparison, sounds: Sequence[HeardClips], parent: HeardClips, prompts: list[str]
+) -> list[Point]:
     """What was heard along a training, or by the best of 2, 4, ... candidates, in order.
 
     Args:
