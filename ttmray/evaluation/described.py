@@ -44,7 +44,7 @@ def described_systems(
     """Counts and metrics of every system, and warnings.
 
     Args:
-        claps: (n, 512), a row per clip, NaN where it is not ok.
+        claps: (n, 512) of all n rows, NaN where a clip is not ok.
         extra: further columns of the rows -> what made them.
     """
     described, warnings = [], []

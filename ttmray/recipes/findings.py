@@ -234,11 +234,11 @@ def crosses(seeds: Sequence[Seed]) -> Finding:
     benign, collapse = _effects(seeds, pairs[:2], ("reward", QUALITY)), _effects(seeds, pairs[2:], ("reward", QUALITY))
     if not benign or not collapse:
         return Finding("c", claim, "cannot be told", _missing("the crossed cells of the factorial"), benign + collapse)
-    harmless = _all([_above(one, -MARGIN * one.unit) for one in benign])
-    lost = _all([_above(one, -MARGIN * one.unit, below=True) for one in collapse])
-    first = f'v1 in v2, "benign": {harmless} ({_listed(benign)})'
+    stays = _all([_above(one, -MARGIN * one.unit) for one in benign])
+    falls = _all([_above(one, -MARGIN * one.unit, below=True) for one in collapse])
+    first = f'v1 in v2, "benign": {kept} ({_listed(benign)})'
     why = f'{first}; v2 in v1, "collapses": {lost} ({_listed(collapse)})'
-    return Finding("c", claim, _all([harmless, lost]), why, benign + collapse)
+    return Finding("c", claim, _all([stays, falls]), why, benign + collapse)
 
 
 def vocals(seeds: Sequence[Seed]) -> Finding:
