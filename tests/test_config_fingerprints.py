@@ -48,7 +48,7 @@ FINGERPRINTS = {
     "debug/stage3": "52e82e8ae581c20ad2481bacb3de12b3c9d76dc44cd4528ff930d9ebc7b9ab7d",
     "micro/methods": "e73cc69196b3f7ec7ae714067f78e0fc5791b3c9366ea4cedf5c7e5bb9e8414c",
     "micro/reproduce": "67a84052f163966117611331c608379e68e8efae7a90eb370fa5309386471bdb",
-    "micro/train": "b70561f170d9b00dabc5118df49c6068c99f62e243e9f9a6859212e7afd9c65f",
+    "micro/train": "b2ee012b4905d4d0456bd1c9d6917657859f76fee5ff2abf73b5d571d189eeef",
     "paper/ablate": "01eebf2da9be395f1605f14594e975093a376245cf168526704d9ae3f627515b",
     "paper/corpus": "c4b858542f0760662c95550ceab8736bf25da440651a3e4c7ebcc4458eb747e8",
     "paper/evaluate": "d9f12ba664a89e6b4b0d2e45f29c0d7b04413fb86f175dc1750816c8d0a37b7a",
