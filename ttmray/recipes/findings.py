@@ -236,8 +236,8 @@ def crosses(seeds: Sequence[Seed]) -> Finding:
         return Finding("c", claim, "cannot be told", _missing("the crossed cells of the factorial"), benign + collapse)
     stays = _all([_above(one, -MARGIN * one.unit) for one in benign])
     falls = _all([_above(one, -MARGIN * one.unit, below=True) for one in collapse])
-    first = f'v1 in v2, "benign": {kept} ({_listed(benign)})'
-    why = f'{first}; v2 in v1, "collapses": {lost} ({_listed(collapse)})'
+    first = f'v1 in v2, "benign": {stays} ({_listed(benign)})'
+    why = f'{first}; v2 in v1, "collapses": {falls} ({_listed(collapse)})'
     return Finding("c", claim, _all([stays, falls]), why, benign + collapse)
 
 
