@@ -324,7 +324,7 @@ def test_the_comparison_is_written_from_what_was_heard(tmp_path):
         "tuned": tuned,
         "equal": "Held equal: clips.",
     }
-    assert compare(compared(**how, rows={"good": "crpo", "hacked": "grpo"})) == 0
+    assert compare(compared(bundle="micro", **how, rows={"good": "crpo", "hacked": "grpo"})) == 0
     result = json.loads((tmp_path / "comparison/methods.json").read_text())
     first, good, hacked = result["rows"]
     assert (first["name"], first["account"], first["verdict"]) == ("parent", None, "")

@@ -12,22 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ttmray.audio.clip import read_clip
 from ttmray.config import Config
-from ttmray.console import meter
 from ttmray.errors import EXIT_OK
 from ttmray.evaluation.measure import OK, MeasureConfig, measure
 from ttmray.evaluation.systems import SystemClip, find_systems
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.generate import generate
 from ttmray.generation.prompts import read_prompts
-from ttmray.models.bundle import BundleName, open_bundle
+from ttmray.models.bundle import BundleName
 from ttmray.storage import Folder, parquet_table
 from ttmray.synth.faults import KINDS
-from ttmray.synth.measures import estimate
-from ttmray.synth.measures import measure as measure_sound
 
 HEARD = "heard.parquet"
+QUALITY_BY = "small_world"
+"""Clip metric of the evaluation that estimates quality and faults."""
 
 
 class OtherRewardConfig(Config):
@@ -98,33 +96,25 @@ def measured(clips: Sequence[SystemClip], out: Folder, hearing: Hearing) -> list
     """A row per clip in order; one that is missing, silent or damaged has its reason and no numbers."""
     there = [clip for clip in clips if clip.path is not None]
     sources = [(str(clip.path), clip.prompt) for clip in there]
-    facts, _ = measure(sources, hearing.bundle, hearing.reward_text, out, hearing.measure)
+    own = (hearing.bundle, hearing.reward_text, out, hearing.measure)
+    facts, _ = measure(sources, *own, clip_metrics=(QUALITY_BY,))
     rewards = {}
     for name, other in hearing.others.items():
         some, _ = measure(sources, other.bundle, other.reward_text, out, hearing.measure, what=name)
         rewards[name] = [row["reward"] for row in some]
-    seconds, of_clip = open_bundle(hearing.bundle).clip_s, {}
-    with meter("listening", len(there)) as progress:
-        for i, (clip, fact) in enumerate(zip(there, facts, strict=True)):
-            row = {name: fact[name] for name in ("status", "reason", "clap_score", "clap")}
-            row |= {"reward_score": fact["reward"], **{name: values[i] for name, values in rewards.items()}}
-            if fact["status"] == OK:
-                row |= _quality(str(clip.path), seconds)
-            of_clip[clip.prompt_id, clip.sample] = row
-            progress.advance(1)
+    of_clip = {}
+    for i, (clip, fact) in enumerate(zip(there, facts, strict=True)):
+        row = {name: fact[name] for name in ("status", "reason", "clap_score", "clap")}
+        row |= {"reward_score": fact["reward"], **{name: values[i] for name, values in rewards.items()}}
+        if fact["status"] == OK:
+            heard = {name.partition("/")[2]: value for name, value in fact["numbers"].items()}
+            row |= {"quality": heard.pop("estimated_quality"), **heard}
+        of_clip[clip.prompt_id, clip.sample] = row
     return [
         {"prompt_id": clip.prompt_id, "sample": clip.sample, "prompt": clip.prompt}
         | of_clip.get((clip.prompt_id, clip.sample), {"status": "missing", "reason": clip.reason})
         for clip in clips
     ]
-
-
-def _quality(path: str, seconds: float) -> dict[str, float]:
-    """The quality that is heard in a file, and the strengths of the faults."""
-    reading = read_clip(path, seconds, measured=False)
-    assert reading.wave is not None  # it has just been measured
-    faults, quality = estimate(measure_sound(reading.wave))
-    return {"quality": quality, **{f"fault_{kind}": faults[kind] for kind in KINDS}}
 
 
 class HeardClips(NamedTuple):

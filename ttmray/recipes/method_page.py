@@ -73,7 +73,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return pages.render(
         "methods.md.j2",
         **{name: result[name] for name in ("equal", "note", "meaningless", "seeds", "prompts")},
-        reward=" + ".join(f"{weight:g} {name}" for name, weight in result["rewards"].items()),
+        reward=" + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in result["rewards"].items()),
         header=("", *measures, *sets, "distance", "failed", "reward and true quality"),
         main=main,
         cost_header=(

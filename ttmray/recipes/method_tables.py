@@ -312,7 +312,8 @@ def _described(
         name: one._asdict() | {"p_holm": adjusted[name], "seeds": _of_seeds(point, name)}
         for name, one in changes.items()
     }
-    described["verdict"] = verdict(changes.get(REWARD), changes.get(QUALITY)) if changes else ""
+    tells = changes and not means_nothing(base_name(comparison.bundle))
+    described["verdict"] = verdict(changes.get(REWARD), changes.get(QUALITY)) if tells else ""
     sets: dict[str, Any] = {"vendi": [vendi_score(clap) for clap in point.claps if len(clap)]}
     if reference is not None:
         bundle = open_bundle(base_name(comparison.bundle))
