@@ -188,7 +188,7 @@ def head_table(
     for name, cell in unconditional.items():
         lines.append(((name,), values_of(cell) | dict.fromkeys([*STEERED["reward"], *STEERED[QUALITY]], Value(None))))
     for name, cells in rows.items():
-        followed = {}
+        followed: dict[str, Value] = {}
         for metric, (r, delta) in STEERED.items():
             followed |= {r: correlation(cells, metric), delta: _moved(cells, steer, metric)}
         lines.append(((name,), values_of(cells[at]) | followed))

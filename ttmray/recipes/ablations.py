@@ -142,10 +142,12 @@ class AblationPlan:
             self.chain[row.label] = self._row("chain", row)
         if config.factorial is not None:
             for stage, of in config.factorial.stages.items():
-                for weights, checkpoint in (("v1", of.v1), ("v2", of.v2)):
-                    for head in MECHANISMS if checkpoint is not None else ():
+                for weights, source in (("v1", of.v1), ("v2", of.v2)):
+                    if source is None:
+                        continue
+                    for head in MECHANISMS:
                         collapses = {"force_head": True}  # v2 weights under v1 are two of its cells
-                        self.factorial[stage, weights, head] = self._cell("factorial", checkpoint, head, collapses)
+                        self.factorial[stage, weights, head] = self._cell("factorial", source, head, collapses)
             for row in config.factorial.submitted:
                 key = (config.factorial.hybrid, "", row.label)
                 self.factorial[key] = self._row("factorial", row)

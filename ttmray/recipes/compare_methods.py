@@ -181,7 +181,7 @@ class _MethodChain:
         """(row, seed) -> what its method gives."""
         self.shape = self._shape()
         self.score = self._score()
-        own = {"bundle": config.bundle, "reward_text": config.reward_text}
+        own: dict[str, Any] = {"bundle": config.bundle, "reward_text": config.reward_text}
         own["pad_to"] = round(self.bundle.clip_s * SAMPLE_RATE)
         self.candidates = merged(own, config.candidates)
         self.hearing = Hearing(config.bundle, config.reward_text, config.others, config.measure)
@@ -225,7 +225,7 @@ class _MethodChain:
         """Raises:
         UserError: a backbone of a shape that has no name.
         """
-        sizes: dict[str, BackboneConfig] = {**SMALL, **SIZES}
+        sizes: dict[str, BackboneConfig] = dict(SMALL) | {str(name): size for name, size in SIZES.items()}
         ours = [getattr(self.shape, name) for name in ("hidden", "heads", "depth", "fused_depth")]
         for name, size in sizes.items():
             same_latents = name in SMALL or size.latent_dim == self.shape.latent_dim
@@ -436,7 +436,11 @@ def _build_reference(config: CompareMethodsConfig, clip_s: float, root: Folder) 
                     progress.advance(1)
 
             write_world(place.uri, clips(), format="flac")
-    where = {"store": root.path("references"), "bundle": base_name(config.bundle), "runtime": config.measure}
+    where: dict[str, Any] = {
+        "store": root.path("references"),
+        "bundle": base_name(config.bundle),
+        "runtime": config.measure,
+    }
     return build_reference(REFERENCE, place.path("songs"), **where)
 
 

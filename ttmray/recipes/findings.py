@@ -126,7 +126,10 @@ def findings(runs: Sequence[str], *, out: str | None = None) -> int:
     if out is not None:
         folder = Folder.at(out)
         folder.write("findings.md", text.encode())
-        facts = {"version": __version__, "runs": [dict(seed.about) | {"run": seed.name} for seed in seeds]}
+        facts: dict[str, Any] = {
+            "version": __version__,
+            "runs": [dict(seed.about) | {"run": seed.name} for seed in seeds],
+        }
         facts |= {"margin": MARGIN, "findings": [asdict(one) for one in results]}
         folder.write("findings.json", json.dumps(facts, indent=1).encode())
         folder.write("per_prompt.csv", per_prompt(seeds).encode())
@@ -308,7 +311,7 @@ def _heads(seeds: Sequence[Seed]) -> dict[str, list[str]]:
 
 def _past_training(seeds: Sequence[Seed]) -> list[tuple[str, Row, Row]]:
     """Neighbouring scores of every curve of the sweep."""
-    steps = []
+    steps: list[tuple[str, Row, Row]] = []
     curves: dict[str, list[str]] = {}
     for row in dict.fromkeys(row for seed in seeds for row in seed.rows):
         if row[0] == "sweep" and len(row) == 3 and all(row in seed.rows for seed in seeds):

@@ -122,7 +122,7 @@ def compare(comparison: MethodComparison) -> int:
     for row in rows:
         holms = {name: adjusted[name][row] for name in comparison.measures if row in adjusted[name]}
         table.append(_described(comparison, row, curves[row][-1], changes[row], holms, reference))
-    result = {
+    result: dict[str, Any] = {
         "equal": comparison.equal,
         "measures": comparison.measures,
         "rewards": dict(comparison.rewards),
@@ -148,7 +148,7 @@ def compare(comparison: MethodComparison) -> int:
         for row in rows
     }
     for theme in ("light", "dark"):
-        out.write(f"hacking-{theme}.svg", plots.curves(lines, CURVE, theme))  # type: ignore[arg-type]
+        out.write(f"hacking-{theme}.svg", plots.curves(lines, CURVE, theme))
     result = plain(result)
     out.write("methods.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode())
     out.write("methods.md", markdown(result).encode())
