@@ -47,7 +47,7 @@ FINGERPRINTS = {
     "debug/stage2": "a6ab63a15f44cdd49fdf42f30cd80b21fc6bc634d229792b97a6fc611b6526e7",
     "debug/stage3": "52e82e8ae581c20ad2481bacb3de12b3c9d76dc44cd4528ff930d9ebc7b9ab7d",
     "micro/methods": "e73cc69196b3f7ec7ae714067f78e0fc5791b3c9366ea4cedf5c7e5bb9e8414c",
-    "micro/reproduce": "67a84052f163966117611331c608379e68e8efae7a90eb370fa5309386471bdb",
+    "micro/reproduce": "15c4459b542b9b21b812b55dad072b185f3a783263d37e7c69155c91a5f5e3ea",
     "micro/train": "b2ee012b4905d4d0456bd1c9d6917657859f76fee5ff2abf73b5d571d189eeef",
     "paper/ablate": "01eebf2da9be395f1605f14594e975093a376245cf168526704d9ae3f627515b",
     "paper/corpus": "c4b858542f0760662c95550ceab8736bf25da440651a3e4c7ebcc4458eb747e8",

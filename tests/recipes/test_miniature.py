@@ -69,6 +69,8 @@ def test_all_heads_start_from_the_same_trunk_without_a_score(tmp_path):
     assert (stage1.model.head, stage1.model.init) == ("v1", weights)
     assert tables.stage1["model"]["init"] == weights
     assert tables.checkpoints["v2"].train == {"model": {"head": "v2"}}
+    assert stage1.data.sources[0].score_column == "ranker/instrumental_reward_score"
+    assert tables.checkpoints["full-mix"].train == {"data": {"sources": [{"score_column": "ranker/reward_score"}]}}
     assert tables.checkpoints["stage2"].path.startswith(f"{tmp_path}/stage2/expert/")
     assert steps["corpus"].config.input == f"{tmp_path}/world/songs"
     assert steps["pool"].config.held_out == tables.prompts == f"{tmp_path}/world/prompts.csv"
