@@ -121,7 +121,7 @@ def measure_floors(name: str, seed: int, parts: Sequence[str] = PARTS, sizes: Si
         "generation": (*Scorer.roles, "latents", "vocoder", "backbone", "text", "clap_condition"),
     }
     needed = {role for part in parts for role in roles[part]}
-    options = LoadOptions(device="cpu", clip_samples=round(bundle.clip_s * SAMPLE_RATE), instrumental="residual")
+    options = LoadOptions(device="cpu", clip_samples=round(bundle.clip_s * SAMPLE_RATE))
     models = bundle.load(needed, options)
     one_thread()
     world = World(seed, bundle.clip_s)
