@@ -509,7 +509,7 @@ def test_the_two_published_systems_get_a_full_evaluation(data_dir, tmp_path):
         ("baseline", 24, 24),
         ("sub1", 24, 24),
     ]
-    metrics = ["fad", "fad_inf", "kad", "diversity", "clap_score", "reward", "lufs", "true_peak", "silence"]
+    metrics = ["fad", "fad_inf", "kad", "diversity", "vendi", "clap_score", "reward", "lufs", "true_peak", "silence"]
     for system in results["systems"]:
         assert list(system["metrics"]) == metrics
         assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in system["metrics"].values())
