@@ -18,6 +18,7 @@ from demucs.htdemucs import HTDemucs
 from pydantic import Field
 from torch import Tensor
 
+from ttmray.config import added
 from ttmray.models import seeded
 from ttmray.models.separator import Separator, save_separator
 from ttmray.pretraining.clips import ClipSet, place
@@ -26,6 +27,10 @@ from ttmray.pretraining.loop import Part, PartConfig, reproducible, to_half, wei
 from ttmray.storage import Folder
 from ttmray.synth.instruments import RATE
 from ttmray.synth.piece import STEMS
+
+AUDIBLE, SILENT = 0.02, 1e-6
+"""Mean squares of vocals that count: 17 dB below the other stems, and -60 dBFS."""
+TRIES = 16
 
 
 class SeparatorConfig(PartConfig):
@@ -48,6 +53,9 @@ class SeparatorConfig(PartConfig):
     """Seconds of an item, and of the windows in use later."""
     remix: float = Field(0.5, ge=0, le=1)
     """Share of the items whose vocals come from another clip."""
+    singing: float | None = added(None, ge=0, le=1)
+    """Share of the items in which somebody sings; all others are without vocals. None: as it happens, in less than half
+    of them, and then a small model learns for a long time that no vocals are the best guess."""
 
 
 class SeparatorPart(Part):
@@ -81,6 +89,8 @@ class SeparatorPart(Part):
         stems = self._crop(index, samples, rng)
         if rng.random() < self.config.remix:
             stems[3] = self._crop(int(rng.integers(self.clips.stems)), samples, rng)[3]
+        if self.config.singing is not None:
+            stems[3] = self._vocals(stems, rng) if rng.random() < self.config.singing else 0
         for stem in stems:
             stem *= np.float32(rng.choice([-1, 1]) * rng.uniform(0.5, 1.25))
             if rng.random() < 0.5:
@@ -90,6 +100,16 @@ class SeparatorPart(Part):
         mono = stems.sum(axis=0).mean(axis=0)
         scaled: np.ndarray = (stems - mono.mean() / len(stems)) / (mono.std() + 1e-4)
         return scaled
+
+    def _vocals(self, stems: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(2, samples): those of (4, 2, samples) stems where they are heard, else the first of other clips that are."""
+        vocals = stems[3]
+        least = max(AUDIBLE * float(np.square(stems[:3].sum(axis=0)).mean()), SILENT)
+        for _ in range(TRIES):
+            if np.square(vocals).mean() > least:
+                break
+            vocals = self._crop(int(rng.integers(self.clips.stems)), vocals.shape[1], rng)[3]
+        return vocals
 
     def _crop(self, index: int, samples: int, rng: np.random.Generator) -> np.ndarray:
         stems = self.clips.stem(index)
