@@ -40,36 +40,43 @@ class GriffinLim(nn.Module):
 
     @torch.no_grad()
     def forward(self, mel: Tensor) -> Tensor:
-        magnitude, length = self._magnitude(mel.exp()), self.mel.hop * mel.shape[2]
+        # frames go before bins from here on, as FFTs like them; a transposed copy in every iteration takes longer
+        magnitude, length = self._magnitude(mel.exp()).mT.contiguous(), self.mel.hop * mel.shape[2]
+        norm = self._overlap_add(self.window.square().expand(1, mel.shape[2], -1)).clamp_min(1e-3)
         draws = torch.Generator().manual_seed(self.config.seed)
-        phase = torch.rand(magnitude.shape[1:], generator=draws).to(mel.device) * 2 * math.pi
-        angles = torch.polar(torch.ones_like(phase), phase).expand(magnitude.shape)
-        before = torch.zeros_like(angles)
+        phase = torch.rand(magnitude.mT.shape[1:], generator=draws).mT.contiguous().to(mel.device) * 2 * math.pi
+        spectrum = torch.polar(magnitude, phase.expand(magnitude.shape))
+        before = torch.zeros_like(spectrum)
         for _ in range(self.config.iterations):
-            now = self._stft(self._istft(magnitude * angles, length))
-            angles = now + self.config.momentum * (now - before)
-            angles, before = angles / angles.abs().clamp_min(1e-8), now
-        return self._istft(magnitude * angles, length).clamp(-1, 1)[:, None]
+            now = self._stft(self._istft(spectrum, norm, length))
+            ahead = now + self.config.momentum * (now - before)
+            spectrum, before = ahead * (magnitude / ahead.abs().clamp_min(1e-8)), now
+        return self._istft(spectrum, norm, length).clamp(-1, 1)[:, None]
 
     def _magnitude(self, target: Tensor) -> Tensor:
         """(B, bins, frames) spectra of these mels."""
-        magnitude = self.filters.T @ target + 1e-6
+        spread = self.filters.T @ target
+        magnitude = spread + 1e-6
         for _ in range(MAGNITUDE_UPDATES):
             heard = (self.filters.T @ (self.filters @ magnitude)).clamp_min(1e-8)
-            magnitude = magnitude * (self.filters.T @ target) / heard
+            magnitude = magnitude * spread / heard
         return magnitude
 
     def _stft(self, wave: Tensor) -> Tensor:
+        """(B, samples) -> (B, frames, bins)."""
         padded = nn.functional.pad(wave[:, None], (self.mel.padding, self.mel.padding), mode="reflect")[:, 0]
-        n_fft, hop = self.mel.n_fft, self.mel.hop
-        return torch.stft(padded, n_fft, hop, window=self.window, center=False, return_complex=True)
+        return torch.fft.rfft(padded.unfold(1, self.mel.n_fft, self.mel.hop) * self.window)
 
-    def _istft(self, spectrum: Tensor, length: int) -> Tensor:
+    def _istft(self, spectrum: Tensor, norm: Tensor, length: int) -> Tensor:
         """Overlap-add with the frames of `LogMel`, whose first one begins `padding` samples before the wave."""
-        n_fft, hop = self.mel.n_fft, self.mel.hop
-        frames = torch.fft.irfft(spectrum, n_fft, dim=1) * self.window[:, None]
-        total, fold = (spectrum.shape[2] - 1) * hop + n_fft, nn.functional.fold
-        wave = fold(frames, (1, total), (1, n_fft), stride=(1, hop))[:, 0, 0]
-        weights = self.window.square()[None, :, None].expand(1, -1, spectrum.shape[2])
-        norm = fold(weights, (1, total), (1, n_fft), stride=(1, hop))[:, 0, 0]
-        return (wave / norm.clamp_min(1e-3))[:, self.mel.padding : self.mel.padding + length]
+        frames = torch.fft.irfft(spectrum, self.mel.n_fft) * self.window
+        return (self._overlap_add(frames) / norm)[:, self.mel.padding : self.mel.padding + length]
+
+    def _overlap_add(self, frames: Tensor) -> Tensor:
+        """(B, frames, samples of a frame) -> (B, samples)."""
+        hop, per_frame = self.mel.hop, self.mel.n_fft // self.mel.hop
+        count = frames.shape[1]
+        total = frames.new_zeros(frames.shape[0], count + per_frame - 1, hop)
+        for part in range(per_frame):
+            total[:, part : part + count] += frames[:, :, part * hop : (part + 1) * hop]
+        return total.flatten(1)
