@@ -9,9 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from PIL import Image
 
 from ttmray.audio.io import AudioLimits, decode
 from ttmray.errors import UserError
+from ttmray.generation.manifest import SCHEMA, commit
+from ttmray.storage import Folder
 from ttmray.synth import page
 from ttmray.synth.faults import KINDS
 from ttmray.synth.instruments import RATE
@@ -126,14 +129,28 @@ def test_the_corpus_job_reads_a_world(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_has_players_pictures_and_the_truth(tmp_path):
-    assert page.main([str(tmp_path), "--pieces", "2", "--seed", str(SEED)]) == 0
-    text = (tmp_path / "index.html").read_text()
-    assert text.count("<audio") == 2 + 3 * len(KINDS)
+def test_the_page_has_players_pictures_and_the_truth_and_generated_clips(tmp_path):
+    run = Folder.at(str(tmp_path / "run"))
+    for name, score in (("a", -1.0), ("b", None)):
+        run.write(f"clips/{name}.flac", encoded(clip(SEED, 3, 2.0).mix, "flac"))
+        row = {"name": name, "prompt": "slow <organ>", "score": score, "reward_score": 0.5}
+        commit(run, dict.fromkeys(SCHEMA.names) | row | {"file": f"clips/{name}.flac"})
+    out = tmp_path / "page"
+    assert page.main([str(out), "--pieces", "2", "--seed", str(SEED), "--generated", run.uri]) == 0
+    text = (out / "index.html").read_text()
+    assert text.count("<audio") == 2 + 3 * len(KINDS) + 2
     for name in ("piece000", "clipping100", "detune020"):
-        assert (tmp_path / f"audio/{name}.ogg").stat().st_size > 10_000
+        assert (out / f"audio/{name}.ogg").stat().st_size > 10_000
         assert f"audio/{name}.ogg" in text
     assert all(kind in text for kind in KINDS)
+    assert "asked for -1.00: slow &lt;organ&gt;" in text
+    tile = Image.open(out / "spectra/run-a.png").size[0]
+    assert 2 * tile < Image.open(out / "generated.png").size[0] < 4 * tile
+
+
+def test_a_run_without_clips_is_no_part_of_a_page(tmp_path):
+    with pytest.raises(UserError, match="no generated clips"):
+        page.write_page(str(tmp_path / "page"), SEED, 1, [str(tmp_path)])
 
 
 def test_a_page_of_nothing_is_refused(tmp_path):

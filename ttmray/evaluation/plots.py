@@ -229,6 +229,27 @@ def spectrogram(audio: np.ndarray, rate: int) -> bytes:
     return file.getvalue()
 
 
+def sheet(named: Sequence[tuple[str, bytes]], columns: int = 3) -> bytes:
+    """PNG of many spectrograms side by side, each under its name, which is cut where the picture ends."""
+    from PIL import Image, ImageDraw
+
+    margin, line = 12, 16
+    images = [Image.open(io.BytesIO(picture)).convert("RGB") for _, picture in named]
+    width, height = (max(image.size[side] for image in images) + margin for side in (0, 1))
+    rows = -(-len(images) // columns)
+    whole = Image.new("RGB", (columns * width + margin, rows * (height + line) + margin), "white")
+    draw = ImageDraw.Draw(whole)
+    for place, ((name, _), image) in enumerate(zip(named, images, strict=True)):
+        left, top = margin + place % columns * width, margin + place // columns * (height + line)
+        while draw.textlength(name) > width - margin:
+            name = name[:-1]
+        draw.text((left, top), name, fill="black")
+        whole.paste(image, (left, top + line - 2))
+    file = io.BytesIO()
+    whole.quantize(64).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
 def available() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
