@@ -67,3 +67,11 @@ def test_an_unknown_part_is_refused(capsys):
 
     assert main(["synth", "floors", "--bundle", "debug", "--part", "drummer"]) == 2
     assert "drummer" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [4242, 5151, 6161])
+def test_the_packaged_bundle_reaches_every_floor(seed):
+    rows = measure_floors("micro", seed)
+    assert {row.part for row in rows} == set(floors.PARTS)
+    assert [row for row in rows if not row.holds] == []
