@@ -81,7 +81,7 @@ class Sizes:
     copies: int = 60
     votes: int = 2000
     judges: int = 400
-    generated: int = 40
+    generated: int = 80
 
 
 def check_floors(
