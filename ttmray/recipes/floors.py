@@ -1,8 +1,8 @@
 """How well the parts of a bundle do in the small world, on songs that nobody has trained on: `ttmray synth floors`.
 
 Every number has a floor, below which the part is of no use for what the bundle is made for. A part with random weights
-stays below its floor. How often a judge of generated clips is right about true ones, copied by the bundle's own VAE and
-vocoder, stands beside its verdict (`ttmray.recipes.judges`).
+stays below its floor. What generated clips obey is said by judges, and corrected for how often these are wrong about
+true clips that were copied by the bundle's own VAE and vocoder (`ttmray.recipes.judges`).
 """
 
 import json
@@ -26,7 +26,7 @@ from ttmray.pretraining.clap import recall_at_1
 from ttmray.pretraining.fidelity import compare_waves, mean_of, pitch_error
 from ttmray.pretraining.separator import si_sdr
 from ttmray.ranker.report import calibration, fit_temperature
-from ttmray.recipes.judges import features, judge
+from ttmray.recipes.judges import corrected, features, judge
 from ttmray.statistics import spearman
 from ttmray.storage import Folder
 from ttmray.synth.captions import caption
@@ -252,11 +252,11 @@ def generation(
     """What generated clips obey, by judges of stated accuracy; and whether quality rises with the score asked for.
     Sampled by `settings`, those of the bundle, with other scores."""
     waves, heard = [], []
-    for index in range(sizes.judges + sizes.copies):
+    for index in range(sizes.judges):
         item = world[index]
         waves.append(item.mix.mean(axis=0))
         heard.append(item.heard)
-    rewards = rewards_of(scorer, waves[: sizes.judges])
+    rewards = rewards_of(scorer, waves)
     middle, spread = float(rewards.mean()), float(rewards.std())
     rng = np.random.default_rng(world.seed)
     asked = [world[len(heard) + i].heard for i in range(sizes.generated)]
@@ -266,17 +266,13 @@ def generation(
     yield Floor("generation", "captions find their clip among 8", recall, 0.5, note="chance 0.125")
     # what is generated has gone through VAE and vocoder, so judges learn from copies that have, too
     copied = features(scorer, [_copy(models, wave) for wave in waves])
-    groups = (
-        (copied[: sizes.judges], heard[: sizes.judges]),
-        (copied[sizes.judges :], heard[sizes.judges :]),
-        (features(scorer, generated), asked),
-    )
+    groups = ((copied, heard), (features(scorer, generated), asked))
     for name, least, concerns, holds in QUESTIONS:
-        known, copies, unknown = (_about(group, concerns, holds) for group in groups)
-        verdicts = judge(*known, *copies, unknown[0])
-        obeyed = float((verdicts.yes == np.array(unknown[1])).mean())
-        note = f"{len(unknown[1])} clips; the judge is right about {verdicts.right:.0%} of {len(copies[1])} copies"
-        yield Floor("generation", name, obeyed, least, note=note)
+        known, unknown = (_about(group, concerns, holds) for group in groups)
+        verdicts = judge(*known, unknown[0])
+        said = float((verdicts.yes == np.array(unknown[1])).mean())
+        note = f"{said:.3f} of {len(unknown[1])} by a judge right about {verdicts.right:.3f} of {len(known[1])} copies"
+        yield Floor("generation", name, corrected(said, verdicts.right), least, note=note)
     few = texts[: max(4, sizes.generated // 4)]
     rewarded, quality, steps = [], [], []
     for step in SCORES:

@@ -1,9 +1,11 @@
 """Judges of what a clip sounds like: ridge regressions on encoders' vectors and on how a clip's bands move.
 
-They are for generated clips, about which nobody knows the truth. How often a judge is right about true clips has to
-stand beside each of its verdicts.
+They are for generated clips, about which nobody knows the truth. How often a judge is right about true clips that have
+gone the same way, through VAE and vocoder, has to stand beside each of its verdicts, and what it says of a share is to
+be corrected by that (`corrected`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,13 +19,16 @@ from ttmray.pretraining.labels import ridge
 _BANDS = LogMel(MelConfig(n_mels=24, fmin=60.0, floor=1e-4))  # 24 bands of 11.6 ms frames
 
 
+FOLDS = 5
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """Of one question, about clips whose truth nobody knows.
 
     Attributes:
         yes: (n,) bool.
-        right: share of true clips, unseen by the judge, that it is right about.
+        right: share of true clips that judges which have not learned from them are right about.
     """
 
     yes: np.ndarray
@@ -54,18 +59,36 @@ def _moves(wave: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def judge(
-    known: np.ndarray, truth: Sequence[bool], copies: np.ndarray, copied: Sequence[bool], unknown: np.ndarray
-) -> Verdicts:
+def judge(copies: np.ndarray, truth: Sequence[bool], unknown: np.ndarray) -> Verdicts:
     """
     Args:
-        known: (n, D) features of true clips, from which the judge learns, with their truth.
-        copies: (m, D) features of other true clips that went the way of the unknown ones, here through VAE and
-            vocoder, with their truth: how often the judge is right about these is its accuracy.
+        copies: (n, D) features of true clips that went the way of the unknown ones, here through VAE and vocoder. The
+            judge learns from them; its accuracy is that of `FOLDS` judges about the fold that each of them left out.
+        truth: (n) answers about them.
         unknown: (k, D) features of the clips in question.
     """
-    rows = np.concatenate([known, copies, unknown])
+    answers, fold = np.array(truth), np.arange(len(copies)) % FOLDS
+    right = [_yes(copies, answers, copies, fold == one) == answers[fold == one] for one in range(FOLDS)]
+    every = np.concatenate([copies, unknown])
+    return Verdicts(
+        _yes(copies, answers, every, np.arange(len(every)) >= len(copies)), float(np.concatenate(right).mean())
+    )
+
+
+def _yes(copies: np.ndarray, truth: np.ndarray, rows: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """(m,) bool of the m rows (n, D) where `asked` (n,) is true, by a judge that knows the others, which are copies."""
     targets = np.zeros((len(rows), 1))
-    targets[: len(known), 0] = truth
-    yes = ridge(rows, targets, np.arange(len(rows)) >= len(known))[:, 0] > 0.5
-    return Verdicts(yes[len(copies) :], float((yes[: len(copies)] == np.array(copied)).mean()))
+    targets[: len(copies), 0] = truth
+    yes: np.ndarray = ridge(rows, targets, asked)[:, 0] > 0.5
+    return yes
+
+
+def corrected(share: float, right: float) -> float:
+    """The true share behind the share that a judge says, within [0, 1]; NaN for a judge that only guesses.
+
+    A judge that is right about `right` of the clips, whatever the truth, says p right + (1 - p) (1 - right) of a true
+    share p (Rogan and Gladen, American Journal of Epidemiology 1978).
+    """
+    if right <= 0.5:
+        return math.nan
+    return float(np.clip((share + right - 1) / (2 * right - 1), 0, 1))
