@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,20 +116,49 @@ def test_every_preset_is_of_the_command_whose_config_it_is():
         assert load_config(kind, str(path), sets), name
 
 
-@pytest.mark.parametrize("words", [["corpus", ""], ["corpus", "ls", "--st"], ["train-sft", "--config", "debug/st"]])
-def test_the_shell_completes_commands_flags_and_presets(words, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ttmray sc", {"score", "score-corpus"}),
+        ("ttmray corpus ", {"ls", "stats", "verify"}),
+        ("ttmray corpus ls --st", {"--status"}),
+        ("ttmray corpus ls --status ", {"ok", "rejected", "failed"}),
+        ("ttmray train-sft --config debug/st", {"debug/stage1"}),
+        ("ttmray train-sft --config my-", {"my-own.yaml", "my-folder/"}),
+        ("ttmray train-sft --set data.sources.0.co", {"data.sources.0.corpus="}),
+        ("ttmray corpus rescore runs/x --set runtime.", {"runtime.workers="}),
+        ("ttmray train-sft --set steps=", set()),
+    ],
+)
+def test_bash_completes_commands_flags_values_presets_and_fields(line, expected, capsys, tmp_path):
     assert main(["completion", "bash"]) == EXIT_OK
-    (tmp_path / "completion").write_text(capsys.readouterr().out)
-    line = " ".join(shlex.quote(word) for word in ["ttmray", *words])
-    script = f'source completion; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _ttmray; echo "${{COMPREPLY[@]}}"'
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    offered = set(done.stdout.split())
-    expected = {"": {"ls", "stats", "verify"}, "--st": {"--status"}, "debug/st": {"debug/stage1", "debug/stage2"}}
-    assert expected[words[-1]] <= offered
-    assert all(one.startswith(words[-1]) for one in offered)
-    for shell in ("zsh", "fish"):
-        assert main(["completion", shell]) == EXIT_OK
-        assert "debug/stage1" in capsys.readouterr().out
+    (tmp_path / "lines").write_text(capsys.readouterr().out)
+    (tmp_path / "my-own.yaml").touch()
+    (tmp_path / "my-folder").mkdir()
+    (tmp_path / "ttmray").write_text(f'#!/bin/sh\nexec {sys.executable} -m ttmray "$@"\n')
+    (tmp_path / "ttmray").chmod(0o755)
+    words = [*line.split(" ")]
+    script = (
+        f"source lines; COMP_LINE={shlex.quote(line)}; COMP_POINT={len(line)}; COMP_TYPE=63; "
+        f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _python_argcomplete ./ttmray; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    offered = {one.strip() for one in done.stdout.splitlines()} - {""}
+    assert expected <= offered, done.stderr
+    assert bool(offered) == bool(expected)
+    start = words[-1].rpartition("=")[2]
+    assert all(one.startswith(start) for one in offered)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_lines_of_their_own_that_they_can_read(shell, capsys, tmp_path):
+    assert main(["completion", shell]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert {"zsh": "#compdef ttmray", "fish": "complete --command ttmray"}[shell] in text
+    if program := shutil.which(shell):
+        (tmp_path / "lines").write_text(text)
+        assert subprocess.run([program, "-n", tmp_path / "lines"]).returncode == 0
 
 
 @pytest.mark.parametrize("command", [[], ["sing"], ["corpus"], ["corpus", "ls"], ["plan", "--limit", "3"]])

@@ -13,6 +13,7 @@ from rich.text import Text
 from ttmray import __version__
 from ttmray.cli import challenge, corpus, evaluation, generation, models, recipes, training
 from ttmray.cli.command import Command, add_parsers, execute
+from ttmray.cli.completion import answer_shell
 from ttmray.console import errors
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from ttmray.signals import MESSAGE, Interruption
@@ -35,7 +36,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn errors into messages and exit codes."""
-    typed = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        answer_shell(parser)
+    typed = vars(parser.parse_args(arguments))
     interruption = Interruption()
     try:
         interruption.install()  # SIGTERM, too: `ray job stop` and schedulers send it
