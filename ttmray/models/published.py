@@ -57,9 +57,7 @@ def published(uri: str) -> PushedRepo:
         if about["format"] != FORMAT or kind not in KINDS:
             raise ValueError(f"format {about['format']}, kind {kind}")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{uri}/{hub.ABOUT} cannot be used: {error}", "Push it again, or update ttmray."
-        ) from error
+        raise UserError(f"{uri}/{hub.ABOUT} cannot be used: {error}", "Push it again, or update ttmray.") from error
     if kind == "corpus":
         raise UserError(f"{uri} is a corpus.", f"ttmray.open_corpus({uri!r})")
     if kind == "bundle":
