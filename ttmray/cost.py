@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ttmray.console import console
+from ttmray.console import console, running
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 
@@ -30,7 +30,8 @@ class Account:
     """Cost so far, in the fields `seconds`, `cpu_seconds` and `gpu_seconds` of a JSON file; its other fields stay. It
     pickles.
 
-    `cost.json` also says when it was written (`noted`, as of `time.time`) and why the last launch ended (`stopped`).
+    It also says why the last launch ended early (`stopped`), and `cost.json` when it was written (`noted`, as of
+    `time.time`) and how far what is counted was then (`progress`, see `console.Meter.state`).
 
     Attributes:
         fields: of the file.
@@ -61,6 +62,9 @@ class Account:
         self.settle()
         if self.name == COST:
             self.fields["noted"] = self.since
+            self.fields.pop("progress", None)
+            if running:
+                self.fields["progress"] = running[-1].state()
         self.folder.write(self.name, json.dumps(self.fields, indent=1).encode())
         self.saved = self.since
 
@@ -80,16 +84,17 @@ def account(folder: Folder, name: str = COST, since: float | None = None) -> Ite
     Raises:
         UserError: the file is damaged, or cannot be written.
     """
-    fields = {key: value for key, value in read(folder, name).items() if key != "stopped"}
+    fields = {key: value for key, value in read(folder, name).items() if key not in ("stopped", "progress")}
+    counted = len(running)
     _open.append(Account(folder, name, fields, since or time.time(), _cpu(), _open[-1].gpus if _open else 0.0))
     try:
         yield
     except BaseException as error:
-        if name == COST:
-            fields["stopped"] = error.message if isinstance(error, UserError) else _named(error)
+        fields["stopped"] = error.message if isinstance(error, UserError) else _named(error)
         raise
     finally:
         _open.pop().save()
+        del running[counted:]
     if name == COST:
         console.print(f"cost so far: {said(folder)}")
 
