@@ -169,6 +169,42 @@ def test_a_wrong_command_line_is_bad_input(command, capsys):
     assert "usage: ttmray" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [(["scor", "x"], "score"), (["corpus", "stat", "x"], "stats"), (["weights", "pul"], "pull")],
+)
+def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(command, meant, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == EXIT_BAD_INPUT
+    assert re.search(rf"did you mean .*{meant}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("score 'gone [1].wav'", "gone [1].wav: not found."),
+        ("score 'my songs'", "no audio files"),
+        ("score notes.txt --bundle hf://org/name/file.pt", "is a file of a repository"),
+        ("score notes.txt --bundle hf://name", "no address of the hub"),
+        ("generate --prompts gone.csv", "gone.csv: not found"),
+        ("generate --prompt x --bundle debug --checkpoint notes.txt", "it is no checkpoint"),
+        ("generate --prompt x --bundle debug --output notes.txt", "notes.txt: is a file, not a folder"),
+        ("attm submit 'my songs' --prompts prompts.csv --out x.zip", "no audio files"),
+        ("train-sft --config debug/stage1 --set output=o", "is not a corpus run"),
+        ("verify notes.txt", "is a file, not a folder"),
+        ("report gone", "nothing to show"),
+    ],
+)
+def test_mistakes_of_the_first_ten_minutes_are_one_message_each(command, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TTMRAY_OFFLINE", "1")
+    (tmp_path / "my songs").mkdir()
+    (tmp_path / "notes.txt").write_text("hello\n")
+    (tmp_path / "prompts.csv").write_text("id,prompt\na,a harp\n")
+    assert words in refused(capsys, *shlex.split(command))
+
+
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys; from ttmray.cli import main\n"
@@ -391,11 +427,11 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
     command = ["generate", "--bundle", "debug", "--config", str(file), "--set", "seed=2", "--set", "samples=3"]
     texts = ["a # b", "1", "\N{MUSICAL KEYBOARD}", "[x"]
     typed = [part for text in texts for part in ("--prompt", text)]
-    assert main([*command, *typed, "--seed", "4", "--play-page"]) == EXIT_OK
+    assert main([*command, *typed, "--seed", "4"]) == EXIT_OK
     (config, options) = configs.pop()
     assert (config.seed, config.samples, config.format) == (4, 3, "flac")
     assert (list(config.texts), config.prompts) == (texts, None), "prompts that are typed are all there are"
-    assert options == {"retry_failed": False, "zip_to": None, "play_page": True, "overwrite": False}
+    assert options == {"retry_failed": False, "zip_to": None, "overwrite": False}
     assert main(command) == EXIT_OK
     assert configs.pop()[0].prompts == os.path.abspath("prompts.csv")
 

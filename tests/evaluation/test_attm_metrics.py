@@ -43,6 +43,7 @@ def test_an_evaluation_has_the_published_figures_beside_ours(command, tmp_path, 
     mine, *published = table(tmp_path / "out")
     assert (mine["system"], mine["clips"], mine["windows"], mine["missing"]) == ("mine", "2", "4", "1")
     assert (mine["ccs"], mine["judged"]) == ("", "0")
+    assert "mean nothing" in mine["note"]
     assert [(float(row["fad"]), float(row["clap"])) for row in published] == [row[1:3] for row in PUBLISHED]
     assert [row["ccs"] for row in published] == ["", "0.763"]
     assert main([*command[:-1], str(tmp_path / "out/reference.safetensors")]) == EXIT_OK

@@ -138,6 +138,18 @@ def test_a_plan_says_how_long_what_is_to_do_takes_and_a_foreign_folder_is_refuse
             three.run(plan_only=plan_only)
 
 
+def test_a_file_is_no_output_of_a_chain(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for plan_only in (True, False):
+        with pytest.raises(UserError, match=r"notes\.txt is a file, not a folder"):
+            run_chain(
+                Folder(str(tmp_path / "notes.txt")),
+                [Step("a", Config(), lambda: 0, ("a",))],
+                {"a": "1"},
+                plan_only=plan_only,
+            )
+
+
 def test_a_plan_of_many_steps_is_ten_lines_and_a_file(tmp_path, capsys):
     root = Folder(str(tmp_path / "run"))
     steps = [Step(f"step-{i}", Config(), lambda: 0, (f"{i}/made",)) for i in range(30)]

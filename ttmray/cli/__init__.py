@@ -4,9 +4,12 @@ The commands are tables, by family; a value goes from the command line into a co
 """
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.text import Text
 
@@ -22,8 +25,18 @@ FAMILIES = (corpus, generation, training, evaluation, models, recipes, challenge
 COMMANDS: tuple[Command, ...] = tuple(command for family in FAMILIES for command in family.COMMANDS)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that knows what a mistyped command or value may have been meant as."""
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
+            message = f"{message}; did you mean {' or '.join(near)}?" if near else message
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ttmray",
         description="From a folder or bucket of songs to a preference-tuned text-to-music model.",
         epilog="Exit codes: 0 done, 2 bad input or config, 3 done but too many failures, 130 interrupted (state kept).",

@@ -38,7 +38,8 @@ def _open(folder: str) -> Folder:
         raise UserError(f"{run} is not a corpus run: it has no {RUN}.", "Give the output folder of a corpus job.")
     if (kind := kind_of(run)) not in KINDS_OF_CORPUS:
         raise UserError(
-            f"{run} is a run of kind {kind}, no corpus.", f"Give the output folder of a corpus job; ttmray status {run}"
+            f"{run} is a run of kind {kind}, no corpus.",
+            f"Give the output folder of a corpus job. How far this one is: ttmray status {run.typed}",
         )
     return run
 

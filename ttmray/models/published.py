@@ -84,6 +84,8 @@ def bundle_folder(uri: str) -> Path:
         UserError: there is no such repository, it cannot be reached and was never fetched, or it holds something else,
             with the way to use that.
     """
+    if hub.parsed(uri).path_in_repo:
+        raise UserError(f"{uri} is a file of a repository, no bundle.", "Name the repository: hf://org/name.")
     try:
         hub.local_copy(f"{uri.rstrip('/')}/{DESCRIPTION}")  # before the rest, which may be gigabytes of something else
     except hub.NotOnHub as missing:

@@ -112,6 +112,8 @@ def submit(
     target = check_zip(out)
     rules = Rules(seconds, rate, CHALLENGE_LIMIT if track == "efficiency" else None)
     clips = flat(Folder.at(folder))
+    if not any(entry.name.lower().endswith(tuple(AUDIO_EXTENSIONS)) for entry in clips.files(sizes=False)):
+        raise UserError(f"{clips}: no audio files.", "Name the folder of the clips, or the run that made them.")
     ids = [prompt.id for prompt in read_prompts(prompts)]
     named, problems = _named(clips, ids)
     rates: dict[int, int] = {}

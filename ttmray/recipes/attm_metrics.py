@@ -112,7 +112,7 @@ def _coverage(system: SystemFolder, config: JudgeConfig | None, target: Folder) 
     return {"ccs": float(np.mean(scores)) if scores else None, "judged": len(scores)}
 
 
-def _report(rows: Sequence[Mapping[str, Any]], out: Folder, about: Mapping[str, Any]) -> None:
+def _report(rows: Sequence[dict[str, Any]], out: Folder, about: Mapping[str, Any]) -> None:
     table = Table("system", "clips", "windows", "FAD", "CLAP", "CCS", "prompts without clip")
     for row in rows:
         numbers = (f"{row['fad']:.4f}", f"{row['clap']:.4f}", "" if row["ccs"] is None else f"{row['ccs']:.3f}")
@@ -123,9 +123,10 @@ def _report(rows: Sequence[Mapping[str, Any]], out: Folder, about: Mapping[str, 
         console.print(str(about["note"]), style="yellow", markup=False)
     console.print(table)
     sink = io.StringIO(newline="")
-    writer = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
+    note = {"note": about["note"]} if about["note"] else {}
+    writer = csv.DictWriter(sink, [*COLUMNS, *note], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(row | note for row in rows)
     published = [{"system": name, "fad": fad, "clap": clap, "ccs": ccs} for name, fad, clap, ccs in PUBLISHED]
     writer.writerows([one | {"system": f"{one['system']} (published)"} for one in published])
     out.write("attm.csv", sink.getvalue().encode())

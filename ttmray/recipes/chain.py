@@ -90,6 +90,8 @@ def run_chain(
     start, stop = names.index(first or names[0]), names.index(last or names[-1])
     if root.exists(RUN):
         raise UserError(f"{root} is a run of kind {kind_of(root)}, no chain.", "Choose another output.")
+    if not root.remote and os.path.isfile(root.uri):
+        raise UserError(f"{root} is a file, not a folder.", "Choose another output.")
     if start > stop:
         raise UserError(f"--from {first} comes after --until {last}.", f"Their order is: {', '.join(names)}.")
     text = show_plan(_rows(root, steps, prints), about) if plan_only else b""
