@@ -125,8 +125,8 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
                 dest="sets",
                 help="override one field; repeatable; a flag of its own counts before it",
             )
-            config.completer = completer(config_names, command.name)  # type: ignore[attr-defined]
-            sets.completer = completer(field_names, command.config)  # type: ignore[attr-defined]
+            config.completer = completer(config_names, command.name)
+            sets.completer = completer(field_names, command.config)
         parser.set_defaults(table_row=command)
 
 

@@ -132,9 +132,9 @@ def _report(rows: Sequence[dict[str, Any]], out: Folder, about: Mapping[str, Any
     out.write("attm.csv", sink.getvalue().encode())
     out.write("attm.json", json.dumps({**about, "systems": list(rows), "published": published}, indent=1).encode())
     console.print(f"{about['protocol']}: {out.path('attm.csv')}", markup=False)
-    ccs = f"by {about['judge']}, which is not the organisers' judge: theirs is not public"
+    judged = f"by {about['judge']}, which is not the organisers' judge: theirs is not public"
     left_out = "left out: name an audio-language model, --set judge.model=... (docs/attm.md)"
-    console.print(f"CCS: {ccs if about['judge'] else left_out}", markup=False)
+    console.print(f"CCS: {judged if about['judge'] else left_out}", markup=False)
     console.print(
         "The published numbers are against the organisers' hidden reference and prompts: they can be compared with "
         "ours only in their order of magnitude.",

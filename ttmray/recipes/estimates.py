@@ -97,7 +97,7 @@ def estimates(configs: Mapping[str, Config]) -> tuple[dict[str, str], str]:
     size = trained[0].model.size if trained else "s_44k"
     device = next((one.runtime.device for one in configs.values() if isinstance(one, LoopConfig)), "auto")
     flops = {name: work for name, config in configs.items() if (work := flops_of(config, size)) is not None}
-    corpora = {name: work for name, config in configs.items() if (work := corpus_work(config)) is not None}
+    corpora = {name: songs for name, config in configs.items() if (songs := corpus_work(config)) is not None}
     if not flops and not corpora:
         return {}, ""
     peak, source = present_flops(device, bf16=any(config.precision == "bf16" for config in trained))

@@ -137,8 +137,8 @@ def compare(comparison: MethodComparison) -> int:
     out = root.sub(OUT)
     tables = {"clips": _clips(comparison, parent_sound), "methods": [flat(row) for row in table]}
     tables |= {name: result[name] for name in ("contrasts", "curves")}
-    for name, lines in tables.items():
-        out.write(f"{name}.csv", as_csv(lines, result["note"] if result["meaningless"] else ""))
+    for name, listed in tables.items():
+        out.write(f"{name}.csv", as_csv(listed, result["note"] if result["meaningless"] else ""))
     lines = {
         row: [
             (_mean(one.values[REWARD]), _mean(one.values[QUALITY]))
