@@ -194,6 +194,7 @@ def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(command, mea
         ("train-sft --config debug/stage1 --set output=o", "is not a corpus run"),
         ("verify notes.txt", "is a file, not a folder"),
         ("report gone", "nothing to show"),
+        ("compare gone", "gone: not found"),
     ],
 )
 def test_mistakes_of_the_first_ten_minutes_are_one_message_each(command, words, tmp_path, monkeypatch, capsys):

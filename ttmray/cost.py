@@ -39,6 +39,7 @@ class Account:
         cpu: the same of the CPU time of this process.
         gpus: held since then.
         saved: time of the last write.
+        meters: how many were running in this process when it was opened: those are of others.
     """
 
     folder: Folder
@@ -48,6 +49,7 @@ class Account:
     cpu: float
     gpus: float = 0.0
     saved: float = 0.0
+    meters: int = 0
 
     def settle(self) -> None:
         """Add the time since the last call, which a clock that was put back does not make less."""
@@ -63,7 +65,7 @@ class Account:
         if self.name == COST:
             self.fields["noted"] = self.since
             self.fields.pop("progress", None)
-            if running:
+            if len(running) > self.meters:
                 self.fields["progress"] = running[-1].state()
         self.folder.write(self.name, json.dumps(self.fields, indent=1).encode())
         self.saved = self.since
@@ -85,8 +87,8 @@ def account(folder: Folder, name: str = COST, since: float | None = None) -> Ite
         UserError: the file is damaged, or cannot be written.
     """
     fields = {key: value for key, value in read(folder, name).items() if key not in ("stopped", "progress")}
-    counted = len(running)
-    _open.append(Account(folder, name, fields, since or time.time(), _cpu(), _open[-1].gpus if _open else 0.0))
+    gpus, counted = _open[-1].gpus if _open else 0.0, len(running)
+    _open.append(Account(folder, name, fields, since or time.time(), _cpu(), gpus, meters=counted))
     try:
         yield
     except BaseException as error:
@@ -144,7 +146,7 @@ def opened() -> list[Account]:
 def carry_on(accounts: Sequence[Account]) -> None:
     """Note in accounts of a process that waits for this one."""
     for one in accounts:
-        one.cpu = _cpu()
+        one.cpu, one.meters = _cpu(), len(running)
     _open.extend(accounts)
 
 

@@ -55,7 +55,7 @@ def run_lines(run: Folder) -> Iterator[str]:
         yield f"{INDENT}{inventory.marker_problem(run)}"
     if not done:
         yield f"{INDENT}the same command goes on with it, unless it is still running"
-    for line in _cost_lines(run):
+    for line in _cost_lines(run, done):
         yield f"{INDENT}{line}"
 
 
@@ -106,12 +106,12 @@ def _clips(run: Folder) -> str:
     return f"{count} clips ok, {len(rows) - count} failed"
 
 
-def _cost_lines(run: Folder) -> list[str]:
+def _cost_lines(run: Folder, done: bool) -> list[str]:
     if not run.exists(cost.COST):
         return []
     fields = cost.read(run)
     lines = [f"cost so far: {cost.said(run)}"]
-    if (counted := _counted(fields.get("progress"))) is not None:
+    if not done and (counted := _counted(fields.get("progress"))) is not None:
         lines.append(counted)
     if (noted := fields.get("noted")) is not None:
         ago = timedelta(seconds=round(max(0.0, time.time() - noted)))
