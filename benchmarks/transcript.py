@@ -44,7 +44,7 @@ JOBS = {
     "train_crpo": f"--config configs/debug/stage3.yaml {SHORT}",
     "train_grpo": "--config configs/debug/grpo.yaml --set steps=2 --set updates=1 --set watch.steps=2",
     "train_ranker": "--config configs/debug/ranker.yaml --set head.max_epochs=5",
-    "generate": "--config configs/debug/generate.yaml --play-page --set runtime.runner=ray",
+    "generate": "--config configs/debug/generate.yaml --set runtime.runner=ray",
     "evaluate": "--config configs/debug/evaluate.yaml",
     "ablate": "--config configs/debug/ablate.yaml --set heads=null --set factorial=null --set sweep=null "
     "--set 'contrasts={conditioning: [{label: text only, checkpoint: text}, {label: score 5, checkpoint: v1}]}' "

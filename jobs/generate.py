@@ -1,4 +1,4 @@
-"""Generate clips: python jobs/generate.py --config configs/debug/generate.yaml --prompt "a calm piano" --play-page"""
+"""Generate clips: python jobs/generate.py --config configs/debug/generate.yaml --prompt "a calm piano" --samples 2"""
 
 import sys
 

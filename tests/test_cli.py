@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,20 +116,49 @@ def test_every_preset_is_of_the_command_whose_config_it_is():
         assert load_config(kind, str(path), sets), name
 
 
-@pytest.mark.parametrize("words", [["corpus", ""], ["corpus", "ls", "--st"], ["train-sft", "--config", "debug/st"]])
-def test_the_shell_completes_commands_flags_and_presets(words, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ttmray sc", {"score", "score-corpus"}),
+        ("ttmray corpus ", {"ls", "stats", "verify"}),
+        ("ttmray corpus ls --st", {"--status"}),
+        ("ttmray corpus ls --status ", {"ok", "rejected", "failed"}),
+        ("ttmray train-sft --config debug/st", {"debug/stage1"}),
+        ("ttmray train-sft --config my-", {"my-own.yaml", "my-folder/"}),
+        ("ttmray train-sft --set data.sources.0.co", {"data.sources.0.corpus="}),
+        ("ttmray corpus rescore runs/x --set runtime.", {"runtime.workers="}),
+        ("ttmray train-sft --set steps=", set()),
+    ],
+)
+def test_bash_completes_commands_flags_values_presets_and_fields(line, expected, capsys, tmp_path):
     assert main(["completion", "bash"]) == EXIT_OK
-    (tmp_path / "completion").write_text(capsys.readouterr().out)
-    line = " ".join(shlex.quote(word) for word in ["ttmray", *words])
-    script = f'source completion; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _ttmray; echo "${{COMPREPLY[@]}}"'
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    offered = set(done.stdout.split())
-    expected = {"": {"ls", "stats", "verify"}, "--st": {"--status"}, "debug/st": {"debug/stage1", "debug/stage2"}}
-    assert expected[words[-1]] <= offered
-    assert all(one.startswith(words[-1]) for one in offered)
-    for shell in ("zsh", "fish"):
-        assert main(["completion", shell]) == EXIT_OK
-        assert "debug/stage1" in capsys.readouterr().out
+    (tmp_path / "lines").write_text(capsys.readouterr().out)
+    (tmp_path / "my-own.yaml").touch()
+    (tmp_path / "my-folder").mkdir()
+    (tmp_path / "ttmray").write_text(f'#!/bin/sh\nexec {sys.executable} -m ttmray "$@"\n')
+    (tmp_path / "ttmray").chmod(0o755)
+    words = [*line.split(" ")]
+    script = (
+        f"source lines; COMP_LINE={shlex.quote(line)}; COMP_POINT={len(line)}; COMP_TYPE=63; "
+        f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _python_argcomplete ./ttmray; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    offered = {one.strip() for one in done.stdout.splitlines()} - {""}
+    assert expected <= offered, done.stderr
+    assert bool(offered) == bool(expected)
+    start = words[-1].rpartition("=")[2]
+    assert all(one.startswith(start) for one in offered)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_lines_of_their_own_that_they_can_read(shell, capsys, tmp_path):
+    assert main(["completion", shell]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert {"zsh": "#compdef ttmray", "fish": "complete --command ttmray"}[shell] in text
+    if program := shutil.which(shell):
+        (tmp_path / "lines").write_text(text)
+        assert subprocess.run([program, "-n", tmp_path / "lines"]).returncode == 0
 
 
 @pytest.mark.parametrize("command", [[], ["sing"], ["corpus"], ["corpus", "ls"], ["plan", "--limit", "3"]])
@@ -137,6 +167,43 @@ def test_a_wrong_command_line_is_bad_input(command, capsys):
         main(command)
     assert caught.value.code == EXIT_BAD_INPUT
     assert "usage: ttmray" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [(["scor", "x"], "score"), (["corpus", "stat", "x"], "stats"), (["weights", "pul"], "pull")],
+)
+def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(command, meant, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == EXIT_BAD_INPUT
+    assert re.search(rf"did you mean .*{meant}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("score 'gone [1].wav'", "gone [1].wav: not found."),
+        ("score 'my songs'", "no audio files"),
+        ("score notes.txt --bundle hf://org/name/file.pt", "is a file of a repository"),
+        ("score notes.txt --bundle hf://name", "no address of the hub"),
+        ("generate --prompts gone.csv", "gone.csv: not found"),
+        ("generate --prompt x --bundle debug --checkpoint notes.txt", "it is no checkpoint"),
+        ("generate --prompt x --bundle debug --output notes.txt", "notes.txt: is a file, not a folder"),
+        ("attm submit 'my songs' --prompts prompts.csv --out x.zip", "no audio files"),
+        ("train-sft --config debug/stage1 --set output=o", "is not a corpus run"),
+        ("verify notes.txt", "is a file, not a folder"),
+        ("report gone", "nothing to show"),
+        ("compare gone", "gone: not found"),
+    ],
+)
+def test_mistakes_of_the_first_ten_minutes_are_one_message_each(command, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TTMRAY_OFFLINE", "1")
+    (tmp_path / "my songs").mkdir()
+    (tmp_path / "notes.txt").write_text("hello\n")
+    (tmp_path / "prompts.csv").write_text("id,prompt\na,a harp\n")
+    assert words in refused(capsys, *shlex.split(command))
 
 
 def test_help_and_version_import_nothing_heavy():
@@ -361,11 +428,11 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
     command = ["generate", "--bundle", "debug", "--config", str(file), "--set", "seed=2", "--set", "samples=3"]
     texts = ["a # b", "1", "\N{MUSICAL KEYBOARD}", "[x"]
     typed = [part for text in texts for part in ("--prompt", text)]
-    assert main([*command, *typed, "--seed", "4", "--play-page"]) == EXIT_OK
+    assert main([*command, *typed, "--seed", "4"]) == EXIT_OK
     (config, options) = configs.pop()
     assert (config.seed, config.samples, config.format) == (4, 3, "flac")
     assert (list(config.texts), config.prompts) == (texts, None), "prompts that are typed are all there are"
-    assert options == {"retry_failed": False, "zip_to": None, "play_page": True, "overwrite": False}
+    assert options == {"retry_failed": False, "zip_to": None, "overwrite": False}
     assert main(command) == EXIT_OK
     assert configs.pop()[0].prompts == os.path.abspath("prompts.csv")
 

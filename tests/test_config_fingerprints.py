@@ -25,11 +25,13 @@ KINDS = {
     "stage2": "ttmray.training.expert_iteration:ExpertIterationConfig",
     "stage3": "ttmray.training.crpo:CrpoConfig",
     "train": "ttmray.recipes.micro:MicroConfig",
+    "attm/evaluate": "ttmray.recipes.attm_metrics:AttmConfig",
 }
 INCOMPLETE = {"paper/generate": ["checkpoint=weights.safetensors"]}
 """What a config leaves to the command line."""
 FINGERPRINTS = {
     "attm/corpus": "442726a871a23187ed7877fcaf1e7e96caf2bc77ba975cfa5d46d3b5529689a1",
+    "attm/evaluate": "1b8b18a732a52195a8ab8dbcf7f58511b888c6221e7df860940a566833f4d50e",
     "attm/generate": "a387b89a1ac54818e86d6ef029949014ed4308b98947aa050e5cdb7e324a38f6",
     "attm/stage1-16gb": "9f0ee8709fa49a632438355a64ac94a192608ace288d0f17033e81223e90e5a6",
     "attm/stage1-24gb": "9f0ee8709fa49a632438355a64ac94a192608ace288d0f17033e81223e90e5a6",
@@ -73,7 +75,7 @@ STEPS = {
 
 
 def _load(name: str) -> Config:
-    module, kind = KINDS[name.partition("/")[2].partition("-")[0]].split(":")
+    module, kind = KINDS.get(name, KINDS[name.partition("/")[2].partition("-")[0]]).split(":")
     return load_config(getattr(import_module(module), kind), f"configs/{name}.yaml", INCOMPLETE.get(name, ()))
 
 

@@ -298,13 +298,46 @@ def test_the_table_of_environment_variables_has_all_that_the_code_reads() -> Non
     assert read - named == set()
 
 
-def test_relative_links_of_the_documents_lead_somewhere() -> None:
-    documents = [REPO / "README.md", REPO / "cluster/README.md", *sorted((REPO / "docs").glob("*.md"))]
-    missing = []
-    for document in documents:
-        for name in re.findall(
-            r"`((?:ttmray|docs|cluster|configs|tests|jobs|benchmarks)/[\w./-]+\.\w+)`", document.read_text()
-        ):
-            if not (REPO / name).exists():
-                missing.append(f"{document.name}: {name}")
-    assert missing == []
+def link_problems(document: Path) -> list[str]:
+    """Targets of links, and paths of the repository between backticks, that are not there."""
+    text = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.M | re.S)
+    targets = [(document.parent, target) for target in re.findall(r"\]\(<?([^)>\s]+)>?\)", text)]
+    top = "ttmray|docs|cluster|configs|tests|jobs|benchmarks|notebooks"
+    targets += [(REPO, name) for name in re.findall(rf"`((?:{top})/[\w./-]+\.\w+)`", text)]
+    problems = []
+    for base, target in targets:
+        path, _, anchor = target.partition("#")
+        file = (base / path) if path else document
+        if "://" in target:
+            continue
+        if not file.exists():
+            problems.append(f"{document.name}: {target}")
+        elif anchor and anchor not in anchors(file.read_text("utf-8")):
+            problems.append(f"{document.name}: {target} has no such heading")
+    return problems
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings of a document, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_relative_links_of_the_documents_lead_somewhere(tmp_path: Path) -> None:
+    named = [REPO / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "cluster/README")]
+    assert [problem for one in (*named, *sorted((REPO / "docs").glob("*.md"))) for problem in link_problems(one)] == []
+    (tmp_path / "x.md").write_text("# A b\n[a](y.md) [b](x.md#a-b) [c](#none) `docs/gone.md` <https://no.where/>\n")
+    assert link_problems(tmp_path / "x.md") == ["x.md: y.md", "x.md: #none has no such heading", "x.md: docs/gone.md"]
+
+
+def test_the_citation_is_of_this_version_and_licence() -> None:
+    import yaml
+
+    from ttmray import __version__
+
+    cited = yaml.safe_load((REPO / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert (cited["version"], cited["license"]) == (__version__, project["license"])
+    assert cited["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= cited.keys(), "what the format asks for"
+    assert f"({__version__})" in (REPO / "CHANGELOG.md").read_text("utf-8")

@@ -7,6 +7,7 @@ import pytest
 from ttmray import cost, runs
 from ttmray.cli import main
 from ttmray.config import Config
+from ttmray.console import meter
 from ttmray.errors import UserError
 from ttmray.recipes.chain import Step, run_chain
 from ttmray.storage import Folder
@@ -55,20 +56,103 @@ def test_a_launch_that_goes_on_forgets_why_the_last_one_stopped(run, capsys):
     assert "stopped" not in capsys.readouterr().out
 
 
-def test_a_chain_lists_its_steps_with_their_states(tmp_path, capsys):
-    root = Folder.at(str(tmp_path))
+def test_a_chain_lists_its_steps_with_their_states_and_where_and_why_it_stopped(tmp_path, capsys):
+    root = Folder.at(str(tmp_path / "chain"))
+
+    def second() -> int:
+        sub = root.sub("second")
+        runs.write(sub, runs.describe("sft", {"lr": 1}, Nothing(), ()))
+        with cost.account(sub), Logbook(sub, 0, tensorboard=False) as log:
+            log.write({"step": 40, "loss": 1.25, "samples_per_s": 4.0, "eta_s": 3600.0})
+            log.write({"step": 40, "validation_loss": 2.0})
+            raise UserError("the disk is full.", "Make room.")
+
     steps = [
         Step("first", Nothing(), lambda: root.write("a", b"") or 0, ("a",)),
-        Step("second", Nothing(), lambda: 3, ("b",)),
+        Step("second", Nothing(), second, ("second/b",)),
         Step("third", Nothing(), lambda: 0, ("c",)),
     ]
-    assert run_chain(root, steps, dict.fromkeys(("first", "second", "third"), "x")) == 3
+    prints = dict.fromkeys(("first", "second", "third"), "x")
+    with pytest.raises(UserError, match="the disk is full"):
+        run_chain(root, steps, prints)
     capsys.readouterr()
+    assert main(["status", root.uri]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "a chain of 3 steps, 1 done",
+        "first: done",
+        "second: begun",
+        "third: to do",
+        "1:00:00 were left then",
+    ):
+        assert words in out
+    assert "step 40, loss 1.25" in out, "the last update, not the validation after it"
+    assert out.count("the disk is full.") == 2, "the run says it, and the step"
+    steps[1] = Step("second", Nothing(), lambda: root.write("second/b", b"") or 0, ("second/b",))
+    assert run_chain(root, steps[:2], dict(list(prints.items())[:2])) == 0
+    capsys.readouterr()
+    assert main(["status", root.uri]) == 0
+    assert "stopped" not in capsys.readouterr().out
+
+
+def test_what_a_stopped_launch_was_counting_is_said_and_forgotten_by_the_next(run, capsys):
+    def count(fails: bool) -> None:
+        with cost.account(run), meter("clips", 8) as progress:
+            progress.started -= 10.0
+            progress.advance(2)
+            if fails:
+                raise UserError("no room.")
+            progress.advance(6)
+
+    with pytest.raises(UserError):
+        count(fails=True)
+    assert main(["status", run.uri]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "clips: 2 of 8 of that launch, 0.2/s, 0:00:30 were left then" in out
+    assert "stopped: no room." in out
+    count(fails=False)
+    capsys.readouterr()
+    assert main(["status", run.uri]) == 0
+    assert "of that launch" not in capsys.readouterr().out
+
+
+def test_a_folder_of_runs_tells_of_each(run, tmp_path, capsys):
+    other = Folder.at(str(tmp_path / "deep/other"))
+    runs.write(other, runs.describe("ranker", {"lr": 1}, Nothing(), ()))
     assert main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "first: done" in out
-    assert "second: begun" in out
-    assert "third" not in out
+    assert "2 in it" in out
+    assert f"{other}: ranker, not finished" in out
+
+
+@pytest.mark.parametrize("kind", ["sft", "ranker", "generate", "evaluation", "expert-iteration", "scores", "grpo"])
+def test_a_run_of_any_kind_that_was_only_claimed_is_not_finished_and_looks_for_corpora_say_what_it_is(
+    kind, tmp_path, capsys
+):
+    folder = Folder.at(str(tmp_path / "run"))
+    runs.write(folder, runs.describe(kind, {"lr": 1}, Nothing(), ()))
+    assert main(["status", folder.uri]) == 0
+    assert f"{kind}, not finished" in capsys.readouterr().out
+    for look in ("stats", "ls", "verify", "sample", "upgrade", "repair"):
+        command = ["corpus", look, folder.uri, *(["--out", str(tmp_path / "page")] if look == "sample" else [])]
+        assert main(command) == 2, look
+        assert kind in capsys.readouterr().err, look
+
+
+def test_a_run_in_a_bucket_is_told_of_like_one_on_disk(object_store, capsys):
+    bucket = object_store("status")
+    place = f"{bucket}/runs/mine"
+    runs.write(Folder.at(place), runs.describe("sft", {"lr": 1}, Nothing(), ()))
+    Folder.at(place).write("metrics.jsonl", b'{"step": 3, "loss": 1.5}\n')
+    assert main(["status", place]) == 0
+    assert "step 3, loss 1.5" in capsys.readouterr().out
+    assert main(["status", f"{bucket}/runs"]) == 0
+    assert "1 in it" in capsys.readouterr().out
+    for wrong in ("nothing", "runs/mine/metrics.jsonl"):
+        assert main(["status", f"{bucket}/{wrong}"]) == 2
+        assert "is no run" in capsys.readouterr().err
+    assert main(["corpus", "ls", place]) == 2
+    assert "kind sft" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["steps/corpus.json", "cost.json"])
@@ -80,5 +164,11 @@ def test_a_damaged_record_is_one_message(run, name, tmp_path, capsys):
 
 
 def test_a_folder_without_a_run_is_one_message(tmp_path, capsys):
-    assert main(["status", str(tmp_path)]) == 2
-    assert "is no run" in capsys.readouterr().err
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "planned").mkdir()
+    (tmp_path / "planned/plan.md").touch()
+    for name, words in (
+        ("", "is no run"), ("gone", "is not there"), ("file.txt", "is a file"), ("planned", "only a plan"),
+    ):  # fmt: skip
+        assert main(["status", str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err

@@ -65,6 +65,11 @@ class Meter:
         self.task = bar.add_task(what, total=total, note="") if bar else None
         self.started = self.logged = time.monotonic()
 
+    def state(self) -> dict[str, Any]:
+        """`what`, `done` and `total` of this launch, and `rate` per second so far."""
+        spent = max(time.monotonic() - self.started, 1e-9)
+        return {"what": self.what, "done": self.done, "total": self.total, "rate": self.done / spent}
+
     def advance(self, count: int, note: str = "") -> None:
         self.done += count
         if self.bar is not None and self.task is not None:
@@ -84,8 +89,23 @@ class Meter:
         return f"{self.what}: {self.done}/{self.total}, {rate:.2f}/s, ETA {left}{', ' + note if note else ''}"
 
 
+running: list[Meter] = []
+"""Meters of this process that have not come to their end, the innermost last. One that an error ended stays until the
+account of its run is closed, which writes down how far it was."""
+
+
 @contextmanager
 def meter(what: str, total: int) -> Iterator[Meter]:
+    """A `Meter` for the time of the block."""
+    with _meter(what, total) as shown:
+        running.append(shown)
+        yield shown
+        if shown in running:
+            running.remove(shown)
+
+
+@contextmanager
+def _meter(what: str, total: int) -> Iterator[Meter]:
     """A `Meter` for the time of the block."""
     if console.is_jupyter:  # rich's bars need widgets there, which saved notebooks do not show
         from IPython.display import display

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ttmray.console import console
+from ttmray.console import console, running
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 
@@ -30,7 +30,8 @@ class Account:
     """Cost so far, in the fields `seconds`, `cpu_seconds` and `gpu_seconds` of a JSON file; its other fields stay. It
     pickles.
 
-    `cost.json` also says when it was written (`noted`, as of `time.time`) and why the last launch ended (`stopped`).
+    It also says why the last launch ended early (`stopped`), and `cost.json` when it was written (`noted`, as of
+    `time.time`) and how far what is counted was then (`progress`, see `console.Meter.state`).
 
     Attributes:
         fields: of the file.
@@ -38,6 +39,7 @@ class Account:
         cpu: the same of the CPU time of this process.
         gpus: held since then.
         saved: time of the last write.
+        meters: how many were running in this process when it was opened: those are of others.
     """
 
     folder: Folder
@@ -47,6 +49,7 @@ class Account:
     cpu: float
     gpus: float = 0.0
     saved: float = 0.0
+    meters: int = 0
 
     def settle(self) -> None:
         """Add the time since the last call, which a clock that was put back does not make less."""
@@ -61,6 +64,9 @@ class Account:
         self.settle()
         if self.name == COST:
             self.fields["noted"] = self.since
+            self.fields.pop("progress", None)
+            if len(running) > self.meters:
+                self.fields["progress"] = running[-1].state()
         self.folder.write(self.name, json.dumps(self.fields, indent=1).encode())
         self.saved = self.since
 
@@ -80,16 +86,17 @@ def account(folder: Folder, name: str = COST, since: float | None = None) -> Ite
     Raises:
         UserError: the file is damaged, or cannot be written.
     """
-    fields = {key: value for key, value in read(folder, name).items() if key != "stopped"}
-    _open.append(Account(folder, name, fields, since or time.time(), _cpu(), _open[-1].gpus if _open else 0.0))
+    fields = {key: value for key, value in read(folder, name).items() if key not in ("stopped", "progress")}
+    gpus, counted = _open[-1].gpus if _open else 0.0, len(running)
+    _open.append(Account(folder, name, fields, since or time.time(), _cpu(), gpus, meters=counted))
     try:
         yield
     except BaseException as error:
-        if name == COST:
-            fields["stopped"] = error.message if isinstance(error, UserError) else _named(error)
+        fields["stopped"] = error.message if isinstance(error, UserError) else _named(error)
         raise
     finally:
         _open.pop().save()
+        del running[counted:]
     if name == COST:
         console.print(f"cost so far: {said(folder)}")
 
@@ -139,7 +146,7 @@ def opened() -> list[Account]:
 def carry_on(accounts: Sequence[Account]) -> None:
     """Note in accounts of a process that waits for this one."""
     for one in accounts:
-        one.cpu = _cpu()
+        one.cpu, one.meters = _cpu(), len(running)
     _open.extend(accounts)
 
 

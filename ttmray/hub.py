@@ -26,6 +26,10 @@ ABOUT = "ttmray.json"
 """What a repository that `ttmray push` has made is: `format`, `kind`, and what its use needs."""
 
 
+class NotOnHub(UserError):
+    """The hub was asked, and has no such repository, revision or file, or hides it."""
+
+
 def is_hub(path: str) -> bool:
     """Whether a path is an address of the hub."""
     return path.startswith(PREFIX)
@@ -198,7 +202,7 @@ def _told(what: str, error: Exception) -> UserError | None:
 
 
 def _missing(what: str) -> UserError:
-    return UserError(
+    return NotOnHub(
         f"{what}: not found.",
         "Check names of repository and file; data sets are hf://datasets/org/name, and private ones need HF_TOKEN.",
     )

@@ -22,14 +22,16 @@ _COMMANDS = {
     "methods": "compare-methods",
     "ranker": "train-ranker",
     "train": "train-micro",
+    "attm/evaluate": "attm evaluate",
 }
-"""Where the name of a preset is not that of its command; what follows a dash says for what machine or variant it is."""
+"""Where the name of a preset, whole or its last part, is not that of its command; what follows a dash says for what
+machine or variant it is."""
 
 
 def command_of(preset: str) -> str:
     """The command whose config a preset is: `train-sft` of `paper/stage1-h200`."""
     name = preset.rpartition("/")[2].partition("-")[0]
-    return _COMMANDS.get(name, name)
+    return _COMMANDS.get(preset, _COMMANDS.get(name, name))
 
 
 @cache

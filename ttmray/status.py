@@ -1,13 +1,16 @@
 """`ttmray status`: how far a run of any kind or a chain is, from plain files, while it runs or after it stopped."""
 
 import json
+import os
 import time
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ttmray import cost, inventory, runs
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.recipes.chain_plan import STEPS_FILE, read_steps
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
@@ -15,55 +18,79 @@ STEPS = "steps"
 """Folder of a chain with a record per step."""
 LOG = "metrics.jsonl"
 NUMBERS = ("loss", "lr", "samples_per_s")
+LISTED = 20
+"""Runs in a folder that is none itself, of which status tells."""
+INDENT = "  "
 
 
 def status(folder: str) -> int:
-    """Print how far a run is, at which rate, when it should end, and where and why it stopped.
+    """Print how far a run is, at which rate, when it should end, and where and why it stopped; of a folder that is no
+    run the same of those in it.
 
     Raises:
         UserError: the folder holds no run.
     """
-    run = Folder.at(folder)
-    if not run.exists(RUN) and not run.exists(SUCCESS):
-        if records := sorted(entry.name for entry in run.sub(STEPS).files(sizes=False)):
-            return _chain(run, records)
-        raise UserError(f"{run} is no run: it has no {RUN}.", "Give the output folder of a command.")
-    kind = inventory.kind_of(run)
-    done = inventory.finished(run)
-    if kind in runs.KINDS_OF_CORPUS:
-        from ttmray.corpus import look
-
-        look.status(folder)
+    root = Folder.at(folder)
+    if not root.remote and not os.path.isdir(root.uri):
+        what = "is a file" if os.path.exists(root.uri) else "is not there"
+        raise UserError(f"{root} {what}.", "Give the output folder of a command.")
+    if root.exists(RUN) or root.exists(SUCCESS):
+        lines = run_lines(root)
+    elif root.exists(STEPS_FILE) or root.files(STEPS, sizes=False):
+        lines = _chain_lines(root)
     else:
-        console.print(f"{run}: {kind}, {'finished' if done else 'not finished'}", markup=False)
-        if kind == "generate":
-            console.print(f"  {_clips(run)}", markup=False)
-        if row := last_row(run):
-            console.print(f"  {_progress(row)}", markup=False)
-        if run.exists(SUCCESS) and not done:
-            console.print(f"  {inventory.marker_problem(run)}", style="yellow", markup=False)
-        if not done:
-            console.print("  the same command goes on with it, unless it is still running")
-    for line in _cost_lines(run):
-        console.print(f"  {line}", markup=False)
+        lines = _lines_of_others(root)
+    for line in lines:
+        console.print(line, markup=False)
     return EXIT_OK
 
 
+def run_lines(run: Folder) -> Iterator[str]:
+    """Lines about a run of any kind."""
+    kind, done = inventory.kind_of(run), inventory.finished(run)
+    yield f"{run}: {kind}, {'finished' if done else 'not finished'}"
+    for line in _how_far(run, kind, done):
+        yield f"{INDENT}{line}"
+    if run.exists(SUCCESS) and not done:
+        yield f"{INDENT}{inventory.marker_problem(run)}"
+    if not done:
+        yield f"{INDENT}the same command goes on with it, unless it is still running"
+    for line in _cost_lines(run, done):
+        yield f"{INDENT}{line}"
+
+
+def _how_far(run: Folder, kind: str, done: bool) -> Iterator[str]:
+    if kind in runs.KINDS_OF_CORPUS:
+        from ttmray.corpus import look
+
+        yield from look.status_lines(run)
+    if kind == "generate":
+        yield _clips(run)
+    if row := last_row(run):
+        yield _progress(row)
+    if kind == "expert-iteration" and not done:
+        for phase in _runs_below(run):
+            yield from (line.replace(f"{run}/", "") for line in run_lines(run.sub(phase)))
+
+
 def last_row(run: Folder) -> dict[str, Any]:
-    """The last whole line of a training's log; empty where there is none."""
+    """The last whole line of a training's log about its updates, else the last of any; empty where there is none."""
     if not run.exists(LOG):
         return {}
+    other: dict[str, Any] = {}
     for line in reversed(run.read(LOG).decode(errors="replace").splitlines()):
         try:
             row = json.loads(line)
         except ValueError:  # what a killed process left half-written
             continue
         if isinstance(row, dict) and "step" in row:
-            return row
-    return {}
+            if "loss" in row:
+                return row
+            other = other or row
+    return other
 
 
-def _progress(row: dict[str, Any]) -> str:
+def _progress(row: Mapping[str, Any]) -> str:
     parts = [f"step {row['step']}"]
     parts += [f"{name} {row[name]:.4g}" for name in NUMBERS if isinstance(row.get(name), int | float)]
     if row.get("eta_s"):
@@ -79,11 +106,13 @@ def _clips(run: Folder) -> str:
     return f"{count} clips ok, {len(rows) - count} failed"
 
 
-def _cost_lines(run: Folder) -> list[str]:
+def _cost_lines(run: Folder, done: bool) -> list[str]:
     if not run.exists(cost.COST):
         return []
     fields = cost.read(run)
     lines = [f"cost so far: {cost.said(run)}"]
+    if not done and (counted := _counted(fields.get("progress"))) is not None:
+        lines.append(counted)
     if (noted := fields.get("noted")) is not None:
         ago = timedelta(seconds=round(max(0.0, time.time() - noted)))
         lines.append(f"last written {datetime.fromtimestamp(noted, UTC):%Y-%m-%d %H:%M:%S} UTC, {ago} ago")
@@ -92,18 +121,78 @@ def _cost_lines(run: Folder) -> list[str]:
     return lines
 
 
-def _chain(root: Folder, records: list[str]) -> int:
-    console.print(f"{root}: a chain of steps", markup=False)
-    for name in records:
-        try:
-            record = json.loads(root.sub(STEPS).read(name))
-            state = "done" if record["done"] else "begun"
-            text = f"{state}, {record['seconds'] / 3600:.3f} h in {record['launches']} launches"
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{root.sub(STEPS).path(name)} is no record of a step.",
-                "Delete it: the step then finds out what is done.",
-            ) from error
-        console.print(f"  {name.removesuffix('.json')}: {text}", markup=False)
-    console.print("the same command goes on with what is not done", markup=False)
-    return EXIT_OK
+def _counted(progress: Any) -> str | None:
+    """What a launch was counting when it last noted its cost, and how long the rest would have taken."""
+    try:
+        done, total, rate = int(progress["done"]), int(progress["total"]), float(progress["rate"])
+        text = f"{progress['what']}: {done} of {total} of that launch"
+    except (KeyError, TypeError, ValueError):  # none, or of another version
+        return None
+    if rate <= 0:
+        return text
+    return f"{text}, {rate:.3g}/s, {timedelta(seconds=round((total - done) / rate))} were left then"
+
+
+def _runs_below(root: Folder) -> list[str]:
+    """Names of the folders below that hold a run, the first ones, by name."""
+    names = {file.name.rpartition("/")[0] for file in root.files(sizes=False) if file.name.endswith(f"/{RUN}")}
+    return sorted(names)
+
+
+def _lines_of_others(root: Folder) -> Iterator[str]:
+    """Of the runs in a folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = _runs_below(root)
+    outermost = [name for name in names if not any(name.startswith(f"{other}/") for other in names)]
+    if not outermost:
+        planned = root.exists("plan.md")
+        raise UserError(
+            f"{root} is no run: it has no {RUN}{', only a plan' if planned else ''}.",
+            "Start its command without --plan-only." if planned else "Give the output folder of a command.",
+        )
+    yield f"{root}: no run itself, {len(outermost)} in it"
+    for name in outermost[:LISTED]:
+        yield from run_lines(root.sub(name))
+    if len(outermost) > LISTED:
+        yield f"and {len(outermost) - LISTED} more"
+
+
+def _chain_lines(root: Folder) -> Iterator[str]:
+    """Of every step, and of the run of one that is begun."""
+    records = sorted(entry.name.removesuffix(".json") for entry in root.sub(STEPS).files(sizes=False))
+    steps = read_steps(root) or [{"name": name, "folder": ""} for name in records]
+    states = {name: _record(root, name) for name in records}
+    done = sum(states[step["name"]]["done"] for step in steps if step["name"] in states)
+    yield f"{root}: a chain of {len(steps)} steps, {done} done"
+    for step in steps:
+        name, folder = step["name"], step["folder"]
+        if name not in states:
+            yield f"{INDENT}{name}: to do"
+            continue
+        record = states[name]
+        state = "done" if record["done"] else "begun"
+        yield f"{INDENT}{name}: {state}, {record['seconds'] / 3600:.3g} h in {record['launches']} launches"
+        if record["done"]:
+            continue
+        if folder and (root.sub(folder).exists(RUN) or root.sub(folder).exists(SUCCESS)):
+            yield from (f"{INDENT * 2}{line.replace(f'{root}/', '')}" for line in run_lines(root.sub(folder)))
+        if record.get("stopped"):
+            yield f"{INDENT * 2}stopped: {record['stopped']}"
+    if done < len(steps):
+        yield "the same command goes on with what is not done"
+
+
+def _record(root: Folder, name: str) -> dict[str, Any]:
+    path = f"{STEPS}/{name}.json"
+    try:
+        record: dict[str, Any] = json.loads(root.read(path))
+        typed = {"seconds": float(record["seconds"]), "done": bool(record["done"]), "launches": int(record["launches"])}
+        return record | typed
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{root.path(path)} is no record of a step.",
+            "Delete it: the step then finds out what is done.",
+        ) from error

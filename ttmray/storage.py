@@ -12,6 +12,7 @@ Rules that everything else relies on:
 import errno
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +97,10 @@ def explained(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{what}: not found.", "Check the path or the bucket name.") from error
     except (IsADirectoryError, NotADirectoryError) as error:
-        wrong = "is a folder, not a file" if isinstance(error, IsADirectoryError) else "lies below a file, not a folder"
+        if isinstance(error, IsADirectoryError):
+            wrong = "is a folder, not a file"
+        else:
+            wrong = "is a file, not a folder" if os.path.isfile(what) else "lies below a file, not a folder"
         raise UserError(
             f"{what}: {wrong}.", "Check the path; a folder that is in the way of a file must be moved."
         ) from error
@@ -142,6 +146,11 @@ class Folder:
     @property
     def hub(self) -> bool:
         return hub.is_hub(self.uri)
+
+    @property
+    def typed(self) -> str:
+        """The address as a shell takes it, for commands that people are to copy."""
+        return shlex.quote(self.uri)
 
     def __str__(self) -> str:
         return self.uri

@@ -76,7 +76,7 @@ def test_lines_of_others_and_colour_codes_are_told_from_ours(transcript, tmp_pat
 def test_nothing_but_our_lines_comes_from_a_training_and_a_generation(transcript, corpus, tmp_path):
     ours(transcript.transcript(train(corpus, tmp_path), tmp_path), transcript)
     options = sets("samples=1", "sampler.steps=1", "postprocess=null", "texts=[slow piano]", f"output={tmp_path / 'g'}")
-    generate = ["jobs/generate.py", "--config", str(REPO / "configs/debug/generate.yaml"), "--play-page", *options]
+    generate = ["jobs/generate.py", "--config", str(REPO / "configs/debug/generate.yaml"), *options]
     ours(transcript.transcript(generate, tmp_path), transcript)
 
 

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from ttmray.corpus import index, look, unit_log
+from ttmray.corpus import index, unit_log
 from ttmray.corpus.job import score_corpus
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.corpus.unit_log import LOG, UNITS, UnitLog
 from ttmray.errors import UserError
+from ttmray.status import status
 from ttmray.storage import Folder
 
 
@@ -116,8 +117,8 @@ def test_status_of_a_run_in_progress_reads_units_only_where_a_kill_cost_their_li
         run.write(UNITS, b"".join(lines[lost:]))
         read.clear()
         capsys.readouterr()
-        assert look.status(config.output) == 0
+        assert status(config.output) == 0
         text = capsys.readouterr().out
-        assert "  ok: 4\n  rejected: 1\n  failed: 1\n" in text
+        assert "    ok: 4\n    rejected: 1\n    failed: 1\n" in text
         assert "clips/s lately; at this rate 0:00:00 are left; the last unit was 0:00:" in text
         assert len(read) == lost

@@ -124,15 +124,44 @@ def test_a_plan_says_how_long_what_is_to_do_takes_and_a_foreign_folder_is_refuse
     steps = [replace(three.steps()[0], config=TrainConfig.model_validate(train)), *three.steps()[1:]]
     assert run_chain(three.root, steps, PRINTS, plan_only=True) == 0
     shown = capsys.readouterr().out
-    line = next(line for line in shown.splitlines() if " a " in line)
-    assert re.search(r"to do +│ – +│ (less than 1 s|about [1-9])", line), line
-    assert "25% of" in " ".join(shown.split())
+    line = next(line for line in shown.splitlines() if line.startswith("  a "))
+    assert re.search(r"to do, (less than 1 s|about [1-9])", line), line
+    assert "25% of" in shown.splitlines()[0]
     assert not re.search(r"\b0\.0+\b", shown)
     assert shown.count("not known") == 2
+    text = three.root.read("plan.md").decode()
+    assert re.search(r"^\| a \| to do \| (less than 1 s|about [1-9][^|]*) \|$", text, re.MULTILINE)
+    assert "| c | to do | not known |" in text
     three.root.write("run.json", json.dumps({"kind": "sft"}).encode())
     for plan_only in (True, False):
         with pytest.raises(UserError, match="no chain"):
             three.run(plan_only=plan_only)
+
+
+def test_a_file_is_no_output_of_a_chain(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for plan_only in (True, False):
+        with pytest.raises(UserError, match=r"notes\.txt is a file, not a folder"):
+            run_chain(
+                Folder(str(tmp_path / "notes.txt")),
+                [Step("a", Config(), lambda: 0, ("a",))],
+                {"a": "1"},
+                plan_only=plan_only,
+            )
+
+
+def test_a_plan_of_many_steps_is_ten_lines_and_a_file(tmp_path, capsys):
+    root = Folder(str(tmp_path / "run"))
+    steps = [Step(f"step-{i}", Config(), lambda: 0, (f"{i}/made",)) for i in range(30)]
+    prints = {step.name: "x" for step in steps}
+    assert run_chain(root, steps, prints, plan_only=True, about=["every method gets the same"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 10
+    assert "and 24 more" in shown
+    text = root.read("plan.md").decode()
+    assert text.count("| to do |") == 30
+    assert "every method gets the same" in text
+    assert sorted(file.name for file in root.files()) == ["plan.md"]
 
 
 def test_a_step_that_claims_to_have_ended_well_without_results_is_a_bug(three):

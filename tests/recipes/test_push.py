@@ -27,7 +27,8 @@ from ttmray.corpus.job import score_corpus
 from ttmray.corpus.verify import problems
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.models.backbone_weights import METADATA, debug_backbone
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import MICRO, LoadOptions, open_bundle
+from ttmray.models.folder_bundle import describe_folder
 from ttmray.models.published import published
 from ttmray.models.tunejury import debug_tunejury
 from ttmray.recipes.push import push
@@ -233,3 +234,73 @@ def test_what_cannot_be_pushed_or_loaded_says_why(hub, weights, tmp_path, monkey
     with console.capture(), pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         ttmray.load("hf://org/mine")
     assert places.offline() == "HF_HUB_OFFLINE"
+
+
+@pytest.fixture
+def tiny_bundle(tmp_path: Path) -> Path:
+    """A bundle's folder of two roles, whose files are no weights."""
+    root = tmp_path / "tiny"
+    for name in ("clap/model.safetensors", "clap/config.json", "backbone/model.safetensors"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode() * 100)
+    describe_folder(root, "tiny", "only a test", 5.0)
+    return root
+
+
+def test_a_bundle_of_the_hub_is_the_one_that_was_pushed_whoever_uploaded_it_and_offline(hub, tiny_bundle, monkeypatch):
+    push(str(tiny_bundle), "org/tiny")
+    local = open_bundle(str(tiny_bundle)).identity()
+    assert open_bundle("hf://org/tiny").identity() == local
+    hub.model("org/by-hand").files = {
+        name: data for name, data in hub.repos["models", "org/tiny"].files.items() if name != "ttmray.json"
+    }
+    assert published("hf://org/by-hand").bundle == "hf://org/by-hand"
+    with console.capture():
+        assert ttmray.load("hf://org/by-hand", device="cpu").clip_s == 5.0
+        ttmray.load("hf://org/tiny", device="cpu")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert open_bundle("hf://org/tiny").identity() == local
+    assert published("hf://org/tiny").bundle == "hf://org/tiny"
+    assert main(["score", "song.wav", "--bundle", "hf://org/never"]) == EXIT_BAD_INPUT
+    with pytest.raises(UserError, match="not in the cache") as caught:
+        ttmray.load("hf://org/never")
+    assert "\n" not in caught.value.message
+
+
+def test_weights_and_heads_and_corpora_are_no_bundles_and_the_way_to_use_them_is_said(hub, weights, corpus, capsys):
+    push(str(weights), "org/mine", bundle="debug")
+    hub.model("org/judge").files["ttmray.json"] = b'{"format": 1, "kind": "ranker", "bundle": "micro"}'
+    push(str(corpus), "org/songs")
+    capsys.readouterr()
+    for place, hint in (
+        ("hf://org/mine", "--bundle debug --set checkpoint=hf://org/mine"),
+        ("hf://org/judge", "--bundle micro+hf://org/judge"),
+        ("hf://datasets/org/songs", "ttmray.open_corpus('hf://datasets/org/songs')"),
+        ("hf://org/gone", "Check its name"),
+    ):
+        assert main(["generate", "--prompt", "a harp", "--bundle", place]) == EXIT_BAD_INPUT
+        said = " ".join(capsys.readouterr().err.split())
+        assert place in said
+        assert hint in said
+
+
+@pytest.mark.slow  # 27 MB go over HTTP to the hub and back
+def test_the_micro_bundle_scores_and_generates_from_the_hub_as_from_here(hub, tmp_path, capsys):
+    assert main(["push", str(MICRO.path), "org/micro"]) == EXIT_OK
+    noise = np.random.default_rng(0).normal(scale=0.1, size=(1, 5 * 44100)).astype(np.float32)
+    write_audio(str(tmp_path / "a.wav"), noise, 44100)
+    rows, clips = [], []
+    for bundle in ("micro", "hf://org/micro"):
+        capsys.readouterr()
+        command = ["score", str(tmp_path / "a.wav"), "--caption", "a harp", "--json", "--bundle", bundle]
+        assert main(command) == EXIT_OK
+        rows.append(json.loads(capsys.readouterr().out))
+        run = tmp_path / f"run-{len(rows)}"
+        command = ["generate", "--prompt", "a harp", "--set", "sampler.steps=1", "--output", str(run)]
+        assert main([*command, "--bundle", bundle]) == EXIT_OK
+        clips.append(next((run / "clips").iterdir()).read_bytes())
+    assert rows[0] == rows[1]
+    assert clips[0] == clips[1]
+    with console.capture():
+        (score,) = ttmray.load("hf://org/micro", device="cpu").score(str(tmp_path / "a.wav"), "a harp")["reward"]
+    assert score == rows[0]["reward"]

@@ -153,3 +153,9 @@ def test_a_line_for_people(capsys):
     show(values | {"data_wait": 0.0123, "eta_s": 3661.4, "margin": 0.25}, 200, ["margin"])
     expected = "step 50/200 | loss 1.2346 | lr 0.0001 | grad_norm 0.5 | 71.2 samples/s | MFU 45.1% | data wait 1.2% | "
     assert capsys.readouterr().out == expected + "ETA 1:01:01 | margin 0.25\n"
+
+
+def test_a_share_of_more_than_there_is_is_no_number(capsys):
+    show({"step": 1, "loss": 1.0, "samples_per_s": 1.0, "mfu": 1.563, "data_wait": 0.0, "eta_s": 0.0}, 2)
+    assert "156" not in (out := capsys.readouterr().out)
+    assert "MFU not known" in out

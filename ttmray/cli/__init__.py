@@ -4,15 +4,19 @@ The commands are tables, by family; a value goes from the command line into a co
 """
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.text import Text
 
 from ttmray import __version__
 from ttmray.cli import challenge, corpus, evaluation, generation, models, recipes, training
 from ttmray.cli.command import Command, add_parsers, execute
+from ttmray.cli.completion import answer_shell
 from ttmray.console import errors
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from ttmray.signals import MESSAGE, Interruption
@@ -21,8 +25,18 @@ FAMILIES = (corpus, generation, training, evaluation, models, recipes, challenge
 COMMANDS: tuple[Command, ...] = tuple(command for family in FAMILIES for command in family.COMMANDS)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that knows what a mistyped command or value may have been meant as."""
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
+            message = f"{message}; did you mean {' or '.join(near)}?" if near else message
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ttmray",
         description="From a folder or bucket of songs to a preference-tuned text-to-music model.",
         epilog="Exit codes: 0 done, 2 bad input or config, 3 done but too many failures, 130 interrupted (state kept).",
@@ -35,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn errors into messages and exit codes."""
-    typed = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        answer_shell(parser)
+    typed = vars(parser.parse_args(arguments))
     interruption = Interruption()
     try:
         interruption.install()  # SIGTERM, too: `ray job stop` and schedulers send it

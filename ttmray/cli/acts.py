@@ -15,7 +15,6 @@ def generate(
     score_from: str | None = None,
     retry_failed: bool = False,
     zip_to: str | None = None,
-    play_page: bool = False,
     overwrite: bool = False,
 ) -> int:
     """`ttmray generate`, at the score that was chosen for the checkpoint where `score_from` names that run.
@@ -30,7 +29,7 @@ def generate(
 
         sampler = config.sampler.model_copy(update={"score": chosen_score(score_from, config.checkpoint)})
         config = config.model_copy(update={"sampler": sampler})
-    return generate(config, retry_failed=retry_failed, zip_to=zip_to, play_page=play_page, overwrite=overwrite)
+    return generate(config, retry_failed=retry_failed, zip_to=zip_to, overwrite=overwrite)
 
 
 def config(name: str | None = None, *, docs: bool = False, schema: bool = False) -> int:

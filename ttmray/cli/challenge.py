@@ -1,6 +1,6 @@
 """The challenge kit (docs/attm.md)."""
 
-from ttmray.cli.command import Command, argument
+from ttmray.cli.command import Command, argument, setting
 
 KIT = "ttmray.recipes.attm"
 PROMPTS = argument("--prompts", required=True, metavar="FILE", help="prompts with their ids")
@@ -33,19 +33,18 @@ COMMANDS = (
     ),
     Command(
         "attm evaluate",
-        "FAD and CLAP score as the organisers compute them, the published baseline beside them",
-        f"{KIT}:evaluate",
+        "FAD and CLAP score as the organisers compute them, CCS by a judge, published ones beside them",
+        "ttmray.recipes.attm_metrics:evaluate",
         (
-            argument("folders", nargs="+", metavar="DIR", help="flat folders of clips, or generation runs; NAME=DIR"),
-            argument(
-                "--reference", required=True, metavar="DIR", help="flat folder of audio, or reference.safetensors"
-            ),
-            PROMPTS,
-            argument("--out", required=True, metavar="DIR", help="folder of attm.csv, attm.json and the reference"),
-            argument("--bundle", help="set of models (default paper, whose CLAP is the official one)"),
-            argument("--device", help="auto (default), cpu or cuda"),
-            argument("--batch", type=int, metavar="N", help="windows per forward on a GPU (default 16)"),
+            setting("folders", nargs="*", metavar="DIR", help="flat folders of clips, or generation runs; NAME=DIR"),
+            setting("--reference", metavar="DIR", help="flat folder of audio, or reference.safetensors"),
+            setting("--prompts", metavar="FILE", help="prompts with their ids"),
+            setting("--out", metavar="DIR", dest="output", help="folder of attm.csv, attm.json and the reference"),
+            setting("--bundle", help="set of models (default paper, whose CLAP is the official one)"),
+            setting("--device", help="auto (default), cpu or cuda"),
+            setting("--batch", type=int, metavar="N", help="windows per forward on a GPU (default 16)"),
         ),
+        config="ttmray.recipes.attm_metrics:AttmConfig",
     ),
     Command(
         "attm submit",

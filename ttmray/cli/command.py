@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from ttmray.cli.completion import completer, config_names, field_names
 from ttmray.cli.examples import EXAMPLES
 from ttmray.presets import presets_of
 
@@ -111,12 +112,12 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
         for flag in command.flags:
             parser.add_argument(*flag.names, **{"default": argparse.SUPPRESS, **flag.options})
         if command.config:
-            parser.add_argument(
+            config = parser.add_argument(
                 "--config",
                 metavar="FILE",
                 help="YAML, or a preset such as debug/corpus (default: defaults)",
             )
-            parser.add_argument(
+            sets = parser.add_argument(
                 "--set",
                 action="append",
                 default=[],
@@ -124,6 +125,8 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
                 dest="sets",
                 help="override one field; repeatable; a flag of its own counts before it",
             )
+            config.completer = completer(config_names, command.name)
+            sets.completer = completer(field_names, command.config)
         parser.set_defaults(table_row=command)
 
 

@@ -12,7 +12,7 @@ EXAMPLES = {
     "corpus rescore": "runs/my-corpus --head runs/my-ranker --name ranker",
     "status": "runs/my-stage1",
     "verify": "runs/my-stage1",
-    "generate": '--prompt "a calm piano piece" --play-page --output runs/my-clips',
+    "generate": '--prompt "a calm piano piece" --output runs/my-clips',
     "postprocess": "my-songs --output runs/finished --no-separation",
     "choose-score": "--checkpoint my-model.safetensors --prompts my-texts.csv --output runs/my-score",
     "pool": "--config debug/pool --set output=runs/my-pool",

@@ -9,7 +9,7 @@ GROUPS: dict[str, str] = {}
 COMMANDS = (
     Command(
         "generate",
-        "prompts in, audio files and a manifest out (jobs/generate.py)",
+        "prompts in, audio files, a manifest and a page with players out (jobs/generate.py)",
         "ttmray.cli.acts:generate",
         (
             setting("--prompt", action="append", metavar="TEXT", dest="texts", help="a prompt; repeatable"),
@@ -21,7 +21,6 @@ COMMANDS = (
             setting("--samples", type=int, metavar="N", help="clips per prompt (default 1)"),
             argument("--score-from", metavar="RUN", help="the score that ttmray choose-score found for the checkpoint"),
             argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form"),
-            switch("--play-page", "write index.html with players into the run folder"),
             switch("--retry-failed", "make failed clips once more"),
             switch("--overwrite", "delete the clips of other settings that the run folder holds, and start anew"),
         ),

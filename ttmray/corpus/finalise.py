@@ -220,7 +220,7 @@ def summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
         *summary.get("lines", ()),
         f"{summary['units']} units, {summary['bytes'] / 1e6:.1f} MB, splits {summary['splits']}",
         f"scores by {summary['protocol']}" + (f" ({summary['note']})" if summary["note"] else ""),
-        f"index: {run.path('index.parquet')}; quarantine: ttmray corpus ls {run} --status failed",
+        f"index: {run.path('index.parquet')}; quarantine: ttmray corpus ls {run.typed} --status failed",
     ]
     return lines
 

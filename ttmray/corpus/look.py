@@ -1,10 +1,11 @@
-"""Looking into a run: `ttmray corpus stats | verify | ls | sample | upgrade`, and `ttmray status` of corpora.
+"""Looking into a run: `ttmray corpus stats | verify | ls | sample | upgrade`, and what `ttmray status` says of corpora.
 
 Nothing but `upgrade` changes it.
 """
 
 import json
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import REWARDS, protocols, reward_statistics, table_names, with_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
-from ttmray.inventory import checked, finished, marker_problem, read_marker
-from ttmray.runs import RUN, SUCCESS, read
+from ttmray.inventory import checked, finished, kind_of, read_marker
+from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
 
 LISTED = ("key", "status", "stage", "reason", "message", "instrumental_reward_score", "lufs", "source")
@@ -35,24 +36,27 @@ def _open(folder: str) -> Folder:
     run = Folder.at(folder)
     if not run.exists(RUN) and not run.exists(SUCCESS):
         raise UserError(f"{run} is not a corpus run: it has no {RUN}.", "Give the output folder of a corpus job.")
+    if (kind := kind_of(run)) not in KINDS_OF_CORPUS:
+        raise UserError(
+            f"{run} is a run of kind {kind}, no corpus.",
+            f"Give the output folder of a corpus job. How far this one is: ttmray status {run.typed}",
+        )
     return run
 
 
-def status(folder: str) -> int:
-    """Print how far the run is: from its plan, its log, and the names of index files."""
-    run = _open(folder)
+def status_lines(run: Folder) -> Iterator[str]:
+    """How far a run is: from its plan, its log, and the names of index files.
+
+    Raises:
+        UserError: the plan or the index is damaged.
+    """
     plan = Plan.load(run)
     names = index.committed_units(run)
     units = list(plan.units())
     clips = plan.expected_clips(set(names))
-    console.print(
-        f"{run}: {len(names)} of {len(units)} units, about {clips} of {plan.expected_clips()} clips", markup=False
-    )
+    yield f"{len(names)} of {len(units)} units, about {clips} of {plan.expected_clips()} clips"
     if finished(run):
-        console.print("finished")
-        return EXIT_OK
-    if run.exists(SUCCESS):
-        console.print(marker_problem(run), style="yellow")
+        return
     lines = unit_log.read(run)
     logged = [lines[name] for name in names if name in lines]
     total = unit_log.counts(logged)
@@ -60,17 +64,15 @@ def status(folder: str) -> int:
     for rows, _ in index.read_units(run, [name for name in names if name not in lines]):
         total.update(rows["status"].to_pylist())
     for state in (OK, REJECTED, FAILED):
-        console.print(f"  {state}: {total[state]}")
+        yield f"  {state}: {total[state]}"
     missing = plan.expected_clips() - clips
     if (now := unit_log.rate(logged)) is not None and now[0] > 0:
         clips_per_s, last = now
         left, ago = (timedelta(seconds=round(s)) for s in (missing / clips_per_s, max(0.0, time.time() - last)))
-        console.print(f"  {clips_per_s:.3g} clips/s lately; at this rate {left} are left; the last unit was {ago} ago")
+        yield f"{clips_per_s:.3g} clips/s lately; at this rate {left} are left; the last unit was {ago} ago"
     elif (seconds := cost.read(run)["seconds"]) > 0 and clips:
         left = timedelta(seconds=round(missing * seconds / clips))
-        console.print(f"  {clips / seconds:.3g} clips/s over all launches; at this rate {left} are left")
-    console.print("not finished: start the same command again to go on")
-    return EXIT_OK
+        yield f"{clips / seconds:.3g} clips/s over all launches; at this rate {left} are left"
 
 
 def stats(folder: str) -> int:

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import math
-import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ class Plan:
             UserError: when the file is absent, damaged, of another format or changed since.
         """
         where = folder.path(PLAN_FILE)
-        way_out = f"`ttmray corpus repair {shlex.quote(folder.uri)}` makes it again, as does the command of the run."
+        way_out = f"`ttmray corpus repair {folder.typed}` makes it again, as does the command of the run."
         try:
             table = parquet_table(folder.read(PLAN_FILE))
         except (pa.ArrowException, OSError) as error:  # pyarrow reports some damage as OSError

@@ -144,7 +144,8 @@ def read_table(run: Folder, name: str) -> pa.Table:
 
 def again(run: Folder, name: str) -> str:
     """How to make a table again."""
-    return f"`ttmray corpus repair {run}` makes it again, as does its own command: ttmray corpus rescore --name {name}"
+    own = f"ttmray corpus rescore --name {name}"
+    return f"`ttmray corpus repair {run.typed}` makes it again, as does its own command: {own}"
 
 
 def reward_statistics(rows: pa.Table, names: Sequence[str] = REWARDS) -> dict[str, Any]:

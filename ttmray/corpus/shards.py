@@ -10,7 +10,6 @@ never replace the bytes that a committed index describes.
 import hashlib
 import io
 import json
-import shlex
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
@@ -28,7 +27,7 @@ LATENTS = ("latent_mean", "latent_std")
 
 def mend(run: Folder) -> str:
     """The way out where a file of a corpus or pool is damaged."""
-    return f"`ttmray corpus repair {shlex.quote(run.uri)}` finds every damaged file of it and makes it again."
+    return f"`ttmray corpus repair {run.typed}` finds every damaged file of it and makes it again."
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -110,7 +110,7 @@ def _place_problems(run: Folder, merged: pa.Table, texts: pa.Table, latents: pa.
     """
     ok = pc.equal(merged["status"], OK)
     if lacking := lacking_places(merged):
-        yield f"{index.MERGED} does not say where {lacking} clips lie: ttmray corpus upgrade {run}"
+        yield f"{index.MERGED} does not say where {lacking} clips lie: ttmray corpus upgrade {run.typed}"
         return
     rows, texts = merged.filter(ok).select(["key", *index.PLACES]), texts.filter(ok)
     of = pc.index_in(rows["key"].combine_chunks(), latents["key"].combine_chunks())

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,7 +25,7 @@ from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.generation import manifest
 from ttmray.models.bundle import means_nothing
 from ttmray.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
-from ttmray.storage import Folder, absolute, parquet_table, split_path
+from ttmray.storage import Folder, absolute, is_remote, parquet_table, split_path
 from ttmray.tables import read_rows
 
 COMPARED = {
@@ -208,6 +209,8 @@ def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
         places = [(f"{folder}: {row['name']}", row | {"system": name}) for row in generated]
         known = {row["protocol"] or "" for row in generated}
         protocols = dict.fromkeys(COMPARED, known.pop() if len(known) == 1 else "")
+    elif not is_remote(source) and not os.path.exists(absolute(source)):
+        raise UserError(f"{source}: not found.", "Check the path.")
     else:
         places, protocols = read_rows(absolute(source), KNOWN), {}
     default = split_path(source)[1].rpartition(".")[0] or source

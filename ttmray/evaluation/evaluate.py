@@ -375,6 +375,8 @@ def _report(out: Folder, results: Mapping[str, Any], rows: Sequence[Mapping[str,
     else:
         console.print(f"nothing to measure: all {len(rows)} clips are done; {timing['wall_s']:.1f} s of statistics")
     console.print(f"{out}/{RESULTS}", markup=False)
+    # not by itself: it encodes every clip once more, which takes longer than the evaluation of some
+    console.print(f"page with players, plots and a blind test: ttmray report {out.typed}", markup=False)
     if len(bad) > config.max_failures:
         console.print(f"{len(bad)} clips failed, {config.max_failures} are allowed (max_failures)", style="red")
         return EXIT_TOO_MANY_FAILURES

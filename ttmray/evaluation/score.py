@@ -27,7 +27,7 @@ from ttmray.evaluation.systems import audio_files
 from ttmray.evaluation.warnings import WINDOW_S
 from ttmray.generation import manifest
 from ttmray.models import one_thread
-from ttmray.models.bundle import DEFAULT, Bundle, LoadOptions, open_bundle
+from ttmray.models.bundle import DEFAULT, Bundle, LoadOptions, means_nothing, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.scoring import Scorer
 from ttmray.storage import Folder, absolute, is_remote, split_path
@@ -196,6 +196,8 @@ def score(
     """
     if csv_to is not None and not csv_to.endswith(".csv"):
         raise UserError(f"{csv_to} must end in .csv.", "Name the file of the table.")
+    if all(not is_remote(file) and not os.path.exists(absolute(file)) for file in files):
+        raise UserError(f"{', '.join(files)}: not found.", "Check the path.")  # of some, a row says it
     named = sounds_of(files, caption)
     chosen = open_bundle(bundle)
     scorer = open_scorer(chosen, reward_text, LoadOptions(device=device, batch=batch), cache)
@@ -209,20 +211,21 @@ def score(
                 shown = row | {"protocol": protocol, "note": chosen.note}
                 console.print(json.dumps(shown, ensure_ascii=False), markup=False)
     if csv_to is not None:
-        _write(rows, protocol, csv_to)
+        _write(rows, protocol, csv_to, chosen.note if means_nothing(bundle) else "")
     elif not as_json:
         _print(rows, protocol, chosen.note)
     return EXIT_OK if all(row["status"] == "ok" for row in rows) else EXIT_TOO_MANY_FAILURES
 
 
-def _write(rows: Sequence[ScoreRow], protocol: str, csv_to: str) -> None:
-    """Full precision; numbers that a sound does not have are empty."""
+def _write(rows: Sequence[ScoreRow], protocol: str, csv_to: str, note: str) -> None:
+    """Full precision; numbers that a sound does not have are empty. Where they mean nothing, each row says it."""
     names = ("file", "start_s", "status", "reason", "message", *FACTS, "reward", "clap_score", "heard", "caption")
     sink = io.StringIO(newline="")
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow((*names, "protocol"))
+    writer.writerow((*names, "protocol", *(["note"] if note else [])))
     for row in rows:
-        writer.writerow((*("" if row.get(name) is None else row[name] for name in names), protocol))
+        values = ("" if row.get(name) is None else row[name] for name in names)
+        writer.writerow((*values, protocol, *([note] if note else [])))
     folder, name = split_path(csv_to)
     folder.write(name, sink.getvalue().encode("utf-8", "surrogateescape"))
     ok = sum(row["status"] == "ok" for row in rows)

@@ -85,7 +85,7 @@ def choose_score(config: ScoreChoiceConfig) -> int:
     out.write(CHOICE, json.dumps(choice, indent=1).encode())
     inventory.note(out, "score choice", (CHOICE, "choice.md"))
     console.print(f"best of the scores {', '.join(f'{score:g}' for score in scores)}: {best:g}")
-    console.print(f"to generate with it: ttmray generate --score-from {out}", markup=False)
+    console.print(f"to generate with it: ttmray generate --score-from {out.typed}", markup=False)
     return EXIT_OK
 
 

@@ -28,7 +28,7 @@ from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import ClipJob, ClipMaker, PlannedClip, SoundMaker, roles_of
 from ttmray.models.backbone_weights import file_config, score_warning
-from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.models.bundle import Bundle, means_nothing, open_bundle
 from ttmray.models.devices import on_gpu
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
@@ -66,15 +66,13 @@ def generate(
     *,
     retry_failed: bool = False,
     zip_to: str | None = None,
-    play_page: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Make, or go on making, the clips of `config`; returns the exit code.
+    """Make, or go on making, the clips of `config`, and a page with players; returns the exit code.
 
     Args:
         retry_failed: make failed clips once more.
         zip_to: local file for an archive of the clips (`<name>.wav`, flat): the challenge's submission.
-        play_page: write `index.html` with players into the run folder.
         overwrite: delete the clips of other settings that the run folder holds, and start anew.
 
     Raises:
@@ -84,9 +82,8 @@ def generate(
         manifest.check_zip(zip_to)
     done = generate_run(config, retry_failed=retry_failed, overwrite=overwrite)
     failed = _report(done, config.best_by)
-    if play_page:
-        page = write_page(done.run, done.planned, done.described)
-        console.print(f"players: open {page}", markup=False)
+    page = write_page(done.run, done.planned, done.described)
+    console.print(f"players: open {page}", markup=False)
     if zip_to is not None and failed:
         console.print(f"no {zip_to}: {failed} clips are missing; --retry-failed makes them once more", style="red")
     elif zip_to is not None:
@@ -151,7 +148,8 @@ def generate_run(
         console.print(f"nothing to do: all {len(clips)} clips of {run} are done")
     rows |= {row["name"]: row for row in finished}
     planned = [rows.pop(clip.name) for clip in clips]
-    manifest.merge(run, planned + [rows[name] for name in sorted(rows)])  # clips of other prompts stay in the table
+    note = described["note"] if means_nothing(config.bundle) else ""
+    manifest.merge(run, planned + [rows[name] for name in sorted(rows)], note)  # clips of other prompts stay in it
     done = Generated(run, planned, finished, seconds, time.perf_counter() - started, described)
     _summarise(done)
     names = [RUN, *(name for name in MERGED if run.exists(name))]
@@ -320,6 +318,7 @@ def _summarise(done: Generated) -> None:
             "stage_s": {name: round(value, 3) for name, value in done.seconds.items()},
         },
     }
+    summary |= {"note": done.described["note"]} if done.described["note"] else {}
     if gains := best_of_curve(done.planned):
         summary["best_of"] = gains
     if done.finished or "summary.json" in _changed(done.run):

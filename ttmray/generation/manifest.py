@@ -95,15 +95,19 @@ def intact(run: Folder, rows: Iterable[Mapping[str, Any]]) -> set[str]:
         return {name for name in pool.map(check, rows) if name is not None}
 
 
-def merge(run: Folder, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `manifest.parquet` and `manifest.csv` with the rows in their order."""
+def merge(run: Folder, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
+    """Write `manifest.parquet` and `manifest.csv` with the rows in their order.
+
+    Args:
+        note: of a bundle whose numbers mean nothing: a column of the table for people says so in every row.
+    """
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], SCHEMA), sink)
     run.write("manifest.parquet", sink.getvalue())
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
+    writer = csv.DictWriter(text, [*SCHEMA.names, *(["note"] if note else [])], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**row, "note": note} if note else row for row in rows)
     run.write("manifest.csv", text.getvalue().encode())
 
 

@@ -11,16 +11,19 @@ FACTS = {"lufs": "LUFS", "true_peak_db": "dBTP", "reward_score": "reward", "clap
 
 
 PLAYERS = "index.html"
+MOST = 1000
+"""Clips on a page: a browser is slow with more players."""
 
 
 def write_page(run: Folder, rows: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) -> str:
-    """Write `index.html` beside the clips, by prompt in the order of the rows; returns its path."""
+    """Write `index.html` beside the clips, by prompt in the order of the rows, at most `MOST`; returns its path."""
+    shown = rows[:MOST]
     text = pages.render(
         "play.html.j2",
-        title=f"{len(rows)} clips of {run}",
+        title=f"{'the first ' * (len(shown) < len(rows))}{len(shown)} clips of {run}",
         fingerprint=described["fingerprint"],
         note=described["note"],
-        prompts=[list(clips) for _, clips in groupby(rows, key=lambda row: row["prompt_id"])],
+        prompts=[list(clips) for _, clips in groupby(shown, key=lambda row: row["prompt_id"])],
         facts=FACTS,
     )
     run.write(PLAYERS, text.encode())

@@ -24,6 +24,7 @@ from ttmray.models import folder_bundle, released
 from ttmray.models.devices import resolve_device
 from ttmray.models.folder_bundle import DESCRIPTION, WEIGHTS, FolderFiles
 from ttmray.models.protocol import Protocol
+from ttmray.models.published import bundle_folder
 from ttmray.models.released import RELEASED, Facts
 from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
 from ttmray.models.weights import Store, digest_file, licences, open_store
@@ -437,7 +438,7 @@ def open_bundle(name: str) -> Bundle:
 
 def _open_folder(path: str) -> Bundle:
     if hub.is_hub(path):
-        path = str(hub.snapshot(path))
+        path = str(bundle_folder(path))
     if "://" in path:
         raise UserError(f"bundle {path}: a bundle's folder must be local.", "Copy it to every machine first.")
     bundle = FolderBundle(FolderFiles(Path(path), "Copy the whole folder again, or make the bundle again."))

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ttmray import hub
 from ttmray.errors import UserError
-from ttmray.storage import Folder
+from ttmray.models.folder_bundle import DESCRIPTION
 
 FORMAT = 1
 KINDS = ("model", "ranker", "bundle", "corpus")
@@ -28,7 +29,9 @@ class PushedRepo:
 
 
 def published(uri: str) -> PushedRepo:
-    """What a repository of the hub is, by the file that `ttmray push` has left there.
+    """What a repository of the hub is, by the file that `ttmray push` has left there, or as a bundle by its own.
+
+    What was fetched before is known offline, too.
 
     Args:
         uri: `hf://org/name`, with or without `@revision`.
@@ -39,21 +42,22 @@ def published(uri: str) -> PushedRepo:
     uri = uri.rstrip("/")
     if hub.parsed(uri).path_in_repo:
         raise UserError(f"{uri} is a file.", "Name its repository, hf://org/name; a file may be a checkpoint.")
-    folder = Folder.at(uri)
-    if not folder.exists(hub.ABOUT):
-        raise UserError(
-            f"{uri} was not made by ttmray push: it has no {hub.ABOUT}.",
-            f"Load a bundle, and give checkpoint={uri}/FILE to what it generates.",
-        )
     try:
-        about: dict[str, Any] = json.loads(hub.local_copy(folder.path(hub.ABOUT)).read_bytes())
+        text = hub.local_copy(f"{uri}/{hub.ABOUT}").read_bytes()
+    except hub.NotOnHub as missing:
+        if _has(uri, DESCRIPTION):
+            return PushedRepo("bundle", uri, None)
+        raise UserError(
+            f"{uri} was not made by ttmray push: it is not there, or has no {hub.ABOUT}.",
+            f"Check its name; of others' weights, load a bundle and give it checkpoint={uri}/FILE.",
+        ) from missing
+    try:
+        about: dict[str, Any] = json.loads(text)
         kind, bundle = str(about["kind"]), about.get("bundle")
         if about["format"] != FORMAT or kind not in KINDS:
             raise ValueError(f"format {about['format']}, kind {kind}")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder.path(hub.ABOUT)} cannot be used: {error}", "Push it again, or update ttmray."
-        ) from error
+        raise UserError(f"{uri}/{hub.ABOUT} cannot be used: {error}", "Push it again, or update ttmray.") from error
     if kind == "corpus":
         raise UserError(f"{uri} is a corpus.", f"ttmray.open_corpus({uri!r})")
     if kind == "bundle":
@@ -63,3 +67,29 @@ def published(uri: str) -> PushedRepo:
     if kind == "ranker":
         return PushedRepo(kind, f"{bundle}+{uri}", None)
     return PushedRepo(kind, str(bundle), uri)
+
+
+def _has(uri: str, name: str) -> bool:
+    try:
+        hub.local_copy(f"{uri}/{name}")
+    except hub.NotOnHub:
+        return False
+    return True
+
+
+def bundle_folder(uri: str) -> Path:
+    """A bundle of the hub, all of its roles, on this machine.
+
+    Raises:
+        UserError: there is no such repository, it cannot be reached and was never fetched, or it holds something else,
+            with the way to use that.
+    """
+    if hub.parsed(uri).path_in_repo:
+        raise UserError(f"{uri} is a file of a repository, no bundle.", "Name the repository: hf://org/name.")
+    try:
+        hub.local_copy(f"{uri.rstrip('/')}/{DESCRIPTION}")  # before the rest, which may be gigabytes of something else
+    except hub.NotOnHub as missing:
+        there = published(uri)
+        way = there.bundle if there.checkpoint is None else f"{there.bundle} --set checkpoint={there.checkpoint}"
+        raise UserError(f"{uri} is a {there.kind}, no bundle.", f"--bundle {way}") from missing
+    return hub.snapshot(uri)

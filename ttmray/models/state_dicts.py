@@ -127,6 +127,8 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """What a reader says, without torch's advice to switch its protection off."""
+    if isinstance(error, KeyError):  # of an opcode that no pickle has
+        return "it is no checkpoint"
     text = str(error) or type(error).__name__
     if "weights_only" in text:
         refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL [\w.]+|refused to load [\w.]+", text)

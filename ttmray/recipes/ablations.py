@@ -246,7 +246,7 @@ class AblationPlan:
         clips = draft.model_copy(update={"output": self.root.path(place)})
         after = (f"train-{checkpoint}",) if trained else ()
         files = (f"{place}/manifest.parquet",)
-        run = partial(generate, clips, play_page=True)
+        run = partial(generate, clips)
         needs = needs_of("generate", clips, self.root, weights_field=f"checkpoints.{checkpoint}.path")
         page = f"{place}/index.html"
         self.cells[name] = Step(f"generate-{name}", clips, run, files, after, page=page, needs=needs)

@@ -1,38 +1,24 @@
-"""The challenge kit: splits, evaluation and submission of the ICME 2026 Academic Text-to-Music Grand Challenge.
+"""The challenge kit: splits and submission of the ICME 2026 Academic Text-to-Music Grand Challenge.
 
-`docs/attm.md` says where its data are and how the presets of `configs/attm/` go together.
+`docs/attm.md` says where its data are and how the presets of `configs/attm/` go together; `attm_metrics` evaluates.
 """
 
-import csv
-import io
-import json
-import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from rich.table import Table
 
 from ttmray.audio.clip import read_whole
-from ttmray.audio.io import AUDIO_EXTENSIONS, resample, to_mono
+from ttmray.audio.io import AUDIO_EXTENSIONS
 from ttmray.audio.level import silence
 from ttmray.console import console
 from ttmray.corpus.captions import load_captions
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, ClipError, UserError
-from ttmray.evaluation import fadtk
-from ttmray.evaluation.fad import Gaussian
-from ttmray.evaluation.systems import find_systems
 from ttmray.generation.manifest import CLIPS, check_zip, zip_files
 from ttmray.generation.prompts import read_prompts
 from ttmray.models.backbone_weights import CHALLENGE_LIMIT, count_parameters, file_config
-from ttmray.models.bundle import LoadOptions, open_bundle
 from ttmray.storage import Folder
 
-PUBLISHED = ("FluxAudio-S, the organisers' baseline", 0.6073, 0.2015)
-"""FAD and CLAP score on the organisers' page, against their hidden reference."""
 SEED = 42
 STEM = "_instrumental"
 SECONDS = 10.0
@@ -78,87 +64,9 @@ def split(
     return EXIT_OK
 
 
-def evaluate(
-    folders: Sequence[str],
-    *,
-    reference: str,
-    prompts: str,
-    out: str,
-    bundle: str = "paper",
-    device: str = "auto",
-    batch: int = 16,
-) -> int:
-    """`ttmray attm evaluate`: FAD and CLAP score of folders of clips as the organisers compute them, beside theirs.
-
-    Args:
-        folders: flat folders of audio named by prompt id, or generation runs; `NAME=FOLDER` names one.
-        reference: flat folder of audio, or the `reference.safetensors` of an earlier evaluation.
-        prompts: file of prompts with their ids.
-        out: folder of `attm.csv`, `attm.json` and `reference.safetensors`.
-        bundle: set of models; CLAP-Music of `paper` is the official one.
-
-    Raises:
-        UserError: no audio, clips of other prompts, or weights that are not there.
-    """
-    known = read_prompts(prompts)
-    opened = open_bundle(bundle)
-    clap = opened.load({"clap"}, LoadOptions(device=device, batch=batch, threads=os.cpu_count() or 1)).clap
-    target = Folder.at(out)
-    protocol = f"{fadtk.PROTOCOL} of {opened.name}"
-    if reference.endswith(".safetensors"):
-        against, count = Gaussian.load(reference), 0
-    else:
-        against, count = fadtk.folder_statistics(clap, Folder.at(reference), "reference")
-        against.save(target.path("reference.safetensors"))
-    rows: list[dict[str, Any]] = []
-    for system in find_systems(folders, known):
-        folder = _flat(Folder.at(system.folder))
-        gaussian, files = fadtk.folder_statistics(clap, folder, system.name)
-        paths = [(clip.path, clip.prompt) for clip in system.clips if clip.path is not None]
-        scores = [_clap_score(clap, path, prompt) for path, prompt in paths]
-        row: dict[str, Any] = {"system": system.name, "clips": files, "windows": gaussian.n}
-        row |= {"fad": fadtk.distance(against, gaussian), "clap": float(np.mean(scores)) if scores else math.nan}
-        rows.append(row | {"missing": len(known) - len({clip.prompt_id for clip in system.clips if clip.path})})
-    _report(rows, target, {"protocol": protocol, "reference": count, "note": opened.note})
-    return EXIT_OK
-
-
-def _flat(folder: Folder) -> Folder:
+def flat(folder: Folder) -> Folder:
     """The folder of the clips, which of a generation run is one below it."""
     return folder.sub(CLIPS) if folder.exists("run.json") else folder
-
-
-def _clap_score(clap: Any, path: str, prompt: str) -> float:
-    """Cosine of the whole clip and the raw prompt."""
-    audio, rate = read_whole(path)
-    wave = fadtk.sixteen_bits(resample(to_mono(audio), rate, fadtk.RATE))
-    return float(clap.embed_audio([wave])[0] @ clap.embed_text([prompt])[0])
-
-
-def _report(rows: Sequence[Mapping[str, Any]], out: Folder, about: Mapping[str, Any]) -> None:
-    name, fad, clap = PUBLISHED
-    table = Table("system", "clips", "windows", "FAD", "CLAP", "prompts without clip")
-    for row in rows:
-        numbers = (f"{row['fad']:.4f}", f"{row['clap']:.4f}", str(row["missing"]))
-        table.add_row(row["system"], str(row["clips"]), str(row["windows"]), *numbers)
-    table.add_row(f"{name} (published)", "", "", f"{fad:.4f}", f"{clap:.4f}", "")
-    console.print(table)
-    sink = io.StringIO(newline="")
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(("system", "clips", "windows", "fad", "clap", "missing"))
-    writer.writerows([row[key] for key in ("system", "clips", "windows", "fad", "clap", "missing")] for row in rows)
-    writer.writerow((f"{name} (published)", "", "", fad, clap, ""))
-    out.write("attm.csv", sink.getvalue().encode())
-    facts = {**about, "systems": list(rows), "published": {"name": name, "fad": fad, "clap": clap}}
-    out.write("attm.json", json.dumps(facts, indent=1).encode())
-    console.print(f"{about['protocol']}: {out.path('attm.csv')}", markup=False)
-    console.print(
-        "The published numbers are against the organisers' hidden reference and prompts: they can be compared with "
-        "ours only in their order of magnitude.",
-        style="yellow",
-    )
-    if about["note"]:
-        console.print(str(about["note"]), style="yellow", markup=False)
 
 
 @dataclass(frozen=True)
@@ -203,7 +111,9 @@ def submit(
         raise UserError(f"track: {track!r}.", "efficiency or performance.")
     target = check_zip(out)
     rules = Rules(seconds, rate, CHALLENGE_LIMIT if track == "efficiency" else None)
-    clips = _flat(Folder.at(folder))
+    clips = flat(Folder.at(folder))
+    if not any(entry.name.lower().endswith(tuple(AUDIO_EXTENSIONS)) for entry in clips.files(sizes=False)):
+        raise UserError(f"{clips}: no audio files.", "Name the folder of the clips, or the run that made them.")
     ids = [prompt.id for prompt in read_prompts(prompts)]
     named, problems = _named(clips, ids)
     rates: dict[int, int] = {}

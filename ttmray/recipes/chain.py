@@ -17,7 +17,7 @@ from ttmray.config import Config, ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.inventory import damage, kind_of, read_marker
-from ttmray.recipes.estimates import estimates
+from ttmray.recipes.chain_plan import show_plan, write_plan, write_steps
 from ttmray.recipes.needs import Need, refuse_missing
 from ttmray.recipes.result_page import chain_values
 from ttmray.runs import RUN, SUCCESS
@@ -68,6 +68,7 @@ def run_chain(
     first: str | None = None,
     last: str | None = None,
     plan_only: bool = False,
+    about: Sequence[str] = (),
 ) -> int:
     """Run the steps that are not done, in order; returns the exit code of the first that does not end well, else 0.
 
@@ -76,6 +77,7 @@ def run_chain(
         first: step to start with; those before it must be done, with whatever settings.
         last: step to end with.
         plan_only: print the steps and their states, look at what they need, and stop.
+        about: lines on what the chain does; a plan has them in its file.
 
     Raises:
         UserError: unknown steps, a missing result before `first`, anything that a step to do needs and that is not
@@ -88,10 +90,11 @@ def run_chain(
     start, stop = names.index(first or names[0]), names.index(last or names[-1])
     if root.exists(RUN):
         raise UserError(f"{root} is a run of kind {kind_of(root)}, no chain.", "Choose another output.")
+    if not root.remote and os.path.isfile(root.uri):
+        raise UserError(f"{root} is a file, not a folder.", "Choose another output.")
     if start > stop:
         raise UserError(f"--from {first} comes after --until {last}.", f"Their order is: {', '.join(names)}.")
-    if plan_only:
-        _show_plan(root, steps, prints)
+    text = show_plan(_rows(root, steps, prints), about) if plan_only else b""
     for step in steps[:start]:
         missing = [name for name in step.makes if not root.exists(name)]
         if missing:
@@ -99,7 +102,11 @@ def run_chain(
     todo = [step for step in steps[start : stop + 1] if not is_done(root, step, prints[step.name])]
     refuse_missing({step.name: step.needs for step in todo})
     if plan_only:
+        write_plan(root, text)
         return EXIT_OK
+    for line in about:
+        console.print(line)
+    write_steps(root, steps)
     try:
         for step in todo:
             console.rule(f"{step.name} ({names.index(step.name) + 1} of {len(names)})")
@@ -122,17 +129,6 @@ def _write_page(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) 
         write_page(root, steps, prints)
     except Exception as error:  # of files that a step has left in whatever state
         console.print(f"no page was made: {error}", style="yellow", markup=False)
-
-
-def _show_plan(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> None:
-    """The steps with their states, and how long those to do take here."""
-    rows = _rows(root, steps, prints)
-    taken, why = estimates({row.step.name: row.step.config for row in rows if row.state != "done"})
-    table = Table("step", "state", "wall s so far", "time here", caption=why or None)
-    for row in rows:
-        name = row.step.name
-        table.add_row(name, row.state, _spent(row)[0], taken.get(name, "" if row.state == "done" else "not known"))
-    console.print(table)
 
 
 def _spent(row: StepCost) -> tuple[str, str]:
@@ -168,7 +164,8 @@ def step_record(root: Folder, name: str) -> dict[str, Any]:
         return empty
     try:
         record = json.loads(root.read(file))
-        if record.keys() | {"cpu_seconds"} == empty.keys():  # which records of older runs lack
+        # records of older runs have no CPU seconds; one whose last launch was stopped says why
+        if (record.keys() | {"cpu_seconds"}) - {"stopped"} == empty.keys():
             return empty | record
     except (ValueError, AttributeError):  # no JSON, or no object
         pass
@@ -178,6 +175,7 @@ def step_record(root: Folder, name: str) -> dict[str, Any]:
 def _run(root: Folder, step: Step, made_with: str) -> int:
     file, record = f"steps/{step.name}.json", step_record(root, step.name)
     record |= {"fingerprint": made_with, "done": False, "launches": record["launches"] + 1}
+    record.pop("stopped", None)
     root.write(file, json.dumps(record, indent=1).encode())
     with alone(), cost.account(root, file):
         try:

@@ -10,7 +10,7 @@ FLOPs (`ttmray.recipes.tuning`). Not equal, and therefore in the table: FLOPs of
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ttmray.config import Config, Location, added, execution, fingerprint, identity
-from ttmray.console import console, meter
+from ttmray.console import meter
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.measure import MeasureConfig
 from ttmray.evaluation.reference import STORE, build_reference
@@ -166,8 +166,9 @@ def compare_methods(
     if root.remote:
         raise UserError(f"output {config.output}: methods are compared in a local folder.", "Name a local path.")
     chain = _MethodChain(config, root)
-    chain.show()
-    return run_chain(root, chain.steps, chain.prints, first=first, last=last, plan_only=plan_only)
+    return run_chain(
+        root, chain.steps, chain.prints, first=first, last=last, plan_only=plan_only, about=list(chain.told())
+    )
 
 
 class _MethodChain:
@@ -361,13 +362,13 @@ class _MethodChain:
             "seconds."
         )
 
-    def show(self) -> None:
+    def told(self) -> Iterator[str]:
         """What every method gets."""
-        console.print(self.equal(), markup=False)
+        yield self.equal()
         for row in self.config.methods:
             one = self.tuned[row, self.config.seeds[0]]
             what = f"best of {one.best_of}" if one.best_of > 1 else f"{one.updates:,} updates, {one.passes:,.0f} passes"
-            console.print(f"{row:<20} {one.clips:,} clips, {what}", markup=False)
+            yield f"{row:<20} {one.clips:,} clips, {what}"
 
 
 def _count(path: str | None) -> int:

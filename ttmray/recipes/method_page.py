@@ -19,8 +19,13 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return flat | dict(row["account"] or {})
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A table with the columns of all rows, in the order in which they come up; nothing for no rows."""
+def as_csv(rows: Sequence[Mapping[str, Any]], note: str = "") -> bytes:
+    """A table with the columns of all rows, in the order in which they come up; nothing for no rows.
+
+    Args:
+        note: a column says it in every row, where there is something to say.
+    """
+    rows = [{**row, "note": note} for row in rows] if note else rows
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

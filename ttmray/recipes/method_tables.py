@@ -135,10 +135,10 @@ def compare(comparison: MethodComparison) -> int:
         "curves": _curves(parent, curves),
     }
     out = root.sub(OUT)
-    out.write("clips.csv", as_csv(_clips(comparison, parent_sound)))
-    out.write("methods.csv", as_csv([flat(row) for row in table]))
-    out.write("contrasts.csv", as_csv(result["contrasts"]))
-    out.write("curves.csv", as_csv(result["curves"]))
+    tables = {"clips": _clips(comparison, parent_sound), "methods": [flat(row) for row in table]}
+    tables |= {name: result[name] for name in ("contrasts", "curves")}
+    for name, listed in tables.items():
+        out.write(f"{name}.csv", as_csv(listed, result["note"] if result["meaningless"] else ""))
     lines = {
         row: [
             (_mean(one.values[REWARD]), _mean(one.values[QUALITY]))

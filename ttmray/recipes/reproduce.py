@@ -342,9 +342,9 @@ class _Chain:
 
         def run() -> int:
             if not system.scores:
-                return generate(clips, play_page=True)
+                return generate(clips)
             best = clips.sampler.model_copy(update={"score": chosen_score(self.path(choice))})
-            return generate(clips.model_copy(update={"sampler": best}), play_page=True)
+            return generate(clips.model_copy(update={"sampler": best}))
 
         after = [*self.scored_by, *made_by, *([f"choose-{name}"] if system.scores else [])]
         page, section = f"{place}/index.html", f"systems.{name}" if system.checkpoint else "generate"

@@ -206,17 +206,21 @@ def _trainings(places: Mapping[str, Folder]) -> Iterator[tuple[str, Folder]]:
 
 
 def run_page(folder: str) -> int:
-    """`ttmray report RUN` of a training run: writes its `index.html`; returns the exit code.
+    """`ttmray report RUN` of a training run: writes its `index.html`. Of a run whose command has written a page, where
+    that is. Returns the exit code.
 
     Raises:
-        UserError: it is no training run, or nothing was logged yet.
+        UserError: it is neither, or nothing was logged yet.
     """
     run = Folder.at(folder)
     curves = curves_of(run, run.uri.rpartition("/")[2])
     if curves is None or not run.exists("run.json"):
+        if run.exists(PAGE):  # of a chain or of generated clips
+            console.print(f"open {run.path(PAGE)}")
+            return EXIT_OK
         raise UserError(
-            f"{run} is neither an evaluation nor a training run: it has no {RESULTS} and no {LOG}.",
-            "Give the output of `ttmray evaluate` or of a training; chains and generation write pages of their own.",
+            f"{run} has nothing to show: no {RESULTS} of an evaluation, no {LOG} of a training, no page of its own.",
+            "Give the output of `ttmray evaluate`, of a training, a chain or `ttmray generate`.",
         )
     described = json.loads(run.read("run.json"))
     config = described["config"]

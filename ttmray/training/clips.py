@@ -175,7 +175,11 @@ def read_rows(corpus: str, score_column: str | None, guide: str | None = None) -
             scores.require_column(run, score_column)  # says which there are
         rows = rows.select([*columns, score_column])
     if pc.any(pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"]))).as_py():
-        way = f"ttmray corpus upgrade {run}" if inventory.finished(run) else "Start its job again: its end adds them."
+        way = (
+            f"ttmray corpus upgrade {run.typed}"
+            if inventory.finished(run)
+            else "Start its job again: its end adds them."
+        )
         raise UserError(f"{run} is of an older version: its index has no byte offsets.", way)
     if guide not in (None, score_column):
         other = read_rows(corpus, guide).rows  # of a corpus that grows it may hold more by now

@@ -315,7 +315,7 @@ def finish(out: Folder, described: dict[str, Any], config: LoopConfig, before: B
     console.print(f"metrics: {out.path(METRICS)}; checkpoints: {out.path(CHECKPOINTS)}", markup=False)
     sigma = config.ema.sigma_rels[0]
     console.print(
-        f"inference weights: ttmray checkpoint export {out} --weights ema:{sigma:g} --out model.safetensors",
+        f"inference weights: ttmray checkpoint export {out.typed} --weights ema:{sigma:g} --out model.safetensors",
         markup=False,
     )
 

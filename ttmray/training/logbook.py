@@ -113,10 +113,15 @@ def show(values: dict[str, Any], total: int, extra: Iterable[str] = ()) -> None:
     parts = [f"step {values['step']}/{total}", f"loss {values['loss']:.4f}"]
     parts += [f"{name} {values[name]:.4g}" for name in ("lr", "grad_norm") if name in values]
     parts.append(f"{values['samples_per_s']:.3g} samples/s")
-    parts += [f"MFU {values['mfu']:.1%}", f"data wait {values['data_wait']:.1%}"]
+    parts += [_mfu(values["mfu"]), f"data wait {values['data_wait']:.1%}"]
     parts.append(f"ETA {timedelta(seconds=round(values['eta_s']))}")
     parts += [f"{name} {values[name]:.4g}" for name in extra]
     console.print(" | ".join(parts))
+
+
+def _mfu(share: float) -> str:
+    """More than there is means that the peak was measured while others used the device, and says no more than that."""
+    return f"MFU {share:.1%}" if share <= 1 else "MFU not known (peak measured too low)"
 
 
 def read_lines(out: Folder) -> list[dict[str, Any]]:

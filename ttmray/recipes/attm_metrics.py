@@ -1,0 +1,142 @@
+"""The challenge's metrics: FAD and CLAP score as its public code computes them, and a concept coverage score (CCS).
+
+The organisers say of CCS that an audio-language model gives it; which one, and what it is asked, is not public. So it
+is what `ttmray.evaluation.judge` defines, by a judge of yours, and only systems under one judge can be compared.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ttmray.audio.clip import read_whole
+from ttmray.audio.io import resample, to_mono
+from ttmray.config import Config, Device, Location, execution
+from ttmray.console import console
+from ttmray.errors import EXIT_OK
+from ttmray.evaluation import fadtk
+from ttmray.evaluation.fad import Gaussian
+from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
+from ttmray.evaluation.systems import SystemFolder, find_systems
+from ttmray.generation.prompts import read_prompts
+from ttmray.models.bundle import BundleName, LoadOptions, open_bundle
+from ttmray.recipes.attm import flat
+from ttmray.storage import Folder
+
+PUBLISHED: tuple[tuple[str, float, float, float | None], ...] = (
+    ("FluxAudio-S, the organisers' baseline", 0.6073, 0.2015, None),
+    ("ttm-humanpref, the paper's submission", 0.498, 0.270, 0.763),
+)
+"""Name, FAD, CLAP score and CCS against the organisers' hidden reference and prompts: on their page, which has no CCS
+of the baseline, and in the paper."""
+COLUMNS = ("system", "clips", "windows", "fad", "clap", "ccs", "judged", "missing")
+
+
+class AttmConfig(Config):
+    """`ttmray attm evaluate`."""
+
+    folders: tuple[str, ...] = execution(min_length=1)
+    """Flat folders of audio named by prompt id, or generation runs; `NAME=FOLDER` names one."""
+    reference: Location = execution()
+    """Flat folder of audio, or the `reference.safetensors` of an earlier evaluation."""
+    prompts: Location = execution()
+    """File of prompts with their ids."""
+    output: Location = execution("runs/attm/evaluation")
+    """Folder of `attm.csv`, `attm.json`, `reference.safetensors`, and of the judge's answers."""
+    bundle: BundleName = "paper"
+    """Set of models; CLAP-Music of `paper` is the official one."""
+    judge: JudgeConfig | None = None
+    """Who gives CCS: an audio-language model behind an endpoint, or in a local folder; null: nobody."""
+    device: Device = execution("auto")
+    """Of the models: `auto` is cuda where there is one."""
+    batch: int = execution(16, ge=1)
+    """Windows per forward on a GPU."""
+
+
+def evaluate(config: AttmConfig) -> int:
+    """Print and write the metrics of each system beside the published ones; returns the exit code.
+
+    Raises:
+        UserError: no audio, clips of other prompts, weights that are not there, or a judge that cannot be asked.
+    """
+    known = read_prompts(config.prompts)
+    systems = find_systems(config.folders, known)
+    if config.judge is not None:
+        check_judge(config.judge, [prompt.id for prompt in known])
+    opened = open_bundle(config.bundle)
+    options = LoadOptions(device=config.device, batch=config.batch, threads=os.cpu_count() or 1)
+    clap = opened.load({"clap"}, options).clap
+    target = Folder.at(config.output)
+    if config.reference.endswith(".safetensors"):
+        against, count = Gaussian.load(config.reference), 0
+    else:
+        against, count = fadtk.folder_statistics(clap, Folder.at(config.reference), "reference")
+        against.save(target.path("reference.safetensors"))
+    rows: list[dict[str, Any]] = []
+    for system in systems:
+        for warning in system.warnings:
+            console.print(f"warning: {warning}", style="yellow", markup=False)
+        gaussian, files = fadtk.folder_statistics(clap, flat(Folder.at(system.folder)), system.name)
+        scores = [_clap_score(clap, clip.path, clip.prompt) for clip in system.clips if clip.path is not None]
+        row: dict[str, Any] = {"system": system.name, "clips": files, "windows": gaussian.n}
+        row |= {"fad": fadtk.distance(against, gaussian), "clap": float(np.mean(scores)) if scores else math.nan}
+        row |= _coverage(system, config.judge, target)
+        rows.append(row | {"missing": len(known) - len({clip.prompt_id for clip in system.clips if clip.path})})
+    about = {"protocol": f"{fadtk.PROTOCOL} of {opened.name}", "reference": count, "note": opened.note}
+    _report(rows, target, about | {"judge": config.judge.name if config.judge else None})
+    return EXIT_OK
+
+
+def _clap_score(clap: Any, path: str, prompt: str) -> float:
+    """Cosine of the whole clip and the raw prompt."""
+    audio, rate = read_whole(path)
+    wave = fadtk.sixteen_bits(resample(to_mono(audio), rate, fadtk.RATE))
+    return float(clap.embed_audio([wave])[0] @ clap.embed_text([prompt])[0])
+
+
+def _coverage(system: SystemFolder, config: JudgeConfig | None, target: Folder) -> dict[str, Any]:
+    """Mean CCS of the clips that the judge has answered for, and how many these are."""
+    if config is None:
+        return {"ccs": None, "judged": 0}
+    clips = [(clip.prompt_id, clip.prompt, clip.path) for clip in system.clips if clip.path is not None]
+    answers = judge(clips, config, target)
+    scores = [score for score, _ in answers if score is not None]
+    if problems := [problem for score, problem in answers if score is None]:
+        console.print(f"{system.name}: {len(problems)} clips without CCS: {problems[0]}", style="yellow", markup=False)
+    return {"ccs": float(np.mean(scores)) if scores else None, "judged": len(scores)}
+
+
+def _report(rows: Sequence[dict[str, Any]], out: Folder, about: Mapping[str, Any]) -> None:
+    table = Table("system", "clips", "windows", "FAD", "CLAP", "CCS", "prompts without clip")
+    for row in rows:
+        numbers = (f"{row['fad']:.4f}", f"{row['clap']:.4f}", "" if row["ccs"] is None else f"{row['ccs']:.3f}")
+        table.add_row(row["system"], str(row["clips"]), str(row["windows"]), *numbers, str(row["missing"]))
+    for name, fad, clap, ccs in PUBLISHED:
+        table.add_row(f"{name} (published)", "", "", f"{fad:.4f}", f"{clap:.4f}", "" if ccs is None else f"{ccs:.3f}")
+    if about["note"]:
+        console.print(str(about["note"]), style="yellow", markup=False)
+    console.print(table)
+    sink = io.StringIO(newline="")
+    note = {"note": about["note"]} if about["note"] else {}
+    writer = csv.DictWriter(sink, [*COLUMNS, *note], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | note for row in rows)
+    published = [{"system": name, "fad": fad, "clap": clap, "ccs": ccs} for name, fad, clap, ccs in PUBLISHED]
+    writer.writerows([one | {"system": f"{one['system']} (published)"} for one in published])
+    out.write("attm.csv", sink.getvalue().encode())
+    out.write("attm.json", json.dumps({**about, "systems": list(rows), "published": published}, indent=1).encode())
+    console.print(f"{about['protocol']}: {out.path('attm.csv')}", markup=False)
+    judged = f"by {about['judge']}, which is not the organisers' judge: theirs is not public"
+    left_out = "left out: name an audio-language model, --set judge.model=... (docs/attm.md)"
+    console.print(f"CCS: {judged if about['judge'] else left_out}", markup=False)
+    console.print(
+        "The published numbers are against the organisers' hidden reference and prompts: they can be compared with "
+        "ours only in their order of magnitude.",
+        style="yellow",
+    )

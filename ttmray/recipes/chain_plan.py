@@ -1,0 +1,91 @@
+"""The plan of a chain: ten lines on the console, and all of it in `plan.md`; `chain.json` names the steps for
+`ttmray status`."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ttmray.console import console
+from ttmray.errors import UserError
+from ttmray.recipes.estimates import estimates
+from ttmray.storage import Folder
+
+if TYPE_CHECKING:
+    from ttmray.recipes.chain import Step, StepCost
+
+STEPS_FILE, PLAN_FILE = "chain.json", "plan.md"
+SHOWN = 6
+"""Steps on the console."""
+UNKNOWN = "not known"
+
+
+def write_steps(root: Folder, steps: Sequence["Step"]) -> None:
+    """Write the names of the steps in their order, each with the folder of its job below `root`, where it has one."""
+    listed = [{"name": step.name, "folder": _folder(root, step)} for step in steps]
+    data = json.dumps({"steps": listed}, indent=1).encode()
+    if not root.exists(STEPS_FILE) or root.read(STEPS_FILE) != data:
+        root.write(STEPS_FILE, data)
+
+
+def _folder(root: Folder, step: "Step") -> str:
+    output = str(getattr(step.config, "output", ""))
+    if output.startswith(f"{root.uri}/"):
+        return output.removeprefix(f"{root.uri}/")
+    return step.makes[0].rpartition("/")[0] if step.makes else ""
+
+
+def read_steps(root: Folder) -> list[dict[str, Any]] | None:
+    """`name` and `folder` of the steps in order; None where no chain has said them.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not root.exists(STEPS_FILE):
+        return None
+    try:
+        steps = [{"name": str(one["name"]), "folder": str(one["folder"])} for one in _listed(root)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{root.path(STEPS_FILE)} is damaged.", "Delete it: the next launch of the chain writes it."
+        ) from error
+    return steps
+
+
+def _listed(root: Folder) -> list[Any]:
+    return list(json.loads(root.read(STEPS_FILE))["steps"])
+
+
+def show_plan(rows: Sequence["StepCost"], about: Sequence[str]) -> bytes:
+    """Say which steps are to be done and how long they take here; returns all of it, for `plan.md`.
+
+    Args:
+        about: what else there is to know of the plan.
+    """
+    todo = [row for row in rows if row.state != "done"]
+    taken, why = estimates({row.step.name: row.step.config for row in todo})
+    lines = [(row.step.name, _state(row), taken.get(row.step.name, UNKNOWN)) for row in todo]
+    done = f"{len(rows) - len(todo)} of {len(rows)} steps are done"
+    console.print(f"{done}; time here: {why or UNKNOWN}" if todo else f"{done}, nothing is to do")
+    width = max((len(name) for name, _, _ in lines[:SHOWN]), default=0)
+    for name, state, time in lines[:SHOWN]:
+        console.print(f"  {name:<{width}}  {state}, {time}")
+    if len(lines) > SHOWN:
+        console.print(f"  and {len(lines) - SHOWN} more")
+    table = ["| step | state | time here |", "|---|---|---|"]
+    table += [f"| {row.step.name} | {_state(row)} | {_time(row, taken)} |" for row in rows]
+    text = ["# Plan", "", *(f"{line}\n" for line in about), *table, "", *([f"Time here: {why}."] if why else [])]
+    return ("\n".join(text).rstrip() + "\n").encode()
+
+
+def write_plan(root: Folder, text: bytes) -> None:
+    """Write `plan.md` and say where it is."""
+    root.write(PLAN_FILE, text)
+    console.print(f"all steps: {root.path(PLAN_FILE)}")
+
+
+def _state(row: "StepCost") -> str:
+    return f"{row.state}, {row.seconds:.3g} s so far" if row.seconds and row.state == "begun" else row.state
+
+
+def _time(row: "StepCost", taken: dict[str, str]) -> str:
+    return "" if row.state == "done" else taken.get(row.step.name, UNKNOWN)
