@@ -49,7 +49,8 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
     marker = inventory.read_marker(run)
     sealed = marker is not None and marker.get("fingerprint") == fingerprint and "files" in marker
     damaged = inventory.damage(run, marker, everything) if marker is not None and sealed else []
-    if everything or not sealed:
+    unlisted = any(problem.name == inventory.FILES for problem in damaged)
+    if everything or not sealed or unlisted:
         known = {problem.name for problem in damaged}
         damaged += [problem for problem in _unit_damage(run, plan, everything) if problem.name not in known]
     try:
@@ -79,7 +80,6 @@ def _unit_damage(run: Folder, plan: Plan, every_hash: bool) -> list[Damage]:
         for folder in (shards.SHARDS, shards.CAPTIONS)
         for listed in run.files(folder)
     }
-    tracks = {name: {track["track_id"] for track in rows} for name, rows in plan.units()}
     wrong = []
     promised: dict[str, str] = {}
     for name in index.committed_units(run):
@@ -89,7 +89,7 @@ def _unit_damage(run: Folder, plan: Plan, every_hash: bool) -> list[Damage]:
         except UserError as error:
             wrong.append(Damage(file, error.message.removeprefix(f"{run.path(file)} ")))
             continue
-        if tracks.get(name) != set(rows["track_id"].to_pylist()):
+        if set(plan.of([name]).table["track_id"].to_pylist()) != set(rows["track_id"].to_pylist()):
             wrong.append(Damage(file, "its tracks are not those that the plan has in this unit"))
         for path, facts in metadata["files"].items():
             if sizes.get(path) != facts["bytes"]:
