@@ -11,7 +11,7 @@ from typing import Any, overload
 import pyarrow.compute as pc
 
 from ttmray import cost, runs
-from ttmray.config import fingerprint, identity
+from ttmray.config import fingerprint_of_rows, identity
 from ttmray.console import console, meter
 from ttmray.corpus import index
 from ttmray.corpus.catalogue import build_catalogue
@@ -200,7 +200,7 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
         console.print(line, style="yellow" if warning else None)
     # messages name folders, and songs may move, which changes the times of files
     columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
-    digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
+    digest = fingerprint_of_rows([repr(getattr(track, name)) for name in columns] for track in catalogue.tracks)
     if existing is not None and run.exists(PLAN_FILE):
         saved = existing["identity"]
         if saved["catalogue"] == digest and saved["config"] == identity(config):

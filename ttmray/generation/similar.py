@@ -9,7 +9,7 @@ BLOCK = 1024
 """Rows of one product of matrices."""
 COMPARED = 20_000
 """Of more clips than this not every pair is compared."""
-NEAR = 8
+NEAR = 16
 """Groups in which a clip of a larger pool is looked for."""
 
 
