@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from ttmray.corpus.verify import problems
 from ttmray.errors import UserError
 from ttmray.storage import Folder
 
-SMALL = {"clips_per_track": 2, "unit_clips": 2, "latent": (4, 2), "text": (3, 8)}
+SMALL: dict[str, Any] = {"clips_per_track": 2, "unit_clips": 2, "latent": (4, 2), "text": (3, 8)}
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """A line of JSON for every unit that a launch has made: what came of it and how long each stage took.
 
 So a look at a run in progress needs few requests, where an object store would have to be asked for every unit. While it
-runs there is a file of `log/` for some hundred lines (in a bucket thousand), the last one written again and again, as a bucket cannot append;
-the end of the job makes one file of them. It is no result: what a killed launch had not yet written is missing.
+runs there is a file of `log/` for some hundred lines (in a bucket thousand), the last one written again and again, as a
+bucket cannot append; the end of the job makes one file of them. It is no result: what a killed launch had not yet
+written is missing.
 """
 
 import json
