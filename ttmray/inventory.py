@@ -275,18 +275,27 @@ def damage(
             wrong[name] = "is missing"
         elif sizes[name] != known.bytes:
             wrong[name] = f"has {sizes[name]} bytes, {known.bytes} were written"
-    same = sorted(listed.keys() - wrong.keys(), key=lambda name: (listed[name].bytes, name))
-    if not every_hash:
-        same, total = same[:HASHED_FILES], 0
-        for count, name in enumerate(same):
-            total += listed[name].bytes
-            if total > HASHED_BYTES:
-                same = same[:count]
-                break
-    for name, now in _readable(run, same, wrong).items():
+    same = {name: listed[name].bytes for name in listed.keys() - wrong.keys()}
+    hashed = list(same) if every_hash else smallest(same)
+    for name, now in _readable(run, hashed, wrong).items():
         if now.sha256 != listed[name].sha256:
             wrong[name] = "its SHA-256 differs from what was written"
     return [Damage(name, how) for name, how in sorted(wrong.items())]
+
+
+def smallest(sizes: Mapping[str, int]) -> list[str]:
+    """The smallest of some files, whose hashes a launch compares: so many and so large that it takes little time.
+
+    Args:
+        sizes: name -> bytes.
+    """
+    names = sorted(sizes, key=lambda name: (sizes[name], name))[:HASHED_FILES]
+    total = 0
+    for count, name in enumerate(names):
+        total += sizes[name]
+        if total > HASHED_BYTES:
+            return names[:count]
+    return names
 
 
 def _readable(run: Folder, names: Iterable[str], wrong: dict[str, str]) -> dict[str, Written]:
