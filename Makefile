@@ -53,6 +53,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json
 	$(BIN)/python benchmarks/generation.py --output benchmarks/results/generation.json
 	$(BIN)/python benchmarks/training.py --output benchmarks/results/training.json
+	$(BIN)/python benchmarks/scale.py --output benchmarks/results/scale.json
 	$(BIN)/python benchmarks/loader.py --output benchmarks/results/loader.json
 	$(BIN)/python benchmarks/ranker.py --output benchmarks/results/ranker.json
 	$(BIN)/python benchmarks/rescore.py --output benchmarks/results/rescore.json

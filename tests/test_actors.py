@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ttmray.cluster import RETRIES, ActorsConfig, each, leave
+from ttmray.cluster import RETRIES, TRIED_AGAIN, ActorsConfig, each, leave, relay
 from ttmray.errors import UserError
 
 pytestmark = pytest.mark.slow  # Ray starts for every test
@@ -44,9 +44,12 @@ def test_an_error_of_the_work_keeps_its_type():
         list(each(make, [1, "bad"], ON_RAY))
 
 
-def test_a_worker_may_die_of_many_things_one_after_the_other(tmp_path):
+def test_a_worker_may_die_of_many_things_one_after_the_other(tmp_path, capfd):
     items = [tmp_path / str(i) for i in range(RETRIES + 2)]
     assert sorted(each(make, items, ON_RAY.model_copy(update={"workers": 1}))) == items
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "")
+    assert all(words in relay.last_words() for words in TRIED_AGAIN)  # where somebody asks
 
 
 def test_work_that_kills_every_worker_is_one_message():

@@ -9,7 +9,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray.config import Config, IdentityPart, added, differences, fingerprint, identity, load_config
+from ttmray.config import (
+    Config,
+    IdentityPart,
+    added,
+    differences,
+    fingerprint,
+    fingerprint_of_rows,
+    identity,
+    load_config,
+)
 from ttmray.corpus.config import CorpusConfig
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
@@ -350,6 +359,11 @@ def test_a_fingerprint_does_not_depend_on_the_order_of_keys(value, random):
     keys = list(value)
     random.shuffle(keys)
     assert fingerprint({key: value[key] for key in keys}) == fingerprint(value)
+
+
+@given(st.lists(st.lists(st.text(), max_size=3), max_size=4))
+def test_the_fingerprint_of_rows_is_that_of_their_list(rows):
+    assert fingerprint_of_rows(iter(rows)) == fingerprint(rows)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, b"bytes", {1, 2}, object()])

@@ -3,7 +3,7 @@
 import io
 import os
 
-from ttmray.cluster import RAY_LEVEL, Relay, _own_level
+from ttmray.cluster import RAY_LEVEL, Relay, _Filter, _own_level, relay
 from ttmray.console import OURS, Marked, console
 
 
@@ -25,6 +25,16 @@ def test_lines_of_a_workers_console_are_printed_and_others_kept_for_its_end(monk
     words = relay.last_words().splitlines()
     assert words[-2:] == ["Fatal: out of memory", "Resized to 4 CPUs"]
     assert len(words) == Relay.LINES
+
+
+def test_what_ray_tries_again_is_kept_and_what_it_says_of_memory_is_printed():
+    printed = []
+    said = _Filter(lambda data, ignore_prefix: printed.extend(data["lines"]))
+    again = "Task x failed. There are infinite retries remaining, so the task will be retried. Error: gone"
+    for pid, line in (("raylet", again), ("raylet", "2 workers killed due to memory pressure (OOM)"), (7, again)):
+        said({"pid": pid, "lines": [line], "is_err": False}, ignore_prefix=False)
+    assert printed == ["2 workers killed due to memory pressure (OOM)", again]
+    assert relay.last_words().splitlines()[-1] == again
 
 
 def test_while_ray_starts_its_word_about_the_level_stays_off_the_console_and_no_other(capfd, monkeypatch):

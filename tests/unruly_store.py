@@ -20,6 +20,7 @@ class Store(ThreadingHTTPServer):
 
     Attributes:
         objects: path (`/bucket/key`) -> bytes, the newest last.
+        page: objects of one answer to a listing, as S3 has it.
         whim: method and path of a request -> one of `WHIMS`, or "".
     """
 
@@ -30,6 +31,7 @@ class Store(ThreadingHTTPServer):
         self.answers: list[int] = []
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.page = 1000
         self.whim: Callable[[str, str], str] = lambda method, path: ""
         self.lock = threading.Lock()
 
@@ -135,6 +137,9 @@ class Request(BaseHTTPRequestHandler):
             inner = [key for key in keys if delimiter in key[len(prefix) :]]
             folders = sorted({prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in inner})
             keys = [key for key in keys if key not in inner]
+        after = query.get("continuation-token", [""])[0]
+        keys = [key for key in keys if not after or key > unquote(after)]
+        keys, rest = keys[: self.server.page], keys[self.server.page :]
         contents = "".join(
             f"<Contents><Key>{escape(quote(key))}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
             f"<ETag>&quot;{hash(self.server.objects[f'/{bucket}/{key}'])}&quot;</ETag>"
@@ -143,7 +148,8 @@ class Request(BaseHTTPRequestHandler):
         )
         contents += "".join(f"<CommonPrefixes><Prefix>{quote(folder)}</Prefix></CommonPrefixes>" for folder in folders)
         about = f"<Name>{bucket}</Name><Prefix>{quote(prefix)}</Prefix><KeyCount>{len(keys) + len(folders)}</KeyCount>"
-        about += "<EncodingType>url</EncodingType><IsTruncated>false</IsTruncated>"
+        about += f"<EncodingType>url</EncodingType><IsTruncated>{str(bool(rest)).lower()}</IsTruncated>"
+        about += f"<NextContinuationToken>{quote(keys[-1])}</NextContinuationToken>" if rest else ""
         namespace = "http://s3.amazonaws.com/doc/2006-03-01/"
         return f'<ListBucketResult xmlns="{namespace}">{about}{contents}</ListBucketResult>'.encode()
 

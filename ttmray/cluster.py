@@ -25,6 +25,8 @@ from ttmray.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 RAY_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+TRIED_AGAIN = ("so the task will be retried", "A worker died or was killed while executing a task")
+"""In what Ray's daemons tell drivers about workers that die."""
 RETRIES = 3
 """How often work is tried again that its worker died of. Workers are started again without end: in a run of days many
 may die, each of something else."""
@@ -177,6 +179,7 @@ def connect(
                 "works without Ray; RAY_ADDRESS names the cluster to join.",
             ) from error
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
+    _hush()
     if joined.dashboard_url:
         console.print(f"Ray's dashboard, with queues and use of GPUs: http://{joined.dashboard_url}", markup=False)
     if show_workers:
@@ -184,6 +187,31 @@ def connect(
 
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         global_worker_stdstream_dispatcher.add_handler("ray_print_logs", relay)  # Ray removes it by this name
+
+
+def _hush() -> None:
+    """What Ray tries again by itself stays off the console: a worker that is started anew is no message for people, and
+    work that is given up is an exception. Ray has no setting for this: what its daemons tell drivers of workers that
+    died is printed whatever `log_to_driver` says. All else that they tell, of memory above all, is printed as before.
+    """
+    from ray._private import worker
+
+    if not isinstance(worker.print_to_stdstream, _Filter):
+        worker.print_to_stdstream = _Filter(worker.print_to_stdstream)
+
+
+class _Filter:
+    """Ray's own printer, but for lines about workers that died: these are kept by `relay`."""
+
+    def __init__(self, printer: Callable[..., None]) -> None:
+        self._printer = printer
+
+    def __call__(self, data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        of_raylet = data.get("pid") == "raylet"
+        if of_raylet and all(any(words in line for words in TRIED_AGAIN) for line in data["lines"]):
+            relay(data)
+        else:
+            self._printer(data, ignore_prefix)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
@@ -91,8 +91,22 @@ def fingerprint(value: Any) -> str:
     Raises:
         TypeError, ValueError: for anything without one stable encoding (NaN, objects, bytes).
     """
+    return hashlib.sha256(_encoded(value)).hexdigest()
+
+
+def _encoded(value: Any) -> bytes:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text.encode()
+
+
+def fingerprint_of_rows(rows: Iterable[Any]) -> str:
+    """`fingerprint` of a list of rows, which need not be in memory at once."""
+    digest, between = hashlib.sha256(b"["), b""
+    for row in rows:
+        digest.update(between + _encoded(row))
+        between = b","
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -1,15 +1,19 @@
 """What a run has written, noted at its end, so that whoever comes next finds what is missing or changed.
 
 `_SUCCESS.json` is written last. It has size and SHA-256 of the run's files, a copy of `run.json`, and a hash of itself.
+More than `MANY` files of units are listed in a table beside it (`FILES`), and the table in it: what only asks whether a
+run is finished, and what came of it, reads some kilobytes, however large the run is.
 Folders that are no runs (selections, pairs, references, reports, ...) have one, too: with their kind, and no such copy.
 A relaunch compares all sizes and the hashes of the smallest files (`damage`): seconds for any run. `ttmray corpus
 verify` compares every hash. Files that are no result of the run (costs, events for TensorBoard) are not listed.
 """
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -19,8 +23,11 @@ from ttmray.config import fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, explained, split_path
+from ttmray.storage import Folder, explained, parquet_table, split_path
 
+FILES = "_FILES.parquet"
+MANY = 1000
+"""Files of one folder."""
 HASHED_FILES, HASHED_BYTES = 500, 64 << 20
 """Of a relaunch: it hashes so many files of a run, and so many bytes, the smallest first."""
 _THREADS, _BLOCK = 16, 8 << 20
@@ -68,14 +75,27 @@ def _hashed(run: Folder, name: str) -> Written:
     return Written(size, digest.hexdigest())
 
 
-def seal(run: Folder, described: Mapping[str, Any], body: Mapping[str, Any], files: Mapping[str, Written]) -> None:
+def seal(
+    run: Folder,
+    described: Mapping[str, Any],
+    body: Mapping[str, Any],
+    files: Mapping[str, Written],
+    aside: Collection[str] = (),
+) -> None:
     """Write `_SUCCESS.json`: the run is complete.
 
     Args:
         described: `run.json`.
         body: what the marker says beside.
         files: all that the run has written and nothing makes again by itself.
+        aside: folders whose files are listed in a table of their own where they are many.
     """
+    count = Counter(name.partition("/")[0] for name in files)
+    many = {name: files[name] for name in files if (top := name.partition("/")[0]) in aside and count[top] > MANY}
+    if many:
+        data = _table_of(many)
+        run.write(FILES, data)
+        files = {name: known for name, known in files.items() if name not in many} | {FILES: entry(data)}
     _write(run, {"fingerprint": described["fingerprint"], **body, "run": dict(described)}, files)
 
 
@@ -93,6 +113,23 @@ def _write(folder: Folder, body: Mapping[str, Any], files: Mapping[str, Written]
     listed = {name: f"{known.bytes} {known.sha256}" for name, known in sorted(files.items())}
     marker = json.loads(json.dumps({**body, "files": listed}))  # as it will be read
     folder.write(SUCCESS, json.dumps({"sha256": fingerprint(marker), **marker}, indent=1).encode())
+
+
+def _table_of(files: Mapping[str, Written]) -> bytes:
+    """Files as a Parquet table: name, bytes, and the 32 bytes of the SHA-256."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = sorted(files)
+    digests = [bytes.fromhex(files[name].sha256) for name in names]
+    columns = {
+        "name": names,
+        "bytes": [files[name].bytes for name in names],
+        "sha256": pa.array(digests, pa.binary(32)),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 class Reopened(NamedTuple):
@@ -132,7 +169,8 @@ def checked(path: str) -> bytes:
     """
     folder, name = split_path(path)
     data = folder.read(name)
-    known = promised(read_marker(folder) or {}).get(name)
+    marker = read_marker(folder) or {}
+    known = _inline(marker).get(name) or promised(folder, marker).get(name)
     if known is not None and known != entry(data):
         raise UserError(
             f"{path} is not what was written.",
@@ -190,8 +228,24 @@ def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
     return marker, ""
 
 
-def promised(marker: Mapping[str, Any]) -> dict[str, Written]:
-    """The files that `_SUCCESS.json` lists; none where an earlier version wrote it."""
+def promised(run: Folder, marker: Mapping[str, Any]) -> dict[str, Written]:
+    """The files that `_SUCCESS.json` and the table beside it list; none where an earlier version wrote it.
+
+    Raises:
+        UserError: the table is missing or damaged.
+    """
+    files = _inline(marker)
+    if (table := files.pop(FILES, None)) is None:
+        return files
+    data = run.read(FILES)
+    if entry(data) != table:
+        raise UserError(f"{run.path(FILES)} is not what was written.", "Start the command of the run again.")
+    names, sizes, digests = (parquet_table(data)[column].to_pylist() for column in ("name", "bytes", "sha256"))
+    files |= zip(names, map(Written, sizes, map(bytes.hex, digests)), strict=True)
+    return files
+
+
+def _inline(marker: Mapping[str, Any]) -> dict[str, Written]:
     parts = {name: text.partition(" ") for name, text in marker.get("files", {}).items()}
     return {name: Written(int(size), digest) for name, (size, _, digest) in parts.items()}
 
@@ -201,31 +255,47 @@ def damage(
 ) -> list[Damage]:
     """Files that are missing or not what `_SUCCESS.json` says, by name; none where an earlier version wrote it.
 
+    Where the table beside it is damaged, nothing is known of the files that it lists.
+
     Args:
         marker: of `read_marker`.
         every_hash: read all files; else the sizes of all and the hashes of the smallest (`HASHED_FILES`).
         leave_out: folders whose files are not looked at.
     """
-    listed = {n: known for n, known in promised(marker).items() if n.partition("/")[0] not in leave_out}
-    sizes = {file.name: file.size for file in run.files()}
     wrong = {}
+    try:
+        files = promised(run, marker)
+    except UserError as error:
+        files = {name: known for name, known in _inline(marker).items() if name != FILES}
+        wrong[FILES] = error.message.removeprefix(f"{run.path(FILES)}").removeprefix(": ").lstrip()
+    listed = {n: known for n, known in files.items() if n.partition("/")[0] not in leave_out}
+    sizes = {file.name: file.size for file in run.files()}
     for name, known in listed.items():
         if name not in sizes:
             wrong[name] = "is missing"
         elif sizes[name] != known.bytes:
             wrong[name] = f"has {sizes[name]} bytes, {known.bytes} were written"
-    same = sorted(listed.keys() - wrong.keys(), key=lambda name: (listed[name].bytes, name))
-    if not every_hash:
-        same, total = same[:HASHED_FILES], 0
-        for count, name in enumerate(same):
-            total += listed[name].bytes
-            if total > HASHED_BYTES:
-                same = same[:count]
-                break
-    for name, now in _readable(run, same, wrong).items():
+    same = {name: listed[name].bytes for name in listed.keys() - wrong.keys()}
+    hashed = list(same) if every_hash else smallest(same)
+    for name, now in _readable(run, hashed, wrong).items():
         if now.sha256 != listed[name].sha256:
             wrong[name] = "its SHA-256 differs from what was written"
     return [Damage(name, how) for name, how in sorted(wrong.items())]
+
+
+def smallest(sizes: Mapping[str, int]) -> list[str]:
+    """The smallest of some files, whose hashes a launch compares: so many and so large that it takes little time.
+
+    Args:
+        sizes: name -> bytes.
+    """
+    names = sorted(sizes, key=lambda name: (sizes[name], name))[:HASHED_FILES]
+    total = 0
+    for count, name in enumerate(names):
+        total += sizes[name]
+        if total > HASHED_BYTES:
+            return names[:count]
+    return names
 
 
 def _readable(run: Folder, names: Iterable[str], wrong: dict[str, str]) -> dict[str, Written]:

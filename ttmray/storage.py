@@ -217,8 +217,12 @@ class Folder:
                 listed = list(walk(where, sizes, unreadable))
         return sorted((e for e in listed if _is_ours(e.name)), key=lambda e: e.name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, small: bool = False) -> bytes:
         """All bytes of a file.
+
+        Args:
+            small: it has some kilobytes: S3 is not asked for its size first, which decides on how many connections it
+                is read.
 
         Raises:
             UserError: when it is missing or cannot be read.
@@ -227,7 +231,8 @@ class Folder:
             if not self.remote:
                 return Path(self.path(name)).read_bytes()
             fs, root = self._filesystem()
-            return patiently(self.path(name), lambda: bytes(fs.cat_file(f"{root}/{safe_relative(name)}")))
+            how = {"max_concurrency": 1} if small and hasattr(fs, "max_concurrency") else {}
+            return patiently(self.path(name), lambda: bytes(fs.cat_file(f"{root}/{safe_relative(name)}", **how)))
 
     def read_as(self, name: str) -> tuple[bytes, str]:
         """All bytes of a file and their version (see `ListedFile`), which belong together: of an object that is

@@ -199,7 +199,8 @@ def test_several_processes_find_what_one_finds(run, monkeypatch):
     alone = list(problems(folder))
     monkeypatch.setattr(verify_units, "ALONE", 1)
     blocks = list(verify_units.check_units(folder, index.committed_units(folder), processes=2))
-    assert [len(block.problems) for block in blocks] == [1, 1, 0]
+    assert [len(block.problems) for _, block in blocks] == [1, 1, 0]
+    assert [names for names, _ in blocks] == [["u000000"], ["u000001"], ["u000002"]]
     monkeypatch.setattr(verify_units.os, "cpu_count", lambda: 2)
     assert list(problems(folder)) == alone
     assert sum("SHA-256 differs from the index" in line for line in alone) == 2

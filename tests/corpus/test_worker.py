@@ -88,7 +88,7 @@ def test_a_child_killed_between_units_is_named_with_its_signal_and_replaced(work
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(WorkerDied) as caught:
         worker.run(unit, TIMEOUT_S)
-    assert caught.value.how == "killed by SIGKILL"
+    assert caught.value.how == "was killed by SIGKILL"
     assert worker.run(unit, TIMEOUT_S).rows == first.rows
     assert children() - before != {pid}
 

@@ -1,5 +1,6 @@
 """Whatever is killed and whenever: nothing lost, nothing twice, nothing half-written, nothing left behind."""
 
+import math
 import os
 import random
 import shutil
@@ -168,11 +169,14 @@ def test_ray_run_equals_an_undisturbed_one_after_five_kills_of_its_driver(
 def test_ray_run_goes_on_when_five_actors_are_killed(songs: Path, undisturbed: Job, tmp_path: Path) -> None:
     job = Job(songs, tmp_path / "run", "ray", "runtime.fuse=none")
     driver = job.start()
-    rng, killed, deadline = random.Random(4), 0, time.monotonic() + 240
+    rng, killed, deadline, last = random.Random(4), 0, time.monotonic() + 240, math.inf
     while killed < 5 and driver.poll() is None and time.monotonic() < deadline:
-        if job.committed() > killed and (victims := actors(driver.pid, "MapWorker")):
+        victims = actors(driver.pid, "MapWorker")
+        last = min(last, time.monotonic()) if victims else last  # the first sight of one
+        # on a busy machine what waited for the first victim is committed all at once
+        if victims and (job.committed() > killed or time.monotonic() > last + 8):
             os.kill(rng.choice(victims), signal.SIGKILL)
-            killed += 1
+            killed, last = killed + 1, time.monotonic()
         time.sleep(0.05)
     assert driver.wait(timeout=560) == 0
     assert killed >= 4

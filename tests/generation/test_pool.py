@@ -24,10 +24,12 @@ from ttmray.corpus.unit import Unit
 from ttmray.corpus.upgrade import upgrade
 from ttmray.corpus.verify import problems
 from ttmray.errors import UserError
+from ttmray.generation import similar
 from ttmray.generation.filter import read_pool
-from ttmray.generation.pool import choose_prompts, generate_pool, most_similar, plan_pool
+from ttmray.generation.pool import choose_prompts, generate_pool, plan_pool
 from ttmray.generation.pool_worker import CandidatesConfig, Vocode
 from ttmray.generation.sampler import Draw, Sampler, noise
+from ttmray.generation.similar import most_similar
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import LoadOptions, open_bundle
@@ -474,6 +476,28 @@ def test_the_most_similar_clip_is_that_of_the_highest_cosine(count, seed):
         cosine, key = found[f"k{i:02}"]
         assert cosine == pytest.approx(max(others.values()), abs=2e-6)
         assert others[key] == pytest.approx(cosine, abs=2e-6)
+
+
+def test_of_many_clips_those_of_near_groups_are_compared_and_copies_are_found(monkeypatch):
+    random = np.random.default_rng(3)
+    vectors = random.normal(size=(900, 24)) + 2 * random.normal(size=(30, 24))[random.integers(0, 30, 900)]
+    vectors[17], vectors[801] = vectors[400], vectors[3]  # copies
+    named = {f"k{i:03}": vector.astype(np.float32) for i, vector in enumerate(vectors)}
+    exact = most_similar(named)
+    monkeypatch.setattr(similar, "COMPARED", 100)
+    near = most_similar(named)
+    assert near.keys() == exact.keys()
+    assert all(near[key][0] <= exact[key][0] + 1e-6 for key in named)
+    assert sum(near[key] == exact[key] for key in named) > 0.9 * len(named)
+    for one, other in (("k017", "k400"), ("k003", "k801")):
+        assert (near[one], near[other]) == ((1.0, other), (1.0, one))
+
+
+def test_clips_whose_groups_hold_nobody_else_are_compared_with_all(monkeypatch):
+    monkeypatch.setattr(similar, "COMPARED", 1)
+    monkeypatch.setattr(similar, "NEAR", 1)
+    near = most_similar({name: np.eye(3, dtype=np.float32)[i] for i, name in enumerate("abc")})
+    assert near == {"a": (0.0, "b"), "b": (0.0, "a"), "c": (0.0, "a")}
 
 
 def test_one_clip_is_similar_to_none():

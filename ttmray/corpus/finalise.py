@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from ttmray.corpus import index, shards, unit_log
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import PLAN_FILES, Plan
-from ttmray.corpus.scores import reward_statistics
+from ttmray.corpus.scores import REWARDS, reward_statistics
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Times
 from ttmray.corpus.upgrade import located
 from ttmray.errors import UserError
@@ -22,9 +22,20 @@ from ttmray.storage import Folder
 
 LATENTS = "stats/latents.json"
 """What `latent_statistics` says of a finished run."""
+OF_UNITS = (index.INDEX, shards.SHARDS, shards.CAPTIONS)
+"""Folders with files of units."""
 _KINDS = ("wall", "cpu")
-More = Callable[[pa.Table, list[dict[str, Any]]], tuple[pa.Table, dict[str, Any]]]
-"""The rows and metadata of a whole run -> the rows with further columns, and further facts of the summary."""
+
+
+class More(Protocol):
+    """What a run has beside a corpus."""
+
+    def columns(self, rows: pa.Table) -> pa.Table:
+        """Rows of some units with further columns."""
+
+    def facts(self, totals: "Totals") -> dict[str, Any]:
+        """Further facts of the summary, asked for after all columns: `of` is what its tracks are called, and `lines`
+        are for people."""
 
 
 def finalise(
@@ -36,49 +47,51 @@ def finalise(
 ) -> dict[str, Any]:
     """Merge, check and sum up a run whose units are all committed; `_SUCCESS.json` is written last.
 
+    Rows pass through block by block: what stays of a clip are its scores and the compressed bytes of its row.
+
     Args:
         seconds: wall time of this launch.
-        more: what the run has beside a corpus. Of its facts `of` is what its tracks are called, and `lines` are for
-            people.
+        more: what the run has beside a corpus.
 
     Raises:
         UserError: when rows and plan do not add up, naming the units.
     """
-    names = [name for name, _ in plan.units()]
+    names = plan.unit_names()
     committed = set(index.committed_units(run))
     missing = [name for name in names if name not in committed]
     if missing:
         raise UserError(f"{len(missing)} units are not committed, e.g. {missing[0]}.", "Start the same command again.")
-    table, metadata = index.read_together(run, names)
-    problems = check_rows(table, plan)
-    if problems:
+    totals, merged, texts = Totals(), index.Merging(), index.TextPlaces()
+    for rows, metadata in index.blocks(run, names):
+        totals.add(rows, metadata, plan.of([data["name"] for data in metadata]))
+        if not totals.problems:
+            rows = located(run, rows, metadata, texts)
+            merged.add(rows if more is None else more.columns(rows))
+    if problems := totals.problems or list(totals.twice(run, names)):
         raise UserError("the index does not match the plan:\n    " + "\n    ".join(problems[:20]))
-    table = located(run, table, metadata)
-    table, facts = more(table, metadata) if more is not None else (table, {})
-    latents = latent_statistics(metadata)
-    rewards = reward_statistics(table)
-    files = _of_units(names, metadata)
+    facts = {} if more is None else more.facts(totals)
+    rewards, files = totals.rewards(), totals.files
 
     def write(name: str, data: bytes) -> None:
         run.write(name, data)
         files[name] = entry(data)
 
-    write(index.MERGED, index.parquet_bytes(table))
-    write(LATENTS, json.dumps(latents, indent=1).encode())
+    write(index.MERGED, merged.bytes())
+    write(LATENTS, json.dumps(totals.latents.statistics(), indent=1).encode())
     scored = {"protocol": described["protocol_id"], "splits": rewards}  # conditioning on z-scores needs mean and std
     write("stats/rewards.json", json.dumps(scored, indent=1).encode())
-    swept = sweep(run, metadata)
+    swept = sweep(run, files)
     summary = {
-        "rows": {"total": table.num_rows} | {s: _count(table, s) for s in (OK, REJECTED, FAILED)},
-        "reasons": _reasons(table),
+        "rows": {"total": totals.rows.total()} | {s: totals.rows[s] for s in (OK, REJECTED, FAILED)},
+        "reasons": totals.reasons(),
         "tracks": len(plan.table),
         "clips_expected": plan.expected_clips(),
-        "clips_found": pc.sum(pc.greater_equal(table["segment"], 0)).as_py() or 0,
-        "expected_and_found_differ": differing_tracks(table, plan),
-        "splits": dict(sorted(Counter(_ok(table)["split"].to_pylist()).items())),
+        "clips_found": totals.clips,
+        "expected_and_found_differ": totals.differ,
+        "splits": dict(sorted(totals.splits.items())),
         "units": len(names),
-        "bytes": sum(file["bytes"] for data in metadata for file in data["files"].values()),
-        "captions": sum(file.get("captions", 0) for data in metadata for file in data["files"].values()),
+        "bytes": totals.bytes,
+        "captions": totals.captions,
         "rewards": rewards,
         "protocol": described["protocol_id"],
         "note": described["note"],
@@ -91,17 +104,80 @@ def finalise(
     markdown = [f"# {described['kind'].capitalize()}", "", *(f"- {line}" for line in summary_lines(summary, run))]
     write("summary.md", ("\n".join(markdown) + "\n").encode())
     files |= entries(run, [name for name in (RUN, *PLAN_FILES) if run.exists(name)])
-    seal(run, described, {"summary": summary}, files)
+    seal(run, described, {"summary": summary}, files, aside=OF_UNITS)
     return summary
 
 
-def _of_units(names: list[str], metadata: list[dict[str, Any]]) -> dict[str, Written]:
-    """The files of units as they were committed."""
-    files = {}
-    for name, unit in zip(names, metadata, strict=True):
-        files[f"{index.INDEX}/{name}.parquet"] = unit["entry"]
-        files |= {file: Written(facts["bytes"], facts["sha256"]) for file, facts in unit["files"].items()}
-    return files
+class Totals:
+    """What is true of a whole run, from its rows as they come.
+
+    Attributes:
+        problems: where rows and plan do not add up.
+        rows: by status.
+        clips: rows that are clips.
+        splits: ok rows by split.
+        differ: see `differing_tracks`.
+        files: of the units, as they were committed.
+        bytes, captions: of files.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.rows, self.splits, self._bad = Counter[str](), Counter[str](), Counter[tuple[str, str, str]]()
+        self.clips, self.bytes, self.captions = 0, 0, 0
+        self.differ: list[dict[str, Any]] = []
+        self.files: dict[str, Written] = {}
+        self.latents = LatentSums()
+        self._scores: list[pa.Table] = []
+        self._keys: list[np.ndarray] = []
+
+    def add(self, rows: pa.Table, metadata: Sequence[Mapping[str, Any]], plan: Plan) -> None:
+        """Take the rows of some units.
+
+        Args:
+            metadata: of the units.
+            plan: of their tracks.
+        """
+        self.problems += check_rows(rows, plan)
+        self.differ += differing_tracks(rows, plan)
+        self.rows.update(rows["status"].to_pylist())
+        self.clips += pc.sum(pc.greater_equal(rows["segment"], 0)).as_py() or 0
+        self._keys.append(np.fromiter(map(hash, rows["key"].to_pylist()), np.int64, rows.num_rows))
+        ok = rows.filter(pc.equal(rows["status"], OK))
+        self.splits.update(ok["split"].to_pylist())
+        self._scores.append(ok.select(["status", "split", *REWARDS]).combine_chunks())
+        bad = rows.filter(pc.not_equal(rows["status"], OK))
+        self._bad.update(zip(*(bad[name].to_pylist() for name in ("status", "stage", "reason")), strict=True))
+        for unit in metadata:
+            self.latents.add(unit["latents"])
+            self.files[f"{index.INDEX}/{unit['name']}.parquet"] = unit["entry"]
+            for name, facts in unit["files"].items():
+                self.files[name] = Written(facts["bytes"], facts["sha256"])
+                self.bytes += facts["bytes"]
+                self.captions += facts.get("captions", 0)
+
+    def twice(self, run: Folder, names: Sequence[str]) -> Iterator[str]:
+        """Keys that units of different blocks share: of tracks `a` and `a_1`, say. Few runs have any, and only of those
+        the rows are read again."""
+        hashes, counts = np.unique(np.concatenate([np.empty(0, np.int64), *self._keys]), return_counts=True)
+        suspects = set(hashes[counts > 1].tolist())
+        if not suspects:
+            return
+        keys = (key for rows, _ in index.blocks(run, names) for key in rows["key"].to_pylist())
+        for key, count in Counter(key for key in keys if hash(key) in suspects).items():
+            if count > 1:
+                yield f"{key} has {count} rows"
+
+    def rewards(self) -> dict[str, Any]:
+        """See `reward_statistics`."""
+        return reward_statistics(pa.concat_tables(self._scores)) if self._scores else {}
+
+    def reasons(self) -> list[dict[str, Any]]:
+        """How many rows that are not ok have which reason."""
+        return [
+            {"status": status, "stage": stage, "reason": reason, "count": count}
+            for (status, stage, reason), count in sorted(self._bad.items())
+        ]
 
 
 def check_rows(table: pa.Table, plan: Plan) -> list[str]:
@@ -158,40 +234,59 @@ def _grouped(table: pa.Table, by: str, of: list[tuple[Any, str]]) -> pa.Table:
     return table.group_by(by, use_threads=False).aggregate(of)
 
 
-def latent_statistics(metadata: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per split and channel: mean, std of the posterior means, and std of posterior samples.
+def latent_statistics(metadata: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`LatentSums.statistics` of the units that some metadata is of."""
+    sums = LatentSums()
+    for unit in metadata:
+        sums.add(unit["latents"])
+    return sums.statistics()
 
-    A sample is mean + std * noise, so its variance is the variance of the means plus the mean variance.
-    Training normalises samples; which of the two the paper's statistics are is not known.
-    """
-    sums: dict[str, dict[str, Any]] = {}
-    for data in metadata:
-        for split, part in data["latents"].items():
-            total = sums.setdefault(split, {"count": 0, "sum": 0.0, "sum_of_squares": 0.0, "sum_of_variances": 0.0})
+
+class LatentSums:
+    """Sums over units, per split and channel, from which the statistics of latents follow."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[str, Any]] = {}
+
+    def add(self, latents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take those of a unit: split -> `index.latent_sums`."""
+        for split, part in latents.items():
+            begin = {"count": 0, "sum": 0.0, "sum_of_squares": 0.0, "sum_of_variances": 0.0}
+            total = self._of.setdefault(split, begin)
             total["count"] += part["count"]
             for name in ("sum", "sum_of_squares", "sum_of_variances"):
                 total[name] = total[name] + np.array(part[name])
-    statistics = {}
-    for split, total in sorted(sums.items()):
-        mean = total["sum"] / total["count"]
-        variance = np.maximum(total["sum_of_squares"] / total["count"] - mean**2, 0.0)
-        statistics[split] = {
-            "frames": total["count"],
-            "mean": mean.tolist(),
-            "std_of_means": np.sqrt(variance).tolist(),
-            "std_of_samples": np.sqrt(variance + total["sum_of_variances"] / total["count"]).tolist(),
-        }
-    return statistics
+
+    def statistics(self) -> dict[str, Any]:
+        """Per split and channel: mean, std of the posterior means, and std of posterior samples.
+
+        A sample is mean + std * noise, so its variance is the variance of the means plus the mean variance.
+        Training normalises samples; which of the two the paper's statistics are is not known.
+        """
+        statistics = {}
+        for split, total in sorted(self._of.items()):
+            mean = total["sum"] / total["count"]
+            variance = np.maximum(total["sum_of_squares"] / total["count"] - mean**2, 0.0)
+            statistics[split] = {
+                "frames": total["count"],
+                "mean": mean.tolist(),
+                "std_of_means": np.sqrt(variance).tolist(),
+                "std_of_samples": np.sqrt(variance + total["sum_of_variances"] / total["count"]).tolist(),
+            }
+        return statistics
 
 
-def sweep(run: Folder, metadata: list[dict[str, Any]]) -> int:
-    """Delete what no index describes: shards of late or killed writers, crash markers, temporary files."""
-    indexed = {name for data in metadata for name in data["files"]}
+def sweep(run: Folder, described: Collection[str]) -> int:
+    """Delete what no index describes: shards of late or killed writers, crash markers, temporary files.
+
+    Args:
+        described: names of the files that belong to units.
+    """
     stray = [
         f"{folder}/{entry.name}"
         for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS)
         for entry in run.files(folder, sizes=False)
-        if f"{folder}/{entry.name}" not in indexed
+        if f"{folder}/{entry.name}" not in described
     ]
     for name in stray:
         run.delete(name)
@@ -232,20 +327,3 @@ def _stage_rates(timing: dict[str, Times]) -> dict[str, Times]:
         | {f"{kind}_ms_per_clip": 1000 * times.get(f"{kind}_s", 0) / max(times.get("clips", 0), 1) for kind in _KINDS}
         for stage, times in timing.items()
     }
-
-
-def _ok(table: pa.Table) -> pa.Table:
-    return table.filter(pc.equal(table["status"], OK))
-
-
-def _count(table: pa.Table, status: str) -> int:
-    return int(pc.sum(pc.equal(table["status"], status)).as_py() or 0)
-
-
-def _reasons(table: pa.Table) -> list[dict[str, Any]]:
-    bad = table.filter(pc.not_equal(table["status"], OK))
-    counts = Counter(zip(*(bad[c].to_pylist() for c in ("status", "stage", "reason")), strict=True))
-    return [
-        {"status": status, "stage": stage, "reason": reason, "count": count}
-        for (status, stage, reason), count in sorted(counts.items())
-    ]

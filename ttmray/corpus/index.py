@@ -7,24 +7,28 @@ carries what belongs to the unit as a whole: file names, hashes and latent sums.
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.inventory import entry
-from ttmray.storage import Folder, parquet_table
+from ttmray.storage import Folder, explained, parquet_table
 
 INDEX = "index"
 MERGED = "index.parquet"
 METADATA_KEY = b"ttmray.unit"
 BLOCK = 64
 """Units whose rows are joined at once."""
+GROUP_ROWS = 1 << 15
+"""Rows of a group of the merged index, or a few more."""
+_PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 SCHEMA = pa.schema(
     [
@@ -121,7 +125,7 @@ def to_bytes(
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as the bytes of an index file, whose pages have checksums: a changed byte never gives other numbers."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, buffer, **_PARQUET)
     return buffer.getvalue()
 
 
@@ -146,17 +150,20 @@ def _table(data: bytes, name: str, columns: Sequence[str] | None = None) -> pa.T
     """Columns of an index file, by default all, first those of `SCHEMA`. Those of `PLACES` are null where an older
     version wrote it."""
     try:
-        table = parquet_table(data, columns)
-        for column in PLACES:
-            if column in (columns or PLACES) and column not in table.column_names:
-                nulls = pa.nulls(table.num_rows, SCHEMA.field(column).type)
-                table = table.append_column(SCHEMA.field(column), nulls)
-        if columns is None:
-            columns = [*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)]
-        table = table.select(columns)
-        table.validate(full=True)
+        return _columns(parquet_table(data, columns), columns)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise _unreadable(name, error) from error
+
+
+def _columns(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    for column in PLACES:
+        if column in (columns or PLACES) and column not in table.column_names:
+            nulls = pa.nulls(table.num_rows, SCHEMA.field(column).type)
+            table = table.append_column(SCHEMA.field(column), nulls)
+    if columns is None:
+        columns = [*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)]
+    table = table.select(columns)
+    table.validate(full=True)
     return table
 
 
@@ -179,52 +186,67 @@ def committed_units(run: Folder) -> list[str]:
 def read_units(run: Folder, units: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
     """Index rows and metadata of some units, in the given order; files are read by 16 threads.
 
-    The metadata also has `entry`: size and SHA-256 of the index file itself.
+    The metadata also has `name`, that of the unit, and `entry`: size and SHA-256 of the index file itself.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     def one(unit: str) -> tuple[pa.Table, dict[str, Any]]:
         name = f"{INDEX}/{unit}.parquet"
-        data = run.read(name)
+        data = run.read(name, small=True)
         rows, metadata = from_bytes(data, run.path(name))
-        return rows, metadata | {"entry": entry(data)}
+        return rows, metadata | {"name": unit, "entry": entry(data)}
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(one, units))
 
 
-class RowBlocks:
-    """Rows that come unit by unit, joined block by block: thousands of tables of some rows would take ten times the
-    memory of the rows."""
+def blocks(run: Folder, units: Sequence[str]) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
+    """Index rows of some units, in the given order and a block of units at a time, and what `read_units` says beside.
 
-    def __init__(self) -> None:
-        self._joined: list[pa.Table] = []
-        self._block: list[pa.Table] = []
-
-    def add(self, rows: pa.Table) -> None:
-        self._block.append(rows)
-        if len(self._block) >= BLOCK:
-            self._join()
-
-    def _join(self) -> None:
-        self._joined.append(pa.concat_tables(self._block).combine_chunks())
-        self._block = []
-
-    def table(self) -> pa.Table:
-        """All rows so far, in their order."""
-        if self._block:
-            self._join()
-        return pa.concat_tables(self._joined) if self._joined else SCHEMA.empty_table()
+    Thousands of tables of some rows would take ten times the memory of the rows.
+    """
+    for start in range(0, len(units), BLOCK):
+        tables, metadata = zip(*read_units(run, list(units[start : start + BLOCK])), strict=True)
+        yield pa.concat_tables(tables).combine_chunks(), list(metadata)
 
 
 def read_together(run: Folder, units: Sequence[str]) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Index rows of some units as one table, in the given order, and what `read_units` says beside."""
-    blocks, metadata = RowBlocks(), list[dict[str, Any]]()
-    for start in range(0, len(units), BLOCK):
-        for rows, data in read_units(run, list(units[start : start + BLOCK])):
-            blocks.add(rows)
-            metadata.append(data)
-    return blocks.table(), metadata
+    """`blocks` as one table, and what `read_units` says of all units."""
+    tables, metadata = list[pa.Table](), list[dict[str, Any]]()
+    for rows, of_units in blocks(run, units):
+        tables.append(rows)
+        metadata += of_units
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table(), metadata
+
+
+class Merging:
+    """The merged index in the making: it takes rows as they come, and memory for their compressed bytes."""
+
+    def __init__(self) -> None:
+        self._buffer = io.BytesIO()
+        self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
+
+    def add(self, rows: pa.Table) -> None:
+        self._waiting.append(rows)
+        if sum(table.num_rows for table in self._waiting) >= GROUP_ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        rows = pa.concat_tables(self._waiting).combine_chunks()
+        self._waiting = []
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._buffer, rows.schema, **_PARQUET)
+        self._writer.write_table(rows)
+
+    def bytes(self) -> bytes:
+        """The file of all rows; nothing can be added afterwards."""
+        if self._waiting or self._writer is None:
+            self._waiting = self._waiting or [SCHEMA.empty_table()]
+            self._write()
+        assert self._writer is not None
+        self._writer.close()
+        return self._buffer.getvalue()
 
 
 def read_index(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:
@@ -248,25 +270,89 @@ def read_merged(run: Folder, columns: Sequence[str] | None = None) -> pa.Table:
     return _table(run.read(MERGED), run.path(MERGED), columns)
 
 
+class MergedRows:
+    """The merged index of a finished run, read in order and in parts.
+
+    Raises:
+        UserError: when it is missing or damaged, here or in `take`.
+    """
+
+    def __init__(self, run: Folder) -> None:
+        self._name = run.path(MERGED)
+        self._source = run.open(MERGED)
+        with self._readable():
+            self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
+            self._batches = self._file.iter_batches(GROUP_ROWS, use_threads=False)
+        self._waiting = list[pa.Table]()
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            with explained(self._name):
+                yield
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise _unreadable(self._name, error) from error
+
+    def take(self, count: int, columns: Sequence[str]) -> pa.Table:
+        """The next rows, fewer at the end: as `read_merged` gives them."""
+        with self._readable():
+            while sum(part.num_rows for part in self._waiting) < count:
+                batch = next(self._batches, None)
+                if batch is None:
+                    break
+                self._waiting.append(pa.Table.from_batches([batch]))
+            rows = pa.concat_tables(self._waiting) if self._waiting else self._file.schema_arrow.empty_table()
+            self._waiting = [rows.slice(count)] if rows.num_rows > count else []
+            return _columns(rows.slice(0, count).combine_chunks(), columns)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def with_text_places(rows: pa.Table, metadata: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Rows with `TEXT_PLACES` of their captions; null where no unit holds one.
 
     Args:
         metadata: of all units that are committed.
     """
-    ids: list[str] = []
-    places: list[tuple[str, int, int, int, int]] = []
+    places = TextPlaces()
     for unit in metadata:
-        for name, facts in unit["files"].items():
-            for caption_id, (t5, clap) in facts.get("places", {}).items():
-                ids.append(caption_id)
-                places.append((name, t5, clap, *facts["shape"]))
-    of = pc.index_in(rows["caption_id"].combine_chunks(), pa.array(ids, pa.string()))
-    for number, column in enumerate(TEXT_PLACES):
-        field = SCHEMA.field(column)
-        values = pa.array([place[number] for place in places], field.type).take(of)
-        rows = rows.set_column(rows.schema.get_field_index(column), field, values)
-    return rows
+        places.note(unit["files"])
+    return places.fill(rows)
+
+
+class TextPlaces:
+    """Where the text features of captions lie, of the units so far. Rows need those of units up to their own: the
+    first one that holds a caption of a usable track has its features."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, int] = {}
+        self._files: list[str] = []
+        self._numbers = array("q")  # per caption: position of the file, then as in TEXT_PLACES
+
+    def note(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take the places of captions from what is said of a unit's files."""
+        for name, facts in files.items():
+            if places := facts.get("places"):
+                self._files.append(name)
+                for caption_id, (t5, clap) in places.items():
+                    if caption_id not in self._of:
+                        self._of[caption_id] = len(self._of)
+                        self._numbers.extend((len(self._files) - 1, t5, clap, *facts["shape"]))
+
+    def fill(self, rows: pa.Table) -> pa.Table:
+        """Rows with `TEXT_PLACES`; null where no unit so far holds the caption."""
+        captions = rows["caption_id"].combine_chunks().dictionary_encode()
+        known = [self._of.get(caption) for caption in captions.dictionary.to_pylist()]
+        width = len(TEXT_PLACES)
+        for number, column in enumerate(TEXT_PLACES):
+            field = SCHEMA.field(column)
+            cells: list[Any] = [None if at is None else self._numbers[at * width + number] for at in known]
+            if not number:
+                cells = [None if cell is None else self._files[cell] for cell in cells]
+            values = pa.array(cells, field.type).take(captions.indices)
+            rows = rows.set_column(rows.schema.get_field_index(column), field, values)
+        return rows
 
 
 def latent_sums(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, overload
+
+import pyarrow.compute as pc
 
 from ttmray import cost, runs
-from ttmray.config import fingerprint, identity
+from ttmray.config import fingerprint_of_rows, identity
 from ttmray.console import console, meter
 from ttmray.corpus import index
 from ttmray.corpus.catalogue import build_catalogue
@@ -92,10 +94,33 @@ def score_corpus(
     return carry_out(run, plan, described, todo, work, config.max_failures, started)
 
 
-def not_committed(run: Folder, plan: Plan) -> list[Unit]:
+class ToDo(Sequence[Unit]):
+    """Some units of a plan, made of its rows when they are asked for: as objects they would take kilobytes each."""
+
+    def __init__(self, plan: Plan, names: Sequence[str]) -> None:
+        self._plan, self.names = plan, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Unit]:
+        for name, tracks in self._plan.units(self.names):
+            yield Unit(name, tracks)
+
+    @overload
+    def __getitem__(self, at: int) -> Unit: ...
+    @overload
+    def __getitem__(self, at: slice) -> "ToDo": ...
+    def __getitem__(self, at: int | slice) -> "Unit | ToDo":
+        if isinstance(at, slice):
+            return ToDo(self._plan, self.names[at])
+        return next(iter(ToDo(self._plan, [self.names[at]])))
+
+
+def not_committed(run: Folder, plan: Plan) -> ToDo:
     """The units of a plan that are still to be made."""
     committed = set(index.committed_units(run))
-    return [Unit(name, tracks) for name, tracks in plan.units() if name not in committed]
+    return ToDo(plan, [name for name in plan.unit_names() if name not in committed])
 
 
 Done = Callable[[Unit], None]
@@ -128,7 +153,7 @@ def carry_out(
         UserError: most rows fail, rows and plan do not add up, or what `work` raises.
     """
     counts: Counter[str] = Counter()
-    units = len(plan.table["unit"].unique())
+    units = len(plan.unit_names())
     marker = None if todo else read_marker(run)
     if marker is None:
         with cost.account(run, since=started):
@@ -154,7 +179,7 @@ def _make(
     """Make units, log them, and count their rows by status."""
     if len(todo) < units:
         console.print(f"resuming: {units - len(todo)} of {units} units are committed, {len(todo)} to do")
-    expected = plan.expected_clips({unit.name for unit in todo})
+    expected = plan.expected_clips(todo.names if isinstance(todo, ToDo) else [unit.name for unit in todo])
     with UnitLog(run, time.time()) as log, meter("clips", expected) as progress:
 
         def done(unit: Unit) -> None:
@@ -175,7 +200,7 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
         console.print(line, style="yellow" if warning else None)
     # messages name folders, and songs may move, which changes the times of files
     columns = [field.name for field in fields(Track) if field.name not in ("message", "version")]
-    digest = fingerprint([[repr(getattr(track, name)) for name in columns] for track in catalogue.tracks])
+    digest = fingerprint_of_rows([repr(getattr(track, name)) for name in columns] for track in catalogue.tracks)
     if existing is not None and run.exists(PLAN_FILE):
         saved = existing["identity"]
         if saved["catalogue"] == digest and saved["config"] == identity(config):
@@ -241,9 +266,10 @@ def _check_same(run: Folder, existing: dict[str, Any], described: dict[str, Any]
 
 def _forget_failed(run: Folder) -> None:
     """Delete the index files of units with failed rows (their other files are swept at the end)."""
-    names = index.committed_units(run)
-    for name, (table, _) in zip(names, index.read_units(run, names), strict=True):
-        if FAILED in table["status"].to_pylist():
+    for rows, metadata in index.blocks(run, index.committed_units(run)):
+        failed = rows.filter(pc.equal(rows["status"], FAILED))
+        units = set(failed["unit"].to_pylist())
+        for name in (data["name"] for data in metadata if data["name"] in units):
             run.delete(SUCCESS)
             run.delete("index.parquet")
             run.delete(f"{index.INDEX}/{name}.parquet")

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
@@ -19,12 +20,12 @@ from ttmray.audio import segment
 from ttmray.console import console
 from ttmray.corpus import index, shards, unit_log
 from ttmray.corpus.config import CorpusConfig
-from ttmray.corpus.finalise import LATENTS, latent_statistics, summary_lines
+from ttmray.corpus.finalise import LATENTS, LatentSums, summary_lines
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import REWARDS, protocols, reward_statistics, table_names, with_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
-from ttmray.inventory import checked, finished, kind_of, read_marker
+from ttmray.inventory import checked, kind_of, read_marker
 from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
 
@@ -45,23 +46,27 @@ def _open(folder: str) -> Folder:
 
 
 def status_lines(run: Folder) -> Iterator[str]:
-    """How far a run is: from its plan, its log, and the names of index files.
+    """How far a run is: from its marker once it is finished, else from its plan, its log, and the names of index files.
 
     Raises:
         UserError: the plan or the index is damaged.
     """
+    marker = read_marker(run)
+    if marker is not None and "summary" in marker:
+        units, clips = (marker["summary"][name] for name in ("units", "clips_expected"))
+        yield f"{units} of {units} units, about {clips} of {clips} clips"
+        return
     plan = Plan.load(run)
     names = index.committed_units(run)
-    units = list(plan.units())
     clips = plan.expected_clips(set(names))
-    yield f"{len(names)} of {len(units)} units, about {clips} of {plan.expected_clips()} clips"
-    if finished(run):
+    yield f"{len(names)} of {len(plan.unit_names())} units, about {clips} of {plan.expected_clips()} clips"
+    if marker is not None:  # of an earlier version
         return
     lines = unit_log.read(run)
     logged = [lines[name] for name in names if name in lines]
     total = unit_log.counts(logged)
     # what a killed launch had not yet logged
-    for rows, _ in index.read_units(run, [name for name in names if name not in lines]):
+    for rows, _ in index.blocks(run, [name for name in names if name not in lines]):
         total.update(rows["status"].to_pylist())
     for state in (OK, REJECTED, FAILED):
         yield f"  {state}: {total[state]}"
@@ -78,13 +83,19 @@ def status_lines(run: Folder) -> Iterator[str]:
 def stats(folder: str) -> int:
     """Print counts, reasons, rewards per split and latent statistics."""
     run = _open(folder)
+    columns = ["key", "status", "shard", "split", *REWARDS]
     if (marker := read_marker(run)) is not None and "summary" in marker:
         for line in summary_lines(marker["summary"], run):
             console.print(line, markup=False)
-        table, latents = index.read_merged(run), json.loads(checked(run.path(LATENTS)))  # not a request for every unit
+        # not a request for every unit
+        table, latents = index.read_merged(run, columns), json.loads(checked(run.path(LATENTS)))
     else:
-        table, metadata = index.read_together(run, index.committed_units(run))
-        latents = latent_statistics(metadata)
+        sums, blocks = LatentSums(), [index.SCHEMA.empty_table().select(columns)]
+        for rows, metadata in index.blocks(run, index.committed_units(run)):
+            blocks.append(rows.select(columns))
+            for unit in metadata:
+                sums.add(unit["latents"])
+        table, latents = pa.concat_tables(blocks), sums.statistics()
     shown = Table("split", "column", "clips", "mean", "std", "p5", "p95", "max")
     rewards = [*REWARDS, *(f"{name}/{column}" for name in table_names(run) for column in REWARDS)]
     for split, columns in reward_statistics(with_columns(run, table, rewards), rewards).items():
@@ -118,7 +129,7 @@ def verify(folder: str) -> int:
         console.print(f"{run}: {count} problems", markup=False)
         console.print(f"  {shards.mend(run)}", markup=False)
         return EXIT_BAD_INPUT
-    rows = index.read_index(run)
+    rows = index.read_index(run, ["status"])
     clips = pc.sum(pc.equal(rows["status"], OK)).as_py() or 0
     console.print(
         f"{run}: {len(index.committed_units(run))} units, {rows.num_rows} rows, {clips} clips, no problems",

@@ -160,9 +160,7 @@ def run_local(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
 
 
 def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done) -> None:
-    waiting: queue.SimpleQueue[Unit] = queue.SimpleQueue()
-    for unit in units:
-        waiting.put(unit)
+    waiting, taking = iter(units), threading.Lock()
     finished: queue.SimpleQueue[Unit | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
     config = job.corpus
@@ -187,10 +185,10 @@ def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done
     def serve(worker: ChildWorker) -> None:
         while not stop.is_set():
             try:
-                unit = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
+                with taking:
+                    unit = next(waiting, None)
+                if unit is None:
+                    return
                 finished.put(until_committed(worker, unit))
             except BaseException as error:  # handed to the caller's thread, which raises it
                 finished.put(error)
@@ -200,7 +198,7 @@ def _run_processes(job: CorpusJob, units: Sequence[Unit], count: int, done: Done
     for thread in threads:
         thread.start()
     try:
-        for _ in units:
+        for _ in range(len(units)):
             result = finished.get()
             if isinstance(result, BaseException):
                 raise result

@@ -8,9 +8,11 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,8 @@ MAX_UNIT_TRACKS = 64
 """Bounds units of rejected tracks, which have no clips."""
 MAX_UNIT_DECODED_BYTES = 120 * 2**20
 """Whole decoded tracks of a unit (float32 stereo at 44.1 kHz) stay below Ray Data's 128 MiB block."""
+BLOCK = 256
+"""Units whose rows are in memory at once."""
 PROBE_THREADS = 16
 DECODED_BYTES_PER_S = 44100 * 2 * 4
 LONGEST_S = 1e7  # keeps sample counts of absurd durations inside int64
@@ -80,19 +84,31 @@ class Plan:
             digest.update(json.dumps([name, self.table.column(name).to_pylist()]).encode())
         return digest.hexdigest()
 
-    def units(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Each unit's name and rows, in order."""
-        columns = [column.to_pylist() for column in self.table.columns]
-        names, unit, rows = self.table.column_names, "", list[dict[str, Any]]()
-        for cells in zip(*columns, strict=True):
-            row = dict(zip(names, cells, strict=True))
-            if row["unit"] != unit:
-                if rows:
-                    yield unit, rows
-                unit, rows = row["unit"], []
-            rows.append(row)
-        if rows:
-            yield unit, rows
+    def units(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Name and rows of some units (default: all), in order; a few are in memory at a time."""
+        names = self.unit_names() if names is None else names
+        for start in range(0, len(names), BLOCK):
+            block = names[start : start + BLOCK]
+            rows = iter(self.of(block).table.to_pylist())
+            for name in block:
+                first, stop = self._ranges[name]
+                yield name, list(islice(rows, stop - first))
+
+    @cached_property
+    def _ranges(self) -> dict[str, tuple[int, int]]:
+        """Rows of each unit, in order."""
+        codes = self.table["unit"].combine_chunks().dictionary_encode()
+        ends = np.cumsum(np.bincount(codes.indices.to_numpy(), minlength=len(codes.dictionary))).tolist()
+        return dict(zip(codes.dictionary.to_pylist(), zip([0, *ends], ends, strict=False), strict=True))
+
+    def unit_names(self) -> list[str]:
+        """Of all units, in order."""
+        return list(self._ranges)
+
+    def of(self, units: Iterable[str]) -> "Plan":
+        """The tracks of some units; names that are no unit's are passed over."""
+        ranges = [np.arange(*self._ranges[name]) for name in units if name in self._ranges]
+        return Plan(self.table.take(pa.array(np.concatenate([np.empty(0, np.int64), *ranges]))), self.root)
 
     def expected_clips(self, units: Collection[str] | None = None) -> int:
         """Clips that some units (default: all) are expected to give."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 from ttmray import cost
@@ -37,6 +38,7 @@ from ttmray.storage import Folder, is_remote
 POLL_S = 2.0
 SAY_AGAIN_S = 60.0
 WISH_S = 15.0
+ROUND_UNITS = 50_000
 SEEN_WITHIN_S = 20.0
 """A shared file system may show a new file so much later on other machines."""
 
@@ -161,27 +163,30 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
     _connect(job.corpus)
     run, left_out, wishes = Folder.at(job.output), LeftOut(), Wishes()
     run_hash = _run_hash(run)
-    left = {unit.name: unit for unit in units}
+    left = dict.fromkeys(unit.name for unit in units)
     try:
         while left:
+            # the driver holds what is in a round, so there is a bound to it; each one loads the models anew
+            of_round = list(islice((unit for unit in units if unit.name in left), ROUND_UNITS))
             groups = _places(job.corpus, left_out, len(left), wishes)
             silence = Silence(run, partial(_places_free, groups), job.corpus.runtime.no_progress_timeout_s)
             try:
                 # closed, so that no worker of a round goes on when it has ended, in whatever way
                 with (
                     silence,
-                    closing(_round(job, list(left.values()), groups, sorted(left_out.nodes), run_hash)) as committed,
+                    closing(_round(job, of_round, groups, sorted(left_out.nodes), run_hash)) as committed,
                 ):
                     for unit in committed:
                         # a unit comes twice where Ray made it again for something that was lost
-                        if left.pop(unit.name, None) is not None:
+                        if unit.name in left:
+                            del left[unit.name]
                             silence.broken()
                             left_out.progress()
                             done(unit)
                         if _joined() and wishes.due():
                             wishes.ask(_growing(groups, left_out, len(left)), left_out)
-                if left:
-                    raise _RoundEnded(RuntimeError(f"{len(left)} units did not come back, and nothing says why"))
+                if lost := sum(unit.name in left for unit in of_round):
+                    raise _RoundEnded(RuntimeError(f"{lost} units did not come back, and nothing says why"))
             except _RoundEnded as ended:
                 _judge(ended.why, left_out, groups)
             # What a failed round leaves behind, its traceback above all, refers to itself and to the actors, which hold

@@ -36,7 +36,8 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
     """Forget the units that are damaged, and that the run was finished where anything is; says what.
 
     Of a finished run the sizes of all files and the hashes of the smallest are compared with `_SUCCESS.json`. Of an
-    unfinished one every index file is read, and its unit's files must have the sizes that it says.
+    unfinished one every index file is read, and its unit's files must have the sizes that it says; and the hashes, too,
+    the smallest, where what the end of the run has noted is itself damaged.
 
     Args:
         plan: of the run, as its command makes it.
@@ -49,9 +50,11 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
     marker = inventory.read_marker(run)
     sealed = marker is not None and marker.get("fingerprint") == fingerprint and "files" in marker
     damaged = inventory.damage(run, marker, everything) if marker is not None and sealed else []
-    if everything or not sealed:
+    unlisted = any(problem.name == inventory.FILES for problem in damaged)
+    if everything or not sealed or unlisted:
         known = {problem.name for problem in damaged}
-        damaged += [problem for problem in _unit_damage(run, plan, everything) if problem.name not in known]
+        lost = unlisted or (not sealed and run.exists(SUCCESS))
+        damaged += [problem for problem in _unit_damage(run, plan, everything, lost) if problem.name not in known]
     try:
         Plan.load(run)
     except UserError as error:
@@ -72,16 +75,20 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
         inventory.clear(run, SUCCESS)  # last: whoever is killed before finds the same damage again
 
 
-def _unit_damage(run: Folder, plan: Plan, every_hash: bool) -> list[Damage]:
-    """Committed units that do not fit the plan, or whose files are not those that their index files describe."""
+def _unit_damage(run: Folder, plan: Plan, every_hash: bool, small_hashes: bool) -> list[Damage]:
+    """Committed units that do not fit the plan, or whose files are not those that their index files describe.
+
+    Args:
+        every_hash, small_hashes: compare the hashes of all files, or of the smallest; else sizes alone.
+    """
     sizes = {
         f"{folder}/{listed.name}": listed.size
         for folder in (shards.SHARDS, shards.CAPTIONS)
         for listed in run.files(folder)
     }
-    tracks = {name: {track["track_id"] for track in rows} for name, rows in plan.units()}
     wrong = []
     promised: dict[str, str] = {}
+    bytes_of: dict[str, int] = {}
     for name in index.committed_units(run):
         file = f"{index.INDEX}/{name}.parquet"
         try:
@@ -89,18 +96,18 @@ def _unit_damage(run: Folder, plan: Plan, every_hash: bool) -> list[Damage]:
         except UserError as error:
             wrong.append(Damage(file, error.message.removeprefix(f"{run.path(file)} ")))
             continue
-        if tracks.get(name) != set(rows["track_id"].to_pylist()):
+        if set(plan.of([name]).table["track_id"].to_pylist()) != set(rows["track_id"].to_pylist()):
             wrong.append(Damage(file, "its tracks are not those that the plan has in this unit"))
         for path, facts in metadata["files"].items():
             if sizes.get(path) != facts["bytes"]:
                 wrong.append(Damage(path, f"has {sizes.get(path, 'no')} bytes, {facts['bytes']} were written"))
             else:
-                promised[path] = facts["sha256"]
-    if every_hash:
-        hashes = inventory.entries(run, promised)
+                promised[path], bytes_of[path] = facts["sha256"], facts["bytes"]
+    if every_hash or small_hashes:
+        hashes = inventory.entries(run, promised if every_hash else inventory.smallest(bytes_of))
         wrong += [
             Damage(path, "its SHA-256 differs from the index")
-            for path, digest in promised.items()
-            if hashes[path].sha256 != digest
+            for path, now in hashes.items()
+            if now.sha256 != promised[path]
         ]
     return wrong

@@ -22,7 +22,6 @@ from ttmray.cluster import ActorsConfig, each
 from ttmray.config import Config, Location, execution
 from ttmray.console import console, meter
 from ttmray.corpus import index, scores, shards
-from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import NotFiniteOutput
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 PARTS = "parts"
 UNITS_PER_PART = 64
 """About 2,000 clips: seconds of work, and few files for a large corpus."""
-COLUMNS = ("key", "track_id", "shard", "unit", "caption_id", "caption")
+COLUMNS = ("key", "track_id", "shard", "unit", "caption_id", "caption", "caption_file")
 
 
 class RescoreConfig(Config):
@@ -77,7 +76,7 @@ def rescore(config: RescoreConfig) -> int:
     require_same_encoders(head, corpus["identity"].get("bundle") or {}, str(run))
     out = run.sub(f"{scores.SCORES}/{scores.check_name(config.name)}")
     protocol = _protocol(corpus, config.text, head)
-    rows = index.read_index(run)
+    rows = index.read_index(run, [*COLUMNS, "status"])
     rows = rows.filter(pc.equal(rows["status"], OK)).select(COLUMNS)
     if not out.exists(RUN) and rows.num_rows:
         _try(run, head, rows)
@@ -159,26 +158,22 @@ def _forget_damaged(out: Folder) -> bool:
 def _parts(run: Folder, rows: pa.Table, with_text: bool) -> Iterator[Portion]:
     units = rows["unit"].combine_chunks().dictionary_encode()
     names, codes = units.dictionary.to_pylist(), units.indices.to_numpy()  # in the order of the index
-    files = _caption_files(run) if with_text else {}
     for first in range(0, len(names), UNITS_PER_PART):
         start, stop = np.searchsorted(codes, (first, first + UNITS_PER_PART))
         part = rows.slice(int(start), int(stop - start))
-        owners = [files[row["caption_id"]] for row in part.to_pylist() if row["caption"]] if with_text else []
-        yield Portion(names[first], part, tuple(sorted(set(owners))))
+        owners = _caption_files(run, part) if with_text else []
+        yield Portion(names[first], part, tuple(owners))
 
 
-def _caption_files(run: Folder) -> dict[str, str]:
-    """Caption id -> the file with its text features: that of the unit which holds it first."""
-    plan = Plan.load(run).table
-    owned = plan.filter(plan["caption_owner"])
-    of_unit: dict[str, str] = {}
-    units = sorted(set(owned["unit"].to_pylist()))
-    for unit, (_, metadata) in zip(units, index.read_units(run, units), strict=True):
-        for name in metadata["files"]:
-            if name.startswith(f"{shards.CAPTIONS}/"):
-                of_unit[unit] = name
-    pairs = zip(owned["caption_id"].to_pylist(), owned["unit"].to_pylist(), strict=True)
-    return {caption: of_unit[unit] for caption, unit in pairs if unit in of_unit}
+def _caption_files(run: Folder, rows: pa.Table) -> list[str]:
+    """The files with the text features of the captions of some rows."""
+    captioned = rows.filter(pc.fill_null(pc.not_equal(rows["caption"], ""), False))
+    if captioned["caption_file"].null_count:
+        raise UserError(
+            f"{run} is of an older version: its index does not say where text features lie.",
+            f"ttmray corpus upgrade {run}",
+        )
+    return sorted(captioned["caption_file"].unique().to_pylist())
 
 
 def _digest(data: bytes) -> str:
@@ -295,9 +290,9 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
     table = pa.concat_tables(tables) if tables else scores.SCHEMA.empty_table()
     data = index.parquet_bytes(table)
     out.write(scores.TABLE, data)
-    rows = index.read_index(run)
-    rows = rows.filter(pc.equal(rows["status"], OK)).select(["key", "status", "split"])
-    if rows["key"].to_pylist() != table["key"].to_pylist():
+    rows = index.read_index(run, ["key", "status", "split"])
+    rows = rows.filter(pc.equal(rows["status"], OK))
+    if not rows["key"].combine_chunks().equals(table["key"].combine_chunks()):
         raise RuntimeError(f"{out}: the table's clips are not those of the index")
     for name in scores.REWARDS:
         rows = rows.append_column(name, table[name])

@@ -1,8 +1,9 @@
 """A line of JSON for every unit that a launch has made: what came of it and how long each stage took.
 
 So a look at a run in progress needs few requests, where an object store would have to be asked for every unit. While it
-runs there is a file of `log/` for some hundred lines, the last one written again and again, as a bucket cannot append;
-the end of the job makes one file of them. It is no result: what a killed launch had not yet written is missing.
+runs there is a file of `log/` for some hundred lines (in a bucket thousand), the last one written again and again, as a
+bucket cannot append; the end of the job makes one file of them. It is no result: what a killed launch had not yet
+written is missing.
 """
 
 import json
@@ -19,8 +20,8 @@ from ttmray.errors import UserError
 from ttmray.storage import Folder
 
 LOG, UNITS = "log", "units.jsonl"
-LINES = 500
-"""Of a file of `log/`."""
+LINES, REMOTE_LINES = 500, 5000
+"""Of a file of `log/`, here and in a bucket, where it is written seldom and every file is a request for readers."""
 RECENT_S = 600.0
 """The rate of now is that of so many seconds before the last unit."""
 
@@ -35,7 +36,7 @@ class UnitLog:
 
     def __init__(self, run: Folder, since: float) -> None:
         self._run, self._since = run, since
-        self._every_s = REMOTE_S if run.remote else LOCAL_S
+        self._every_s, self._most = (REMOTE_S, REMOTE_LINES) if run.remote else (LOCAL_S, LINES)
         self._saved = 0.0
         self._begin()
 
@@ -54,7 +55,7 @@ class UnitLog:
             "stages": {stage: {name: round(x, 4) for name, x in times.items()} for stage, times in unit.timing.items()},
         }
         self._lines.append(json.dumps(line))
-        if len(self._lines) >= LINES:
+        if len(self._lines) >= self._most:
             self._save()
             self._begin()
         elif not 0 <= now - self._saved < self._every_s:

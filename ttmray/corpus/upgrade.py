@@ -41,7 +41,8 @@ def upgrade(run: Folder) -> int:
     rows = index.read_merged(run)
     lacking = lacking_places(rows)
     if lacking:
-        rows = located(run, rows, [metadata for _, metadata in index.read_units(run, index.committed_units(run))])
+        units = [data for _, metadata in index.blocks(run, index.committed_units(run)) for data in metadata]
+        rows = located(run, rows, units, index.TextPlaces())
         run.write(index.MERGED, index.parquet_bytes(rows))
     return lacking
 
@@ -52,19 +53,23 @@ def lacking_places(rows: pa.Table) -> int:
     return int(pc.sum(pc.and_(pc.equal(rows["status"], OK), null)).as_py() or 0)
 
 
-def located(run: Folder, rows: pa.Table, metadata: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows of a whole run with all of `index.PLACES`: as the writers noted them, else as the files' headers say.
+def located(
+    run: Folder, rows: pa.Table, metadata: Sequence[Mapping[str, Any]], places_of: index.TextPlaces
+) -> pa.Table:
+    """Rows of units with all of `index.PLACES`: as the writers noted them, else as the files' headers say.
 
     Args:
-        metadata: of all units.
+        metadata: of the units.
+        places_of: captions of the units before them; takes those of these units.
 
     Raises:
         UserError: a file whose header is needed is missing or damaged.
     """
     files = [name for unit in metadata for name, facts in unit["files"].items() if _unknown(name, facts)]
     texts = dict(zip(files, _each(run, files, shards.text_places), strict=True))
-    units = [{"files": {n: facts | texts.get(n, {}) for n, facts in unit["files"].items()}} for unit in metadata]
-    rows = index.with_text_places(rows, units)
+    for unit in metadata:
+        places_of.note({name: facts | texts.get(name, {}) for name, facts in unit["files"].items()})
+    rows = places_of.fill(rows)
     unknown = pc.and_(pc.equal(rows["status"], OK), pc.is_null(rows["latent_mean_at"]))
     names = rows.filter(unknown)["shard"].unique().to_pylist()
     if not names:

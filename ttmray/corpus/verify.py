@@ -37,49 +37,88 @@ def problems(run: Folder) -> Iterator[str]:
     except UserError as error:
         yield error.message
         return
-    names = [name for name, _ in plan.units()]
-    committed = index.committed_units(run)
-    missing = set(names) - set(committed)
+    names, committed = plan.unit_names(), index.committed_units(run)
+    missing, unplanned = set(names) - set(committed), set(committed) - set(names)
     yield from (f"unit {name} is not committed" for name in names if name in missing)
-    unplanned = set(committed) - set(names)
     yield from (f"unit {name} is committed and not planned" for name in committed if name in unplanned)
-    rows, latents = list[pa.Table](), [Checked().latents]
-    files: dict[str, dict[str, Any]] = {}
-    captions: set[str] = set()
-    shapes: Shapes = {}
-    for block in check_units(run, committed):
+    done, whole, shapes, described = inventory.finished(run), Whole(run), Shapes(), set[str]()
+    needed, captions = set[str](), set[str]()
+    for units, block in check_units(run, committed):
         yield from block.problems
         yield from other_shapes(shapes, block.shapes)
-        rows += [block.rows] if block.rows.num_rows else []  # one without any readable unit has no further columns
-        latents.append(block.latents)
-        files |= block.files
+        if not missing:
+            yield from check_rows(block.rows, plan.of(units))
+        described |= block.files.keys()
+        needed |= _captioned(block.rows)
         captions |= block.captions
-    table = pa.concat_tables(rows) if rows else index.SCHEMA.empty_table()
-    if not missing:
-        yield from check_rows(table, plan)
-    captioned = pc.and_(pc.equal(table["status"], OK), pc.fill_null(pc.not_equal(table["caption"], ""), False))
-    needed = set(table.filter(captioned)["caption_id"].unique().to_pylist())
+        if done:
+            whole.compare(block)
     yield from (f"caption {caption_id} has no text features" for caption_id in sorted(needed - captions))
-    done = inventory.finished(run)
     for folder in (shards.SHARDS, shards.CAPTIONS, ATTEMPTS):
         for entry in run.files(folder, sizes=False):
-            if f"{folder}/{entry.name}" not in files and done:
+            if f"{folder}/{entry.name}" not in described and done:
                 yield f"{folder}/{entry.name} belongs to no committed unit"
     if not done:
         yield inventory.marker_problem(run)
         return
-    try:
-        merged = index.read_merged(run, table.column_names)
-        if not merged.drop_columns(index.PLACES).equals(table.drop_columns(index.PLACES)):
-            yield f"{index.MERGED} differs from the units' index files"
-        else:
-            texts = index.with_text_places(table, [{"files": files}])
-            yield from _place_problems(run, merged, texts, pa.concat_tables(latents))
-    except UserError as error:
-        if index.MERGED not in damaged:
-            yield error.message
+    yield from whole.problems(known=index.MERGED in damaged)
     for name in scores.begun_tables(run):
-        yield from table_problems(run, name, table)
+        yield from table_problems(run, name)
+
+
+def _captioned(rows: pa.Table) -> set[str]:
+    """Ids of the captions that ok clips have."""
+    captioned = pc.and_(pc.equal(rows["status"], OK), pc.fill_null(pc.not_equal(rows["caption"], ""), False))
+    return set(rows.filter(captioned)["caption_id"].unique().to_pylist())
+
+
+class Whole:
+    """The merged index against what units and their files really hold, block by block."""
+
+    def __init__(self, run: Folder) -> None:
+        self._run = run
+        self._merged: index.MergedRows | None = None
+        self._unreadable: UserError | None = None
+        self._differs, self._lacking = False, 0
+        self._texts, self._places = index.TextPlaces(), list[str]()
+
+    def compare(self, block: Checked) -> None:
+        """The next rows of the merged index with those of some units."""
+        self._texts.note(block.files)
+        if self._differs or self._unreadable is not None or not block.rows.num_rows:
+            return
+        try:
+            self._merged = self._merged or index.MergedRows(self._run)
+            merged = self._merged.take(block.rows.num_rows, block.rows.column_names)
+        except UserError as error:
+            self._unreadable = error
+            return
+        rows = block.rows.drop_columns(index.PLACES)
+        self._differs = not merged.drop_columns(index.PLACES).equals(rows)
+        if not self._differs:
+            self._lacking += lacking_places(merged)
+            self._places += _place_problems(merged, self._texts.fill(block.rows), block.latents)
+
+    def problems(self, known: bool) -> Iterator[str]:
+        """What is wrong, after all units.
+
+        Args:
+            known: that the file is damaged was said.
+        """
+        try:
+            self._merged = self._merged or index.MergedRows(self._run)
+            self._differs |= self._merged.take(1, ["key"]).num_rows > 0
+            self._merged.close()
+        except UserError as error:
+            self._unreadable = self._unreadable or error
+        if self._unreadable is not None:
+            yield from () if known else (self._unreadable.message,)
+        elif self._differs:
+            yield f"{index.MERGED} differs from the units' index files"
+        elif self._lacking:
+            yield f"{index.MERGED} does not say where {self._lacking} clips lie: ttmray corpus upgrade {self._run}"
+        else:
+            yield from self._places
 
 
 def _damage(run: Folder) -> Generator[str, None, set[str]]:
@@ -101,17 +140,14 @@ def _damage(run: Folder) -> Generator[str, None, set[str]]:
     return {problem.name for problem in damaged}
 
 
-def _place_problems(run: Folder, merged: pa.Table, texts: pa.Table, latents: pa.Table) -> Iterator[str]:
-    """The merged index must say where latents and text features lie, by the headers of the files.
+def _place_problems(merged: pa.Table, texts: pa.Table, latents: pa.Table) -> Iterator[str]:
+    """Rows of the merged index must say where latents and text features lie, by the headers of the files.
 
     Args:
-        texts: the rows of all units, with the places of text features by the files' headers.
+        texts: the same rows, with the places of text features by the files' headers.
         latents: `key` and the places of latents, by the headers of the shards.
     """
     ok = pc.equal(merged["status"], OK)
-    if lacking := lacking_places(merged):
-        yield f"{index.MERGED} does not say where {lacking} clips lie: ttmray corpus upgrade {run.typed}"
-        return
     rows, texts = merged.filter(ok).select(["key", *index.PLACES]), texts.filter(ok)
     of = pc.index_in(rows["key"].combine_chunks(), latents["key"].combine_chunks())
     really = {name: latents[name].combine_chunks().take(of) for name in index.LATENT_PLACES}  # null: no such clip
@@ -128,15 +164,9 @@ def _place_problems(run: Folder, merged: pa.Table, texts: pa.Table, latents: pa.
                 yield f"{index.MERGED}: {row['key']}: {name} is {row[name]}, the file has {places[i].as_py()}"
 
 
-def table_problems(run: Folder, name: str, rows: pa.Table | None = None) -> Iterator[str]:
+def table_problems(run: Folder, name: str) -> Iterator[str]:
     """A finished table of scores must be the bytes that its success marker names, of the run's clips of now, and
-    finite.
-
-    Args:
-        rows: of the run's units; default: they are read.
-    """
-    if rows is None:
-        rows = index.read_index(run)
+    finite."""
     place = f"{scores.SCORES}/{name}"
     where = run.sub(place)
     if not where.exists(SUCCESS) and not where.exists(scores.TABLE):
@@ -153,7 +183,7 @@ def table_problems(run: Folder, name: str, rows: pa.Table | None = None) -> Iter
             yield f"{place}/{scores.TABLE}: SHA-256 differs from {SUCCESS}. {scores.again(run, name)}"
             return
         columns = [f"{name}/{column}" for column in scores.REWARDS]
-        scored = scores.with_columns(run, rows.select(["key", "status", "shard"]), columns)
+        scored = scores.with_columns(run, index.read_index(run, ["key", "status", "shard"]), columns)
         ok = scored.filter(pc.equal(scored["status"], OK))
         for column in columns:
             if not np.isfinite(ok[column].to_numpy()).all():

@@ -4,8 +4,9 @@ import hashlib
 import io
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -24,6 +25,8 @@ from ttmray.storage import Folder
 
 BLOCK = 64
 """Units of one task."""
+AHEAD = 2
+"""Blocks that wait for each process."""
 ALONE = 4
 """Fewer blocks are checked in this process: another one needs more than a second to start."""
 Shapes = dict[str, tuple[tuple[Any, ...], str]]
@@ -51,8 +54,10 @@ class Checked:
     shapes: Shapes = field(default_factory=dict)
 
 
-def check_units(run: Folder, units: Sequence[str], processes: int | None = None) -> Iterator[Checked]:
-    """Check units, block by block and in order.
+def check_units(
+    run: Folder, units: Sequence[str], processes: int | None = None
+) -> Iterator[tuple[Sequence[str], Checked]]:
+    """Check units, block by block and in order: their names, and what came of them.
 
     Args:
         processes: at most so many; default: one per CPU.
@@ -63,13 +68,20 @@ def check_units(run: Folder, units: Sequence[str], processes: int | None = None)
     blocks = [list(units[start : start + BLOCK]) for start in range(0, len(units), BLOCK)]
     count = min(processes or os.cpu_count() or 1, len(blocks))
     if len(blocks) < ALONE or count < 2:
-        yield from map(check_block, repeat(run.uri), blocks)
+        yield from zip(blocks, map(check_block, repeat(run.uri), blocks), strict=True)
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     try:
-        with without_main(), deaf_children():
-            results = pool.map(check_block, repeat(run.uri), blocks)
-        yield from results
+        # few are ahead: what is checked and not yet asked for takes memory
+        waiting: deque[tuple[Sequence[str], Future[Checked]]] = deque()
+        for block in blocks:
+            with without_main(), deaf_children():
+                waiting.append((block, pool.submit(check_block, run.uri, block)))
+            if len(waiting) > AHEAD * count:
+                names, result = waiting.popleft()
+                yield names, result.result()
+        for names, result in waiting:
+            yield names, result.result()
     except BrokenProcessPool:
         raise UserError("A process that was checking units died.", "Usually memory ran out: stop other work.") from None
     finally:
@@ -78,17 +90,19 @@ def check_units(run: Folder, units: Sequence[str], processes: int | None = None)
 
 def check_block(uri: str, units: Sequence[str]) -> Checked:
     """Check some units of the run at `uri`."""
-    run, checked, rows = Folder.at(uri), Checked(), index.RowBlocks()
+    run, checked, rows = Folder.at(uri), Checked(), list[pa.Table]()
     latents: dict[str, dict[str, int]] = {}
     for name in units:
         try:
             table, metadata = index.read_units(run, [name])[0]
-            rows.add(table)
+            rows.append(table)
             checked.files |= metadata["files"]
             checked.problems += _unit_problems(run, table, metadata, checked, latents)
         except UserError as error:
             checked.problems.append(f"unit {name}: {error.message}")
-    checked.rows, checked.latents = rows.table(), _latents(latents)
+    if rows:
+        checked.rows = pa.concat_tables(rows).combine_chunks()
+    checked.latents = _latents(latents)
     return checked
 
 

@@ -118,7 +118,7 @@ class ChildWorker:
             self._child = self._pipe = None
         if timeout_s is not None:
             return f"no answer within {timeout_s:g} s"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 @contextmanager

@@ -12,10 +12,9 @@ is that of the latents. The merged `index.parquet` has more columns than the uni
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,15 +26,16 @@ from ttmray.cluster import each
 from ttmray.config import identity
 from ttmray.console import console
 from ttmray.corpus import index, shards
+from ttmray.corpus.finalise import Totals
 from ttmray.corpus.job import Done, carry_out, not_committed
 from ttmray.corpus.pipeline import whole_worker
 from ttmray.corpus.plan import PLAN_FILE, SCHEMA, Plan, pack_units, plan_difference
 from ttmray.corpus.repair import existing_run, forget_damaged
-from ttmray.corpus.scores import reward_statistics
 from ttmray.corpus.unit import OK, Unit
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, PoolJob, candidates
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
+from ttmray.generation.similar import most_similar
 from ttmray.inventory import restore_run
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
@@ -43,8 +43,6 @@ from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 
-BLOCK = 256
-"""Vectors that are compared with all others at once: enough for the speed, few enough for the memory."""
 COLUMNS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -94,7 +92,7 @@ def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
         if not run.exists(PLAN_FILE):
             plan.save(run)
     job = PoolJob(config.model_dump_json(), "", described["protocol_id"])
-    todo = not_committed(run, plan)
+    todo = list(not_committed(run, plan))
     for unit in todo:
         unit.rows = candidates(config, unit, job.protocol)
 
@@ -103,7 +101,7 @@ def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
             done(unit)
 
     way_out = "Mend the cause and start with a new output folder."
-    more = partial(_more, run, config, prompts.held_out)
+    more = PoolColumns(run, config, prompts.held_out)
     try:
         return carry_out(run, plan, described, todo, work, config.max_failures, started, more, way_out)
     except UserError:
@@ -248,65 +246,65 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: in
     )
 
 
-def _more(
-    run: Folder, config: CandidatesConfig, left_out: int, table: pa.Table, units: Sequence[dict[str, Any]]
-) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of all units with `COLUMNS`, and what the summary says beside that of a corpus.
+class PoolColumns:
+    """`COLUMNS` of a pool's rows, and what its summary says beside that of a corpus (`finalise.More`).
 
-    What was measured is read from the shards.
-
-    Raises:
-        UserError: there is no usable clip, or a shard is damaged.
+    What was measured is read from the shards, all of them before the first row: the most similar clip may be any.
     """
-    keys = table["key"].to_pylist()
-    if OK not in table["status"].to_pylist():
-        why = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(table["reason"].to_pylist()).items()))
-        raise UserError(f"{run}: none of the {len(keys)} clips is usable ({why}).", "Choose another checkpoint.")
-    clipping: dict[str, float] = {}
-    vectors: dict[str, np.ndarray] = {}
-    for name in [name for data in units for name in data["files"] if name.startswith(shards.SHARDS)]:
-        for key, sample in shards.read_samples(run.read(name), run.path(name)):
-            clipping[key], vectors[key] = sample["json"]["clipping"], sample["clap_audio.npy"][0]
-    nearest = most_similar(vectors)
-    columns: dict[str, list[Any]] = {
-        "prompt_id": table["track_id"].to_pylist(),
-        "candidate": table["segment"].to_pylist(),
-        "pool_seed": [config.seed] * len(keys),
-        "input_score": [config.sampler.score] * len(keys),
-        "clipping": [clipping.get(key) for key in keys],
-        "similarity": [nearest[key][0] if key in nearest else None for key in keys],
-        "similar_to": [nearest[key][1] if key in nearest else None for key in keys],
-    }
-    for field in COLUMNS:
-        table = table.append_column(field, pa.array(columns[field.name], field.type))
-    lines, similarity = [f"  {_left_out(left_out)}"] if left_out else [], None
-    if nearest:
-        percentiles = np.percentile([cosine for cosine, _ in nearest.values()], (50, 95, 100)).tolist()
-        similarity = dict(zip(("p50", "p95", "max"), percentiles, strict=True))
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in similarity.items())
-        lines.append(f"CLAP cosine with the most similar other clip: {shown}")
-    reward = reward_statistics(table, ["reward_score"])["train"]["reward_score"]
-    lines.append(f"reward: mean {reward['mean']:+.3f}, std {reward['std']:.3f}, max {reward['max']:+.3f}")
-    return table, {"of": "prompts", "held_out": left_out, "similarity": similarity, "lines": lines}
 
+    def __init__(self, run: Folder, config: CandidatesConfig, left_out: int) -> None:
+        self._run, self._config, self._left_out = run, config, left_out
 
-def most_similar(vectors: dict[str, np.ndarray]) -> dict[str, tuple[float, str]]:
-    """Highest cosine of every vector (d,) with another one, and the key of that one; empty for fewer than two.
+    @cached_property
+    def _measured(self) -> tuple[dict[str, float], dict[str, tuple[float, str]]]:
+        """Key -> share of clipped samples, and key -> the most similar clip."""
+        clipping: dict[str, float] = {}
+        vectors: dict[str, np.ndarray] = {}
+        names = index.committed_units(self._run)
+        units = (data for _, metadata in index.blocks(self._run, names) for data in metadata)
+        for name in (name for data in units for name in data["files"] if name.startswith(shards.SHARDS)):
+            for key, sample in shards.read_samples(self._run.read(name), self._run.path(name)):
+                clipping[key], vectors[key] = sample["json"]["clipping"], sample["clap_audio.npy"][0].copy()
+        return clipping, most_similar(vectors)
 
-    Cosines are rounded to 6 digits, and of equal ones the first key in order wins: sums of another library or number of
-    threads would otherwise show in the index.
-    """
-    keys = sorted(vectors)
-    if len(keys) < 2:
-        return {}
-    matrix = np.stack([vectors[key] for key in keys]).astype(np.float64)
-    matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
-    nearest = {}
-    for start in range(0, len(keys), BLOCK):  # a product of matrices is many times faster than one for each vector
-        rows = np.arange(start, min(start + BLOCK, len(keys)))
-        cosines = np.round(matrix[rows] @ matrix.T, 6)
-        cosines[rows - start, rows] = -2.0
-        others = cosines.argmax(axis=1)
-        for row, other in zip(rows, others, strict=True):
-            nearest[keys[row]] = (float(cosines[row - start, other]), keys[other])
-    return nearest
+    def columns(self, rows: pa.Table) -> pa.Table:
+        """Rows of some units with `COLUMNS`.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        keys = rows["key"].to_pylist()
+        clipping, nearest = self._measured
+        columns: dict[str, list[Any]] = {
+            "prompt_id": rows["track_id"].to_pylist(),
+            "candidate": rows["segment"].to_pylist(),
+            "pool_seed": [self._config.seed] * len(keys),
+            "input_score": [self._config.sampler.score] * len(keys),
+            "clipping": [clipping.get(key) for key in keys],
+            "similarity": [nearest[key][0] if key in nearest else None for key in keys],
+            "similar_to": [nearest[key][1] if key in nearest else None for key in keys],
+        }
+        for field in COLUMNS:
+            rows = rows.append_column(field, pa.array(columns[field.name], field.type))
+        return rows
+
+    def facts(self, totals: Totals) -> dict[str, Any]:
+        """What the summary says.
+
+        Raises:
+            UserError: there is no usable clip.
+        """
+        if not totals.rows[OK]:
+            why = ", ".join(f"{reason['reason']} {reason['count']}" for reason in totals.reasons())
+            raise UserError(
+                f"{self._run}: none of the {totals.rows.total()} clips is usable ({why}).", "Choose another checkpoint."
+            )
+        lines, similarity = [f"  {_left_out(self._left_out)}"] if self._left_out else [], None
+        if nearest := self._measured[1]:
+            percentiles = np.percentile([cosine for cosine, _ in nearest.values()], (50, 95, 100)).tolist()
+            similarity = dict(zip(("p50", "p95", "max"), percentiles, strict=True))
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in similarity.items())
+            lines.append(f"CLAP cosine with the most similar other clip: {shown}")
+        reward = totals.rewards()["train"]["reward_score"]
+        lines.append(f"reward: mean {reward['mean']:+.3f}, std {reward['std']:.3f}, max {reward['max']:+.3f}")
+        return {"of": "prompts", "held_out": self._left_out, "similarity": similarity, "lines": lines}

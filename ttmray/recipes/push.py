@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttmray import __version__, hub, inventory
 from ttmray.console import console, meter
+from ttmray.corpus.finalise import OF_UNITS
 from ttmray.corpus.plan import PLAN_FILE, Plan
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import published
@@ -231,19 +232,21 @@ def _corpus(run: Folder, scratch: Path, card: Mapping[str, Any]) -> Upload:
     text = dataset_card(run.uri, **card)
     marker = inventory.read_marker(run)
     assert marker is not None  # `dataset_card` looked
-    listed = inventory.promised(marker)
+    listed = inventory.promised(run, marker)
     if RUN not in listed:
         raise UserError(f"{run} was finished by an older version.", "Start its command again: it seals its files.")
     own = _for_others(run, listed, Folder.at(str(scratch)))
     described = json.loads(own[RUN])
     body = {key: value for key, value in marker.items() if key not in ("sha256", "fingerprint", "run", "files")}
     sealed = Folder.at(str(scratch))
-    inventory.seal(sealed, described, body, listed | {name: inventory.entry(data) for name, data in own.items()})
-    files: dict[str, Any] = {name: (run, name) for name in listed} | own | {SUCCESS: sealed.read(SUCCESS)}
+    known = listed | {name: inventory.entry(data) for name, data in own.items()}
+    inventory.seal(sealed, described, body, known, aside=OF_UNITS)
+    files: dict[str, Any] = {name: (run, name) for name in listed} | own
+    files |= {name: sealed.read(name) for name in (SUCCESS, inventory.FILES) if sealed.exists(name)}
     hashes = {name: known.sha256 for name, known in listed.items() if name not in own}
     sizes = {name: known.bytes for name, known in listed.items()} if run.remote else {}
     about = {"fingerprint": described["fingerprint"]}
-    return Upload("corpus", text, about, files, hashes, sizes, (RUN, SUCCESS, "index.parquet"))
+    return Upload("corpus", text, about, files, hashes, sizes, (RUN, SUCCESS, inventory.FILES, "index.parquet"))
 
 
 def _for_others(run: Folder, names: Collection[str], scratch: Folder) -> dict[str, bytes]:

@@ -150,7 +150,7 @@ def expert_iteration(
 
 def _seal(config: ExpertIterationConfig, root: Folder, weights: str) -> None:
     """`_SUCCESS.json`; of a run that was whole before no file is read but `run.json`, which notes the last launch."""
-    files, now = inventory.promised(inventory.read_marker(root) or {}), inventory.entries(root, [RUN])
+    files, now = inventory.promised(root, inventory.read_marker(root) or {}), inventory.entries(root, [RUN])
     if files.get(RUN) == now[RUN]:
         return
     if not files:

@@ -277,7 +277,7 @@ def look_at(out: Folder) -> Before:
     present = {listed.name for listed in out.files(sizes=False)}
     names = [problem.name for problem in inventory.damage(out, marker) if problem.name != RUN]
     damaged = {name: inventory.entries(out, [name])[name] if name in present else None for name in names}
-    return Before(newest, inventory.promised(marker), damaged)
+    return Before(newest, inventory.promised(out, marker), damaged)
 
 
 def _newest(out: Folder) -> tuple[str, ...]:
