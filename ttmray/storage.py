@@ -148,6 +148,11 @@ class Folder:
         return hub.is_hub(self.uri)
 
     @property
+    def name(self) -> str:
+        """Last part of the address."""
+        return self.uri.rpartition("/")[2]
+
+    @property
     def typed(self) -> str:
         """The address as a shell takes it, for commands that people are to copy."""
         return shlex.quote(self.uri)

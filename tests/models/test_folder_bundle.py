@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from tiny_bundle import without_weights
 
 from ttmray.errors import UserError
 from ttmray.models.bundle import ROLES, BundleName, LoadOptions, open_bundle
@@ -14,12 +15,7 @@ from ttmray.models.reward_head import encoders_of
 @pytest.fixture
 def folder(tmp_path):
     """A bundle of two roles whose files are no weights."""
-    root = tmp_path / "mine"
-    for name in ("clap/model.safetensors", "clap/config.json", "backbone/model.safetensors"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode() * 100)
-    describe_folder(root, "mine", "only a test", 5.0)
-    return root
+    return without_weights(tmp_path / "mine")
 
 
 def files(folder) -> FolderFiles:

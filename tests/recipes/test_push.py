@@ -15,6 +15,7 @@ import yaml
 from hub_stand_in import TOKEN, Hub, running_hub, use_hub
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
+from tiny_bundle import without_weights
 
 import ttmray
 from ttmray import hub as places
@@ -28,7 +29,6 @@ from ttmray.corpus.verify import problems
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import MICRO, LoadOptions, open_bundle
-from ttmray.models.folder_bundle import describe_folder
 from ttmray.models.published import published
 from ttmray.models.tunejury import debug_tunejury
 from ttmray.recipes.push import push
@@ -239,12 +239,7 @@ def test_what_cannot_be_pushed_or_loaded_says_why(hub, weights, tmp_path, monkey
 @pytest.fixture
 def tiny_bundle(tmp_path: Path) -> Path:
     """A bundle's folder of two roles, whose files are no weights."""
-    root = tmp_path / "tiny"
-    for name in ("clap/model.safetensors", "clap/config.json", "backbone/model.safetensors"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode() * 100)
-    describe_folder(root, "tiny", "only a test", 5.0)
-    return root
+    return without_weights(tmp_path / "tiny")
 
 
 def test_a_bundle_of_the_hub_is_the_one_that_was_pushed_whoever_uploaded_it_and_offline(hub, tiny_bundle, monkeypatch):

@@ -305,7 +305,7 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
     summary = {"clips": table.num_rows, "sha256": hashlib.sha256(data).hexdigest(), "head": head.sha256, **statistics}
     inventory.seal(out, described, {"summary": summary}, files)
     _sweep(out)
-    name = out.uri.rpartition("/")[2]
+    name = out.name
     console.print(
         f"{table.num_rows} clips scored by {described['protocol_id']}: {out.path(scores.TABLE)}", markup=False
     )

@@ -205,7 +205,7 @@ def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
             raise UserError(f"{folder} holds no evaluation: {error}", "Run `ttmray evaluate` again.") from error
     elif folder.exists("run.json"):
         generated = [row for row in manifest.read_rows(folder).values() if row["status"] == manifest.OK]
-        name = folder.uri.rpartition("/")[2]
+        name = folder.name
         places = [(f"{folder}: {row['name']}", row | {"system": name}) for row in generated]
         known = {row["protocol"] or "" for row in generated}
         protocols = dict.fromkeys(COMPARED, known.pop() if len(known) == 1 else "")

@@ -291,7 +291,7 @@ def load_reference(address: str, store: str, protocol: str, stem: str | None = N
 
 def _place(address: str, store: str, bundle: str, stem: str | None) -> Folder:
     folder = Folder.at(address) if "/" in address else Folder.at(store).sub(address)
-    name = folder.uri.rpartition("/")[2]
+    name = folder.name
     if not folder.exists(ABOUT):
         raise UserError(
             f"reference {address}: there is none at {folder}.",

@@ -18,10 +18,10 @@ MOST = 1000
 def write_page(run: Folder, rows: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) -> str:
     """Write `index.html` beside the clips, by prompt in the order of the rows, at most `MOST`; returns its path."""
     shown = rows[:MOST]
-    name = run.uri.rstrip("/").rpartition("/")[2]  # the page is the same wherever its folder is moved to
     text = pages.render(
         "play.html.j2",
-        title=f"{'the first ' * (len(shown) < len(rows))}{len(shown)} clips of {name}",
+        # its name alone: the page is the same wherever the folder is moved to
+        title=f"{'the first ' * (len(shown) < len(rows))}{len(shown)} clips of {run.name}",
         fingerprint=described["fingerprint"],
         note=described["note"],
         prompts=[list(clips) for _, clips in groupby(shown, key=lambda row: row["prompt_id"])],

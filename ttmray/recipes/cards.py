@@ -368,7 +368,7 @@ def _corpus(address: str, column: str | None) -> dict[str, str]:
         column: the score column that was read; its protocol may be that of a table.
     """
     run = Folder.at(address)
-    facts = dict.fromkeys(("bundle", "clips", "protocol"), "") | {"name": run.uri.rpartition("/")[2]}
+    facts = dict.fromkeys(("bundle", "clips", "protocol"), "") | {"name": run.name}
     if run.exists(RUN):
         described = _json(run, RUN)
         facts["bundle"] = base_name(str(described.get("config", {}).get("bundle", "")))

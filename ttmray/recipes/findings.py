@@ -169,7 +169,7 @@ def read_seed(run: str) -> Seed:
             of_metric = [one.value for one in values if one.metric == metric]
             deviations[cell, metric] = float(np.std(of_metric, ddof=1)) if len(of_metric) > 1 else 0.0
         about = {"protocol": results.protocol, "created": results.created}
-    return Seed(root.uri.rstrip("/").rpartition("/")[2], scores, rows, deviations, about)
+    return Seed(root.name, scores, rows, deviations, about)
 
 
 def effect(seeds: Sequence[Seed], name: str, metric: str, after: Row, before: Row) -> Effect | None:

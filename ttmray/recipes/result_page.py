@@ -213,7 +213,7 @@ def run_page(folder: str) -> int:
         UserError: it is neither, or nothing was logged yet.
     """
     run = Folder.at(folder)
-    curves = curves_of(run, run.uri.rpartition("/")[2])
+    curves = curves_of(run, run.name)
     if curves is None or not run.exists("run.json"):
         if run.exists(PAGE):  # of a chain or of generated clips
             console.print(f"open {run.path(PAGE)}")

@@ -102,7 +102,7 @@ def _generated(target: Folder, run: Folder, pictures: bool) -> Iterator[dict[str
         raise UserError(f"{run} has no generated clips.", "Name a run folder of `ttmray generate`.")
     for row in rows:
         sound, kind = run.read(row["file"]), row["file"].rsplit(".", 1)[-1]
-        name = f"{run.uri.rsplit('/', 1)[-1]}-{row['name']}"
+        name = f"{run.name}-{row['name']}"
         audio, picture = f"audio/{name}.{kind}", f"spectra/{name}.png" if pictures else ""
         wave, rate = decode(io.BytesIO(sound), AudioLimits(min_duration_s=0.1), row["file"])
         target.write(audio, sound)

@@ -383,7 +383,7 @@ def watch(
 
 
 def _name(folder: Folder) -> str:
-    return folder.uri.rpartition("/")[2]
+    return folder.name
 
 
 def watch_the_end(config: GrpoConfig, device: torch.device) -> None:

@@ -159,7 +159,7 @@ def _wandb(out: Folder, project: str) -> Any:
         return wandb.init(
             project=project,
             id=fingerprint([out.uri, described.get("created")])[:16],
-            name=out.uri.rpartition("/")[2],
+            name=out.name,
             config=described.get("config"),
             resume="allow",
             dir=tempfile.gettempdir() if out.remote else out.uri,
