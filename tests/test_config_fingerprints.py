@@ -50,7 +50,7 @@ FINGERPRINTS = {
     "debug/stage3": "52e82e8ae581c20ad2481bacb3de12b3c9d76dc44cd4528ff930d9ebc7b9ab7d",
     "micro/methods": "ca85b6164795ee28c8ce6fc80c1fc7d6c390cac9eee1ca3ba8ee9b100e529911",
     "micro/reproduce": "f557980d8678e9cbe68a2ff1726c2de4b1f93b5c45bf7b9d0546660f890d2e07",
-    "micro/train": "a9e560a9d5c87b54c52288c47a22866e09e0ad016af5658affd25bdecd17ea73",
+    "micro/train": "650e3b68addd8fe99633b60b2053311b89481ecd0d72ec28dbcaf6802e64a116",
     "paper/ablate": "01eebf2da9be395f1605f14594e975093a376245cf168526704d9ae3f627515b",
     "paper/corpus": "c4b858542f0760662c95550ceab8736bf25da440651a3e4c7ebcc4458eb747e8",
     "paper/evaluate": "d9f12ba664a89e6b4b0d2e45f29c0d7b04413fb86f175dc1750816c8d0a37b7a",

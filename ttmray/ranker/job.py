@@ -182,7 +182,8 @@ class _Trainer:
         both = np.concatenate([scores(head, train, side).cpu().numpy() for side in ("a", "b")])
         margin, target = margins(head, validation).cpu().numpy(), validation.target.cpu().numpy()
         used = VARIANTS[one.variant]
-        protocol = open_bundle(config.bundle).protocol("caption" if "text" in used else "empty")
+        bundle = open_bundle(config.bundle)
+        protocol = bundle.protocol("caption" if "text" in used else "empty")
         sidecar = {
             "input_dim": head.widths[0],
             "exclude": [block for block in BLOCKS if block not in used],
@@ -190,7 +191,7 @@ class _Trainer:
             "score_mean": float(both.mean()),
             "score_sd": float(both.std()),
             "temperature": report.fit_temperature(margin.astype(np.float64), target),
-            "protocol": f"{config.bundle}/{protocol.id()}",
+            "protocol": f"{bundle.name}/{protocol.id()}",  # a folder's path would leave this machine with the weights
             **asdict(one),
             "best_epoch": trained.best_epoch,
             "history": trained.history,
