@@ -3,6 +3,8 @@
 #   make test   lint, type-check and run the test suite
 # One more tries faults at random moments, for as long as COUNT says:
 #   make faults COUNT=1000 SEED=7   kills, full disks, unruly stores, damaged files; RAY=1: under Ray, too
+# and one damages what files hold, a hundred inputs and more a second:
+#   make fuzz COUNT=100000 SEED=7   every reader takes an input or refuses it with one message
 # and one in an environment of its own, .venv-laion, with 7 GB of packages:
 #   make test-laion-clap   compare our CLAP with LAION's package, on seeded weights of full size
 PYTHON ?= python3
@@ -13,7 +15,7 @@ COUNT ?= 100
 SEED ?= 0
 RAY ?=
 
-.PHONY: demo test test-slow test-laion-clap faults lint bench clean
+.PHONY: demo test test-slow test-laion-clap faults fuzz lint bench clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +38,9 @@ test-slow: $(BIN)/.installed
 
 faults: $(BIN)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fault_schedules.py --count $(COUNT) --seed $(SEED) $(if $(RAY),--ray)
+
+fuzz: $(BIN)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/fuzz.py --count $(COUNT) --seed $(SEED)
 
 # LAION's package holds numpy below 2, and its torchvision fits only the build of torch from the same index.
 .venv-laion/.installed: pyproject.toml constraints-laion-clap.txt

@@ -6,7 +6,7 @@ from typing import Any
 from ttmray.config import fingerprint
 from ttmray.console import meter
 from ttmray.errors import UserError
-from ttmray.storage import Folder, parquet_table
+from ttmray.storage import Folder, read_parquet
 from ttmray.synth import world
 
 
@@ -37,7 +37,7 @@ def compose(folder: str | os.PathLike[str], songs: int = 12, *, seconds: float =
     out = Folder.at(os.fspath(folder))
     asked = fingerprint([[seed, i, float(seconds)] for i in range(songs)])
     if out.exists(world.TABLE):
-        there = parquet_table(out.read(world.TABLE), ("seed", "index", "seconds")).to_pylist()
+        there = read_parquet(out.path(world.TABLE), ("seed", "index", "seconds")).to_pylist()
         if fingerprint([[row["seed"], row["index"], float(row["seconds"])] for row in there]) == asked:
             return out.path("songs")
         raise UserError(f"{out} holds {len(there)} other songs.", "Choose another folder, or the old numbers.")

@@ -116,6 +116,8 @@ def _info(container: Any, what: str) -> ForeignInfo:
     if not container.streams.audio:
         raise ClipError("failed", "not_audio", f"no sound in this {what} file")
     sound = container.streams.audio[0]
+    if sound.codec_context is None:
+        raise ClipError("failed", "not_audio", f"the sound of this {what} file has a codec that nobody knows")
     rate, channels = int(sound.codec_context.sample_rate or 0), int(sound.codec_context.channels or 0)
     if rate <= 0 or channels <= 0:
         raise ClipError("failed", "not_audio", f"a {what} file of no known rate or number of channels")

@@ -4,6 +4,7 @@ A unit's index file is written last and never replaced: that it exists *is* the 
 carries what belongs to the unit as a whole: file names, hashes and latent sums.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -24,6 +25,8 @@ from ttmray.storage import Folder, explained, parquet_table
 INDEX = "index"
 MERGED = "index.parquet"
 METADATA_KEY = b"ttmray.unit"
+DIGEST_KEY = b"ttmray.unit.sha256"
+"""Of what stands under `METADATA_KEY`."""
 BLOCK = 64
 """Units whose rows are joined at once."""
 GROUP_ROWS = 1 << 15
@@ -118,8 +121,12 @@ def to_bytes(
     table = pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *(columns or {}).items()]))
     if columns:
         metadata = metadata | {"columns": sorted(columns)}
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-    return parquet_bytes(table)
+    text = json.dumps(metadata, sort_keys=True).encode()
+    return parquet_bytes(table.replace_schema_metadata({METADATA_KEY: text, DIGEST_KEY: _digest(text)}))
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -137,7 +144,14 @@ def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
     """
     table = _table(data, name)
     try:
-        metadata = json.loads(table.schema.metadata[METADATA_KEY])
+        text = table.schema.metadata[METADATA_KEY]
+        # checksums of pages do not cover it; older versions wrote none
+        if table.schema.metadata.get(DIGEST_KEY, _digest(text)) != _digest(text):
+            raise ValueError("what it says of its unit is damaged")
+        metadata = json.loads(text)
+        for file, facts in metadata["files"].items():
+            if not {"bytes", "sha256", "captions" if file.startswith("captions/") else "clips"} <= facts.keys():
+                raise ValueError(f"it does not describe {file}")
         foreign = sorted(set(table.column_names) - set(SCHEMA.names))
         if foreign != metadata.get("columns", []):
             raise ValueError(f"nobody wrote the columns {', '.join(foreign)}")

@@ -144,9 +144,9 @@ class Plan:
         way_out = f"`ttmray corpus repair {folder.typed}` makes it again, as does the command of the run."
         try:
             table = parquet_table(folder.read(PLAN_FILE))
-        except (pa.ArrowException, OSError) as error:  # pyarrow reports some damage as OSError
+            metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        except (pa.ArrowException, OSError, ValueError) as error:  # pyarrow reports some damage as OSError
             raise UserError(f"{where} is not readable: {error}", way_out) from error
-        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         if "version" not in table.column_names:  # of a run that was planned before there were any
             table = table.append_column("version", pa.array([""] * table.num_rows, pa.string()))
         known = metadata.get("ttmray.format") == FORMAT and "ttmray.root" in metadata

@@ -123,12 +123,22 @@ def read_samples(data: bytes, name: str, only: Collection[str] | None = None) ->
         ) from error
 
 
+def read_npy(data: bytes) -> np.ndarray:
+    """The array of a member, (n, ...) of any dtype but objects.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+        return array
+    except Exception as error:  # numpy parses the header with Python's tokenizer, whose errors are many
+        raise ValueError(f"no array: {error}") from error
+
+
 def _decode(extension: str, data: bytes) -> Any:
     if extension.endswith("npy"):
-        try:
-            return np.load(io.BytesIO(data), allow_pickle=False)
-        except Exception as error:  # numpy parses the header with Python's tokenizer, whose errors are many
-            raise ValueError(f"no array: {error}") from error
+        return read_npy(data)
     if extension == "json":
         return json.loads(data)
     return data

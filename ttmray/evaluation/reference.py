@@ -445,7 +445,7 @@ def _embeddings(run: Folder, shard: str) -> dict[str, np.ndarray]:
             arrays = {}
             for member in tar:
                 if member.name.endswith(suffix) and (data := tar.extractfile(member)) is not None:
-                    array = np.load(io.BytesIO(data.read()), allow_pickle=False)
+                    array = shards.read_npy(data.read())
                     if array.ndim != 2 or len(array) != 2 or array.dtype != np.float32:
                         raise ValueError(f"{member.name} is {array.dtype} {array.shape}")
                     arrays[member.name.removesuffix(suffix)] = array

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttmray.errors import UserError, run_program
-from ttmray.storage import parquet_table, read_file, split_path
+from ttmray.storage import read_parquet, split_path
 
 COLUMNS = ("id", "a", "b", "prompt", "prompt_id", "label", "listener")
 
@@ -187,7 +187,7 @@ def read_clips(table: str) -> list[Heard]:
     Raises:
         UserError: it is not there, or another table.
     """
-    rows: list[dict[str, Any]] = parquet_table(read_file(table)).to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(table).to_pylist()
     try:
         return [Heard(row["path"], row["quality"], bool(row["voice"]), row["caption"]) for row in rows]
     except KeyError as error:

@@ -23,7 +23,7 @@ from ttmray import runs
 from ttmray.corpus import index
 from ttmray.corpus.scores import require_column, with_columns
 from ttmray.errors import UserError, run_program
-from ttmray.storage import Folder, parquet_table, read_file, split_path
+from ttmray.storage import Folder, read_parquet, split_path
 from ttmray.synth.composer import compose
 from ttmray.synth.listeners import COLUMNS, Heard, Listeners, best_accuracy, votes
 
@@ -117,7 +117,7 @@ def _listen(run: Folder, options: argparse.Namespace) -> int:
     """Votes of listeners who know the truth."""
     splits = ("validation", "test") if options.held_out else ("train", "validation", "test")
     rows = [row for row in index.read_index(run).to_pylist() if row["status"] == "ok" and row["split"] in splits]
-    clips = heard_clips(rows, parquet_table(read_file(options.world)).to_pylist())
+    clips = heard_clips(rows, read_parquet(options.world).to_pylist())
     try:
         panel = Listeners(**{name: getattr(options, name) for name in PANEL})
     except ValueError as error:

@@ -324,7 +324,7 @@ def _scores(rows: pa.Table, config: PairsConfig) -> np.ndarray:
 def _about(data: bytes, what: str) -> dict[str, Any]:
     try:
         return dict(json.loads(pq.read_schema(pa.BufferReader(data)).metadata[METADATA_KEY]))
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what} does not hold preference pairs.", "Make it with `ttmray pairs`.") from error
 
 
