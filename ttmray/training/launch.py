@@ -98,6 +98,7 @@ def launch(
         if after is not None:
             after(config, device)
     finish(out, described, config, before)
+    console.print(f"curves and samples as a page: ttmray report {out.typed}", markup=False)
     return EXIT_OK
 
 
