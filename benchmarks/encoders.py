@@ -44,7 +44,8 @@ from demucs.apply import apply_model
 from demucs.htdemucs import HTDemucs
 from transformers import ClapFeatureExtractor, ClapModel
 
-from ttmray.audio.io import AudioLimits, decode, resample, to_mono
+from ttmray.audio.io import decode, resample, to_mono
+from ttmray.audio.limits import AudioLimits
 from ttmray.models import seeded
 from ttmray.models.clap import CLAP_SAMPLES, Clap, byte_roberta_tokenizer, htsat_base_config
 from ttmray.models.devices import resolve_device

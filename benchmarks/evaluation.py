@@ -28,13 +28,15 @@ from torch import nn
 from transformers import ClapModel, HubertModel
 
 from ttmray.errors import EXIT_OK
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.config import EvaluateConfig
+from ttmray.evaluation.evaluate import evaluate
 from ttmray.evaluation.measure import MeasureConfig
 from ttmray.evaluation.reference import build_reference
 from ttmray.models import init_for_debug, seeded
-from ttmray.models.bundle import BUNDLES, DebugBundle, LoadOptions
+from ttmray.models.bundle import BUNDLES, DebugBundle
 from ttmray.models.clap import Clap, byte_roberta_tokenizer, htsat_base_config
 from ttmray.models.devices import resolve_device
+from ttmray.models.loading import LoadOptions
 from ttmray.models.mert import Mert, mert_330m_config
 from ttmray.models.tunejury import debug_tunejury
 

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from synthetic_corpus import write_random_corpus
 
 import ttmray
-from ttmray.audio.io import AudioLimits, decode, probe
+from ttmray.audio.io import decode, probe
+from ttmray.audio.limits import AudioLimits
 from ttmray.config import load_config
 from ttmray.corpus.captions import load_captions
 from ttmray.corpus.catalogue import build_catalogue

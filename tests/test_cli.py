@@ -19,12 +19,13 @@ import soundfile
 
 from ttmray import __version__
 from ttmray.cli import COMMANDS, _parser, main
-from ttmray.cli.command import Command, imported
+from ttmray.cli.command import Command
 from ttmray.cli.examples import EXAMPLES
 from ttmray.config import load_config
 from ttmray.config_docs import field_lines
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_MANY_FAILURES
 from ttmray.generation.config import GenerateConfig
+from ttmray.plugins import named
 from ttmray.presets import command_of, presets
 
 REPO = Path(__file__).resolve().parents[1]
@@ -111,7 +112,7 @@ def test_the_help_of_a_command_has_a_sentence_an_example_that_parses_and_where_i
 def test_every_preset_is_of_the_command_whose_config_it_is():
     kinds = {command.name: command.config for command in COMMANDS if command.config}
     for name, path in presets().items():
-        kind = imported(kinds[command_of(name)])
+        kind = named(kinds[command_of(name)])
         sets = ["checkpoint=mine.safetensors"] if command_of(name) == "generate" else []  # some are about one
         assert load_config(kind, str(path), sets), name
 
@@ -403,14 +404,14 @@ def _names(command: Command) -> set[str]:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_a_command_of_the_table_fits_its_function_and_its_config(command):
     """Tables name functions, parameters and fields by text, which no type checker follows."""
-    parameters = inspect.signature(imported(command.run)).parameters
+    parameters = inspect.signature(named(command.run)).parameters
     passed = {flag.dest for flag in command.flags if not flag.in_config} | _names(command)
     assert passed <= parameters.keys()
     required = {name for name, one in parameters.items() if one.default is one.empty}
     assert required <= _names(command), "a flag that may be left out needs a default, here or there"
     fields = {flag.dest for flag in command.flags if flag.in_config}
     if command.config:
-        assert fields | set(command.exclusive) <= imported(command.config).model_fields.keys()
+        assert fields | set(command.exclusive) <= named(command.config).model_fields.keys()
     else:
         assert not fields
 
@@ -502,7 +503,7 @@ def test_a_preset_is_shown_as_it_is_and_its_fields_where_they_are_asked_for(caps
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one.config], ids=lambda command: command.name)
 def test_every_field_of_every_config_is_listed_once(command):
-    kind = imported(command.config)
+    kind = named(command.config)
     places = [line.partition(":")[0] for line, _ in field_lines(kind.model_json_schema())]
     assert {place.partition(".")[0] for place in places} == kind.model_fields.keys()
     assert len(places) == len(set(places))

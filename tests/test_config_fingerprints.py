@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[1]
 KINDS = {
     "ablate": "ttmray.recipes.ablations:AblateConfig",
     "corpus": "ttmray.corpus.config:CorpusConfig",
-    "evaluate": "ttmray.evaluation.evaluate:EvaluateConfig",
+    "evaluate": "ttmray.evaluation.config:EvaluateConfig",
     "generate": "ttmray.generation.config:GenerateConfig",
     "grpo": "ttmray.training.grpo:GrpoConfig",
     "methods": "ttmray.recipes.compare_methods:CompareMethodsConfig",

@@ -9,7 +9,8 @@ from ttmray.cli import main
 from ttmray.config import Config
 from ttmray.console import meter
 from ttmray.errors import UserError
-from ttmray.recipes.chain import Step, run_chain
+from ttmray.recipes.chain import run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.storage import Folder
 from ttmray.training.logbook import Logbook
 

@@ -18,7 +18,8 @@ from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.config import GenerateConfig
-from ttmray.models.bundle import DebugBundle, LoadOptions
+from ttmray.models.bundle import DebugBundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
 
 CAPTION = "Slow waves of a synthesizer."

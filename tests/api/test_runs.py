@@ -15,7 +15,8 @@ from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.errors import UserError
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.config import EvaluateConfig
+from ttmray.evaluation.evaluate import evaluate
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
 from ttmray.training.data import DataConfig, SourceConfig, evaluation_batches, open_mixture

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from ttmray.audio import mpeg
 from ttmray.audio.containers import flac_streams, ogg_streams
-from ttmray.audio.io import AudioLimits, decode, probe
+from ttmray.audio.io import decode, probe
+from ttmray.audio.limits import AudioLimits
 from ttmray.errors import ClipError
 
 RATE = 44100

@@ -9,7 +9,8 @@ import pytest
 import soundfile
 
 from ttmray.audio import foreign
-from ttmray.audio.io import AudioLimits, decode, probe, resample
+from ttmray.audio.io import decode, probe, resample
+from ttmray.audio.limits import AudioLimits
 from ttmray.corpus.catalogue import build_catalogue
 from ttmray.corpus.config import CatalogueConfig
 from ttmray.errors import ClipError

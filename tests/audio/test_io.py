@@ -11,15 +11,8 @@ import soxr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ttmray.audio.io import (
-    AudioLimits,
-    decode,
-    encode_flac,
-    probe,
-    resample,
-    to_mono,
-    write_audio,
-)
+from ttmray.audio.io import decode, encode_flac, probe, resample, to_mono, write_audio
+from ttmray.audio.limits import AudioLimits
 from ttmray.errors import ClipError
 
 RATE = 44100

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from scipy.signal import sosfilt
 
-from ttmray.audio.io import AudioLimits, decode
+from ttmray.audio.io import decode
+from ttmray.audio.limits import AudioLimits
 from ttmray.audio.loudness import (
     integrated_loudness,
     silence_ratio,

@@ -14,6 +14,7 @@ import soundfile
 import torch
 
 from ttmray.audio import io as audio_io
+from ttmray.audio.limits import AudioLimits
 from ttmray.config import load_config
 from ttmray.corpus import index, shards
 from ttmray.corpus.assembly import CorpusJob, stage_classes
@@ -22,7 +23,8 @@ from ttmray.corpus.running import Chain, run_stages
 from ttmray.corpus.stages import Unseparated
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.errors import UserError
-from ttmray.models.bundle import ROLES, LoadOptions, Models, open_bundle
+from ttmray.models.bundle import ROLES, Models, open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.storage import Folder
 
 SAMPLES = 441_000
@@ -420,7 +422,7 @@ def test_the_kept_audio_is_the_instrumental(context):
     run = Folder.at(context.config.output)
     (entry,) = run.files("shards")
     ((_, members),) = shards.read_samples(run.read(f"shards/{entry.name}"), entry.name)
-    audio, rate = audio_io.decode(io.BytesIO(members["flac"]), audio_io.AudioLimits())
+    audio, rate = audio_io.decode(io.BytesIO(members["flac"]), AudioLimits())
     assert rate == 44100
     np.testing.assert_allclose(audio[0], wave, atol=0.5 / 32768 + 1e-7)
 

@@ -17,6 +17,7 @@ import pytest
 from ttmray import statistics
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness
+from ttmray.audio.limits import AudioLimits
 from ttmray.evaluation.metrics import Metric
 from ttmray.evaluation.results import CLIPS, COLUMNS, RESULTS
 
@@ -101,7 +102,7 @@ def row(system: str, prompt_id: str, prompt: str, path: Path | None, **scores: A
     made: dict[str, Any] = dict.fromkeys(COLUMNS) | {"system": system, "prompt_id": prompt_id, "prompt": prompt}
     made |= {"sample": 0, "status": "ok", "reason": ""}
     if path is not None:
-        wave, rate = audio_io.decode(path, audio_io.AudioLimits(min_duration_s=0.05))
+        wave, rate = audio_io.decode(path, AudioLimits(min_duration_s=0.05))
         made |= {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "silence": 0.0}
         made |= {"duration_s": wave.shape[1] / rate, "true_peak_db": loudness.true_peak(wave, rate)}
         made["lufs"] = loudness.integrated_loudness(wave, rate)

@@ -19,14 +19,16 @@ from ttmray.config import load_config
 from ttmray.errors import UserError
 from ttmray.evaluation import measure, metrics
 from ttmray.evaluation.compare import compare, show, system_table
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.config import EvaluateConfig
+from ttmray.evaluation.evaluate import evaluate
 from ttmray.evaluation.fad import _Samples, fad
 from ttmray.evaluation.measure import MeasureConfig
 from ttmray.evaluation.metrics import kad
 from ttmray.evaluation.reference import build_reference, load_reference
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.evaluation.score import read_mono
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
 from ttmray.statistics import hierarchical_bootstrap
 from ttmray.storage import Folder

@@ -18,12 +18,14 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.errors import UserError
 from ttmray.evaluation import measure
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.config import EvaluateConfig
+from ttmray.evaluation.evaluate import evaluate
 from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.measure import MeasureConfig, embedding_protocol
 from ttmray.evaluation.metrics import find_leaks
 from ttmray.evaluation.reference import ReferenceConfig, build_reference, load_reference, load_training
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
 from ttmray.storage import Folder
 

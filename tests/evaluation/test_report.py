@@ -15,6 +15,7 @@ from damages import DAMAGES
 
 from ttmray import pages
 from ttmray.audio import io as audio_io
+from ttmray.audio.limits import AudioLimits
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation import plots
 from ttmray.evaluation.report import add_media, encode_ogg, page, report
@@ -25,7 +26,7 @@ from ttmray.verify import problems, verify
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra report)")
 
 WriteTones = Callable[[Path], Path]
-ANY = audio_io.AudioLimits(min_duration_s=0.05)
+ANY = AudioLimits(min_duration_s=0.05)
 
 
 @pytest.fixture(scope="module")

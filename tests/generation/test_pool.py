@@ -32,7 +32,8 @@ from ttmray.generation.sampler import Draw, Sampler, noise
 from ttmray.generation.similar import most_similar
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.score_support import ScoreSupport
 from ttmray.storage import Folder
 from ttmray.training.data import DataConfig, SourceConfig, open_mixture

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from scipy.signal import resample_poly
 
 from ttmray import inventory
-from ttmray.audio.io import AudioLimits, decode, resample
+from ttmray.audio.io import decode, resample
 from ttmray.audio.limiter import to_loudness
+from ttmray.audio.limits import AudioLimits
 from ttmray.audio.loudness import integrated_loudness, true_peak
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.generation.postprocess import (

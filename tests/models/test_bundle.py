@@ -27,11 +27,12 @@ from ttmray.corpus.verify import problems
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import init_for_debug, seeded
 from ttmray.models.bigvgan import debug_bigvgan
-from ttmray.models.bundle import ROLES, LoadOptions, open_bundle
+from ttmray.models.bundle import ROLES, open_bundle
 from ttmray.models.clap import Clap, debug_clap
 from ttmray.models.clap_weights import laion_key_map
 from ttmray.models.devices import resolve_device
 from ttmray.models.latents import LatentEncoder
+from ttmray.models.loading import LoadOptions
 from ttmray.models.mert import Mert
 from ttmray.models.separator import Separator, save_separator
 from ttmray.models.t5 import TextEncoder, debug_text_encoder

@@ -7,8 +7,9 @@ import pytest
 from tiny_bundle import without_weights
 
 from ttmray.errors import UserError
-from ttmray.models.bundle import ROLES, BundleName, LoadOptions, open_bundle
+from ttmray.models.bundle import ROLES, BundleName, open_bundle
 from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles, describe_folder
+from ttmray.models.loading import LoadOptions
 from ttmray.models.reward_head import encoders_of
 
 

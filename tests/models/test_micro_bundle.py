@@ -5,8 +5,9 @@ import pytest
 
 import ttmray
 from ttmray.errors import UserError
-from ttmray.models.bundle import MICRO, LoadOptions, open_bundle
+from ttmray.models.bundle import MICRO, open_bundle
 from ttmray.models.folder_bundle import FOLDERS
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
 from ttmray.recipes.floors import Sizes, measure_floors, rewards_of
 from ttmray.synth.world import clip

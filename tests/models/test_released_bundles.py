@@ -18,7 +18,8 @@ from ttmray.models import seeded, weights_cli
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import config_of, count_parameters, file_config
 from ttmray.models.bigvgan import debug_bigvgan
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.t5 import byte_t5_tokenizer, debug_text_encoder
 from ttmray.models.vae import MelVAE, MelVAEConfig
 from ttmray.models.weights import open_store, released

@@ -9,8 +9,9 @@ import pytest
 
 from ttmray.audio.io import resample
 from ttmray.models import scoring
-from ttmray.models.bundle import LoadOptions, Models, open_bundle
+from ttmray.models.bundle import Models, open_bundle
 from ttmray.models.cache import EmbeddingCache
+from ttmray.models.loading import LoadOptions
 from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import TEXTS_KEPT, Embeddings, Scorer
 

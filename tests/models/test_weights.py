@@ -19,7 +19,8 @@ from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.models import weights_cli
 from ttmray.models.bigvgan import debug_bigvgan, load_bigvgan
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.weights import Registry, Store, licences, load_registry, open_store, released
 
 

@@ -13,7 +13,8 @@ from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
 from ttmray.errors import UserError
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
 from ttmray.ranker import features as module
 from ttmray.ranker.features import EncodingConfig, extract, read_clip

@@ -11,7 +11,8 @@ import pytest
 from ttmray import cost
 from ttmray.config import Config
 from ttmray.errors import UserError
-from ttmray.recipes.chain import Step, is_done, run_chain
+from ttmray.recipes.chain import is_done, run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
 

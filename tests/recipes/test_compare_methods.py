@@ -93,7 +93,8 @@ def test_held_out_clips_are_of_the_same_noise_and_learned_prompts_are_others(run
 
 @pytest.mark.slow
 def test_the_parent_is_the_backbone_of_the_bundle(run):
-    from ttmray.models.bundle import LoadOptions, open_bundle
+    from ttmray.models.bundle import open_bundle
+    from ttmray.models.loading import LoadOptions
 
     ours, theirs = load_backbone(run / "parent.safetensors"), open_bundle("debug").load(["backbone"], LoadOptions())
     pairs = zip(ours.state_dict().items(), theirs.backbone.state_dict().items(), strict=True)

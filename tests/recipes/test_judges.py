@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.recipes.judges import corrected, features, judge
 from ttmray.synth.world import clip

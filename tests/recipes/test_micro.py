@@ -7,7 +7,8 @@ import pytest
 import soundfile
 
 from ttmray.cli import main
-from ttmray.models.bundle import ROLES, LoadOptions, open_bundle
+from ttmray.models.bundle import ROLES, open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.pretraining.job import PARTS
 
 SETTINGS = {

@@ -22,7 +22,8 @@ from ttmray.models.backbone_weights import METADATA, debug_backbone
 from ttmray.models.bundle import open_bundle
 from ttmray.models.weights import open_store
 from ttmray.recipes.ablations import AblateConfig, AblationPlan, ablate
-from ttmray.recipes.chain import Step, run_chain
+from ttmray.recipes.chain import run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.recipes.needs import Need, refuse_missing
 from ttmray.recipes.reproduce import ReproduceConfig, reproduce
 from ttmray.storage import Folder

@@ -28,7 +28,8 @@ from ttmray.corpus.job import score_corpus
 from ttmray.corpus.verify import problems
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.models.backbone_weights import METADATA, debug_backbone
-from ttmray.models.bundle import MICRO, LoadOptions, open_bundle
+from ttmray.models.bundle import MICRO, open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.published import published
 from ttmray.models.tunejury import debug_tunejury
 from ttmray.recipes.push import push

@@ -10,7 +10,8 @@ from ttmray.cli import main
 from ttmray.config import Config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK
 from ttmray.evaluation.results import Results
-from ttmray.recipes.chain import Step, run_chain
+from ttmray.recipes.chain import run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.recipes.result_page import curves_of, headline, result_table
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttmray.audio.io import AUDIO_EXTENSIONS, AudioLimits, decode
+from ttmray.audio.io import AUDIO_EXTENSIONS, decode
+from ttmray.audio.limits import AudioLimits
 from ttmray.errors import ClipError
 from ttmray.synth.faults import KINDS, true_quality
 from ttmray.synth.measures import measure

@@ -11,7 +11,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from ttmray.audio.io import AudioLimits, decode
+from ttmray.audio.io import decode
+from ttmray.audio.limits import AudioLimits
 from ttmray.errors import UserError
 from ttmray.generation.manifest import SCHEMA, commit
 from ttmray.storage import Folder

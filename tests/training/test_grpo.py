@@ -18,7 +18,8 @@ from ttmray.generation.sampler import Draw, Sampler, noise, time_grid
 from ttmray.generation.stochastic import make_steps
 from ttmray.models.backbone import SIZES
 from ttmray.models.backbone_weights import debug_backbone, load_backbone
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.storage import Folder
 from ttmray.training import grpo, rounds
 from ttmray.training.grpo import GrpoConfig, GrpoTask, sampling_bytes, stored_bytes, train_grpo

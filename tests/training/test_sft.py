@@ -23,13 +23,14 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import seeded
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import METADATA, load_backbone, read_support, with_head
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.score_support import NUMBERS
 from ttmray.storage import Folder
-from ttmray.training.data import open_with_held_out
+from ttmray.training.data import corpus_bundle, open_with_held_out
 from ttmray.training.export import export
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
-from ttmray.training.sft import SftTask, corpus_bundle, keep_empty_text, train_sft
+from ttmray.training.sft import SftTask, keep_empty_text, train_sft
 from ttmray.training.tensors import pack, unpack
 
 CPU = torch.device("cpu")

@@ -187,7 +187,7 @@ class Corpus:
         clips = open_clips(self._run, split, keys, score)
         places = {key: i for i, key in enumerate(self._rows["key"].to_pylist())}
         for i in range(len(clips)):
-            arrays = read_arrays(clips, i)
+            arrays = clips.arrays(i)
             row = self._rows.slice(places[clips.key(i)], 1).to_pylist()[0]
             yield CorpusSample(clips.key(i), row, *arrays, None if score is None else float(clips.score[i]))
 
@@ -228,21 +228,3 @@ def open_clips(run: Folder, split: SplitName, keys: str | os.PathLike[str] | Non
         corpus=run.uri, split=split, keys=None if keys is None else os.fspath(keys), score_column=score
     )
     return open_mixture(DataConfig(sources=(source,), cache=CACHE)).sources[0]
-
-
-def read_arrays(clips: "Clips", i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Posterior mean and deviation (frames, channels) and text (tokens, width) in float16, pooled text (512,) float32.
-
-    Raises:
-        UserError: as `Clips.read`.
-    """
-    from ttmray.training.clips import CLAP_WIDTH
-
-    mean, std = (np.empty(clips.shape, np.float16) for _ in range(2))
-    text, text_c = np.empty(clips.text_shape, np.float16), np.empty(CLAP_WIDTH, np.float32)
-    clips.read(i, mean, std, text, text_c)
-    arrays: dict[str, np.ndarray] = {"mean": mean, "std": std, "text": text, "text_c": text_c}
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise clips.damage(i, f"{name} is not finite", text=name.startswith("text"))
-    return mean, std, text, text_c

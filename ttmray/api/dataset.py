@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ttmray.api.corpus import read_arrays
 from ttmray.training.clips import Clips
 
 
@@ -26,7 +25,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"{i} of {len(self)} clips")
         i %= len(self)
-        arrays = zip(("mean", "std", "text", "text_c"), read_arrays(self.clips, i), strict=True)
+        arrays = zip(("mean", "std", "text", "text_c"), self.clips.arrays(i), strict=True)
         item: dict[str, Any] = {"key": self.clips.key(i)} | {name: torch.from_numpy(array) for name, array in arrays}
         item |= {name: torch.tensor(getattr(self.clips, name)[i]) for name in ("score", "weight")}
         return item

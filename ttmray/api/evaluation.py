@@ -14,7 +14,7 @@ from ttmray.storage import Folder
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ttmray.evaluation.evaluate import EvaluateConfig
+    from ttmray.evaluation.config import EvaluateConfig
 
 Place = str | os.PathLike[str]
 METRICS = ("system", "metric", "value", "low", "high", "n", "n_reference", "protocol")
@@ -49,7 +49,8 @@ def evaluate(
     [['mine', 2]]
     """
     from ttmray.cluster import alone
-    from ttmray.evaluation.evaluate import EvaluateConfig, evaluate_run
+    from ttmray.evaluation.config import EvaluateConfig
+    from ttmray.evaluation.evaluate import evaluate_run
 
     if "texts" in fields:
         raise UserError("texts is no setting of evaluate.", "Prompts are its second argument.")

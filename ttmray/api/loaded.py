@@ -11,15 +11,17 @@ import numpy as np
 from ttmray import hub
 from ttmray.api.inputs import Prompts, config_from, prompts_from
 from ttmray.api.sounds import AudioClip, SoundLike, named_sounds
-from ttmray.audio.io import AudioLimits, decode, resample
+from ttmray.audio.io import decode, resample
+from ttmray.audio.limits import AudioLimits
 from ttmray.config import merged
 from ttmray.console import errors, meter
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.score import FACTS, open_scorer, score_sounds
 from ttmray.models import one_thread, threads_restored
-from ttmray.models.bundle import DEFAULT, LoadOptions, open_bundle
+from ttmray.models.bundle import DEFAULT, open_bundle
 from ttmray.models.devices import resolve_device
 from ttmray.models.kept import KeptBundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.published import published
 from ttmray.models.scoring import Embeddings, Scorer
 from ttmray.storage import Folder

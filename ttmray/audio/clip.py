@@ -15,13 +15,14 @@ import numpy as np
 from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
 from ttmray.audio.level import require_audible
+from ttmray.audio.limits import AudioLimits, check_samples
 from ttmray.errors import ClipError, UserError
 from ttmray.quarantine import clip_error
 from ttmray.storage import split_path
 
 SAMPLE_RATE = 44100
 """Hz at which clips are measured, separated and handed to the encoders."""
-LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
+LIMITS = AudioLimits(min_duration_s=0.5, min_sample_rate=8000, max_channels=2)
 """Half a second is the shortest that the loudness standard (0.4 s) and MERT can say anything about."""
 CLIP_S = 10.0
 """Clips of all bundles but the small ones (`Bundle.clip_s`)."""
@@ -91,7 +92,7 @@ def clip_of(
     """
     reading = Reading()
     try:
-        audio_io.check_samples(audio, rate, LIMITS)
+        check_samples(audio, rate, LIMITS)
         reading.wave = _measured(audio, rate, clip_s, middle, measured, reading.facts)
     except Exception as error:
         reading.error = clip_error(error)

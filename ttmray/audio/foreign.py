@@ -6,14 +6,12 @@ They are told by their first bytes, never by their names. Without PyAV such a fi
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from ttmray.audio.limits import AudioInfo, AudioLimits, check_upper_limits, too_loud
 from ttmray.errors import ClipError
-
-if TYPE_CHECKING:
-    from ttmray.audio.io import AudioLimits
 
 EXTENSIONS: frozenset[str] = frozenset({".m4a", ".aac", ".wma"})
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -57,15 +55,13 @@ def info(stream: BinaryIO, what: str) -> ForeignInfo:
         return _info(container, what)
 
 
-def decode(stream: BinaryIO, what: str, limits: "AudioLimits") -> tuple[np.ndarray, int]:
+def decode(stream: BinaryIO, what: str, limits: AudioLimits) -> tuple[np.ndarray, int]:
     """All samples (channels, frames) float32 of the first sound in a file, and its rate in Hz.
 
     Raises:
         ClipError: failed/`no_decoder`, `not_audio`, `truncated`, `non_finite`; rejected, see `io.decode`. The lower
             limit of the duration is the caller's to check.
     """
-    from ttmray.audio.io import AudioInfo, check_upper_limits, too_loud
-
     with _opened(stream, what) as container:
         told = _info(container, what)
         check_upper_limits(AudioInfo(told.sample_rate, told.channels, told.frames), limits)

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
@@ -20,6 +20,14 @@ from scipy.io import wavfile
 
 from ttmray.audio import foreign
 from ttmray.audio.chatter import held_back
+from ttmray.audio.limits import (
+    NO_LENGTH,
+    UNKNOWN_FRAMES,
+    AudioInfo,
+    AudioLimits,
+    check_upper_limits,
+    too_loud,
+)
 from ttmray.audio.survey import (
     FORMATS,
     TOLERANCE_S,
@@ -41,36 +49,7 @@ READING = 2
 Source = str | os.PathLike[str] | BinaryIO
 
 _BLOCK_FRAMES = 1 << 15  # decoded at a time; checked and transposed while it is in the cache
-_UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 where a header does not give the length
-_NO_LENGTH = "neither its header nor its bytes give the length; re-encode the file"
 _PROBE_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class AudioLimits:
-    """What may be decoded. Durations in seconds, rates in Hz; sizes are of the float32 samples as decoded."""
-
-    min_duration_s: float = 5.0
-    max_duration_s: float = 7200.0
-    max_channels: int = 2
-    min_sample_rate: int = 16000
-    max_sample_rate: int = 192000
-    max_decoded_bytes: int = 2 * 1024**3
-    max_peak: float = 10.0
-    """Largest sample, full scale 1.0: 10 is +20 dBFS, which no music is and samples in integer range always are."""
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    """What header and bytes of a file say."""
-
-    sample_rate: int
-    channels: int
-    frames: int
-
-    @property
-    def duration_s(self) -> float:
-        return self.frames / self.sample_rate
 
 
 class _ForwardFile(soundfile.SoundFile):
@@ -127,7 +106,7 @@ def probe(source: Source) -> AudioInfo:
         if what := foreign.kind(stream):
             held = foreign.info(stream, what)
             if not held.frames:
-                raise ClipError("failed", "unknown_length", _NO_LENGTH)
+                raise ClipError("failed", "unknown_length", NO_LENGTH)
             return AudioInfo(held.sample_rate, held.channels, held.frames)
         told, format = None, None
         try:
@@ -138,9 +117,9 @@ def probe(source: Source) -> AudioInfo:
                 raise
             problem = error
         if told is not None:
-            if told.frames < _UNKNOWN_FRAMES and (format != "MP3" or tells_length(stream)):
+            if told.frames < UNKNOWN_FRAMES and (format != "MP3" or tells_length(stream)):
                 return told
-            problem = ClipError("failed", "unknown_length", _NO_LENGTH)
+            problem = ClipError("failed", "unknown_length", NO_LENGTH)
         parts = survey(stream, format) if stream.seek(0, os.SEEK_END) <= _PROBE_BYTES else None
         if parts is None or not parts[0].samples:
             raise problem
@@ -200,28 +179,11 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
     return audio, rate
 
 
-def check_samples(audio: np.ndarray, rate: int, limits: AudioLimits) -> None:
-    """Hold samples (channels, frames) that are in memory already to the limits of `decode`.
-
-    Raises:
-        ClipError: failed/`non_finite`; rejected/`sample_rate`, `channels`, `too_short`, `too_long`, `too_loud`,
-            `decoded_size`.
-    """
-    info = AudioInfo(rate, audio.shape[0], audio.shape[1])
-    check_upper_limits(info, limits)
-    if info.duration_s < limits.min_duration_s:
-        raise ClipError("rejected", "too_short", f"{info.duration_s:.2f} s, shorter than {limits.min_duration_s:g} s")
-    if not np.isfinite(audio).all():
-        raise ClipError("failed", "non_finite", "NaN or infinite samples")
-    if (peak := float(np.abs(audio).max(initial=0.0))) > limits.max_peak:
-        raise ClipError("rejected", "too_loud", too_loud(peak, limits.max_peak))
-
-
 def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
     try:
         with _sound(stream) as sound:
             info, format = AudioInfo(sound.samplerate, sound.channels, sound.frames), sound.format
-            if format != "MP3" and info.frames < _UNKNOWN_FRAMES:
+            if format != "MP3" and info.frames < UNKNOWN_FRAMES:
                 check_upper_limits(info, limits)  # before the bytes are read
             begin = stream.tell()
             parts = survey(stream, format)
@@ -283,32 +245,10 @@ def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarr
     return np.concatenate([np.broadcast_to(wave, (channels, wave.shape[1])) for wave in waves], axis=1), rate
 
 
-def check_upper_limits(info: AudioInfo, limits: AudioLimits) -> None:
-    """Hold what a file says of itself to the upper limits of `decode`.
-
-    Raises:
-        ClipError: failed/`unknown_length`; rejected/`sample_rate`, `channels`, `too_long`, `decoded_size`.
-    """
-    low, high = limits.min_sample_rate, limits.max_sample_rate
-    if info.frames >= _UNKNOWN_FRAMES:
-        raise ClipError("failed", "unknown_length", _NO_LENGTH)
-    if not low <= info.sample_rate <= high:
-        raise ClipError("rejected", "sample_rate", f"{info.sample_rate} Hz, outside {low} to {high} Hz")
-    if info.channels > limits.max_channels:
-        raise ClipError("rejected", "channels", f"{info.channels} channels, more than {limits.max_channels}")
-    if info.duration_s > limits.max_duration_s:
-        message = f"{info.duration_s:.2f} s, longer than {limits.max_duration_s:g} s"
-        raise ClipError("rejected", "too_long", message)
-    decoded = 4 * info.frames * info.channels
-    if decoded > limits.max_decoded_bytes:
-        message = f"{decoded} bytes when decoded, more than {limits.max_decoded_bytes}"
-        raise ClipError("rejected", "decoded_size", message)
-
-
 def _read(sound: _ForwardFile, info: AudioInfo, limits: AudioLimits) -> np.ndarray:
     """All samples (channels, frames) that the decoder gives, which are as many as it promised."""
-    if info.frames >= _UNKNOWN_FRAMES:
-        raise ClipError("failed", "unknown_length", _NO_LENGTH)
+    if info.frames >= UNKNOWN_FRAMES:
+        raise ClipError("failed", "unknown_length", NO_LENGTH)
     # Pages of np.empty that are never written take no memory, so a header may promise too much.
     audio = np.empty((info.channels, info.frames), dtype=np.float32)
     buffer = np.empty((_BLOCK_FRAMES, info.channels), dtype=np.float32)
@@ -332,14 +272,6 @@ def _read(sound: _ForwardFile, info: AudioInfo, limits: AudioLimits) -> np.ndarr
     if info.frames - done > TOLERANCE_S * info.sample_rate:
         raise truncated(done / info.sample_rate, info.duration_s)
     return audio[:, :done]
-
-
-def too_loud(peak: float, most: float) -> str:
-    """The message about a sample peak (full scale 1.0) beyond the limit."""
-    level = f"sample peak {peak:.6g} ({20 * math.log10(peak):+.1f} dBFS), more than {most:g}"
-    scales = {bits: 2.0 ** (bits - 1) for bits in (16, 24, 32)}
-    likely = [bits for bits, scale in scales.items() if scale / 1000 < peak <= scale]
-    return level + (f"; float samples in the range of {likely[0]}-bit integers? divide them first" if likely else "")
 
 
 def resample(x: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:

@@ -43,10 +43,11 @@ def config(name: str | None = None, *, docs: bool = False, schema: bool = False)
     import json
 
     from ttmray.cli import COMMANDS
-    from ttmray.cli.command import PATH_RULE, imported
+    from ttmray.cli.command import PATH_RULE
     from ttmray.config_docs import field_lines
     from ttmray.console import console
     from ttmray.errors import EXIT_OK, UserError
+    from ttmray.plugins import named
     from ttmray.presets import command_of, presets, presets_of
 
     kinds = {command.name: command.config for command in COMMANDS if command.config}
@@ -65,7 +66,7 @@ def config(name: str | None = None, *, docs: bool = False, schema: bool = False)
             f"{name!r} is no command with a config, and no preset.",
             f"Commands are: {', '.join(kinds)}. Presets are: {', '.join(files)}.",
         )
-    kind = imported(kinds[command])
+    kind = named(kinds[command])
     full = kind.model_json_schema()
     if schema:
         print(json.dumps(full, indent=1))

@@ -4,11 +4,11 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from ttmray.cli.completion import completer, config_names, field_names
 from ttmray.cli.examples import EXAMPLES
+from ttmray.plugins import named
 from ttmray.presets import presets_of
 
 
@@ -70,12 +70,6 @@ class Command:
     config_as: str = "config"
     exclusive: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
-def imported(name: str) -> Any:
-    """What `module:name` stands for."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
 
 
 PATH_RULE = "Relative paths, also those in files, are relative to the folder in which the command runs."
@@ -141,8 +135,8 @@ def execute(command: Command, typed: Mapping[str, Any]) -> int:
     if command.config:
         from ttmray.config import load_config
 
-        kind, fields = imported(command.config), {flag.dest: value for flag, value in values if flag.in_config}
+        kind, fields = named(command.config), {flag.dest: value for flag, value in values if flag.in_config}
         if fields.keys() & set(command.exclusive):
             fields = {name: kind.model_fields[name].default for name in command.exclusive} | fields
         arguments[command.config_as] = load_config(kind, typed["config"], typed["sets"], fields)
-    return int(imported(command.run)(**arguments, **command.fixed))
+    return int(named(command.run)(**arguments, **command.fixed))

@@ -38,11 +38,11 @@ def config_names(command: str, prefix: str) -> Iterator[str]:
 
 def field_names(config: str, prefix: str) -> Iterator[str]:
     """`a.b=` of every field with a value, of the config `module:class`; of lists, fields of the first."""
-    from ttmray.cli.command import imported
     from ttmray.config_docs import field_lines
+    from ttmray.plugins import named
 
     if "=" not in prefix:
-        for line, _ in field_lines(imported(config).model_json_schema()):
+        for line, _ in field_lines(named(config).model_json_schema()):
             name, _, kind = line.partition(": ")
             if kind:  # a section has none
                 yield f"{name.replace('.N.', '.0.')}="

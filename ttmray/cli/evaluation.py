@@ -38,7 +38,7 @@ COMMANDS = (
             setting("--output", metavar="OUT", help="folder of the results"),
             setting("--bundle", help=BUNDLE_HELP),
         ),
-        config="ttmray.evaluation.evaluate:EvaluateConfig",
+        config="ttmray.evaluation.config:EvaluateConfig",
         exclusive=("prompts", "texts"),
     ),
     Command(

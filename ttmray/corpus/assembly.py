@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ttmray.audio import io as audio_io
+from ttmray.audio.limits import AudioLimits
 from ttmray.audio.segment import SegmentRule
 from ttmray.corpus import index
 from ttmray.corpus.config import CorpusConfig, ExtraStage
@@ -26,8 +26,9 @@ from ttmray.corpus.stages import (
     WriteAudio,
 )
 from ttmray.errors import UserError
-from ttmray.models.bundle import LoadOptions, Models, open_bundle
+from ttmray.models.bundle import Models, open_bundle
 from ttmray.models.cache import EmbeddingCache
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.plugins import named
 from ttmray.storage import Folder
@@ -63,7 +64,7 @@ class CorpusJob(Job):
                 Folder(self.root),
                 self.protocol,
                 SegmentRule(**config.segments.model_dump()),
-                audio_io.AudioLimits(
+                AudioLimits(
                     min_duration_s=config.segments.min_s, **config.limits.model_dump(exclude={"max_file_bytes"})
                 ),
                 config.limits.max_file_bytes,

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ttmray.audio.io import AudioInfo, probe
+from ttmray.audio.io import probe
+from ttmray.audio.limits import AudioInfo
 from ttmray.errors import ClipError, UserError
 from ttmray.storage import Folder, explained
 

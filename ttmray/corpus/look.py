@@ -17,6 +17,7 @@ from rich.table import Table
 from ttmray import cost, pages
 from ttmray.audio import io as audio_io
 from ttmray.audio import segment
+from ttmray.audio.limits import AudioLimits
 from ttmray.console import console
 from ttmray.corpus import index, shards, unit_log
 from ttmray.corpus.config import CorpusConfig
@@ -204,7 +205,7 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     clips = []
     for row in table.take(chosen).to_pylist():
         with root.open(row["source"]) as file:
-            audio, rate = audio_io.decode(file, audio_io.AudioLimits(min_duration_s=0.0), row["source"])
+            audio, rate = audio_io.decode(file, AudioLimits(min_duration_s=0.0), row["source"])
         start = round(row["start_s"] * rate)
         clip = segment.cut(audio, rate, start, start + round(config.segments.clip_s * rate))
         name = safe_relative(f"{row['key']}.flac")

@@ -23,6 +23,7 @@ from ttmray.audio import io as audio_io
 from ttmray.audio import loudness, segment
 from ttmray.audio.clip import levels
 from ttmray.audio.level import require_audible
+from ttmray.audio.limits import AudioLimits
 from ttmray.corpus import index, shards
 from ttmray.corpus.stage import Stage
 from ttmray.corpus.unit import FAILED, OK, Unit
@@ -59,7 +60,7 @@ class Decode(Stage):
         folder: Folder,
         protocol: str,
         rule: segment.SegmentRule,
-        limits: audio_io.AudioLimits,
+        limits: AudioLimits,
         max_file_bytes: int,
     ) -> None:
         self.folder, self.protocol = folder, protocol

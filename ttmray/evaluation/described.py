@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ttmray.errors import UserError
 from ttmray.evaluation.compare import COMPARED, plain
+from ttmray.evaluation.config import EvaluateConfig
 from ttmray.evaluation.fad import fad, fad_inf, half_distances
 from ttmray.evaluation.measure import OK, embedding_protocol
 from ttmray.evaluation.metrics import Metric, cosine_distances, diversity, kad, near_duplicate_rate, vendi
@@ -17,9 +18,6 @@ from ttmray.evaluation.systems import SystemFolder
 from ttmray.models.bundle import Bundle
 from ttmray.plugins import function_named
 from ttmray.statistics import CROSSED_INTERVAL, MEAN_INTERVAL, hierarchical_bootstrap, mean_interval
-
-if TYPE_CHECKING:
-    from ttmray.evaluation.evaluate import EvaluateConfig
 
 SETS = ("fad", "fad_inf", "kad", "diversity", "vendi", "near_duplicates", "parent_fad", "parent_distance")
 """Metrics of a system's clips together."""
@@ -35,7 +33,7 @@ def described_systems(
     systems: Sequence[SystemFolder],
     rows: Sequence[Mapping[str, Any]],
     claps: np.ndarray,
-    config: "EvaluateConfig",
+    config: EvaluateConfig,
     bundle: Bundle,
     reference: Embedded | None,
     training: Embedded | None,
@@ -64,7 +62,7 @@ def _system_metrics(
     name: str,
     rows: Sequence[Mapping[str, Any]],
     claps: np.ndarray,
-    config: "EvaluateConfig",
+    config: EvaluateConfig,
     bundle: Bundle,
     reference: Embedded | None,
     training: Embedded | None,
@@ -138,7 +136,7 @@ def _own(function: Callable[..., Any], clap: np.ndarray, rows: Sequence[Mapping[
     return Metric(function.__name__, value, len(rows), 0, clap.shape[1], protocol, None, None, 0.95)
 
 
-def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, config: "EvaluateConfig") -> Metric:
+def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, config: EvaluateConfig) -> Metric:
     """Mean of the prompts' means, with its interval over prompts, and over crossed seeds.
 
     Args:

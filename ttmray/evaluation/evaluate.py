@@ -12,16 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
 from safetensors.numpy import save as save_tensors
 
 from ttmray import __version__, cost, inventory, runs
-from ttmray.config import Config, Location, added, execution, fingerprint, identity
+from ttmray.config import fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.evaluation.clip_metrics import clip_functions, columns_of
@@ -36,11 +35,12 @@ from ttmray.evaluation.compare import (
     system_table,
     without_marks,
 )
+from ttmray.evaluation.config import EvaluateConfig
 from ttmray.evaluation.described import LEVELS, SETS, described_systems
-from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
-from ttmray.evaluation.measure import FACTS, FAILED, OK, PARTS, MeasureConfig, embedding_protocol, measure
-from ttmray.evaluation.metrics import NEAR_DUPLICATE, RESAMPLES, Leaks, find_leaks
-from ttmray.evaluation.reference import STORE, Embedded, load_reference, load_training
+from ttmray.evaluation.judge import check_judge, judge
+from ttmray.evaluation.measure import FACTS, FAILED, OK, PARTS, embedding_protocol, measure
+from ttmray.evaluation.metrics import Leaks, find_leaks
+from ttmray.evaluation.reference import Embedded, load_reference, load_training
 from ttmray.evaluation.results import CLIPS, RESULTS, Results
 from ttmray.evaluation.systems import SystemFolder, find_systems
 from ttmray.evaluation.warnings import (
@@ -52,10 +52,9 @@ from ttmray.evaluation.warnings import (
     without_reference,
 )
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
-from ttmray.models.bundle import DEFAULT, BundleName, means_nothing, open_bundle
-from ttmray.plugins import ENTRY, function_named
+from ttmray.models.bundle import means_nothing, open_bundle
+from ttmray.plugins import function_named
 from ttmray.runs import RUN, SUCCESS
-from ttmray.statistics import Seeds
 from ttmray.storage import Folder
 
 EMBEDDINGS = "embeddings.safetensors"
@@ -71,71 +70,6 @@ SCHEMA = pa.schema(
         ("ccs", pa.float64()),
     ]
 )
-
-
-class EvaluateConfig(Config):
-    """`ttmray evaluate` and `jobs/evaluate.py`."""
-
-    folders: tuple[str, ...] = execution(min_length=1)
-    """Systems: folders of audio, local or s3://, made by `ttmray generate` or not; `NAME=FOLDER` names one."""
-    prompts: Location | None = execution(None)
-    """File of prompts with their ids (CSV, TSV, JSON, JSON lines). Clips are matched to them by the manifest of a
-    generation run, else by name: `<id>.wav`, or `<id>_<k>.wav` and `<id>_s<k>.wav` for several samples."""
-    texts: tuple[str, ...] = execution(())
-    """Prompts, instead of a file."""
-    reference: str | None = execution(None)
-    """Reference set of FAD and KAD: its name in the store, or its folder (`ttmray reference build`). null: none."""
-    reference_stem: Literal["mix", "instrumental"] | None = execution(None)
-    """What the reference set must be of; another one is refused. The paper's are instrumental. null: either."""
-    training: str | None = execution(None)
-    """Corpus run or reference set that the systems were trained on: near-duplicates and leaks are looked for there."""
-    references: Location = execution(STORE)
-    """Folder of the reference sets, local or s3://."""
-    output: Location = execution("runs/evaluation")
-    """Folder of the results: a local path or s3:// prefix."""
-    bundle: BundleName = DEFAULT
-    """Set of models. `micro` knows the music of the built-in composer alone; scores of `debug` mean nothing."""
-    reward_text: Literal["empty", "caption"] = "empty"
-    """What the reward sees as text; CLAP scores always use the raw prompt."""
-    baseline: str | None = None
-    """Name of the system that every other one is compared with; null: all pairs."""
-    parent: str | None = added(None)
-    """Name of the system that the others were trained from: `parent_distance` is the mean of 1 - cosine between the
-    CLAP embeddings of a clip and of the parent's clip of the same prompt and sample, `parent_fad` the Fréchet distance
-    to all of the parent's clips. null: neither."""
-    alpha: float = Field(0.05, gt=0, lt=1)
-    """Chance of even one false star in the paired table (Holm)."""
-    near_duplicate: float = Field(NEAR_DUPLICATE, ge=-1, le=1)
-    """CLAP cosine from which two clips count as the same."""
-    resamples: int = Field(RESAMPLES, ge=10, le=100_000)
-    """Half-samples behind the interval of FAD, KAD and diversity."""
-    seed: int = Field(0, ge=0)
-    """Of all resampling."""
-    seeds: Seeds = "nested"
-    """What samples of a prompt have in common. `nested`: nothing, each has noise of its own, as those of `ttmray
-    generate`. `crossed`: sample k of every prompt shares something, such as a training run or the noise, so intervals
-    of mean scores and levels cover other such seeds as well. Paired tests use the means of prompts in both cases."""
-    judge: JudgeConfig | None = None
-    """Judge of the concept coverage score; null: none."""
-    metrics: tuple[Annotated[str, Field(pattern=ENTRY)], ...] = added(())
-    """Metrics of your own, `module:function`: of a system's clips that are ok it is given the CLAP embeddings (n, 512)
-    and the rows of `clips.parquet` as dictionaries, and returns a number. The function's name is the metric's."""
-    clip_metrics: tuple[str, ...] = added(())
-    """What else is measured of the audio of every clip. `small_world` estimates the true quality of synthetic music and
-    the strengths of the faults that it follows from (`ttmray.synth.measures`): for bundles that were trained on such
-    music alone. `rhythm` (`rhythm_regularity`, `rhythm_jitter_ms`) and `tuning` (`tuning_deviation`, cents) are
-    defined in `ttmray.synth.regularity`. `vocals`: energy of what the bundle's separator takes for vocals over that of
-    the clip (`vocal_ratio`). Or functions of your own, `module:function`: of (channels, samples) float32 at 44.1 kHz
-    they return name -> number."""
-    max_failures: Annotated[int, Field(ge=0)] = execution(0)
-    """Exit code 3 when more clips than this are missing, cannot be measured, or get no answer of the judge."""
-    runtime: MeasureConfig = execution(MeasureConfig())
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.prompts is None) == (not self.texts):
-            raise ValueError("needs prompts (a file) or texts, and not both")
-        return self
 
 
 def evaluate(config: EvaluateConfig) -> int:

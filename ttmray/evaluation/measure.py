@@ -28,9 +28,10 @@ from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import ClipError
 from ttmray.evaluation.clip_metrics import VOCALS, ClipFunction, clip_functions, numbers_of, versions
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.devices import on_gpu
+from ttmray.models.loading import LoadOptions
 from ttmray.models.protocol import SEPARATION, Protocol
 from ttmray.models.scoring import Scorer
 from ttmray.parts import digests, read_parts, write_part

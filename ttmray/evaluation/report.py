@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from ttmray import __version__, inventory, pages
 from ttmray.audio import io as audio_io
+from ttmray.audio.limits import AudioLimits
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.evaluation import plots
@@ -38,7 +39,7 @@ from ttmray.statistics import MEAN_INTERVAL
 from ttmray.storage import Folder
 
 AudioFormat = Literal["flac", "ogg"]
-LIMITS = audio_io.AudioLimits(min_duration_s=0.05, max_duration_s=1800.0, min_sample_rate=8000)
+LIMITS = AudioLimits(min_duration_s=0.05, max_duration_s=1800.0, min_sample_rate=8000)
 OGG_LEVEL = 0.4
 """libsndfile's compression level (0 is best, 1 is smallest): about 90 kbit/s for mono music at 44.1 kHz."""
 OGG_BLOCK = 1 << 16  # frames; libsndfile's Vorbis encoder overflows its stack with minutes at once

@@ -27,8 +27,9 @@ from ttmray.evaluation.systems import audio_files
 from ttmray.evaluation.warnings import WINDOW_S
 from ttmray.generation import manifest
 from ttmray.models import one_thread
-from ttmray.models.bundle import DEFAULT, Bundle, LoadOptions, means_nothing, open_bundle
+from ttmray.models.bundle import DEFAULT, Bundle, means_nothing, open_bundle
 from ttmray.models.cache import EmbeddingCache
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
 from ttmray.storage import Folder, absolute, is_remote, split_path
 from ttmray.tables import is_table, read_rows

@@ -19,8 +19,9 @@ from ttmray.generation.config import GenerateRuntime, with_bundle_sampler
 from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
 from ttmray.models import require_finite, side_by_side
 from ttmray.models.backbone_weights import load_backbone
-from ttmray.models.bundle import BundleName, LoadOptions, Models, open_bundle
+from ttmray.models.bundle import BundleName, Models, open_bundle
 from ttmray.models.devices import resolve_device
+from ttmray.models.loading import LoadOptions
 from ttmray.models.score_heads import Head, Null
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.storage import Folder

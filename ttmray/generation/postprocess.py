@@ -36,12 +36,14 @@ from rich.table import Table
 from ttmray import inventory
 from ttmray.audio import io as audio_io
 from ttmray.audio.limiter import Levels, to_loudness
+from ttmray.audio.limits import AudioLimits
 from ttmray.audio.loudness import integrated_loudness, true_peak
 from ttmray.config import Config, Device, execution, fingerprint, identity
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import Bundle, BundleName, LoadOptions, ReleasedBundle, open_bundle
+from ttmray.models.bundle import Bundle, BundleName, ReleasedBundle, open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
 from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS
@@ -50,7 +52,7 @@ from ttmray.storage import Folder, is_remote, split_path
 if TYPE_CHECKING:
     from ttmray.models.separator import Separator
 
-LIMITS = audio_io.AudioLimits(min_duration_s=0.5, min_sample_rate=8000)
+LIMITS = AudioLimits(min_duration_s=0.5, min_sample_rate=8000)
 """Two hours and 2 GiB decoded at most; the loudness standard can say nothing about less than 0.4 s."""
 TABLE = "table.csv"
 SAVE_EVERY_S = 10.0

@@ -22,9 +22,10 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.sampler import guided, integrate, make_branches, noise, time_grid
 from ttmray.models.backbone import FluxAudio
 from ttmray.models.backbone_weights import load_backbone, with_head
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
 from ttmray.models.cross_load import cross_load
 from ttmray.models.devices import resolve_device
+from ttmray.models.loading import LoadOptions
 from ttmray.models.score_heads import Head
 from ttmray.models.scoring import Scorer
 

@@ -25,8 +25,9 @@ from ttmray.generation.postprocess import (
 from ttmray.generation.sampler import Draw, Sampler
 from ttmray.models import one_thread, side_by_side
 from ttmray.models.backbone_weights import load_backbone
-from ttmray.models.bundle import Bundle, LoadOptions, open_bundle
+from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.devices import resolve_device
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.quarantine import together
 from ttmray.storage import Folder

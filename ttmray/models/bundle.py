@@ -23,6 +23,7 @@ from ttmray.errors import UserError
 from ttmray.models import folder_bundle, released
 from ttmray.models.devices import resolve_device
 from ttmray.models.folder_bundle import DESCRIPTION, WEIGHTS, FolderFiles
+from ttmray.models.loading import LoadOptions, separator_of
 from ttmray.models.protocol import Protocol
 from ttmray.models.published import bundle_folder
 from ttmray.models.released import RELEASED, Facts
@@ -59,27 +60,6 @@ class Models:
 
 
 ROLES = (*Models.__dataclass_fields__, "vocoder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How models are loaded.
-
-    `clip_samples` is at 44.1 kHz, `threads` is how many clips a CPU embeds side by side, and the last three are the
-    separator's.
-    """
-
-    device: str = "cpu"
-    batch: int = 8
-    threads: int = 1
-    clip_samples: int = 441_000
-    instrumental: Literal["sum", "residual"] = "sum"
-    overlap: float = 0.25
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise UserError(f"batch must be at least 1, not {self.batch}.")
 
 
 class Bundle(ABC):
@@ -446,32 +426,8 @@ def _open_folder(path: str) -> Bundle:
     return bundle
 
 
-def separator_of(model: Any, device: str, options: LoadOptions) -> "Separator":
-    from ttmray.models.separator import Separator
-
-    return Separator(
-        model,
-        device,
-        options.batch,
-        overlap=options.overlap,
-        precision=options.precision,
-        instrumental=options.instrumental,
-    )
-
-
 def _read_beside(role: str, weights: Path) -> Path | None:
     """A file outside of the registry that the loader of a role reads where it lies beside its weights."""
     if role in ("clap", "clap_condition"):
         return weights.parent / "config.json"
     return weights.with_suffix(".json") if role == "tunejury" else None
-
-
-def clap_of(path: Path, tokenizer: Path, device: str, options: LoadOptions) -> "Clap":
-    """A `config.json` of transformers beside the weights overrides HTSAT-base."""
-    from transformers import ClapConfig
-
-    from ttmray.models.clap import load_laion_clap
-
-    own = (path.parent / "config.json").is_file()
-    config = ClapConfig.from_pretrained(path.parent, local_files_only=True) if own else None
-    return load_laion_clap(path, tokenizer, config=config, device=device, batch=options.batch, threads=options.threads)

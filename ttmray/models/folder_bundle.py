@@ -17,17 +17,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ttmray.errors import UserError
+from ttmray.models.loading import LoadOptions, clap_of, separator_of
 from ttmray.models.reward_head import HEAD, open_head
 from ttmray.models.weights import digest_file
 from ttmray.storage import explained
-
-if TYPE_CHECKING:
-    from ttmray.models.bundle import LoadOptions
 
 DESCRIPTION = "bundle.json"
 FORMAT = 1
@@ -141,11 +139,10 @@ def describe_folder(
     return description
 
 
-def makers(files: FolderFiles, options: "LoadOptions", device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+def makers(files: FolderFiles, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
     """Role -> what builds it (see `Bundle._makers`)."""
     from ttmray.models.backbone_weights import load_backbone
     from ttmray.models.bigvgan import load_bigvgan
-    from ttmray.models.bundle import clap_of, separator_of
     from ttmray.models.griffin_lim import GriffinLim
     from ttmray.models.latents import LatentEncoder
     from ttmray.models.mert import load_mert

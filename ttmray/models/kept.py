@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ttmray.models.bundle import Bundle, LoadOptions
+from ttmray.models.bundle import Bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.protocol import Protocol
 
 

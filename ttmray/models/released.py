@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ttmray.models.loading import LoadOptions, clap_of, separator_of
+
 if TYPE_CHECKING:
-    from ttmray.models.bundle import LoadOptions
     from ttmray.models.latents import LatentEncoder
     from ttmray.models.t5 import TextEncoder
     from ttmray.models.weights import Store
@@ -62,7 +63,7 @@ def backbone_file(store: "Store", entries: Mapping[str, str]) -> Path | None:
 
 
 def makers(
-    store: "Store", entries: Mapping[str, str], facts: Facts, options: "LoadOptions", device: str, vocoder: bool
+    store: "Store", entries: Mapping[str, str], facts: Facts, options: LoadOptions, device: str, vocoder: bool
 ) -> dict[str, Callable[[], Any]]:
     """Role -> what builds it (see `Bundle._makers`).
 
@@ -71,7 +72,6 @@ def makers(
     """
     from ttmray.models.backbone_weights import load_backbone
     from ttmray.models.bigvgan import PUBLIC_16K, load_bigvgan
-    from ttmray.models.bundle import clap_of, separator_of
     from ttmray.models.latents import LatentEncoder
     from ttmray.models.mert import load_mert
     from ttmray.models.separator import load_separator
@@ -114,7 +114,7 @@ def makers(
     }
 
 
-def decoder_16k(vae: Any, device: str, options: "LoadOptions", vocoder: Any) -> "LatentEncoder":
+def decoder_16k(vae: Any, device: str, options: LoadOptions, vocoder: Any) -> "LatentEncoder":
     """Latents of 16 kHz audio to audio; nothing makes such latents here."""
     from ttmray.audio.mel import PUBLIC_16K
     from ttmray.models.latents import LatentEncoder

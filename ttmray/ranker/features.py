@@ -22,9 +22,10 @@ from ttmray.console import meter
 from ttmray.corpus import index, shards
 from ttmray.errors import ClipError, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.devices import on_gpu
+from ttmray.models.loading import LoadOptions
 from ttmray.models.reward_head import encoders_of
 from ttmray.models.scoring import Scorer
 from ttmray.parts import digests, read_parts, write_part

@@ -16,7 +16,8 @@ from typing import Any, cast
 from ttmray.config import Config, added, fingerprint, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+from ttmray.evaluation.config import EvaluateConfig
+from ttmray.evaluation.evaluate import evaluate
 from ttmray.evaluation.reference import known_protocol, load_reference, reference_there, training_digest, training_there
 from ttmray.evaluation.results import read_clips, read_results
 from ttmray.evaluation.systems import audio_files
@@ -38,7 +39,8 @@ from ttmray.recipes.ablation_tables import (
     read_cell,
     sweep_table,
 )
-from ttmray.recipes.chain import Step, fill, merged, run_chain
+from ttmray.recipes.chain import fill, merged, run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.recipes.needs import (
     Need,
     clips_there,

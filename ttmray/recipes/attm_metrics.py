@@ -25,7 +25,8 @@ from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
 from ttmray.evaluation.systems import SystemFolder, find_systems
 from ttmray.generation.prompts import read_prompts
-from ttmray.models.bundle import BundleName, LoadOptions, open_bundle
+from ttmray.models.bundle import BundleName, open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.recipes.attm import flat
 from ttmray.storage import Folder
 

@@ -5,59 +5,25 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from ttmray import cost, pages
 from ttmray.cluster import alone
-from ttmray.config import Config, ConfigT, load_config
+from ttmray.config import ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.inventory import damage, kind_of, read_marker
-from ttmray.recipes.chain_plan import show_plan, write_plan, write_steps
-from ttmray.recipes.needs import Need, refuse_missing
+from ttmray.recipes.chain_plan import Step, StepCost, show_plan, write_plan, write_steps
+from ttmray.recipes.needs import refuse_missing
 from ttmray.recipes.result_page import chain_values
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
 PAPER_GPU_HOURS = 40
 """On an RTX A5000: ranker, supervised training, expert iteration and CRPO (III-D). Stage 1 alone is 32."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a chain.
-
-    Attributes:
-        config: of its job.
-        run: the job; goes on where it was and returns its exit code.
-        makes: files below the run folder that are there when it is done.
-        after: steps whose results it takes.
-        page: what people should open, below the run folder.
-        in_paper: whether its cost is part of what the paper reports.
-        needs: what must be there from outside of the run folder.
-    """
-
-    name: str
-    config: Config
-    run: Callable[[], int]
-    makes: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    page: str = ""
-    in_paper: bool = False
-    needs: tuple[Need, ...] = ()
-
-
-class StepCost(NamedTuple):
-    """What a step has cost so far: all its launches, killed ones included."""
-
-    step: Step
-    state: str
-    seconds: float
-    gpu_hours: float
 
 
 def run_chain(

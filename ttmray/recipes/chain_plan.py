@@ -1,17 +1,17 @@
-"""The plan of a chain: ten lines on the console, and all of it in `plan.md`; `chain.json` names the steps for
-`ttmray status`."""
+"""The steps of a chain and their plan: ten lines on the console, all of it in `plan.md`; `chain.json` names the steps
+for `ttmray status`."""
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from ttmray.config import Config
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.recipes.estimates import estimates
+from ttmray.recipes.needs import Need
 from ttmray.storage import Folder
-
-if TYPE_CHECKING:
-    from ttmray.recipes.chain import Step, StepCost
 
 STEPS_FILE, PLAN_FILE = "chain.json", "plan.md"
 SHOWN = 6
@@ -19,7 +19,40 @@ SHOWN = 6
 UNKNOWN = "not known"
 
 
-def write_steps(root: Folder, steps: Sequence["Step"]) -> None:
+@dataclass(frozen=True)
+class Step:
+    """A step of a chain.
+
+    Attributes:
+        config: of its job.
+        run: the job; goes on where it was and returns its exit code.
+        makes: files below the run folder that are there when it is done.
+        after: steps whose results it takes.
+        page: what people should open, below the run folder.
+        in_paper: whether its cost is part of what the paper reports.
+        needs: what must be there from outside of the run folder.
+    """
+
+    name: str
+    config: Config
+    run: Callable[[], int]
+    makes: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    page: str = ""
+    in_paper: bool = False
+    needs: tuple[Need, ...] = ()
+
+
+class StepCost(NamedTuple):
+    """What a step has cost so far: all its launches, killed ones included."""
+
+    step: Step
+    state: str
+    seconds: float
+    gpu_hours: float
+
+
+def write_steps(root: Folder, steps: Sequence[Step]) -> None:
     """Write the names of the steps in their order, each with the folder of its job below `root`, where it has one."""
     listed = [{"name": step.name, "folder": _folder(root, step)} for step in steps]
     data = json.dumps({"steps": listed}, indent=1).encode()
@@ -27,7 +60,7 @@ def write_steps(root: Folder, steps: Sequence["Step"]) -> None:
         root.write(STEPS_FILE, data)
 
 
-def _folder(root: Folder, step: "Step") -> str:
+def _folder(root: Folder, step: Step) -> str:
     output = str(getattr(step.config, "output", ""))
     if output.startswith(f"{root.uri}/"):
         return output.removeprefix(f"{root.uri}/")
@@ -55,7 +88,7 @@ def _listed(root: Folder) -> list[Any]:
     return list(json.loads(root.read(STEPS_FILE))["steps"])
 
 
-def show_plan(rows: Sequence["StepCost"], about: Sequence[str]) -> bytes:
+def show_plan(rows: Sequence[StepCost], about: Sequence[str]) -> bytes:
     """Say which steps are to be done and how long they take here; returns all of it, for `plan.md`.
 
     Args:
@@ -83,9 +116,9 @@ def write_plan(root: Folder, text: bytes) -> None:
     console.print(f"all steps: {root.path(PLAN_FILE)}")
 
 
-def _state(row: "StepCost") -> str:
+def _state(row: StepCost) -> str:
     return f"{row.state}, {row.seconds:.3g} s so far" if row.seconds and row.state == "begun" else row.state
 
 
-def _time(row: "StepCost", taken: dict[str, str]) -> str:
+def _time(row: StepCost, taken: dict[str, str]) -> str:
     return "" if row.state == "done" else taken.get(row.step.name, UNKNOWN)

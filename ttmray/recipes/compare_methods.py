@@ -29,10 +29,12 @@ from ttmray.generation.prompts import Prompt, given_prompts, held_out, read_prom
 from ttmray.generation.sampler import SCORE_LIMIT
 from ttmray.models.backbone import SIZES, BackboneConfig
 from ttmray.models.backbone_weights import file_config, read_support
-from ttmray.models.bundle import Bundle, BundleName, LoadOptions, base_name, open_bundle
+from ttmray.models.bundle import Bundle, BundleName, base_name, open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import SAMPLE_RATE
 from ttmray.models.weights import weights_file
-from ttmray.recipes.chain import Step, fill, merged, run_chain
+from ttmray.recipes.chain import fill, merged, run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.recipes.hearing import HEARD, Hearing, OtherRewardConfig, hear
 from ttmray.recipes.method_tables import MethodComparison, compare
 from ttmray.recipes.needs import Need, file_there, needs_of, plots, text_if_there, weights

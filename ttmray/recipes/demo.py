@@ -17,7 +17,8 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from ttmray import pages
-from ttmray.audio.io import AudioLimits, decode, resample
+from ttmray.audio.io import decode, resample
+from ttmray.audio.limits import AudioLimits
 from ttmray.config import Config, Location, execution, fingerprint
 from ttmray.console import console
 from ttmray.corpus import index

@@ -19,7 +19,8 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation.sampler import Draw, Sampler, SamplerConfig
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, Models, open_bundle
+from ttmray.models.bundle import Models, open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.protocol import CLAP_SAMPLE_RATE
 from ttmray.models.scoring import SAMPLE_RATE, Scorer
 from ttmray.pretraining.clap import recall_at_1

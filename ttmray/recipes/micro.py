@@ -27,7 +27,8 @@ from ttmray.pretraining.clips import ClipSet
 from ttmray.pretraining.job import FACTS, PARTS, ROLES, UNTRAINED, PartsConfig, train_parts
 from ttmray.pretraining.loop import CHECKPOINT, to_half
 from ttmray.ranker.job import METRICS, RankerConfig, train_ranker
-from ttmray.recipes.chain import Step, fill, run_chain
+from ttmray.recipes.chain import fill, run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.synth import listeners

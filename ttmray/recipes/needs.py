@@ -84,7 +84,7 @@ def needs_of(section: str, config: Config, root: Folder, weights_field: str = ""
     """
     from ttmray.corpus.catalogue import check_songs
     from ttmray.corpus.config import CorpusConfig
-    from ttmray.evaluation.evaluate import EvaluateConfig
+    from ttmray.evaluation.config import EvaluateConfig
     from ttmray.generation.config import GenerateConfig
     from ttmray.generation.pool_worker import CandidatesConfig
     from ttmray.generation.prompts import read_prompts

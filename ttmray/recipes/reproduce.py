@@ -24,7 +24,8 @@ from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.backbone_weights import check_forward
 from ttmray.models.bundle import base_name, open_bundle
 from ttmray.models.cross_load import cross_load
-from ttmray.recipes.chain import Step, fill, merged, run_chain
+from ttmray.recipes.chain import fill, merged, run_chain
+from ttmray.recipes.chain_plan import Step
 from ttmray.recipes.compose import PROMPTS, WorldConfig, compose_world
 from ttmray.recipes.needs import Need, needs_of, plots, problem, text_if_there
 from ttmray.recipes.reproduce_config import RANKER, ReproduceConfig, SystemConfig
@@ -366,7 +367,8 @@ class _Chain:
         self.add(f"choose-{name}", choice, run, marker, after=after, page=page, section="pool")
 
     def add_evaluation(self, systems: Mapping[str, SystemConfig], fields: Mapping[str, Any]) -> None:
-        from ttmray.evaluation.evaluate import EvaluateConfig, evaluate
+        from ttmray.evaluation.config import EvaluateConfig
+        from ttmray.evaluation.evaluate import evaluate
         from ttmray.evaluation.report import report
 
         places = {name: one.clips or self.path(f"generated/{name}") for name, one in systems.items()}

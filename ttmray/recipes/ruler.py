@@ -20,7 +20,8 @@ from ttmray import pages
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import one_thread
-from ttmray.models.bundle import LoadOptions, open_bundle
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
 from ttmray.recipes.floors import rewards_of
 from ttmray.statistics import Correlation, spearman

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ttmray import pages
-from ttmray.audio.io import AudioLimits, decode, resample
+from ttmray.audio.io import decode, resample
+from ttmray.audio.limits import AudioLimits
 from ttmray.errors import UserError, run_program
 from ttmray.evaluation import plots
 from ttmray.generation.manifest import read_rows

@@ -123,6 +123,22 @@ class Clips:
         finally:
             os.close(descriptor)
 
+    def arrays(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Posterior mean and deviation (frames, channels) and text (tokens, width) in float16, and pooled text (512,)
+        in float32, all finite.
+
+        Raises:
+            UserError: as `read`.
+        """
+        mean, std = (np.empty(self.shape, np.float16) for _ in range(2))
+        text, text_c = np.empty(self.text_shape, np.float16), np.empty(CLAP_WIDTH, np.float32)
+        self.read(row, mean, std, text, text_c)
+        arrays: dict[str, np.ndarray] = {"mean": mean, "std": std, "text": text, "text_c": text_c}
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise self.damage(row, f"{name} is not finite", text=name.startswith("text"))
+        return mean, std, text, text_c
+
     def damage(self, row: int, what: str, text: bool = False) -> UserError:
         """The error for a clip whose latents (or text features) cannot be used."""
         file = self._text_files[self._text_file[self._caption[row]]] if text else self._shards[self._shard[row]]

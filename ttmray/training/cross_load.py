@@ -5,31 +5,32 @@ Whether training has saturated the score or the cross-load has lost it shows her
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ttmray.cluster import ActorsConfig, alone, each
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.generation.steering import SteeringConfig, compare, lines, lost
-from ttmray.models.backbone_weights import read_config, tidy, with_head
-from ttmray.models.cross_load import CROSS_LOAD, CrossLoad
+from ttmray.models.backbone_weights import file_head, read_config, tidy, with_head
+from ttmray.models.cross_load import CROSS_LOAD, CrossLoad, cross_load
 from ttmray.models.score_heads import Head
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
 from ttmray.storage import Folder
-from ttmray.training.config import TrainConfig
+from ttmray.training.config import ModelConfig, TrainConfig
+from ttmray.training.data import corpus_bundle
 from ttmray.training.loop import preserved_mode
-from ttmray.training.sft import corpus_bundle, init_cross_load
-
-if TYPE_CHECKING:
-    from ttmray.training.launch import MakeTask
+from ttmray.training.task import MakeTask
 
 
-def report_cross_load(config: TrainConfig, make_task: "MakeTask", device: torch.device) -> None:
+def report_cross_load(config: TrainConfig, make_task: MakeTask, device: torch.device) -> None:
     """Measure and say what a cross-load costs; nothing where the run is none. A later launch says it again unmeasured.
 
     Nothing that the training draws or computes depends on it: models and batches are its own, and the noise is drawn
@@ -79,10 +80,37 @@ def _crossed(config: TrainConfig) -> CrossLoad | None:
     return init_cross_load(config.model, tidy(read_state_dict(path), str(path)), path)
 
 
+def init_cross_load(model: ModelConfig, state: Mapping[str, Tensor], path: Path) -> CrossLoad | None:
+    """The cross-load of a start from the weights of a file, if it is one.
+
+    Args:
+        model: of the run.
+        state: tensors of the file, tidied, of any shape.
+        path: of the file, with its config.
+
+    Raises:
+        UserError: the weights would collapse, the file does not say what they were trained as, or says something else
+            than `model.init_head`.
+    """
+    named = file_head(state, read_config(path))
+    if named is None and model.init_head is None and model.head != "none":
+        raise UserError(
+            f"model.init: {path} has a score embedding and does not say for which head it was trained.",
+            "Set model.init_head: v1, v2 or v4, which share their tensors; the paper's submission is v2.",
+        )
+    if named is not None and model.init_head not in (None, named):
+        raise UserError(
+            f"model.init_head is {model.init_head}, but {path} was trained with head {named}.",
+            "Leave model.init_head out.",
+        )
+    theirs = named or model.init_head or model.head
+    return cross_load(theirs, model.head, f"model.init: {path}", force=model.force_head)
+
+
 class _Measure:
     """The weights of a run in both forwards, in one process; a call measures them on the run's first texts."""
 
-    def __init__(self, kind: type[TrainConfig], config: str, make_task: "MakeTask", device: str, own: Head) -> None:
+    def __init__(self, kind: type[TrainConfig], config: str, make_task: MakeTask, device: str, own: Head) -> None:
         self.config = kind.model_validate_json(config)
         before, console.quiet = console.quiet, True  # the launch has said what there is to say
         try:

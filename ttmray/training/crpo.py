@@ -32,14 +32,15 @@ from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
 from ttmray.storage import Folder
 from ttmray.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig
-from ttmray.training.data import Samples, loader
+from ttmray.training.data import Samples, corpus_bundle, loader
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
+from ttmray.training.launch import launch
 from ttmray.training.loop import fast_kernels, unsynchronised
 from ttmray.training.memory import step_flops
 from ttmray.training.pair_mixture import open_pairs
 from ttmray.training.pairs import pool_score
 from ttmray.training.reference_losses import ReferenceLosses
-from ttmray.training.sft import corpus_bundle, frozen_digest, initial_model, score_facts, write_samples
+from ttmray.training.sft import frozen_digest, initial_model, score_facts, write_samples
 from ttmray.training.task import Losses, Task
 
 LogRatio = Literal["tangoflux", "equation_1"]
@@ -359,8 +360,6 @@ def check_head(model: FluxAudio, path: Path) -> None:
 
 def train_crpo(config: CrpoConfig, *, plan_only: bool = False, force: bool = False) -> int:
     """Stage 3 from start to end, or from where it was; returns the exit code."""
-    from ttmray.training.launch import launch
-
     return launch("crpo", config, CrpoTask, plan_only=plan_only, force=force, keep=_precompute)
 
 

@@ -11,6 +11,7 @@ memory, a safe fork, and a copy of the index each.
 """
 
 import itertools
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ttmray.config import Config, Location, added, execution, fingerprint
+from ttmray.config import Config, Location, added, differences, execution, fingerprint
 from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.errors import UserError
+from ttmray.models.bundle import base_name
+from ttmray.models.reward_head import encoders_of
+from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.training.clips import CLAP_WIDTH, Clips, CorpusRows, choose_clips, read_rows, remote_sizes
 from ttmray.training.files import make_room
@@ -347,6 +351,25 @@ def require_one_protocol(sources: Sequence[SourceConfig]) -> None:
                 f"sources: {first[1]} was made by {first[0]}, {where} by {protocol}.",
                 "Score both in one way: ttmray corpus rescore RUN --head HEAD --name NAME, and name its column.",
             )
+
+
+def corpus_bundle(data: DataConfig) -> str:
+    """Name of the bundle that made all corpora, whatever heads scored them.
+
+    Raises:
+        UserError: they were made by different ones.
+    """
+    runs = [Folder.at(source.corpus) for source in data.sources]
+    described = [json.loads(run.read(RUN)) for run in runs]
+    named = [run_facts["identity"].get("bundle") for run_facts in described]
+    bundles = [bundle and encoders_of(bundle) for bundle in named]
+    for run, bundle in zip(runs, bundles, strict=True):
+        if bundle != bundles[0]:
+            lines = "; ".join(differences(bundles[0], bundle, "bundle"))
+            raise UserError(
+                f"{runs[0]} and {run} were made by different models: {lines}.", "Mix corpora of one bundle."
+            )
+    return base_name(str(described[0]["config"]["bundle"]))
 
 
 def draws(seed: int, number: int, shape: tuple[int, int]) -> Draws:

@@ -30,11 +30,9 @@ from ttmray.training.export import EXPORTED
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import CHECKPOINTS, train, trajectory
 from ttmray.training.memory import Split, split_batch
-from ttmray.training.task import Ranks, Task
+from ttmray.training.task import MakeTask, Ranks, Task
 
 FORCE = "--force goes on with the new ones."
-MakeTask = Callable[[Any, torch.device], Task]
-"""Of the config of its own kind."""
 Row = tuple[str, str, str]
 """Of the plan: a name, a value, its reason."""
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ttmray.audio.io import encode_flac
-from ttmray.config import differences
 from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.finalise import LATENTS, latent_statistics
@@ -24,32 +23,31 @@ from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import (
     Transfer,
     config_of,
-    file_head,
     read_config,
     read_support,
     tidy,
     transfer,
     usable,
 )
-from ttmray.models.bundle import LoadOptions, base_name, open_bundle
-from ttmray.models.cross_load import CrossLoad, cross_load
-from ttmray.models.reward_head import encoders_of
+from ttmray.models.bundle import open_bundle
+from ttmray.models.loading import LoadOptions
 from ttmray.models.score_support import ScoreSupport
 from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import digest_file, weights_file
-from ttmray.runs import RUN
 from ttmray.storage import Folder
-from ttmray.training.config import LoopConfig, ModelConfig, TrainConfig
+from ttmray.training.config import LoopConfig, TrainConfig
+from ttmray.training.cross_load import init_cross_load
 from ttmray.training.data import (
-    DataConfig,
     Mixture,
     Samples,
+    corpus_bundle,
     evaluation_batches,
     loader,
     open_mixture,
     open_with_held_out,
 )
 from ttmray.training.flow_matching import FlowMatchingConfig, flow_losses
+from ttmray.training.launch import launch
 from ttmray.training.memory import step_flops
 from ttmray.training.task import Losses, Task
 from ttmray.training.tensors import pack, unpack
@@ -143,25 +141,6 @@ def caption_warning(share: float) -> str | None:
     )
 
 
-def corpus_bundle(data: DataConfig) -> str:
-    """Name of the bundle that made all corpora, whatever heads scored them.
-
-    Raises:
-        UserError: they were made by different ones.
-    """
-    runs = [Folder.at(source.corpus) for source in data.sources]
-    described = [json.loads(run.read(RUN)) for run in runs]
-    named = [run_facts["identity"].get("bundle") for run_facts in described]
-    bundles = [bundle and encoders_of(bundle) for bundle in named]
-    for run, bundle in zip(runs, bundles, strict=True):
-        if bundle != bundles[0]:
-            lines = "; ".join(differences(bundles[0], bundle, "bundle"))
-            raise UserError(
-                f"{runs[0]} and {run} were made by different models: {lines}.", "Mix corpora of one bundle."
-            )
-    return base_name(str(described[0]["config"]["bundle"]))
-
-
 def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str]:
     """The model before the first update, on the CPU, and what its weights are.
 
@@ -206,33 +185,6 @@ def initial_model(config: TrainConfig, mixture: Mixture) -> tuple[FluxAudio, str
     for line in report.lines():
         console.print(f"init: {line}", markup=False)
     return model, digest_file(path).sha256
-
-
-def init_cross_load(model: ModelConfig, state: Mapping[str, Tensor], path: Path) -> CrossLoad | None:
-    """The cross-load of a start from the weights of a file, if it is one.
-
-    Args:
-        model: of the run.
-        state: tensors of the file, tidied, of any shape.
-        path: of the file, with its config.
-
-    Raises:
-        UserError: the weights would collapse, the file does not say what they were trained as, or says something else
-            than `model.init_head`.
-    """
-    named = file_head(state, read_config(path))
-    if named is None and model.init_head is None and model.head != "none":
-        raise UserError(
-            f"model.init: {path} has a score embedding and does not say for which head it was trained.",
-            "Set model.init_head: v1, v2 or v4, which share their tensors; the paper's submission is v2.",
-        )
-    if named is not None and model.init_head not in (None, named):
-        raise UserError(
-            f"model.init_head is {model.init_head}, but {path} was trained with head {named}.",
-            "Leave model.init_head out.",
-        )
-    theirs = named or model.init_head or model.head
-    return cross_load(theirs, model.head, f"model.init: {path}", force=model.force_head)
 
 
 def refuse_another_null(model: FluxAudio, path: Path, saved: BackboneConfig) -> None:
@@ -387,6 +339,4 @@ def write_samples(model: FluxAudio, config: LoopConfig, bundle: str, folder: Fol
 
 def train_sft(config: TrainConfig, *, plan_only: bool = False, force: bool = False) -> int:
     """Stage 1 from start to end, or from where it was; returns the exit code."""
-    from ttmray.training.launch import launch
-
     return launch("sft", config, SftTask, plan_only=plan_only, force=force, keep=keep_empty_text)

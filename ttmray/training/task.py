@@ -88,3 +88,7 @@ class Ranks:
         box: list[Any] = [None] * self.world
         dist.all_gather_object(box, value)
         return box
+
+
+MakeTask = Callable[[Any, torch.device], Task]
+"""Of the config of its own kind."""
