@@ -377,6 +377,10 @@ def test_corpora_of_different_models_are_not_mixed(make_train_config, debug_corp
     assert corpus_bundle(make_train_config(tmp_path).data) == "debug"
 
 
+def test_a_run_says_what_its_corpus_says_of_its_numbers(finished):
+    assert json.loads((finished / "run.json").read_text())["note"] == "random numbers: they mean nothing"
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_training_without_captions_is_told_aloud(
     make_train_config, write_corpus, debug_corpus, tmp_path, capsys, mixed

@@ -206,8 +206,9 @@ class _Trainer:
 
 def _claim(run: Folder, config: RankerConfig, pairs: str) -> None:
     """Write `run.json`, or check that it describes the same run."""
-    what = {"config": identity(config), "pairs": pairs, "bundle": open_bundle(config.bundle).identity()}
-    described = runs.describe("ranker", what, config, ("torch", "numpy"))
+    bundle = open_bundle(config.bundle)
+    what = {"config": identity(config), "pairs": pairs, "bundle": bundle.identity()}
+    described = runs.describe("ranker", what, config, ("torch", "numpy"), note=bundle.note)
     old = inventory.restore_run(run, "ranker", described["fingerprint"]) or runs.existing(run, "ranker")
     if old is None and runs.write(run, described):
         return

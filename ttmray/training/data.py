@@ -30,7 +30,7 @@ from ttmray.corpus.scores import COLUMN, protocol_of
 from ttmray.errors import UserError
 from ttmray.models.bundle import base_name
 from ttmray.models.reward_head import encoders_of
-from ttmray.runs import RUN
+from ttmray.runs import RUN, note_of
 from ttmray.storage import Folder
 from ttmray.training.clips import CLAP_WIDTH, Clips, CorpusRows, choose_clips, read_rows, remote_sizes
 from ttmray.training.files import make_room
@@ -370,6 +370,16 @@ def corpus_bundle(data: DataConfig) -> str:
                 f"{runs[0]} and {run} were made by different models: {lines}.", "Mix corpora of one bundle."
             )
     return base_name(str(described[0]["config"]["bundle"]))
+
+
+def note_of_corpora(data: DataConfig) -> str:
+    """What people must know about models that learn from them; empty where there is nothing to say.
+
+    Raises:
+        UserError: a corpus is not there, or damaged.
+    """
+    notes = {note_of(Folder.at(source.corpus)) for source in data.sources}
+    return "; ".join(sorted(notes - {""}))
 
 
 def draws(seed: int, number: int, shape: tuple[int, int]) -> Draws:

@@ -24,7 +24,7 @@ from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.training.config import OptimizerConfig, TrainConfig
-from ttmray.training.data import SourceConfig, open_mixture
+from ttmray.training.data import SourceConfig, note_of_corpora, open_mixture
 from ttmray.training.export import export
 from ttmray.training.launch import claim, launch, refuse_foreign
 from ttmray.training.sft import SftTask
@@ -250,4 +250,4 @@ def _described(config: ExpertIterationConfig, weights: str) -> dict[str, Any]:
     settings = {name: value for name, value in identity(config).items() if name != "filter"}
     init = digest_file(weights_file(weights, "model.init")).sha256
     what = {"config": settings, "data": open_mixture(config.data).fingerprint(), "init": init}
-    return runs.describe(KIND, what, config, ("torch", "numpy"))
+    return runs.describe(KIND, what, config, ("torch", "numpy"), note=note_of_corpora(config.data))

@@ -26,6 +26,7 @@ from ttmray.storage import Folder
 from ttmray.training.checkpoint import STATE, committed
 from ttmray.training.config import LoopConfig, TrainConfig
 from ttmray.training.cross_load import report_cross_load
+from ttmray.training.data import note_of_corpora
 from ttmray.training.export import EXPORTED
 from ttmray.training.logbook import METRICS
 from ttmray.training.loop import CHECKPOINTS, train, trajectory
@@ -227,7 +228,8 @@ def require_memory(needed: float, most: float, phase: str) -> None:
 def describe(kind: str, config: LoopConfig, task: Task) -> dict[str, Any]:
     """What `run.json` holds."""
     what = {"config": trajectory(config), **task.identity}
-    return runs.describe(kind, what, config, ("torch", "ray", "numpy"))
+    note = note_of_corpora(config.data) if isinstance(config, TrainConfig) else ""
+    return runs.describe(kind, what, config, ("torch", "ray", "numpy"), note=note)
 
 
 def claim(out: Folder, described: dict[str, Any], force: bool) -> None:
