@@ -307,11 +307,22 @@ class FolderBundle(Bundle):
 
 
 @dataclass(frozen=True)
-class BundleWithHead(Bundle):
-    """A bundle whose rewards come from another head: that of a ranker run, or of a file."""
+class BundleOver(Bundle):
+    """Another bundle in all but what a subclass says."""
 
     base: Bundle
-    head: RewardHead
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.base.name
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        return self.base.note
+
+    @property
+    def licence_notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.base.licence_notes
 
     @property
     def clip_s(self) -> float:  # type: ignore[override]
@@ -322,26 +333,46 @@ class BundleWithHead(Bundle):
         return self.base.sampling
 
     def roles(self) -> set[str]:
-        return self.base.roles() | {"tunejury"}
+        return self.base.roles()
 
     def require(self, roles: Collection[str]) -> None:
-        self.base.require(set(roles) - {"tunejury"})
+        self.base.require(roles)
+
+    def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
+        return self.base.identity(roles)
 
     def backbone_file(self) -> Path | None:
         return self.base.backbone_file()
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.base.name
+    def weights(self, roles: Collection[str] | None = None) -> list[str]:
+        return self.base.weights(roles)
 
-    @property
-    def licence_notes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.base.licence_notes
+    def protocol(self, reward_text: Literal["empty", "caption"]) -> Protocol:
+        return self.base.protocol(reward_text)
+
+    def _makers(self, options: LoadOptions, device: str, vocoder: bool) -> dict[str, Callable[[], Any]]:
+        return self.base._makers(options, device, vocoder)
+
+
+@dataclass(frozen=True)
+class BundleWithHead(BundleOver):
+    """A bundle whose rewards come from another head: that of a ranker run, or of a file."""
+
+    head: RewardHead
 
     @property
     def note(self) -> str:  # type: ignore[override]
         own = f"rewards by the head {self.head.location} ({self.head.sha256[:12]})"
         return f"{self.base.note}; {own}" if self.base.note else own
+
+    def roles(self) -> set[str]:
+        return self.base.roles() | {"tunejury"}
+
+    def require(self, roles: Collection[str]) -> None:
+        self.base.require(set(roles) - {"tunejury"})
+
+    def weights(self, roles: Collection[str] | None = None) -> list[str]:
+        return self.base.weights(set(self.base.roles() if roles is None else roles) - {"tunejury"})
 
     def identity(self, roles: Collection[str] | None = None) -> dict[str, Any]:
         identity = self.base.identity(roles)
