@@ -49,7 +49,7 @@ FINGERPRINTS = {
     "debug/stage2": "a6ab63a15f44cdd49fdf42f30cd80b21fc6bc634d229792b97a6fc611b6526e7",
     "debug/stage3": "52e82e8ae581c20ad2481bacb3de12b3c9d76dc44cd4528ff930d9ebc7b9ab7d",
     "micro/methods": "ca85b6164795ee28c8ce6fc80c1fc7d6c390cac9eee1ca3ba8ee9b100e529911",
-    "micro/reproduce": "f557980d8678e9cbe68a2ff1726c2de4b1f93b5c45bf7b9d0546660f890d2e07",
+    "micro/reproduce": "e229d1bcd73c877dedb1f8f75e63a9cb34f4fae69446a9fdc058e08dc1e6005f",
     "micro/train": "650e3b68addd8fe99633b60b2053311b89481ecd0d72ec28dbcaf6802e64a116",
     "paper/ablate": "01eebf2da9be395f1605f14594e975093a376245cf168526704d9ae3f627515b",
     "paper/corpus": "c4b858542f0760662c95550ceab8736bf25da440651a3e4c7ebcc4458eb747e8",

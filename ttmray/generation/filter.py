@@ -3,6 +3,7 @@
 A pool (generation/pool.py) is a corpus run of generated clips, whose index has more columns than a corpus's.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -258,6 +259,16 @@ def by_rule(rows: pa.Table, rule: str) -> np.ndarray:
             "It must return one finite number per row.",
         )
     return values
+
+
+BY_CHANCE = f"{__name__}:by_chance"
+"""A rule for those who want to know what choosing adds."""
+
+
+def by_chance(rows: pa.Table) -> np.ndarray:
+    """(n,) numbers that follow from a clip's key and nothing else: as a rule, clips are drawn by chance."""
+    digests = (hashlib.sha256(key.encode()).digest() for key in rows["key"].to_pylist())
+    return np.array([int.from_bytes(digest[:6], "big") / (1 << 48) for digest in digests])
 
 
 def excluded(table: pa.Table, config: FilterConfig) -> np.ndarray:

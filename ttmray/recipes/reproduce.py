@@ -1,7 +1,7 @@
 """The whole chain from one config (paper III-D): songs in; ranker, three stages, clips, evaluation and one page out.
 
 Steps, in order: world (songs that are composed), corpus, votes (made up, for demos), ranker, rescore (the corpus, by
-that ranker), trunk, stage1, pool, stage2, control, pairs_pool, pairs, stage3, choose-<system> (its score),
+that ranker), trunk, stage1, pool, stage2, control, unselected, pairs_pool, pairs, stage3, choose-<system> (its score),
 generate-<system>, evaluate and tables (`ttmray ablate` about these weights). Each is the job of that
 name with its own config, a section of this one, in a folder of its own. What one step makes for another (folders,
 weights, rewards) is filled in here, as are the held-out prompts. A section that is left out leaves out its step.
@@ -20,6 +20,7 @@ from ttmray.config import Config, ConfigT, fingerprint, identity
 from ttmray.corpus.scores import SCORES
 from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
+from ttmray.generation.filter import BY_CHANCE
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.backbone_weights import check_forward
 from ttmray.models.bundle import base_name, open_bundle
@@ -76,6 +77,8 @@ def build_steps(config: ReproduceConfig) -> list[Step]:
         chain.add_stage2("stage2", config.stage2)
         if config.control:
             chain.add_stage2("control", config.stage2)
+        if config.unselected:
+            chain.add_stage2("unselected", merged(config.stage2, {"filter": {"rule": BY_CHANCE, "rewards": {}}}))
     parent = "stage2" if config.stage2 is not None else "stage1"
     if config.pairs_pool is not None:
         chain.add_pool("pairs_pool", merged(config.pool or {}, config.pairs_pool), parent)
@@ -276,7 +279,8 @@ class _Chain:
         from ttmray.training.expert_iteration import ExpertIterationConfig, expert_iteration
 
         control, path = name == "control", self.path
-        links: dict[str, Any] = {"output": path("stage2"), "data": self.data, "model": self.model("stage1")}
+        folder = "unselected" if name == "unselected" else "stage2"
+        links: dict[str, Any] = {"output": path(folder), "data": self.data, "model": self.model("stage1")}
         links |= {"weights": self.config.weights, "control": control, "pools": [] if control else [path("pool")]}
         if fields.get("rounds", 1) > 1:  # the later ones need pools of their own
             made_by = {"output": path("pool"), "checkpoint": path(self.weights["stage1"])}
@@ -284,7 +288,7 @@ class _Chain:
             links["pool"] = pool.model_dump(mode="json")
         stage2 = self.section(ExpertIterationConfig, "stage2", fields, **links)
         self._check_head("stage2", stage2.model, "stage1")
-        place, end = f"stage2/{'control' if control else 'expert'}", "polish" if stage2.polish.steps else "finetune"
+        place, end = f"{folder}/{'control' if control else 'expert'}", "polish" if stage2.polish.steps else "finetune"
         self.weights[name], self.models[name] = f"{place}/round-{stage2.rounds}/{end}.safetensors", stage2.model
         page = "" if control else f"{place}/round-1/selection/selection.md"
         after = ["corpus", *self.scored_by, "stage1", *([] if control else ["pool"])]
@@ -315,7 +319,7 @@ class _Chain:
         files = ("stage3/_SUCCESS.json", self.weights["stage3"])
 
         def run() -> int:
-            return train_crpo(stage3) or export_again(place, self.config.weights)
+            return train_crpo(stage3) or export_again(place, self.config.stage3_weights or self.config.weights)
 
         self.add("stage3", stage3, run, *files, after=["pairs", parent])
 

@@ -11,7 +11,7 @@ from ttmray.models.bundle import BundleName
 from ttmray.recipes.compose import WorldConfig
 from ttmray.synth.listeners import Listeners
 
-Stage = Literal["stage1", "stage2", "control", "stage3"]
+Stage = Literal["stage1", "stage2", "control", "unselected", "stage3"]
 RANKER = "ranker"
 """Step, its folder, and the table of the corpus's scores by it."""
 
@@ -100,6 +100,8 @@ class ReproduceConfig(Config):
     """File of the prompts of the evaluation. Pools and pairs must not use them."""
     weights: str = Field("raw", pattern=r"^(raw|ema:[0-9.]+)$")
     """Weights that go from stage to stage: `raw` as in the released chain, or `ema:0.05`."""
+    stage3_weights: str | None = added(None, pattern=r"^(raw|ema:[0-9.]+)$")
+    """Those of Stage 3, where they are to be others. null: `weights`."""
     corpus: dict[str, Any]
     """`score-corpus`; of the songs of `world`, where there is one."""
     votes: VotesConfig | None = None
@@ -122,7 +124,10 @@ class ReproduceConfig(Config):
     """`expert-iteration`; its first round has the pool above. Size, head and null of its model are those of Stage 1
     where it does not say otherwise."""
     control: bool = True
-    """Stage 2 once more without its own clips, so that the gain can be attributed."""
+    """Stage 2 once more without its own clips, so that the gain can be told from that of more training."""
+    unselected: bool = added(False)
+    """Stage 2 once more with as many of its own clips, drawn by chance from those that pass the filter's gates: what
+    the choice adds to training on clips of one's own, which were sampled with guidance."""
     pairs_pool: dict[str, Any] | None = None
     """What differs from `pool` for the candidates of Stage 2 that the pairs are made of; null: there are no pairs."""
     pairs: dict[str, Any] | None = None
@@ -137,9 +142,9 @@ class ReproduceConfig(Config):
     evaluate: dict[str, Any] | None = None
     """`evaluate`, of all systems."""
     tables: dict[str, Any] | None = added(None)
-    """`ablate`, about the weights of this chain: `stage1`, `stage2`, `control` and `stage3` are checkpoints by these
-    names, `corpus` is a reference set, prompts, models and rewards are those of the chain, and what is trained for the
-    tables differs from `stage1`. It runs last, in a folder of its own."""
+    """`ablate`, about the weights of this chain: `stage1`, `stage2`, `control`, `unselected` and `stage3` are
+    checkpoints by these names, `corpus` is a reference set, prompts, models and rewards are those of the chain, and
+    what is trained for the tables differs from `stage1`. It runs last, in a folder of its own."""
 
     @model_validator(mode="after")
     def _of_a_world(self) -> Self:
