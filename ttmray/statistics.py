@@ -206,8 +206,9 @@ def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float
 
     Prompts and seeds are both random: the variance of the mean is (M_p + M_s - M_e) / (P S) with the mean squares of
     prompts, seeds and what is left (Searle, Casella & McCulloch, Variance Components, 1992), its degrees of freedom are
-    Satterthwaite's. Never less than either side alone has, because M_p or M_s falls below M_e by chance. With three
-    seeds that differ, the quantile is near 4.3 in place of 2: a few seeds say little, and the interval says so. Where
+    Satterthwaite's. It is never narrower than the interval of either side alone, because M_p or M_s falls below M_e by
+    chance, and the few degrees of freedom of seeds count less in the sum than they should. With three seeds that
+    differ, the quantile is near 4.3 in place of 2: a few seeds say little, and the interval says so. Where
     `hierarchical_bootstrap` draws from so few columns, it is too narrow by a factor of sqrt(1 - 1/S) and more.
 
     Returns:
@@ -233,9 +234,9 @@ def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float
     if both > 0:
         spread = sum(square**2 / df for square, df in zip(squares, freedom, strict=True))
         sums.append((float(both), float(both**2 / spread)))
-    square, df = max(sums)
-    half = stats.t.ppf(0.5 + confidence / 2, max(df, 1.0)) * np.sqrt(square / (p * s))
-    return mean - float(half), mean + float(half)
+    quantiles = stats.t.ppf(0.5 + confidence / 2, [max(df, 1.0) for _, df in sums])
+    half = float(np.max(quantiles * np.sqrt([square / (p * s) for square, _ in sums])))
+    return mean - half, mean + half
 
 
 MEAN_INTERVAL = "t over prompts"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 
 from ttmray.errors import UserError
 from ttmray.evaluation.results import COLUMNS, QUALITY
-from ttmray.recipes.findings import Finding, Seed, all_findings, findings, read_seed
+from ttmray.recipes.effects import Seed, effect, read_seed
+from ttmray.recipes.findings import Finding, all_findings, findings
+from ttmray.synth.faults import FLOOR
 
 PROMPTS = 40
 CELLS: dict[tuple[str, ...], str] = {
@@ -34,13 +37,16 @@ CELLS: dict[tuple[str, ...], str] = {
     ("factorial", "Chain-end v1 v2"): "crossed",
     ("rewards", "instrumental"): "v1",
     ("rewards", "full mix"): "full",
+    ("expert-iteration", "unselected"): "unselected",
 }
 LEVELS = {
     "text": (0.0, 0.0), "v1-low": (-0.5, -0.5), "v1": (0.3, 0.3), "v2-low": (-0.4, -0.3), "v2": (0.4, 0.3),
     "control": (0.3, 0.3), "expert": (0.8, 0.7), "crossed": (0.8, 0.7), "crpo": (0.8, 0.7),
-    "v1-in-v2": (0.3, 0.3), "v2-in-v1": (-1.0, -1.0), "full": (0.3, 0.3),
+    "v1-in-v2": (0.3, 0.3), "v2-in-v1": (-1.0, -1.0), "full": (0.3, 0.3), "unselected": (0.7, 0.6),
 }  # fmt: skip
 """Cell -> mean reward and mean estimated quality."""
+MEASURED = ("reward", QUALITY, "vocal_ratio", "clap_score")
+TEXTS = {str(i): ("slow jazz, no vocals", "a rock song with a female singer")[i % 2] for i in range(PROMPTS)}
 
 
 def runs(
@@ -53,18 +59,18 @@ def runs(
         rng = np.random.default_rng(100 + number)
         scores: dict[str, Any] = {}
         for cell, usual in LEVELS.items():
-            level = (*levels.get(cell.replace("-", "_"), usual), 0.1)[:3]
+            level = (*(*levels.get(cell.replace("-", "_"), usual), 0.1)[:3], 0.2)
             moved = rng.normal(0, of_seed)
             scores[cell] = {
                 metric: dict(zip(map(str, range(PROMPTS)), values.tolist(), strict=True))
                 for metric, values in zip(
-                    ("reward", QUALITY, "vocal_ratio"),
+                    MEASURED,
                     [one + moved + common + rng.normal(0, noise, PROMPTS) for one in level],
                     strict=True,
                 )
             }
-        deviations = {(cell, metric): 0.5 for cell in scores for metric in ("reward", QUALITY, "vocal_ratio")}
-        some.append(Seed(f"seed-{number}", scores, CELLS, deviations))
+        deviations = {(cell, metric): 0.5 for cell in scores for metric in MEASURED}
+        some.append(Seed(f"seed-{number}", scores, CELLS, deviations, TEXTS, learned=0.9))
     return some
 
 
@@ -117,7 +123,7 @@ def test_rewards_that_rise_where_quality_falls_are_named():
 
 
 def test_missing_cells_are_said_and_nothing_is_concluded_from_them():
-    bare = [Seed(seed.name, seed.scores, {}, seed.deviations) for seed in runs()]
+    bare = [replace(seed, rows={}) for seed in runs()]
     for one in all_findings(bare):
         assert one.verdict == "cannot be told"
         assert "have no" in one.why or "has no" in one.why
@@ -141,7 +147,7 @@ def write_run(root: Path, seed: Seed) -> None:
         (folder / "results.json").write_text(json.dumps(results))
         rows = [
             dict.fromkeys(COLUMNS)
-            | {"system": cell, "prompt_id": prompt, "sample": 0, "status": "ok", "clap_score": 0.2}
+            | {"system": cell, "prompt_id": prompt, "sample": 0, "status": "ok", "prompt": seed.prompts[prompt]}
             | {metric: values[prompt] for metric, values in metrics.items()}
             for prompt in metrics["reward"]
         ]
@@ -167,10 +173,98 @@ def test_runs_are_read_and_everything_is_written(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     one = next(row for row in rows if (row["run"], row["row"], row["metric"]) == ("seed-1", "control", "reward"))
     assert float(one["value"]) == seeds[1].scores["control"]["reward"][one["prompt_id"]]
-    with pytest.raises(UserError, match="is there twice"):
+    with pytest.raises(UserError, match="hold the same results"):
         findings([folders[0], folders[0]])
     with pytest.raises(UserError, match=r"cells.json is missing"):
         findings([str(tmp_path / "out")])
+
+
+def test_a_copy_under_another_name_is_no_other_seed(tmp_path):
+    seed = runs(1)[0]
+    write_run(tmp_path / "a/seed-0", seed)
+    write_run(tmp_path / "b/seed-0", seed)
+    with pytest.raises(UserError, match="a/seed-0 hold the same results"):
+        findings([str(tmp_path / "a/seed-0"), str(tmp_path / "b/seed-0")])
+
+
+def test_runs_with_other_prompts_are_not_paired(tmp_path):
+    one, other = runs(2)
+    write_run(tmp_path / "one", one)
+    write_run(tmp_path / "other", replace(other, prompts={**other.prompts, "7": "another text"}))
+    with pytest.raises(UserError, match="other prompts by the name 7"):
+        findings([str(tmp_path / "one"), str(tmp_path / "other")])
+
+
+def test_a_part_that_is_missing_anywhere_leaves_a_verdict_open():
+    whole = runs(noise=0.05)
+    for letter, cell, metric in (("b", "control", QUALITY), ("c", "crossed", "reward"), ("e", "crpo", "clap_score")):
+        seeds = [replace(one, scores={**one.scores, cell: dict(one.scores[cell])}) for one in whole]
+        del seeds[1].scores[cell][metric]  # type: ignore[attr-defined]
+        assert of(letter, seeds).verdict == "cannot be told"
+
+
+def test_preference_tuning_that_has_learned_nothing_shows_nothing():
+    whole = runs(noise=0.05)
+    assert of("e", whole).verdict == "holds"
+    assert of("e", [whole[0], replace(whole[1], learned=0.5), whole[2]]).verdict == "cannot be told"
+
+
+def test_preference_tuning_that_moves_the_score_of_its_pairs_adds_more_than_little():
+    seeds = runs(noise=0.05)
+    for seed in seeds:
+        seed.scores["crpo"]["clap_score"] = {  # type: ignore[index]
+            prompt: value + 0.4 for prompt, value in seed.scores["crossed"]["clap_score"].items()
+        }
+    assert of("e", seeds).verdict == "does not hold"
+
+
+def test_vocals_are_told_on_prompts_that_ask_for_none():
+    seeds = runs(noise=0.05)
+    for seed in seeds:  # more voice, but only where it was asked for
+        seed.scores["full"]["vocal_ratio"] = {  # type: ignore[index]
+            prompt: value + (1.0 if "singer" in TEXTS[prompt] else 0.0)
+            for prompt, value in seed.scores["v1"]["vocal_ratio"].items()
+        }
+    assert of("d", seeds).verdict == "does not hold"
+    assert "20 prompts that ask for no voice" in of("d", seeds).why
+
+
+def test_a_scale_of_its_own_moves_no_effect():
+    seeds = runs(noise=0.1)
+    scaled = {
+        cell: metrics | {"reward": {prompt: 3 * value for prompt, value in metrics["reward"].items()}}
+        for cell, metrics in seeds[1].scores.items()
+    }
+    wide = {at: size * (3 if at[1] == "reward" else 1) for at, size in seeds[1].deviations.items()}
+    other = [seeds[0], replace(seeds[1], scores=scaled, deviations=wide), seeds[2]]
+    before, after = of("b", seeds).effects[0], of("b", other).effects[0]
+    assert (after.value, after.low, after.high) == pytest.approx((before.value, before.low, before.high))
+    assert after.raw > 1.5 * before.raw
+
+
+def test_a_rise_of_quality_is_no_hacking_however_small_it_is():
+    seeds = runs(noise=0.01, crpo=(1.5, 0.75))
+    assert "CRPO: both rise" in of("f", seeds).why
+
+
+def test_what_failed_is_the_worst_and_is_not_passed_over(tmp_path):
+    seed = runs(1)[0]
+    write_run(tmp_path / "run", seed)
+    path = tmp_path / "run/tables/cells/crpo/evaluation/clips.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0] |= dict.fromkeys(MEASURED) | {"status": "rejected"}
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    read = read_seed(str(tmp_path / "run"))
+    assert read.failed["crpo"] == 1
+    prompt = rows[0]["prompt_id"]
+    lowest = min(value for cell in seed.scores.values() for value in cell["reward"].values())
+    assert read.scores["crpo"]["reward"][prompt] == pytest.approx(lowest)
+    assert read.scores["crpo"][QUALITY][prompt] == FLOOR
+    change = effect([read], ("CRPO", ("chain", "Sub.1"), ("chain", "+ v1 to v2")), "reward")
+    assert change is not None
+    assert (change.prompts, change.failed) == (PROMPTS, 1)
+    assert "1 clips failed" in str(change)
 
 
 def test_one_seed_is_reported_as_one(tmp_path):

@@ -1,16 +1,15 @@
 """Which findings of the paper hold in the small world: from the tables of several runs of the chain, one per seed.
 
-`ttmray findings RUN ...` reads what `tables` of `configs/micro/reproduce.yaml` wrote. An effect is a mean difference of
-two cells on the same prompts, paired over prompts and seeds, with an interval over both
-(`statistics.crossed_interval`). What counts as little is `MARGIN` standard deviations of clips, for rewards and true
-quality alike. True quality is estimated from audio (`ttmray.synth.measures`).
+`ttmray findings RUN ...` reads what `tables` of `configs/micro/reproduce.yaml` wrote, and decides on differences of
+cells (`recipes/effects.py`). What counts as little is `MARGIN` standard deviations of clips. True quality is estimated
+from audio (`ttmray.synth.measures`). A claim of which any part is missing in any run cannot be told.
 """
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,81 +17,24 @@ import numpy as np
 
 from ttmray import __version__, pages
 from ttmray.console import console
-from ttmray.errors import EXIT_OK, UserError
-from ttmray.evaluation.compare import ClipScore, prompt_means
-from ttmray.evaluation.results import QUALITY, read_clips, read_results
-from ttmray.statistics import crossed_interval, pearson
+from ttmray.errors import EXIT_OK
+from ttmray.evaluation.results import QUALITY
+from ttmray.recipes.effects import GAP, MARGIN, NAMES, Effect, Pair, Seed, effect, read_seeds
+from ttmray.statistics import pearson
 from ttmray.storage import Folder
+from ttmray.synth.captions import asks_for_a_voice
 
-MARGIN = 0.2
-"""Standard deviations over clips: a small effect (Cohen 1988)."""
-METRICS = ("reward", QUALITY, "clap_score", "vocal_ratio")
-NAMES = {"reward": "reward", QUALITY: "estimated quality", "clap_score": "CLAP score", "vocal_ratio": "vocals"}
 Verdict = Literal["holds", "does not hold", "cannot be told"]
-Row = tuple[str, ...]
-"""Table and row, as `cells.json` has them; of tables of scores the score, too."""
-STEPS: tuple[tuple[str, Row, Row], ...] = (
+BOTH = ("reward", QUALITY)
+EXPERT, CONTROL, UNSELECTED = ("chain", "+ expert iteration"), ("chain", "control"), ("expert-iteration", "unselected")
+STEPS: tuple[Pair, ...] = (
     ("conditioning on the score", ("chain", "SFT (v1)"), ("chain", "text only")),
-    ("expert iteration against its control", ("chain", "+ expert iteration"), ("chain", "control")),
-    ("expert iteration against Stage 1", ("chain", "+ expert iteration"), ("chain", "SFT (v1)")),
+    ("expert iteration against its control", EXPERT, CONTROL),
+    ("expert iteration against Stage 1", EXPERT, ("chain", "SFT (v1)")),
     ("CRPO", ("chain", "Sub.1"), ("chain", "+ v1 to v2")),
 )
-"""Steps of the chain at which reward and true quality are compared: name, after, before."""
-
-
-@dataclass(frozen=True)
-class Seed:
-    """One run: cell -> metric -> prompt -> mean over samples; row -> cell; and the deviations of single clips.
-
-    Attributes:
-        deviations: (cell, metric) -> standard deviation over clips.
-        heads: head -> its input scores, ascending.
-    """
-
-    name: str
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
-    rows: Mapping[Row, str]
-    deviations: Mapping[tuple[str, str], float]
-    about: Mapping[str, str] = field(default_factory=dict)
-
-    def of(self, row: Row, metric: str) -> Mapping[str, float]:
-        """Prompt -> score of a row; empty where there is none."""
-        return self.scores.get(self.rows.get(row, ""), {}).get(metric, {})
-
-
-@dataclass(frozen=True)
-class Effect:
-    """A mean difference, with its interval over prompts and seeds; over prompts alone where there is one seed.
-
-    Attributes:
-        unit: standard deviation of clips, by which reward and quality can be compared.
-        by_seed: mean difference of each seed.
-    """
-
-    name: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    unit: float
-    prompts: int
-    by_seed: Mapping[str, float]
-
-    @property
-    def rises(self) -> bool:
-        return self.low > 0
-
-    @property
-    def falls(self) -> bool:
-        return self.high < 0
-
-    @property
-    def little(self) -> bool:
-        """Within the margin, with all of its interval."""
-        return -MARGIN * self.unit < self.low and self.high < MARGIN * self.unit
-
-    def __str__(self) -> str:
-        return f"{NAMES[self.metric]} {self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+"""Steps of the chain at which reward and true quality are compared."""
+CHOOSING: Pair = ("the best of its own clips against as many by chance", EXPERT, UNSELECTED)
 
 
 @dataclass(frozen=True)
@@ -114,12 +56,9 @@ def findings(runs: Sequence[str], *, out: str | None = None) -> int:
         out: folder for `findings.md`, `findings.json` and `per_prompt.csv`.
 
     Raises:
-        UserError: a folder without tables, the same one twice, or runs whose scores are not on one scale.
+        UserError: a folder without tables, the same results twice, or runs with other prompts.
     """
-    seeds = [read_seed(run) for run in runs]
-    twice = [one.name for i, one in enumerate(seeds) if one.name in [other.name for other in seeds[:i]]]
-    if twice:
-        raise UserError(f"{twice[0]} is there twice.", "Name every run once, each with a seed of its own.")
+    seeds = read_seeds(runs)
     results = all_findings(seeds)
     text = page(results, seeds)
     console.print(text, markup=False)
@@ -128,61 +67,12 @@ def findings(runs: Sequence[str], *, out: str | None = None) -> int:
         folder.write("findings.md", text.encode())
         facts: dict[str, Any] = {
             "version": __version__,
-            "runs": [dict(seed.about) | {"run": seed.name} for seed in seeds],
+            "runs": [dict(seed.about) | {"run": seed.name, "learned": seed.learned} for seed in seeds],
         }
         facts |= {"margin": MARGIN, "findings": [asdict(one) for one in results]}
         folder.write("findings.json", json.dumps(facts, indent=1).encode())
         folder.write("per_prompt.csv", per_prompt(seeds).encode())
     return EXIT_OK
-
-
-def read_seed(run: str) -> Seed:
-    """The cells of a run.
-
-    Raises:
-        UserError: it has no tables, or an evaluation is damaged.
-    """
-    root = Folder.at(run)
-    tables = root.sub("tables") if root.exists("tables/cells.json") else root
-    if not tables.exists("cells.json"):
-        raise UserError(f"{run} has no tables: cells.json is missing.", "Run the chain with its section `tables`.")
-    listed: dict[str, dict[str, Any]] = json.loads(tables.read("cells.json"))
-    rows: dict[Row, str] = {}
-    for table, cells in listed.items():
-        for name, cell in cells.items():
-            of_scores = cell if isinstance(cell, dict) else {None: cell}
-            for score, one in of_scores.items():
-                rows[(table, name) if score is None else (table, name, score)] = one
-    scores, deviations, about = {}, {}, {}
-    for cell in dict.fromkeys(rows.values()):
-        folder = tables.sub(f"cells/{cell}/evaluation")
-        results = read_results(folder)
-        clips = [row for row in read_clips(folder, results) if row["status"] == "ok"]
-        values = [
-            ClipScore(cell, row["prompt_id"], metric, row[metric])
-            for row in clips
-            for metric in METRICS
-            if row.get(metric) is not None
-        ]
-        scores[cell] = {metric: means for (metric, _), means in prompt_means(values).items()}
-        for metric in scores[cell]:
-            of_metric = [one.value for one in values if one.metric == metric]
-            deviations[cell, metric] = float(np.std(of_metric, ddof=1)) if len(of_metric) > 1 else 0.0
-        about = {"protocol": results.protocol, "created": results.created}
-    return Seed(root.name, scores, rows, deviations, about)
-
-
-def effect(seeds: Sequence[Seed], name: str, metric: str, after: Row, before: Row) -> Effect | None:
-    """The difference of two rows on the prompts that both have in every seed; None where a seed lacks one."""
-    sides = [(seed.of(after, metric), seed.of(before, metric)) for seed in seeds]
-    common = sorted(set.intersection(*(set(a) & set(b) for a, b in sides))) if sides else []
-    if len(common) < 2:
-        return None
-    table = np.array([[a[one] - b[one] for a, b in sides] for one in common])
-    low, high = crossed_interval(table) or (-np.inf, np.inf)
-    units = [seed.deviations[seed.rows[before], metric] for seed in seeds]
-    by_seed = dict(zip([seed.name for seed in seeds], table.mean(axis=0).tolist(), strict=True))
-    return Effect(name, metric, float(table.mean()), low, high, float(np.mean(units)), len(common), by_seed)
 
 
 def all_findings(seeds: Sequence[Seed]) -> list[Finding]:
@@ -196,11 +86,10 @@ def steers(seeds: Sequence[Seed]) -> Finding:
     claim = "Conditioning on the score steers: Score-r and Δout are positive"
     effects, lines, verdicts = [], [], []
     for head, scores in _heads(seeds).items():
-        low, high = ("heads", head, scores[0]), ("heads", head, scores[-1])
-        moved = effect(seeds, f"{head}, s = {scores[0]} to {scores[-1]}", "reward", high, low)
+        pair = (f"{head}, s = {scores[0]} to {scores[-1]}", ("heads", head, scores[-1]), ("heads", head, scores[0]))
+        moved, quality = (effect(seeds, pair, metric) for metric in BOTH)
         if moved is None:
-            continue
-        quality = effect(seeds, moved.name, QUALITY, high, low)
+            return Finding("a", claim, "cannot be told", _missing(f"rewards of {head} at all scores"))
         effects += [moved, *([quality] if quality else [])]
         follow = [_correlation(seed, head, scores) for seed in seeds]
         positive = all(r is not None and r > 0 for r in follow)
@@ -213,84 +102,97 @@ def steers(seeds: Sequence[Seed]) -> Finding:
 
 
 def experts(seeds: Sequence[Seed]) -> Finding:
-    """(b): above the control in the reward and in true quality."""
+    """(b): above the control in the reward and in true quality. The control has no clips of its own; how much of the
+    gain is that of choosing the best says the difference from as many clips by chance, where the runs have them."""
     claim = "Expert iteration beats its control in reward and in true quality"
-    some = _effects(seeds, STEPS[1:2], ("reward", QUALITY))
-    if len(some) < 2:
+    some, whole = _effects(seeds, STEPS[1:2], BOTH)
+    if not whole:
         return Finding("b", claim, "cannot be told", _missing("both metrics of + expert iteration and control"), some)
     verdict: Verdict = "cannot be told"
     if all(one.rises for one in some):
         verdict = "holds"
-    elif any(one.falls or one.high < MARGIN * one.unit for one in some):
+    elif any(one.falls or one.high < MARGIN for one in some if not one.rises):
         verdict = "does not hold"
-    return Finding("b", claim, verdict, "; ".join(map(str, some)), some)
+    chosen, _ = _effects(seeds, [CHOOSING], BOTH)
+    why = f"{_listed(some)}; {_listed(chosen) or 'what choosing the best adds was not measured'}"
+    return Finding("b", claim, verdict, why, some + chosen)
 
 
 def crosses(seeds: Sequence[Seed]) -> Finding:
     """(c): v1 weights in the v2 forward lose less than the margin, v2 weights in the v1 forward more."""
     claim = "v1 weights in the v2 forward are benign, v2 weights in the v1 forward collapse"
-    pairs = [
+    pairs: list[Pair] = [
         ("SFT-only v1 in v2", ("factorial", "SFT-only v1 v2"), ("factorial", "SFT-only v1 v1")),
         ("Chain-end v1 in v2", ("factorial", "Chain-end v1 v2"), ("factorial", "Chain-end v1 v1")),
         ("SFT-only v2 in v1", ("factorial", "SFT-only v2 v1"), ("factorial", "SFT-only v2 v2")),
     ]
-    benign, collapse = _effects(seeds, pairs[:2], ("reward", QUALITY)), _effects(seeds, pairs[2:], ("reward", QUALITY))
-    if not benign or not collapse:
-        return Finding("c", claim, "cannot be told", _missing("the crossed cells of the factorial"), benign + collapse)
-    stays = _all([_above(one, -MARGIN * one.unit) for one in benign])
-    falls = _all([_above(one, -MARGIN * one.unit, below=True) for one in collapse])
+    (benign, kept), (collapse, lost) = _effects(seeds, pairs[:2], BOTH), _effects(seeds, pairs[2:], BOTH)
+    if not kept or not lost:
+        return Finding("c", claim, "cannot be told", _missing("all crossed cells of the factorial"), benign + collapse)
+    stays = _all([_above(one, -MARGIN) for one in benign])
+    falls = _all([_above(one, -MARGIN, below=True) for one in collapse])
     first = f'v1 in v2, "benign": {stays} ({_listed(benign)})'
     why = f'{first}; v2 in v1, "collapses": {falls} ({_listed(collapse)})'
     return Finding("c", claim, _all([stays, falls]), why, benign + collapse)
 
 
 def vocals(seeds: Sequence[Seed]) -> Finding:
-    """(d): more vocals where the rewards of the training were those of the full mix."""
+    """(d): more vocals where the rewards of the training were those of the full mix, on prompts that ask for none."""
     claim = "Rewards of the full mix as condition insert vocals"
-    pair = ("full mix against instrumental", ("rewards", "full mix"), ("rewards", "instrumental"))
-    some = _effects(seeds, [pair], ("vocal_ratio", "reward", QUALITY))
+    pair: Pair = ("full mix against instrumental", ("rewards", "full mix"), ("rewards", "instrumental"))
+    some, _ = _effects(seeds, [pair], ("vocal_ratio", *BOTH), only=lambda text: not asks_for_a_voice(text))
     heard = [one for one in some if one.metric == "vocal_ratio"]
     if not heard:
         why = "a run without a separator has no instrumentals, hence no contrast `rewards` with clip metric `vocals`"
         return Finding("d", claim, "cannot be told", why, some)
-    verdict: Verdict = "holds" if heard[0].rises else "cannot be told"
-    if heard[0].high < MARGIN * heard[0].unit:
+    verdict: Verdict = "cannot be told"
+    if heard[0].rises:
+        verdict = "holds"
+    elif heard[0].high < MARGIN:
         verdict = "does not hold"
-    return Finding("d", claim, verdict, _listed(some), some)
+    why = f"{heard[0].prompts} prompts that ask for no voice: {_listed(some)}"
+    return Finding("d", claim, verdict, why, some)
 
 
 def preference(seeds: Sequence[Seed]) -> Finding:
-    """(e): what CRPO changes lies within the margin, in the reward and in true quality."""
+    """(e): what CRPO changes lies within the margin, in the reward, in true quality and in the CLAP score by which its
+    pairs were made; and it has learned its pairs, without which there is nothing to see."""
     claim = "CRPO adds little"
-    some = _effects(seeds, STEPS[3:], ("reward", QUALITY))
-    if not some:
-        return Finding("e", claim, "cannot be told", _missing("Sub.1 and + v1 to v2"), some)
+    some, whole = _effects(seeds, STEPS[3:], (*BOTH, "clap_score"))
+    if not whole:
+        return Finding("e", claim, "cannot be told", _missing("all metrics of Sub.1 and + v1 to v2"), some)
+    shares = [seed.learned for seed in seeds]
+    learned = ", ".join("–" if one is None else f"{one:.2f}" for one in shares)
     verdict: Verdict = "cannot be told"
     if all(one.little for one in some):
-        verdict = "holds"
-    elif any(one.low > MARGIN * one.unit or one.high < -MARGIN * one.unit for one in some):
+        verdict = "holds" if all(one is not None and one > 0.5 for one in shares) else "cannot be told"
+    elif any(one.low > MARGIN or one.high < -MARGIN for one in some):
         verdict = "does not hold"
-    return Finding("e", claim, verdict, _listed(some), some)
+    return Finding("e", claim, verdict, f"{_listed(some)}; implicit accuracy at its end by seed {learned}", some)
 
 
 def hacking(seeds: Sequence[Seed]) -> Finding:
-    """(f): steps at which the reward rises and true quality does not: the whole interval of its change lies below the
-    margin."""
+    """(f): a step at which the reward rises by more than a little, quality does not rise, at the most by less than the
+    margin, and falls behind the reward, by an interval that is corrected for the number of places (Bonferroni)."""
     claim = "Somewhere the reward rises and true quality does not"
     places = [*STEPS, *_past_training(seeds)]
     lines, effects, hacked, open_questions = [], [], [], []
-    for name, after, before in places:
-        reward, quality = (effect(seeds, name, metric, after, before) for metric in ("reward", QUALITY))
-        if reward is None or quality is None:
+    for pair in places:
+        name = pair[0]
+        reward, quality = (effect(seeds, pair, metric) for metric in BOTH)
+        gap = effect(seeds, pair, GAP, confidence=1 - 0.05 / len(places))
+        if reward is None or quality is None or gap is None:
+            lines.append(f"{name}: {_missing('both metrics')}")
+            open_questions.append(name)
             continue
         effects += [reward, quality]
         if not reward.rises or reward.little:
             lines.append(f"{name}: no rise of the reward is shown ({reward})")
-        elif quality.high < MARGIN * quality.unit:
-            hacked.append(name)
-            lines.append(f"{name}: reward alone ({reward}, {quality})")
         elif quality.rises:
             lines.append(f"{name}: both rise ({reward}, {quality})")
+        elif quality.high < MARGIN and gap.low > 0:
+            hacked.append(name)
+            lines.append(f"{name}: reward alone ({reward}, {quality})")
         else:
             open_questions.append(name)
             lines.append(f"{name}: quality open ({reward}, {quality})")
@@ -301,20 +203,20 @@ def hacking(seeds: Sequence[Seed]) -> Finding:
 
 
 def _heads(seeds: Sequence[Seed]) -> dict[str, list[str]]:
-    """Head -> input scores in order that all seeds have."""
+    """Head -> input scores in order."""
     heads: dict[str, list[str]] = {}
     for row in dict.fromkeys(row for seed in seeds for row in seed.rows):
-        if row[0] == "heads" and len(row) == 3 and all(row in seed.rows for seed in seeds):
+        if row[0] == "heads" and len(row) == 3:
             heads.setdefault(row[1], []).append(row[2])
     return {head: sorted(scores, key=float) for head, scores in heads.items() if len(scores) > 1}
 
 
-def _past_training(seeds: Sequence[Seed]) -> list[tuple[str, Row, Row]]:
+def _past_training(seeds: Sequence[Seed]) -> list[Pair]:
     """Neighbouring scores of every curve of the sweep."""
-    steps: list[tuple[str, Row, Row]] = []
+    steps: list[Pair] = []
     curves: dict[str, list[str]] = {}
     for row in dict.fromkeys(row for seed in seeds for row in seed.rows):
-        if row[0] == "sweep" and len(row) == 3 and all(row in seed.rows for seed in seeds):
+        if row[0] == "sweep" and len(row) == 3:
             curves.setdefault(row[1], []).append(row[2])
     for name, scores in curves.items():
         ordered = sorted(scores, key=float)
@@ -332,10 +234,14 @@ def _correlation(seed: Seed, head: str, scores: Sequence[str]) -> float | None:
 
 
 def _effects(
-    seeds: Sequence[Seed], pairs: Sequence[tuple[str, Row, Row]], metrics: Sequence[str]
-) -> tuple[Effect, ...]:
-    some = [effect(seeds, name, metric, after, before) for name, after, before in pairs for metric in metrics]
-    return tuple(one for one in some if one is not None)
+    seeds: Sequence[Seed],
+    pairs: Sequence[Pair],
+    metrics: Sequence[str],
+    only: Callable[[str], bool] | None = None,
+) -> tuple[tuple[Effect, ...], bool]:
+    """Those that there are, and whether they are all."""
+    some = [effect(seeds, pair, metric, only=only) for pair in pairs for metric in metrics]
+    return tuple(one for one in some if one is not None), None not in some
 
 
 def _above(one: Effect, edge: float, below: bool = False) -> Verdict:
@@ -362,8 +268,8 @@ def _missing(what: str) -> str:
 def page(results: Sequence[Finding], seeds: Sequence[Seed]) -> str:
     """The findings as Markdown."""
     effects = [
-        (one.letter, e.name, NAMES[e.metric], f"{e.value:+.3f}", f"[{e.low:+.3f}, {e.high:+.3f}]",
-         f"{e.value / e.unit:+.2f}" if e.unit else "–", ", ".join(f"{value:+.3f}" for value in e.by_seed.values()))
+        (one.letter, e.name, NAMES[e.metric], f"{e.value:+.2f}", f"[{e.low:+.2f}, {e.high:+.2f}]",
+         ", ".join(f"{value:+.2f}" for value in e.by_seed.values()), f"{e.raw:+.3f}", str(e.prompts), str(e.failed))
         for one in results
         for e in one.effects
     ]  # fmt: skip

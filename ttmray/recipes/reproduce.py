@@ -433,7 +433,7 @@ def _fingerprints(config: ReproduceConfig, steps: Sequence[Step]) -> dict[str, s
         if step.name.endswith("pool") or step.name.startswith(("pairs", "choose", "generate", "evaluate")):
             what["prompts"] = prompts
         if step.name in ("trunk", "stage1", "stage3"):
-            what["weights"] = config.weights
+            what["weights"] = (config.stage3_weights if step.name == "stage3" else None) or config.weights
         what |= {"outside": outside} if (outside := _from_outside(config, step.name)) else {}
         prints[step.name] = fingerprint(what)
     return prints

@@ -8,6 +8,7 @@ a training wording of the same fact, so that a text encoder which knows only tra
 what is new is how they say it.
 """
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -196,3 +197,12 @@ def wordings(side: int) -> set[str]:
     """Every word of the frames (not of the values in braces): 0 training, 1 held out. For tests."""
     texts = [*OPENINGS[side], *(text for pair in (*CLAUSES.values(), *ROOM.values()) for text in pair[side])]
     return {word.strip(",:.") for text in texts for word in text.split() if "{" not in word and word.strip(",:.")}
+
+
+_NO_VOICE = re.compile(r"\b(?:no|without(?: an?)?)\s+(?:vocals?|voice|sing\w*)", re.IGNORECASE)
+_VOICE = re.compile(r"\b(?:sing|sings|singer|singing|sung|vocals?|voice)\b", re.IGNORECASE)
+
+
+def asks_for_a_voice(text: str) -> bool:
+    """Whether a caption of this module speaks of somebody who sings, and not of nobody."""
+    return _VOICE.search(_NO_VOICE.sub("", text)) is not None
