@@ -385,10 +385,33 @@ def test_intervals_over_prompts_and_seeds_cover_the_mean_of_both():
         assert inside / 400 >= 0.93  # with a seed's effect of 0 it may cover more
 
 
+def test_p_over_prompts_and_seeds_is_small_as_often_as_it_says():
+    rng = np.random.default_rng(8)
+    for of_seed in (0.0, 0.2, 0.5):
+        small = 0
+        for _ in range(400):
+            table = rng.normal(0, 0.3, (30, 1)) + rng.normal(0, of_seed, (1, 3)) + rng.normal(0, 0.3, (30, 3))
+            one = statistics.crossed(table)
+            small += one.p < 0.05
+            assert (one.p < 0.05) == (one.low > 0 or one.high < 0)
+        assert small / 400 <= 0.07
+
+
+def test_the_interval_over_both_is_not_narrower_than_that_of_seeds_alone():
+    rng = np.random.default_rng(9)
+    for _ in range(50):
+        table = rng.normal(0, 0.3, (30, 1)) + rng.normal(0, 0.2, (1, 3)) + rng.normal(0, 0.3, (30, 3))
+        low, high = statistics.crossed_interval(table)
+        alone = statistics.mean_interval(table.mean(axis=0))
+        assert high - low >= alone[1] - alone[0] - 1e-12
+
+
 def test_one_column_has_the_interval_of_its_prompts_and_one_prompt_none():
     column = np.random.default_rng(6).normal(size=(20, 1))
     assert statistics.crossed_interval(column) == statistics.mean_interval(column[:, 0])
     assert statistics.crossed_interval(np.ones((1, 3))) is None
-    assert statistics.crossed_interval(np.ones((4, 3))) == (1.0, 1.0)
+    assert statistics.crossed(np.ones((4, 3))) == (1.0, 1.0, 1.0, 0.0)
+    assert statistics.crossed(np.zeros((4, 3))) == (0.0, 0.0, 0.0, 1.0)
+    assert statistics.crossed(column).p == pytest.approx(stats.ttest_1samp(column[:, 0], 0).pvalue)
     with pytest.raises(UserError, match="finite"):
         statistics.crossed_interval(np.full((4, 3), np.nan))

@@ -7,7 +7,7 @@ prompt: prompts differ far more among each other than systems do on one prompt. 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -201,8 +201,17 @@ def hierarchical_bootstrap(
     return Estimate(value, float(low), float(high), confidence, n, min(table.shape[1] for table in tables))
 
 
-def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
-    """t interval of the mean of a table (prompts, seeds) whose columns share a seed, such as a training run.
+class Crossed(NamedTuple):
+    """A mean over prompts and seeds, its interval, and the p of the mean being 0."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def crossed(table: np.ndarray, confidence: float = 0.95) -> Crossed | None:
+    """t interval and t test of the mean of a table (prompts, seeds) whose columns share a seed, such as a training run.
 
     Prompts and seeds are both random: the variance of the mean is (M_p + M_s - M_e) / (P S) with the mean squares of
     prompts, seeds and what is left (Searle, Casella & McCulloch, Variance Components, 1992), its degrees of freedom are
@@ -212,7 +221,7 @@ def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float
     `hierarchical_bootstrap` draws from so few columns, it is too narrow by a factor of sqrt(1 - 1/S) and more.
 
     Returns:
-        None for fewer than two prompts. Of one column the interval over its prompts, which says nothing of other seeds.
+        None for fewer than two prompts. Of one column what its prompts say, which says nothing of other seeds.
 
     Raises:
         UserError: another shape, NaN or infinity.
@@ -222,21 +231,32 @@ def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float
     p, s = table.shape
     if p < 2:
         return None
-    if s == 1:
-        return mean_interval(table[:, 0], confidence)
     mean = float(table.mean())
-    rows, columns = table.mean(axis=1) - mean, table.mean(axis=0) - mean
-    left = table - mean - rows[:, None] - columns[None]
-    squares = (s * rows @ rows / (p - 1), p * columns @ columns / (s - 1), np.square(left).sum() / ((p - 1) * (s - 1)))
-    freedom = (p - 1, s - 1, (p - 1) * (s - 1))
-    both = squares[0] + squares[1] - squares[2]
-    sums = [(float(squares[0]), float(freedom[0])), (float(squares[1]), float(freedom[1]))]
-    if both > 0:
-        spread = sum(square**2 / df for square, df in zip(squares, freedom, strict=True))
-        sums.append((float(both), float(both**2 / spread)))
-    quantiles = stats.t.ppf(0.5 + confidence / 2, [max(df, 1.0) for _, df in sums])
-    half = float(np.max(quantiles * np.sqrt([square / (p * s) for square, _ in sums])))
-    return mean - half, mean + half
+    if s == 1:
+        errors, freedom = np.array([float(stats.sem(table[:, 0]))]), np.array([p - 1.0])
+    else:
+        rows, columns = table.mean(axis=1) - mean, table.mean(axis=0) - mean
+        left = table - mean - rows[:, None] - columns[None]
+        degrees = (p - 1.0, s - 1.0, (p - 1.0) * (s - 1.0))
+        sums = (s * rows @ rows, p * columns @ columns, np.square(left).sum())
+        squares = [float(total / df) for total, df in zip(sums, degrees, strict=True)]
+        sides = list(zip(squares[:2], degrees[:2], strict=True))
+        both = squares[0] + squares[1] - squares[2]
+        if both > 0:
+            spread = sum(square**2 / df for square, df in zip(squares, degrees, strict=True))
+            sides.append((both, max(both**2 / spread, 1.0)))
+        errors = np.sqrt([square / (p * s) for square, _ in sides])
+        freedom = np.array([df for _, df in sides])
+    half = float(np.max(stats.t.ppf(0.5 + confidence / 2, freedom) * errors))
+    with np.errstate(divide="ignore", invalid="ignore"):  # no scatter at all
+        chance = float(np.nanmax(2 * stats.t.sf(abs(mean) / errors, freedom), initial=0.0)) if mean else 1.0
+    return Crossed(mean, mean - half, mean + half, chance)
+
+
+def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+    """The interval of `crossed` of a table (prompts, seeds)."""
+    one = crossed(table, confidence)
+    return None if one is None else (one.low, one.high)
 
 
 MEAN_INTERVAL = "t over prompts"

@@ -360,8 +360,8 @@ class _MethodChain:
             "Held equal: the parent; in a seed the prompts to learn from; "
             f"{budget.prompts * budget.candidates} generated clips ({budget.prompts} prompts x {budget.candidates}); "
             f"at most {budget.passes:,} passes of a clip forward and backward through the backbone, hence the FLOPs of "
-            "training. Held-out prompts and their noise are the same for all. Not equal: FLOPs of sampling, updates, "
-            "seconds."
+            "training. Held-out prompts and their noise are the same for all, but for the best of N, whose seeds are "
+            "draws of candidates. Not equal: FLOPs of sampling, updates, seconds."
         )
 
     def told(self) -> Iterator[str]:

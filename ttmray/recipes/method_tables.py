@@ -1,8 +1,9 @@
 """The comparison of tuning methods in numbers: a row per method, every pair of methods, curves, and all clips.
 
-A change is a mean over prompts and seeds of (method - parent) on the same prompt, with its bootstrap interval over
-both, or the t interval over prompts where there is one seed. P values are of paired t tests over prompts, on means over
-seeds, adjusted by Holm over all methods of a measure. Clips that failed are left out and counted.
+A change is a mean over prompts and seeds of (method - parent) on the same prompt, with its t interval and p over both
+(`statistics.crossed`), or over prompts where there is one seed. P values are adjusted by Holm over all methods of a
+measure, verdicts are of intervals that are corrected for the number of methods (Bonferroni). A clip that failed counts
+as the worst that was heard, or whatever collapses would be judged by what is left of it.
 """
 
 import json
@@ -30,8 +31,9 @@ from ttmray.recipes.chain import step_record
 from ttmray.recipes.hearing import HeardClips, read_heard
 from ttmray.recipes.method_page import as_csv, flat, markdown
 from ttmray.recipes.tuning import Tuned
-from ttmray.statistics import hierarchical_bootstrap, holm, mean_interval, paired, vendi_score
+from ttmray.statistics import crossed, holm, vendi_score
 from ttmray.storage import Folder
+from ttmray.synth.faults import FLOOR
 from ttmray.training.memory import step_flops
 
 OUT = "comparison"
@@ -97,8 +99,8 @@ class Change(NamedTuple):
     """Of a measure against the parent, or of one method against another, over n prompts."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: float
+    high: float
     p: float
     n: int
 
@@ -114,14 +116,20 @@ def compare(comparison: MethodComparison) -> int:
         for row in rows
     }
     reference = _reference(comparison)
-    changes = {row: _changes(comparison, curves[row][-1], parent) for row in rows}
+    count_failures([parent, *(point for along in curves.values() for point in along)])
+    changes = {row: _changes(comparison, curves[row][-1], parent, comparison.confidence) for row in rows}
     adjusted = {
         name: holm({row: changes[row][name].p for row in rows if name in changes[row]}) for name in comparison.measures
     }
     table = [_described(comparison, "parent", parent, {}, {}, reference)]
     for row in rows:
         holms = {name: adjusted[name][row] for name in comparison.measures if row in adjusted[name]}
-        table.append(_described(comparison, row, curves[row][-1], changes[row], holms, reference))
+        described = _described(comparison, row, curves[row][-1], changes[row], holms, reference)
+        if changes[row] and not means_nothing(base_name(comparison.bundle)):
+            corrected = 1 - (1 - comparison.confidence) / len(rows)
+            strict = _changes(comparison, curves[row][-1], parent, corrected)
+            described["verdict"] = verdict(strict.get(REWARD), strict.get(QUALITY))
+        table.append(described)
     result: dict[str, Any] = {
         "equal": comparison.equal,
         "measures": comparison.measures,
@@ -187,6 +195,19 @@ def points(
     return result
 
 
+def count_failures(some: Sequence[Point]) -> None:
+    """Give clips that failed the worst that there is of every measure: the lowest of all points, and of quality its
+    floor. A measure that no clip has is left alone."""
+    for name in dict.fromkeys(name for point in some for name in point.values):
+        known = np.concatenate([point.values[name].ravel() for point in some if name in point.values])
+        known = known[np.isfinite(known)]
+        if len(known):
+            worst = FLOOR if name == QUALITY else float(known.min())
+            for point in some:
+                values = point.values[name]
+                values[~np.isfinite(values)] = worst
+
+
 class _Take(NamedTuple):
     """One clip per prompt."""
 
@@ -245,29 +266,22 @@ def change(values: np.ndarray, base: np.ndarray, confidence: float) -> Change | 
     """Mean of values - base with its interval and p.
 
     Args:
-        values: (prompts, seeds), NaN where a clip failed; a prompt counts where all of its clips are there.
+        values: (prompts, seeds), NaN where there is none; a prompt counts where all of its clips have one.
         base: (prompts, seeds) of another, or (prompts, 1) of the parent.
 
     Returns:
         None for fewer than two prompts.
     """
     there = np.isfinite(values).all(axis=1) & np.isfinite(base).all(axis=1)
-    differences = (values - base)[there]
-    if len(differences) < 2:
-        return None
-    test = paired(values[there].mean(axis=1), base[there].mean(axis=1))
-    if differences.shape[1] > 1:
-        estimate = hierarchical_bootstrap(differences, seeds="crossed", confidence=confidence)
-        return Change(estimate.value, estimate.low, estimate.high, test.p, len(differences))
-    low, high = mean_interval(differences[:, 0], confidence) or (None, None)
-    return Change(float(differences.mean()), low, high, test.p, len(differences))
+    one = crossed((values - base)[there], confidence) if there.sum() > 1 else None
+    return None if one is None else Change(*one, int(there.sum()))
 
 
-def _changes(comparison: MethodComparison, point: Point, parent: Point) -> dict[str, Change]:
+def _changes(comparison: MethodComparison, point: Point, parent: Point, confidence: float) -> dict[str, Change]:
     """Measure -> change against the parent, where there is one."""
     changes = {}
     for name in comparison.measures:
-        one = change(point.values[name], parent.values[name], comparison.confidence)
+        one = change(point.values[name], parent.values[name], confidence)
         if one is not None:
             changes[name] = one
     return changes
@@ -312,8 +326,7 @@ def _described(
         name: one._asdict() | {"p_holm": adjusted[name], "seeds": _of_seeds(point, name)}
         for name, one in changes.items()
     }
-    tells = changes and not means_nothing(base_name(comparison.bundle))
-    described["verdict"] = verdict(changes.get(REWARD), changes.get(QUALITY)) if tells else ""
+    described["verdict"] = ""
     sets: dict[str, Any] = {"vendi": [vendi_score(clap) for clap in point.claps if len(clap)]}
     if reference is not None:
         bundle = open_bundle(base_name(comparison.bundle))
@@ -333,7 +346,7 @@ def _of_seeds(point: Point, name: str) -> list[float]:
 
 def verdict(reward: Change | None, quality: Change | None) -> str:
     """What the intervals of reward and true quality say together."""
-    if reward is None or quality is None or None in (reward.low, quality.low):
+    if reward is None or quality is None:
         return "cannot be told"
     rises = {"reward": _side(reward), "quality": _side(quality)}
     if rises["reward"] > 0:
@@ -347,8 +360,6 @@ def verdict(reward: Change | None, quality: Change | None) -> str:
 
 def _side(one: Change) -> int:
     """1: above 0 with its interval, -1: below, 0: neither."""
-    assert one.low is not None
-    assert one.high is not None
     return int(one.low > 0) - int(one.high < 0)
 
 

@@ -21,8 +21,9 @@ from ttmray.config import Config, ConfigT
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import KEPT, WEIGHTED, FilterConfig, filter_pool
 from ttmray.generation.pool import generate_pool
-from ttmray.generation.pool_worker import CandidatesConfig
+from ttmray.generation.pool_worker import CandidatesConfig, PoolSampler
 from ttmray.generation.prompts import Prompt, read_prompts
+from ttmray.models.bundle import open_bundle
 from ttmray.models.score_heads import Head, Null
 from ttmray.recipes.chain import fill, merged
 from ttmray.storage import Folder, split_path
@@ -333,7 +334,11 @@ def grpo(tuning: Tuning) -> Tuned:
     updates = _updates(tuning, batch, float(BRANCHES), rounds) // rounds
     total, run = rounds * updates, place.path("training")
     shared = {name: value for name, value in tuning.candidates.items() if name != "sampler"}
-    sampler = {name: value for name, value in tuning.candidates.get("sampler", {}).items() if name != "steps"}
+    own = tuning.candidates.get("sampler", {})
+    # guidance as in the clips that all other methods learn from; steps are a rollout's own
+    bundle = open_bundle(str(tuning.candidates["bundle"]))
+    guided = {"weight": PoolSampler().weight, **bundle.sampling, **own}["weight"]
+    sampler = {name: value for name, value in own.items() if name != "steps"} | {"weight": guided}
     rollouts = {**shared, "checkpoint": tuning.parent.weights, "prompts": tuning.prompts, "seed": tuning.seed}
     rollouts |= {"candidates": budget.candidates, "prompt_count": rounds * per_round}
     rollouts |= {"sampler": {**sampler, "score": tuning.score}}

@@ -212,7 +212,7 @@ def describe_round(drawn: Round, groups: Sequence[ClipGroup]) -> dict[str, Any]:
     spread = [float((1 - c @ c.T)[~np.eye(len(c), dtype=bool)].mean()) for c in clap]
     return {
         "reward": float(drawn.rewards.mean()),
-        "reward_error": _error(drawn.rewards),
+        "reward_error": _error(_of_groups(drawn.rewards, [len(group.ok) for group in groups])),
         **{f"mean_{name}": float(np.mean([row[name] for row in ok])) for name in COLUMNS},
         "clips": len(rows),
         "failed": len(rows) - len(ok),
@@ -231,14 +231,16 @@ def describe_watched(groups: Sequence[ClipGroup], parents: Sequence[ClipGroup], 
     """Numbers of held-out clips, and of the same draws by the parent: scores, their mean change with its standard
     error, diversity (Vendi score of CLAP embeddings) and distance (mean of 1 - cosine between a clip and the parent's
     of the same noise)."""
-    pairs = []
+    pairs, counts = [], []
     for group, parent in zip(groups, parents, strict=True):
         theirs = {row["key"]: i for i, row in enumerate(parent.ok)}
-        pairs += [
+        of_prompt = [
             (row, group.tensors["clap_audio"][i], parent.ok[j], parent.tensors["clap_audio"][j])
             for i, row in enumerate(group.ok)
             if (j := theirs.get(row["key"])) is not None
         ]
+        pairs += of_prompt
+        counts.append(len(of_prompt))
     own = [group.tensors["clap_audio"] for group in groups if group.ok]
     numbers: dict[str, Any] = {
         "clips": sum(len(group.rows) for group in groups),
@@ -255,15 +257,15 @@ def describe_watched(groups: Sequence[ClipGroup], parents: Sequence[ClipGroup], 
             numbers["scores"][name] = {
                 "mean": float(values[:, 0].mean()),
                 "change": float(change.mean()),
-                "error": _error(change),
+                "error": _error(_of_groups(change, counts)),
             }
     return numbers
 
 
 def hacked(report: Mapping[str, Any], start: Mapping[str, Any]) -> str | None:
     """A warning where the reward that is trained has risen since the first round while a score of held-out clips, the
-    reward itself among them, has fallen from the parent's, both by more than two standard errors; else None. One clip
-    has no error and warns of nothing."""
+    reward itself among them, has fallen from the parent's, both by more than two standard errors over prompts; else
+    None. One prompt has no error and warns of nothing."""
     if "reward" not in report or not report.get("held_out"):
         return None
     rise = report["reward"] - start["reward"]
@@ -278,6 +280,12 @@ def hacked(report: Mapping[str, Any], start: Mapping[str, Any]) -> str | None:
         f"round {report['round']}: the trained reward has risen by {rise:.4g}, and on held-out prompts fell: {said}. "
         "The policy may be exploiting the reward: take an earlier checkpoint, raise beta, or add a reward."
     )
+
+
+def _of_groups(values: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """(n,) values of clips -> the mean of each group that has any: clips of one prompt are not independent."""
+    parts = np.split(np.asarray(values), np.cumsum(counts)[:-1])
+    return np.array([part.mean() for part in parts if len(part)])
 
 
 def _error(values: np.ndarray) -> float:
