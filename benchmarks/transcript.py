@@ -24,12 +24,12 @@ FOREIGN = "!! "
 
 SHORT = "--set steps=6 --set checkpoint.every=6 --set runtime.log_every=2"
 PREPARE = {
-    "score_corpus": ["-m ttmray.synth.songs runs/demo/songs"],
+    "score_corpus": ["-m ttmray.synth.songs runs/debug/songs"],
     "train_sft": [],
-    "expert_iteration": ["-m ttmray checkpoint export runs/demo/stage1 --out runs/demo/stage1.safetensors"],
-    "train_crpo": ["-m ttmray pairs runs/demo/stage2/expert/round-1/pool --out runs/demo/pairs"],
-    "train_ranker": ["-m ttmray.synth.votes runs/demo/corpus runs/demo/votes.csv"],
-    "evaluate": ["-m ttmray reference build demo runs/demo/corpus --bundle debug --store runs/demo/references"],
+    "expert_iteration": ["-m ttmray checkpoint export runs/debug/stage1 --out runs/debug/stage1.safetensors"],
+    "train_crpo": ["-m ttmray pairs runs/debug/stage2/expert/round-1/pool --out runs/debug/pairs"],
+    "train_ranker": ["-m ttmray.synth.votes runs/debug/corpus runs/debug/votes.csv"],
+    "evaluate": ["-m ttmray reference build demo runs/debug/corpus --bundle debug --store runs/debug/references"],
 }
 """Job -> what the comments of its config ask for first."""
 TINY_WORLD = (

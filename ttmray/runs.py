@@ -15,6 +15,9 @@ from ttmray.storage import Folder, refuse_vanishing
 RUN, SUCCESS = "run.json", "_SUCCESS.json"
 KINDS_OF_CORPUS = ("corpus", "pool")
 """A pool is a corpus, too."""
+OTHER_BUNDLE = ("bundle.name:", "config.bundle:")
+LONGEST = 240
+"""Characters of a difference that are shown."""
 
 
 def describe(kind: str, what: Any, config: Config, libraries: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -131,8 +134,13 @@ def refuse_another(
     if old["fingerprint"] == new["fingerprint"]:
         return
     lines = differences(old["identity"], new["identity"])
+    named = [line for line in lines if line.startswith(OTHER_BUNDLE)]
+    if named:  # every hash of another bundle is another
+        lines = [line for line in lines if not line.startswith(("bundle.", "protocol")) or line in named]
     if more and covered:
         lines = [line for line in lines if not line.startswith(covered)]
+    lines = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in lines]
+    lines.sort(key=lambda line: not line.startswith("config."))  # what the user has typed comes first
     raise UserError(
         f"{run} belongs to another run:\n    " + "\n    ".join([*lines, *more]),
         f"{choose}, or restore the old settings and inputs to go on with this one. {way_out}".strip(),

@@ -75,7 +75,7 @@ def config(name: str | None = None, *, docs: bool = False, schema: bool = False)
     for line, description in field_lines(full):
         console.print(line, style="bold")
         if description:
-            console.print(Padding(description, (0, 0, 0, 4), expand=False))
+            console.print(Padding(description, (0, 0, 0, 4), expand=False), soft_wrap=False)
     console.print(f"Presets: {', '.join(presets_of(command)) or 'none'}.")
     return EXIT_OK
 

@@ -29,5 +29,8 @@ def resolve_device(device: str) -> str:
     except RuntimeError as error:
         raise UserError(f"device is {device}, which torch does not know.", "Use auto, cpu or cuda.") from error
     if device.startswith("cuda") and index >= torch.cuda.device_count():
-        raise UserError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs.", "Use auto or cpu.")
+        raise UserError(
+            f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs.",
+            "Use auto or cpu, as in `--set runtime.device=auto`.",
+        )
     return device
