@@ -488,6 +488,21 @@ def test_what_can_be_set_is_told_with_type_limit_default_and_description(capsys)
     assert "micro/train" in text
 
 
+def test_descriptions_are_shown_whole_however_narrow_the_terminal_is(capsys, monkeypatch):
+    kind = named("ttmray.training.config:TrainConfig")
+    longest = max((description for _, description in field_lines(kind.model_json_schema())), key=len)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["config", "train-sft"]) == EXIT_OK
+    assert " ".join(longest.split()) in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_bundle_that_ships_with_the_package_says_where_its_files_are(capsys):
+    assert main(["weights", "where", "micro"]) == EXIT_OK
+    files = capsys.readouterr().out.split()
+    assert any(file.endswith("micro/backbone/model.safetensors") for file in files)
+    assert all(Path(file).is_file() for file in files)
+
+
 def test_a_preset_is_shown_as_it_is_and_its_fields_where_they_are_asked_for(capsys):
     assert main(["config", "debug/stage1"]) == EXIT_OK
     assert capsys.readouterr().out == (REPO / "configs/debug/stage1.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Every command of the README files and of docs/references.md works.
+"""Every command of the README files, of docs/references.md and of docs/own-songs.md works.
 
 Fenced `sh` blocks are read line by line. How a line is checked depends on its first words (`CHECKS`); a line that
 nobody knows how to check fails. `python ...` and `ttmray ...` run for real, in order and in this process, in a
@@ -208,7 +208,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-@pytest.mark.parametrize("document", ["README.md", "cluster/README.md", "docs/references.md"])
+@pytest.mark.parametrize("document", ["README.md", "cluster/README.md", "docs/references.md", "docs/own-songs.md"])
 @pytest.mark.usefixtures("songs_in_bucket")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 def test_every_command_of_the_document_works(

@@ -46,6 +46,20 @@ def test_the_same_settings_go_on_and_others_are_told_apart_by_name(run):
     assert caught.value.message.splitlines()[1:] == ["    two songs are gone"]
 
 
+def test_another_bundle_is_one_line_and_not_all_of_its_hashes(run):
+    def of(name: str, digest: str) -> dict:
+        what = {"bundle": {"name": name, "weights": {f"{i}": digest * 64 for i in range(20)}}, "z": digest * 400}
+        return runs.describe("toy", {**what, "config": {"bundle": name}}, Settings(), ())
+
+    with pytest.raises(UserError) as caught:
+        runs.refuse_another(run, of("micro", "a"), of("debug", "b"))
+    lines = [line.strip() for line in caught.value.message.splitlines()[1:]]
+    assert lines[:2] == ["config.bundle: 'micro' -> 'debug'", "bundle.name: 'micro' -> 'debug'"]
+    assert lines[2].startswith("z: 'aaa")
+    assert lines[2].endswith(" ...")
+    assert len(lines) == 3
+
+
 def test_foreign_files_and_other_kinds_are_refused(run):
     run.write("holiday.jpg", b"x")
     with pytest.raises(UserError, match=r"is no toy run: it holds holiday\.jpg but no run\.json"):

@@ -11,7 +11,7 @@ from scipy import stats
 from ttmray import statistics
 from ttmray.errors import UserError
 from ttmray.statistics import (
-    hierarchical_bootstrap,
+    bootstrap,
     holm,
     mcnemar,
     paired,
@@ -117,29 +117,29 @@ def test_holm_keeps_false_marks_rare_over_the_table() -> None:
     assert any_mark == pytest.approx(0.05, abs=0.015)
 
 
-def _covered(seeds: str, prompt_sd: float, seed_sd: float, noise_sd: float, shape: tuple[int, int]) -> float:
+def _covered(prompt_sd: float, seed_sd: float, noise_sd: float, shape: tuple[int, int]) -> float:
     """How often the interval of mean 1 covers it, with effects of prompts, of columns, and noise."""
     rng = np.random.default_rng(0)
     hits = []
     for run in range(1000):
         prompts, columns = rng.normal(size=(shape[0], 1)), rng.normal(size=(1, shape[1]))
-        scores = 1 + prompt_sd * prompts + seed_sd * columns + noise_sd * rng.normal(size=shape)
-        got = hierarchical_bootstrap(scores, seeds=seeds, resamples=400, seed=run)
+        got = bootstrap(
+            1 + prompt_sd * prompts + seed_sd * columns + noise_sd * rng.normal(size=shape), resamples=400, seed=run
+        )
         hits.append(got.low <= 1 <= got.high)
     return float(np.mean(hits))
 
 
-def test_bootstrap_intervals_cover_prompts_and_seeds() -> None:
-    assert _covered("nested", 1, 0, 1, (40, 3)) == pytest.approx(0.94, abs=0.025)
-    assert _covered("nested", 0.1, 0, 1, (40, 3)) == pytest.approx(0.94, abs=0.025)
-    assert _covered("crossed", 1, 0.5, 0.3, (40, 10)) == pytest.approx(0.925, abs=0.025)
+def test_bootstrap_intervals_cover_prompts_and_their_noise() -> None:
+    assert _covered(1, 0, 1, (40, 3)) == pytest.approx(0.94, abs=0.025)
+    assert _covered(0.1, 0, 1, (40, 3)) == pytest.approx(0.94, abs=0.025)
     # what goes wrong when seeds shared by all prompts are taken for noise of each
-    assert _covered("nested", 1, 0.5, 0.3, (40, 10)) < 0.86
+    assert _covered(1, 0.5, 0.3, (40, 10)) < 0.86
 
 
 def test_the_bootstrap_of_one_seed_is_the_t_interval() -> None:
     difference = np.random.default_rng(1).normal(0.2, 1, size=(200, 1))
-    got = hierarchical_bootstrap(difference, seeds="nested")
+    got = bootstrap(difference)
     expected = paired(difference[:, 0], np.zeros(200))
     assert got.value == pytest.approx(expected.difference, rel=1e-12)
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=0.01)
@@ -150,20 +150,18 @@ def test_the_bootstrap_pairs_prompts_of_two_systems_with_other_numbers_of_seeds(
     rng = np.random.default_rng(2)
     prompts = 10 * rng.normal(size=(50, 1))  # far larger than the difference, and shared
     a, b = prompts + 0.5 + 0.2 * rng.normal(size=(50, 3)), prompts + 0.2 * rng.normal(size=(50, 2))
-    for seeds in ("nested", "crossed"):
-        got = hierarchical_bootstrap(a, b, seeds=seeds)
-        assert got.value == pytest.approx(a.mean() - b.mean(), rel=1e-9)
-        assert 0.3 < got.low < 0.5 < got.high < 0.7
-        assert got == hierarchical_bootstrap(a, b, seeds=seeds)
+    got = bootstrap(a, b)
+    assert got.value == pytest.approx(a.mean() - b.mean(), rel=1e-9)
+    assert 0.3 < got.low < 0.5 < got.high < 0.7
+    assert got == bootstrap(a, b)
 
 
-@pytest.mark.parametrize("seeds", ["nested", "crossed"])
-def test_the_bootstrap_draws_in_parts_what_it_drew_at_once(seeds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bootstrap_draws_in_parts_what_it_drew_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
     a, b = rng.normal(size=(30, 3)), rng.normal(size=(30, 2))
-    at_once = hierarchical_bootstrap(a, b, seeds=seeds, resamples=200)
+    at_once = bootstrap(a, b, resamples=200)
     monkeypatch.setattr(statistics, "BOOTSTRAP_CELLS", 7 * 30)  # 200 is no multiple of 7
-    in_parts = hierarchical_bootstrap(a, b, seeds=seeds, resamples=200)
+    in_parts = bootstrap(a, b, resamples=200)
     assert (in_parts.value, in_parts.low, in_parts.high) == pytest.approx(
         (at_once.value, at_once.low, at_once.high), rel=1e-12
     )
@@ -173,21 +171,19 @@ def test_the_bootstrap_of_many_prompts_takes_little_memory() -> None:
     scores = np.random.default_rng(5).normal(size=(5000, 1))
     tracemalloc.start()
     try:
-        hierarchical_bootstrap(scores, seeds="nested", resamples=2000)
+        bootstrap(scores, resamples=2000)
         assert tracemalloc.get_traced_memory()[1] < 40 * 2**20  # all draws at once are 76 MiB, and as much again
     finally:
         tracemalloc.stop()
 
 
 def test_the_bootstrap_refuses_what_it_cannot_say() -> None:
-    with pytest.raises(UserError, match="One seed says nothing"):
-        hierarchical_bootstrap(np.ones((5, 1)), seeds="crossed")
     with pytest.raises(UserError, match="not 5 and 4"):
-        hierarchical_bootstrap(np.ones((5, 2)), np.ones((4, 2)), seeds="nested")
+        bootstrap(np.ones((5, 2)), np.ones((4, 2)))
     with pytest.raises(UserError, match="two or more prompts"):
-        hierarchical_bootstrap(np.ones((1, 2)), seeds="nested")
+        bootstrap(np.ones((1, 2)))
     with pytest.raises(UserError, match=r"B: scores must be finite"):
-        hierarchical_bootstrap(np.ones((5, 2)), np.full((5, 2), np.nan), seeds="nested")
+        bootstrap(np.ones((5, 2)), np.full((5, 2), np.nan))
 
 
 def test_mcnemar_is_the_uncorrected_chi_square_and_the_sign_test() -> None:
@@ -380,8 +376,8 @@ def test_intervals_over_prompts_and_seeds_cover_the_mean_of_both():
         inside = 0
         for _ in range(400):
             table = rng.normal(0, 0.3, (30, 1)) + rng.normal(0, of_seed, (1, 3)) + rng.normal(0, 0.3, (30, 3))
-            low, high = statistics.crossed_interval(table)
-            inside += low <= 0 <= high
+            one = statistics.crossed(table)
+            inside += one.low <= 0 <= one.high
         assert inside / 400 >= 0.93  # with a seed's effect of 0 it may cover more
 
 
@@ -401,17 +397,18 @@ def test_the_interval_over_both_is_not_narrower_than_that_of_seeds_alone():
     rng = np.random.default_rng(9)
     for _ in range(50):
         table = rng.normal(0, 0.3, (30, 1)) + rng.normal(0, 0.2, (1, 3)) + rng.normal(0, 0.3, (30, 3))
-        low, high = statistics.crossed_interval(table)
+        one = statistics.crossed(table)
         alone = statistics.mean_interval(table.mean(axis=0))
-        assert high - low >= alone[1] - alone[0] - 1e-12
+        assert one.high - one.low >= alone[1] - alone[0] - 1e-12
 
 
 def test_one_column_has_the_interval_of_its_prompts_and_one_prompt_none():
     column = np.random.default_rng(6).normal(size=(20, 1))
-    assert statistics.crossed_interval(column) == statistics.mean_interval(column[:, 0])
-    assert statistics.crossed_interval(np.ones((1, 3))) is None
+    one = statistics.crossed(column)
+    assert (one.low, one.high) == pytest.approx(statistics.mean_interval(column[:, 0]))
+    assert statistics.crossed(np.ones((1, 3))) is None
     assert statistics.crossed(np.ones((4, 3))) == (1.0, 1.0, 1.0, 0.0)
     assert statistics.crossed(np.zeros((4, 3))) == (0.0, 0.0, 0.0, 1.0)
-    assert statistics.crossed(column).p == pytest.approx(stats.ttest_1samp(column[:, 0], 0).pvalue)
+    assert one.p == pytest.approx(stats.ttest_1samp(column[:, 0], 0).pvalue)
     with pytest.raises(UserError, match="finite"):
-        statistics.crossed_interval(np.full((4, 3), np.nan))
+        statistics.crossed(np.full((4, 3), np.nan))

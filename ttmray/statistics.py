@@ -155,28 +155,21 @@ def holm(p_values: Mapping[Cell, float]) -> dict[Cell, float]:
     return {cell: adjusted[cell] for cell in p_values}
 
 
-def hierarchical_bootstrap(
-    a: np.ndarray,
-    b: np.ndarray | None = None,
-    *,
-    seeds: Seeds,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+def bootstrap(
+    a: np.ndarray, b: np.ndarray | None = None, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """Mean of A, or of A - B, over prompts and seeds, with a percentile interval that covers both.
+    """Mean of A, or of A - B, over prompts, with a percentile interval; prompts are drawn for both systems together.
+
+    Several seeds of a prompt are noise within it, as in generation, where another prompt's clip has other noise: the
+    scatter of whole rows holds it already, and drawing seeds again within each row would count it twice (Davison &
+    Hinkley 1997, section 3.8). Of seeds that all prompts share, `crossed` has the interval.
 
     Args:
-        a, b: (prompts, seeds). Prompts are drawn for both systems together; the numbers of seeds may differ.
-        seeds: "nested": a seed is noise within one prompt, as in generation, where another prompt's clip has other
-            noise. Whole rows are then drawn: their scatter holds the noise already, and drawing seeds again within
-            each row would count it twice (Davison & Hinkley 1997, section 3.8). "crossed": a column is one seed of
-            all prompts, such as a training run. Rows and columns are then drawn, each system's columns for itself
-            (Owen 2007, Ann. Appl. Stat. 1). With S columns their part of the variance is too small by 1 - 1/S.
+        a, b: (prompts, seeds); the numbers of seeds may differ.
         seed: of the bootstrap.
 
     Raises:
-        UserError: other shapes, fewer than two prompts, fewer than two crossed seeds, NaN or infinity.
+        UserError: other shapes, fewer than two prompts, NaN or infinity.
     """
     _check_share("confidence", confidence)
     tables = [_scores(table, name) for table, name in ((a, "A"), (b, "B")) if table is not None]
@@ -184,21 +177,13 @@ def hierarchical_bootstrap(
     if n < 2 or any(len(table) != n for table in tables):
         counts = " and ".join(str(len(table)) for table in tables)
         raise UserError(f"The bootstrap needs the same two or more prompts on each side, not {counts}.")
-    if seeds == "crossed" and any(table.shape[1] < 2 for table in tables):
-        raise UserError("One seed says nothing about other seeds.", "Run at least two, or use nested seeds.")
-    rng = np.random.default_rng(seed)
-    products = [np.empty((resamples, table.shape[1])) for table in tables]
-    for part, times in _draws(n, resamples, rng):
-        for table, product in zip(tables, products, strict=True):
-            product[part] = times / n @ table
-    drawn, value = np.zeros(resamples), 0.0
-    for table, product, sign in zip(tables, products, (1, -1), strict=False):
-        k = table.shape[1]
-        columns = rng.multinomial(k, np.full(k, 1 / k), size=resamples) / k if seeds == "crossed" else 1 / k
-        drawn += sign * (product * columns).sum(axis=1)
-        value += sign * float(table.mean())
+    means = tables[0].mean(axis=1) - (tables[1].mean(axis=1) if len(tables) > 1 else 0.0)
+    drawn = np.empty(resamples)
+    for part, times in _draws(n, resamples, np.random.default_rng(seed)):
+        drawn[part] = times / n @ means
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Estimate(value, float(low), float(high), confidence, n, min(table.shape[1] for table in tables))
+    seeds = min(table.shape[1] for table in tables)
+    return Estimate(float(means.mean()), float(low), float(high), confidence, n, seeds)
 
 
 class Crossed(NamedTuple):
@@ -216,9 +201,8 @@ def crossed(table: np.ndarray, confidence: float = 0.95) -> Crossed | None:
     Prompts and seeds are both random: the variance of the mean is (M_p + M_s - M_e) / (P S) with the mean squares of
     prompts, seeds and what is left (Searle, Casella & McCulloch, Variance Components, 1992), its degrees of freedom are
     Satterthwaite's. It is never narrower than the interval of either side alone, because M_p or M_s falls below M_e by
-    chance, and the few degrees of freedom of seeds count less in the sum than they should. With three seeds that
-    differ, the quantile is near 4.3 in place of 2: a few seeds say little, and the interval says so. Where
-    `hierarchical_bootstrap` draws from so few columns, it is too narrow by a factor of sqrt(1 - 1/S) and more.
+    chance, and the few degrees of freedom of seeds count less in the sum than they should. A few seeds say little, and
+    the interval says so; a bootstrap that draws so few columns is too narrow by sqrt(1 - 1/S) and more (Owen 2007).
 
     Returns:
         None for fewer than two prompts. Of one column what its prompts say, which says nothing of other seeds.
@@ -237,31 +221,21 @@ def crossed(table: np.ndarray, confidence: float = 0.95) -> Crossed | None:
     else:
         rows, columns = table.mean(axis=1) - mean, table.mean(axis=0) - mean
         left = table - mean - rows[:, None] - columns[None]
-        degrees = (p - 1.0, s - 1.0, (p - 1.0) * (s - 1.0))
-        sums = (s * rows @ rows, p * columns @ columns, np.square(left).sum())
-        squares = [float(total / df) for total, df in zip(sums, degrees, strict=True)]
-        sides = list(zip(squares[:2], degrees[:2], strict=True))
+        degrees = np.array([p - 1.0, s - 1.0, (p - 1.0) * (s - 1.0)])
+        squares = np.array([s * rows @ rows, p * columns @ columns, np.square(left).sum()]) / degrees
         both = squares[0] + squares[1] - squares[2]
-        if both > 0:
-            spread = sum(square**2 / df for square, df in zip(squares, degrees, strict=True))
-            sides.append((both, max(both**2 / spread, 1.0)))
-        errors = np.sqrt([square / (p * s) for square, _ in sides])
-        freedom = np.array([df for _, df in sides])
+        df = both**2 / (squares**2 / degrees).sum() if both > 0 else 1.0
+        errors = np.sqrt(np.array([*squares[:2], max(both, 0.0)]) / (p * s))
+        freedom = np.array([*degrees[:2], max(df, 1.0)])
     half = float(np.max(stats.t.ppf(0.5 + confidence / 2, freedom) * errors))
     with np.errstate(divide="ignore", invalid="ignore"):  # no scatter at all
         chance = float(np.nanmax(2 * stats.t.sf(abs(mean) / errors, freedom), initial=0.0)) if mean else 1.0
     return Crossed(mean, mean - half, mean + half, chance)
 
 
-def crossed_interval(table: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
-    """The interval of `crossed` of a table (prompts, seeds)."""
-    one = crossed(table, confidence)
-    return None if one is None else (one.low, one.high)
-
-
 MEAN_INTERVAL = "t over prompts"
 """The interval of a mean over prompts, wherever one is shown: tables, plots, ablations and cards."""
-CROSSED_INTERVAL = "bootstrap over prompts and seeds"
+CROSSED_INTERVAL = "t over prompts and seeds"
 """Instead of it where samples of all prompts share seeds, of which others are to be covered, too."""
 
 

@@ -194,6 +194,13 @@ def test_planning_with_other_settings_does_not_touch_a_run(songs, run, make_conf
     assert snapshot(run) == before
 
 
+def test_the_plan_warns_of_clips_that_the_bundle_does_not_know(songs, make_config, tmp_path, capsys):
+    for bundle, told in (("micro", True), ("debug", False)):
+        config = make_config(songs, tmp_path / bundle, f"bundle={bundle}", "separation.scope=none")
+        assert score_corpus(config, plan_only=True) == 0
+        assert ("knows clips of 5 s: --set segments.clip_s=5" in capsys.readouterr().out) == told
+
+
 def test_planning_into_a_folder_of_something_else_is_refused(songs, make_config, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"holds thesis\.tex"):

@@ -30,7 +30,7 @@ from ttmray.evaluation.score import read_mono
 from ttmray.models.bundle import open_bundle
 from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
-from ttmray.statistics import hierarchical_bootstrap
+from ttmray.statistics import crossed
 from ttmray.storage import Folder
 from ttmray.synth.measures import clip_quality
 from ttmray.synth.regularity import rhythm, tuning
@@ -368,11 +368,11 @@ def test_crossed_seeds_widen_intervals_by_what_the_samples_of_all_prompts_share(
     rows = rows_of(root / "out")
     for metric, column in (("reward", "reward"), ("lufs", "lufs")):
         table = np.array([row[column] for row in rows]).reshape(3, 2)
-        crossed = hierarchical_bootstrap(table, seeds="crossed")
+        both = crossed(table)
         means = table.mean(axis=1)
         half = stats.t.ppf(0.975, 2) * means.std(ddof=1) / np.sqrt(3)
-        ends = {"nested": (table.mean() - half, table.mean() + half), "crossed": (crossed.low, crossed.high)}
-        for seeds, how in (("nested", "t over prompts"), ("crossed", "bootstrap over prompts and seeds")):
+        ends = {"nested": (table.mean() - half, table.mean() + half), "crossed": (both.low, both.high)}
+        for seeds, how in (("nested", "t over prompts"), ("crossed", "t over prompts and seeds")):
             got = found[seeds][metric]
             assert (got["value"], got["low"], got["high"]) == pytest.approx((table.mean(), *ends[seeds]), rel=1e-12)
             assert got["interval"] == how

@@ -67,7 +67,10 @@ def build_catalogue(input: str, config: CatalogueConfig) -> Catalogue:
         report["limit"] = f"first {config.limit} of {len(tracks)} tracks"
         tracks = tracks[: config.limit]
     if config.captions not in (None, "auto"):
-        captions = load_captions(config.captions)
+        try:
+            captions = load_captions(config.captions)
+        except UserError as error:
+            raise UserError(f"catalogue.captions: {error.message}", error.hint) from error
         report["captions_from"] = config.captions
     if captions is None:
         report["tracks_without_caption"] = sum(not track.caption for track in tracks)

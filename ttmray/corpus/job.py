@@ -25,7 +25,7 @@ from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.corpus.unit_log import UnitLog
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.inventory import read_marker, restore_run
-from ttmray.models.bundle import ROLES, Bundle, open_bundle
+from ttmray.models.bundle import ROLES, Bundle, means_nothing, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
@@ -219,6 +219,13 @@ def _plan(config: CorpusConfig, run: Folder, existing: dict[str, Any] | None) ->
 
 def _show_plan(plan: Plan, config: CorpusConfig, run: Folder, bundle: Bundle) -> None:
     """Save the plan with every derived number, and print what matters most of it."""
+    own, asked = bundle.clip_s, config.segments.clip_s
+    if own != asked and not means_nothing(bundle.name):
+        console.print(
+            f"WARNING: clips are to be {asked:g} s long, and bundle {bundle.name} knows clips of {own:g} s: "
+            f"--set segments.clip_s={own:g} --set segments.min_s={own:g}",
+            style="yellow",
+        )
     numbers = derived_numbers(plan, config)
     for line in plan_lines(numbers, config, bundle.name, known_costs=bool(bundle.weights())):
         console.print(line)

@@ -24,7 +24,7 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.generation import manifest
 from ttmray.models.bundle import means_nothing
-from ttmray.statistics import hierarchical_bootstrap, holm, mcnemar, paired, prompts_needed
+from ttmray.statistics import bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.storage import Folder, absolute, is_remote, parquet_table, split_path
 from ttmray.tables import read_rows
 
@@ -335,7 +335,7 @@ def _cell(
         return None, f"{metric}, {a} against {b}: {len(common)} common prompts say nothing about a difference."
     x, y = (np.array([table[one] for one in common]) for table in (of_a, of_b))
     result = paired(x, y)
-    boot = hierarchical_bootstrap(x[:, None], y[:, None], seeds="nested", seed=seed)
+    boot = bootstrap(x[:, None], y[:, None], seed=seed)
     wins, losses = result.wins or 0, result.losses or 0
     try:
         needed = prompts_needed(result.difference, result.sd)

@@ -17,7 +17,7 @@ from ttmray.evaluation.reference import Embedded
 from ttmray.evaluation.systems import SystemFolder
 from ttmray.models.bundle import Bundle
 from ttmray.plugins import function_named
-from ttmray.statistics import CROSSED_INTERVAL, MEAN_INTERVAL, hierarchical_bootstrap, mean_interval
+from ttmray.statistics import CROSSED_INTERVAL, MEAN_INTERVAL, crossed, mean_interval
 
 SETS = ("fad", "fad_inf", "kad", "diversity", "vendi", "near_duplicates", "parent_fad", "parent_distance")
 """Metrics of a system's clips together."""
@@ -157,8 +157,8 @@ def _mean(name: str, values: Mapping[tuple[str, int], float], protocol: str, con
             interval = mean_interval(means) or interval
         elif len(samples) > 1 and len(values) == len(prompts) * len(samples):
             table = np.array([[of[k] for k in samples] for of in prompts.values()])
-            estimate = hierarchical_bootstrap(table, seeds="crossed", seed=config.seed)
-            interval = estimate.low, estimate.high
+            both = crossed(table)
+            interval = (both.low, both.high) if both else interval
         else:
             warnings = ("no interval: some samples of some prompts have no value, and crossed seeds need all.",)
     value, n = float(means.mean()), len(values)

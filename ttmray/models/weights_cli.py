@@ -11,6 +11,7 @@ from rich.table import Table
 from ttmray.console import console
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.local_files import TEMPORARY_PREFIX
+from ttmray.models.bundle import BUNDLES, FolderBundle
 from ttmray.models.weights import (
     Entry,
     Store,
@@ -133,12 +134,17 @@ def verify(store: Store | None = None) -> int:
 
 
 def where(name: str, store: Store | None = None) -> int:
-    """Paths of the files of an entry, one per line.
+    """Paths of the files of an entry, or of a bundle that ships with the package, one per line.
 
     Raises:
         UserError: as `Store.find`.
     """
-    for path in (store or open_store()).find(name).values():
+    bundle = BUNDLES.get(name)
+    if isinstance(bundle, FolderBundle):
+        files = [bundle.files.path / file for file in bundle.files.description.files]
+    else:
+        files = list((store or open_store()).find(name).values())
+    for path in files:
         console.print(str(path), markup=False)
     return EXIT_OK
 

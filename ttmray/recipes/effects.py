@@ -2,7 +2,7 @@
 
 A difference is taken prompt by prompt and seed by seed, in standard deviations over the clips of that seed's cell
 before. Every seed trains a ranker of its own, whose scale is its own, so rewards of different seeds can be put together
-in no other unit. Its interval is over prompts and seeds (`statistics.crossed_interval`).
+in no other unit. Its interval is over prompts and seeds (`statistics.crossed`).
 
 A clip that failed or is silent is the worst that there is: it has the lowest reward and CLAP score of its run and the
 lowest quality, and is not passed over, or whatever collapses would be judged by what is left of it.
@@ -18,7 +18,7 @@ import numpy as np
 from ttmray.errors import UserError
 from ttmray.evaluation.compare import ClipScore, prompt_means
 from ttmray.evaluation.results import QUALITY, read_clips, read_results
-from ttmray.statistics import crossed_interval
+from ttmray.statistics import crossed
 from ttmray.storage import Folder
 from ttmray.synth.faults import FLOOR
 from ttmray.training.logbook import METRICS as LOG
@@ -134,10 +134,11 @@ def effect(
             return None
         common, table = numbers
         raw = table * np.array([seed.unit(before, metric) for seed in seeds])
-    low, high = crossed_interval(table, confidence) or (-np.inf, np.inf)
+    one = crossed(table, confidence)
+    assert one is not None  # there are two prompts or more
     by_seed = dict(zip([seed.name for seed in seeds], table.mean(axis=0).tolist(), strict=True))
     failed = sum(seed.failed.get(seed.rows[row], 0) for seed in seeds for row in (after, before))
-    return Effect(name, metric, float(table.mean()), low, high, float(raw.mean()), len(common), by_seed, failed)
+    return Effect(name, metric, one.value, one.low, one.high, float(raw.mean()), len(common), by_seed, failed)
 
 
 def _table(

@@ -126,8 +126,8 @@ def crosses(seeds: Sequence[Seed]) -> Finding:
         ("Chain-end v1 in v2", ("factorial", "Chain-end v1 v2"), ("factorial", "Chain-end v1 v1")),
         ("SFT-only v2 in v1", ("factorial", "SFT-only v2 v1"), ("factorial", "SFT-only v2 v2")),
     ]
-    (benign, kept), (collapse, lost) = _effects(seeds, pairs[:2], BOTH), _effects(seeds, pairs[2:], BOTH)
-    if not kept or not lost:
+    (benign, all_benign), (collapse, all_collapse) = _effects(seeds, pairs[:2], BOTH), _effects(seeds, pairs[2:], BOTH)
+    if not all_benign or not all_collapse:
         return Finding("c", claim, "cannot be told", _missing("all crossed cells of the factorial"), benign + collapse)
     stays = _all([_above(one, -MARGIN) for one in benign])
     falls = _all([_above(one, -MARGIN, below=True) for one in collapse])

@@ -33,6 +33,8 @@ from ttmray.training.loop import CHECKPOINTS, train, trajectory
 from ttmray.training.memory import Split, split_batch
 from ttmray.training.task import MakeTask, Ranks, Task
 
+AMPERE = (8, 0)
+"""Compute capability from which cards have bfloat16."""
 FORCE = "--force goes on with the new ones."
 Row = tuple[str, str, str]
 """Of the plan: a name, a value, its reason."""
@@ -152,6 +154,8 @@ def plan(
     Raises:
         UserError: the estimate is above `runtime.memory_gb`.
     """
+    if device.type == "cuda" and config.precision == "bf16" and torch.cuda.get_device_capability(device) < AMPERE:
+        console.print(f"{torch.cuda.get_device_name(device)} has no bfloat16: set precision=fp32", style="yellow")
     backbone = task.model.config
     wish, most = config.runtime.device_batch, config.runtime.memory_gb
     if most is not None:
