@@ -112,9 +112,9 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
             _require_unaltered(path)
         else:
             loaded = _read_torch(path)
-    except (OSError, UserError):
+    except UserError:
         raise
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # a damaged pickle may raise anything, a damaged archive that is mapped an OSError
         raise UserError(
             f"{path} was not read: {_reason(error)}",
             "Only safetensors and torch checkpoints of tensors, numbers and strings are accepted; check where the file "
