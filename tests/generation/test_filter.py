@@ -17,7 +17,17 @@ from synthetic_corpus import write_random_corpus
 from synthetic_pool import Candidate, write_pool
 
 from ttmray.errors import UserError
-from ttmray.generation.filter import FilterConfig, Selection, blend, filter_pool, markdown, read_pool, select, z_scores
+from ttmray.generation.filter import (
+    BY_CHANCE,
+    FilterConfig,
+    Selection,
+    blend,
+    filter_pool,
+    markdown,
+    read_pool,
+    select,
+    z_scores,
+)
 
 PROMPTS = {f"p{i}": (f"prompt {i}", np.zeros((3, 8))) for i in range(5)}
 
@@ -262,6 +272,16 @@ def test_what_is_no_score_ranks_no_clips(tmp_path, column):
     pool = write_pool(str(tmp_path / "pool"), clips(), PROMPTS)
     with pytest.raises(UserError, match=f"has no score column '{column}'. It has: .*reward_score"):
         read_pool(str(pool), (column,))
+
+
+def test_by_chance_clips_are_drawn_alike_in_every_run_and_whatever_their_scores():
+    table = random_table(400)
+    keys, *_ = choose(table, rule=BY_CHANCE, count=100)
+    again, *_ = choose(table.take(list(range(399, -1, -1))), rule=BY_CHANCE, count=100)
+    assert keys == again
+    rewards = dict(zip(table["key"].to_pylist(), table["instrumental_reward_score"].to_pylist(), strict=True))
+    everyone, drawn = np.array(list(rewards.values())), np.array([rewards[key] for key in keys])
+    assert abs(drawn.mean() - everyone.mean()) < 4 * everyone.std() / np.sqrt(100)
 
 
 def test_a_rule_that_fails_is_named():

@@ -21,9 +21,10 @@ from ttmray.config import load_config
 from ttmray.corpus.index import read_index
 from ttmray.corpus.scores import with_columns
 from ttmray.errors import UserError
+from ttmray.generation.filter import BY_CHANCE
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.models.bundle import open_bundle
-from ttmray.recipes.reproduce import ReproduceConfig, build_steps, reproduce
+from ttmray.recipes.reproduce import ReproduceConfig, _fingerprints, build_steps, reproduce
 from ttmray.storage import Folder
 from ttmray.training.data import open_mixture
 
@@ -65,6 +66,25 @@ def test_steps_come_in_order_and_only_with_their_sections(tmp_path):
     assert list(steps(tmp_path, *without)) == [
         "corpus", "stage1", "pool", "stage2", "generate-stage1", "generate-stage2", "evaluate",
     ]  # fmt: skip
+
+
+def test_a_third_arm_of_stage_2_has_as_many_clips_by_chance(tmp_path):
+    both = steps(tmp_path, "unselected=true", "stage2.filter.count=3")
+    chosen, drawn = both["stage2"].config, both["unselected"].config
+    assert drawn.filter.rule == BY_CHANCE
+    assert drawn.pools == chosen.pools
+    assert not drawn.control
+    left_out = {"output", "filter"}
+    assert drawn.model_dump(exclude=left_out) == chosen.model_dump(exclude=left_out)
+    assert drawn.filter.model_dump(exclude={"rule", "rewards"}) == chosen.filter.model_dump(exclude={"rule", "rewards"})
+    assert all(name.startswith("unselected/expert/") for name in both["unselected"].makes)
+
+
+def test_weights_of_stage_3_can_be_others(tmp_path):
+    settings = ["weights=ema:0.05", "stage3_weights=raw"]
+    told = _fingerprints(debug(tmp_path, *settings), build_steps(debug(tmp_path, *settings)))
+    usual = _fingerprints(debug(tmp_path, settings[0]), build_steps(debug(tmp_path, settings[0])))
+    assert [name for name in told if told[name] != usual[name] and name.startswith(("stage", "trunk"))] == ["stage3"]
 
 
 def test_a_system_can_be_taken_out_again(tmp_path):
