@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 NOTEBOOK = REPO / "notebooks/songs_to_music.ipynb"
 TRANSCRIPT = REPO / "docs/notebook-run.md"
-OTHERS = {"pathlib", "subprocess", "sys", "importlib", "IPython", "google"}
+OTHERS = {"torch", "pathlib", "subprocess", "sys", "importlib", "IPython", "google"}
 QUICK = {"UPDATES": 2, "COMPOSED": 5, "SECONDS": 5.0, "SAMPLER_STEPS": 1, "PROMPTS": {"calm": "a calm piano"}}
 
 
