@@ -82,7 +82,7 @@ def test_curves_are_losses_by_update_and_rewards_by_round(training):
 def test_a_training_run_has_a_page_and_other_folders_say_what_they_lack(training, tmp_path, capsys):
     assert main(["report", str(training)]) == EXIT_OK
     text = (training / "index.html").read_text()
-    assert "loss from 1.667 to 1" in text
+    assert "loss 1.667 to 1" in text
     assert "30 of 30" in text
     assert "exploiting &lt;b&gt;" in text
     assert "models are tiny, seeded and untrained" in text

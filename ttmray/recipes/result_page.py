@@ -76,9 +76,15 @@ def figures_of(curves: Sequence[Curves]) -> list[dict[str, Any]]:
         for axis, lines in one.lines.items():
             drawn = {theme: plots.curves(lines, axis, theme).decode() for theme in ("light", "dark")}
             svgs = [(theme, Markup(svg[svg.index("<svg") :])) for theme, svg in drawn.items()]
-            last = ", ".join(f"{label} {line[0][1]:.4g} to {line[-1][1]:.4g}" for label, line in lines.items())
-            shown.append({"title": f"{one.title}: {axis}", "said": last, "svgs": svgs})
+            shown.append({"title": f"{one.title}: {axis}", "said": ", ".join(_ends(lines)), "svgs": svgs})
     return shown
+
+
+def _ends(lines: Mapping[str, Points]) -> Iterator[str]:
+    """Name, first and last value of each curve; the one value of a point."""
+    for label, line in lines.items():
+        last = f"{line[-1][1]:.4g}"
+        yield f"{label} {last}" if len(line) == 1 else f"{label} {line[0][1]:.4g} to {last}"
 
 
 def headline(results: Results) -> str:
@@ -198,7 +204,8 @@ def chain_values(root: Folder, configs: Mapping[str, Config]) -> dict[str, Any]:
 
 def _trainings(places: Mapping[str, Folder]) -> Iterator[tuple[str, Folder]]:
     """Runs with a log: outputs of steps, and the phases of rounds in them."""
-    for name, place in {place.uri: (name, place) for name, place in places.items()}.values():
+    first = {place.uri: (name, place) for name, place in reversed(places.items())}  # Stage 2 has its control's folder
+    for name, place in sorted(first.values(), key=lambda one: list(places).index(one[0])):
         yield name, place
         phases = {file.name.rpartition("/")[0] for file in place.files(sizes=False) if file.name.endswith(f"/{LOG}")}
         for phase in sorted(phases):
@@ -253,9 +260,5 @@ def run_page(folder: str) -> int:
 
 def _said(curves: Curves) -> str:
     """The first and last value of each curve, in a sentence."""
-    parts = [
-        f"{label} from {line[0][1]:.4g} to {line[-1][1]:.4g}"
-        for some in curves.lines.values()
-        for label, line in some.items()
-    ]
+    parts = [text for some in curves.lines.values() for text in _ends(some)]
     return f"{'; '.join(parts) or 'Nothing is logged yet'}."
