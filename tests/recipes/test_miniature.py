@@ -14,7 +14,8 @@ import pytest
 
 from ttmray.config import load_config
 from ttmray.models.bundle import open_bundle
-from ttmray.recipes.findings import findings, read_seed
+from ttmray.recipes.effects import read_seed
+from ttmray.recipes.findings import findings
 from ttmray.recipes.reproduce import ReproduceConfig, build_steps, reproduce
 
 REPO = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ def test_one_seed_moves_everything_but_the_prompts(tmp_path):
     assert (world.seed, two["world"].seed, world.prompt_seed) == (1001, 1002, two["world"].prompt_seed)
     assert one["votes"].seed == 1
     assert one["ranker"].seed == 1
-    for name in ("trunk", "stage1", "stage2", "control", "stage3"):
+    for name in ("trunk", "stage1", "stage2", "control", "unselected", "stage3"):
         assert (one[name].data.seed, one[name].model.seed) == (1, 1), name
     assert (one["pool"].seed, one["pairs_pool"].seed, two["pool"].seed) == (1, 2, 2)
     assert one["tables"].generate["seed"] == 1
@@ -74,7 +75,7 @@ def test_all_heads_start_from_the_same_trunk_without_a_score(tmp_path):
     assert tables.checkpoints["stage2"].path.startswith(f"{tmp_path}/stage2/expert/")
     assert steps["corpus"].config.input == f"{tmp_path}/world/songs"
     assert steps["pool"].config.held_out == tables.prompts == f"{tmp_path}/world/prompts.csv"
-    assert steps["tables"].after[-4:] == ("stage1", "stage2", "control", "stage3")
+    assert steps["tables"].after[-5:] == ("stage1", "stage2", "control", "unselected", "stage3")
 
 
 def start(output: Path) -> "subprocess.Popen[bytes]":
@@ -111,4 +112,4 @@ def test_a_reduced_miniature_that_is_killed_goes_on_to_its_findings(tmp_path, ca
     assert all(f"| ({letter}) |" in text for letter in "abcdef")
     capsys.readouterr()
     assert reproduce(config) == 0
-    assert "nothing to do: all 14 steps are done" in capsys.readouterr().out
+    assert "nothing to do: all 15 steps are done" in capsys.readouterr().out
