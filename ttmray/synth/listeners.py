@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ttmray.console import console
 from ttmray.errors import UserError, run_program
 from ttmray.storage import read_parquet, split_path
 
@@ -225,11 +226,11 @@ def main(argv: list[str] | None = None) -> int:
     folder, name = split_path(arguments.table)
     folder.write(name, text.getvalue().encode())
     best = best_accuracy(clips, panel)
-    print(f"{len(rows)} votes about {len(clips)} clips: {arguments.table}")
-    print(
+    console.print(f"{len(rows)} votes about {len(clips)} clips: {arguments.table}")
+    console.print(
         f"ties: {sum(row['label'] == 'tie' for row in rows) / len(rows):.3f} (expected {best.ties:.3f} without prompts)"
     )
-    print(
+    console.print(
         f"best possible accuracy: {best.knowing_all:.3f} knowing what listeners like, {best.knowing_quality:.3f} "
         "knowing true quality alone"
     )

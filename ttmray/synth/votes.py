@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ttmray import runs
+from ttmray.console import console
 from ttmray.corpus import index
 from ttmray.corpus.scores import require_column, with_columns
 from ttmray.errors import UserError, run_program
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     rewards = np.array([row[options.prefer] for row in rows], np.float64)
     drawn = draw_votes([row["key"] for row in rows], rewards, options.count, options.seed)
     _write(options.table, ["a", "b", "label"], drawn)
-    print(f"{len(drawn)} votes about {len(rows)} clips: {options.table}")
+    console.print(f"{len(drawn)} votes about {len(rows)} clips: {options.table}")
     return 0
 
 
@@ -125,8 +126,10 @@ def _listen(run: Folder, options: argparse.Namespace) -> int:
     drawn = votes(clips, options.count, options.seed, panel)
     _write(options.table, COLUMNS, drawn)
     best = best_accuracy(clips, panel)
-    print(f"{len(drawn)} votes about {len(clips)} clips: {options.table}")
-    print(f"best possible accuracy: {best.knowing_all:.3f}; knowing true quality alone: {best.knowing_quality:.3f}")
+    console.print(f"{len(drawn)} votes about {len(clips)} clips: {options.table}")
+    console.print(
+        f"best possible accuracy: {best.knowing_all:.3f}; knowing true quality alone: {best.knowing_quality:.3f}"
+    )
     return 0
 
 
