@@ -77,10 +77,10 @@ class Sizes:
     """How much is measured: clips of the encoders; clips that sing; copies by VAE and vocoder; votes; copies that
     judges learn from; generated clips."""
 
-    clips: int = 100
+    clips: int = 300
     stems: int = 16
     copies: int = 60
-    votes: int = 2000
+    votes: int = 20_000
     judges: int = 400
     generated: int = 80
 
