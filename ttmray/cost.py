@@ -162,7 +162,7 @@ def read(folder: Folder, name: str = COST) -> dict[str, Any]:
         fields: dict[str, Any] = json.loads(folder.read(name))
         fields |= {field: float(fields[field]) for field in ("seconds", "gpu_seconds")}
         fields["cpu_seconds"] = float(fields.get("cpu_seconds", 0.0))  # files of older runs have none
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder.path(name)} is damaged.", "Delete it: only what the run has cost is lost.") from error
     return fields
 

@@ -199,7 +199,7 @@ def kind_of(run: Folder) -> str:
         raise UserError(f"{run} is no run: it has no {RUN}.", "Give the output folder of a command.")
     try:
         return str(json.loads(run.read(RUN))["kind"])
-    except (UserError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError, RecursionError):
         marker = read_marker(run) or {}
         return str(marker.get("run", {}).get("kind") or marker.get("kind", "corpus"))
 

@@ -51,7 +51,7 @@ def note_of(run: Folder) -> str:
     """
     try:
         return str(json.loads(run.read(RUN)).get("note") or "")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{run.path(RUN)} describes no run.", "Restore it.") from error
 
 
@@ -59,7 +59,7 @@ def kind_of(run: Folder, known: Sequence[str]) -> str:
     """Which of some kinds of run `run.json` speaks of; the first where it says nothing, as its reader then explains."""
     try:
         kind = str(json.loads(run.read(RUN))["kind"])
-    except (UserError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError, RecursionError):
         return known[0]
     return kind if kind in known else known[0]
 
@@ -80,7 +80,7 @@ def read(run: Folder, kind: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(run.read(RUN))
         other, sound = record["kind"], record["fingerprint"] == fingerprint(record["identity"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         other, sound = kind, False
     if other != kind:
         raise UserError(f"{run} holds a run of kind {other}, not {kind}.", "Choose another folder.")

@@ -133,7 +133,7 @@ def step_record(root: Folder, name: str) -> dict[str, Any]:
         # records of older runs have no CPU seconds; one whose last launch was stopped says why
         if (record.keys() | {"cpu_seconds"}) - {"stopped"} == empty.keys():
             return empty | record
-    except (ValueError, AttributeError):  # no JSON, or no object
+    except (ValueError, AttributeError, RecursionError):  # no JSON, or no object
         pass
     raise UserError(f"{root.path(file)} is no record of a step.", "Delete it: the step then finds out what is done.")
 
