@@ -99,6 +99,8 @@ def differences(values: np.ndarray, a: str, b: str, label: str, theme: Theme, co
     """
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         ink, quiet, line = INK[theme]
         order = np.sort(values)
         place = np.arange(1, len(order) + 1)
@@ -110,7 +112,7 @@ def differences(values: np.ndarray, a: str, b: str, label: str, theme: Theme, co
         axes.vlines(place, 0, order, color=line, lw=1, zorder=1)
         axes.scatter(place, order, s=18, c=dots, linewidths=0, zorder=3)
         axes.set_xlim(0, len(order) + 1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("prompts, by difference")
         axes.set_ylabel(f"{label}: {a} − {b}")
 

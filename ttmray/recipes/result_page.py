@@ -204,8 +204,10 @@ def chain_values(root: Folder, configs: Mapping[str, Config]) -> dict[str, Any]:
 
 def _trainings(places: Mapping[str, Folder]) -> Iterator[tuple[str, Folder]]:
     """Runs with a log: outputs of steps, and the phases of rounds in them."""
-    first = {place.uri: (name, place) for name, place in reversed(places.items())}  # Stage 2 has its control's folder
-    for name, place in sorted(first.values(), key=lambda one: list(places).index(one[0])):
+    first: dict[str, tuple[str, Folder]] = {}
+    for name, place in places.items():  # Stage 2 and its control have one folder, by the name of the former
+        first.setdefault(place.uri, (name, place))
+    for name, place in first.values():
         yield name, place
         phases = {file.name.rpartition("/")[0] for file in place.files(sizes=False) if file.name.endswith(f"/{LOG}")}
         for phase in sorted(phases):
