@@ -16,7 +16,7 @@ from ttmray.corpus import index
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.inventory import finished
-from ttmray.runs import KINDS_OF_CORPUS, kind_of, read
+from ttmray.runs import KINDS_OF_CORPUS, RUN, kind_of, read
 from ttmray.storage import Folder, parquet_table
 
 SCORES, TABLE = "scores", "scores.parquet"
@@ -112,11 +112,18 @@ def require_column(run: Folder, name: str) -> None:
 def protocols(run: Folder) -> dict[str, str]:
     """Who made the rewards of a run: "" -> the protocol of its own, name of a finished table -> that of the table, with
     the hash of its head."""
-    ids = {"": str(read(run, kind_of(run, KINDS_OF_CORPUS))["protocol_id"])}
+    ids = {"": _protocol_id(run, kind_of(run, KINDS_OF_CORPUS))}
     for name in table_names(run):
-        described = read(run.sub(f"{SCORES}/{name}"), "scores")
-        ids[name] = f"{described['protocol_id']}, head SHA-256 {described['head']}"
+        table = run.sub(f"{SCORES}/{name}")
+        ids[name] = f"{_protocol_id(table, 'scores')}, head SHA-256 {read(table, 'scores').get('head')}"
     return ids
+
+
+def _protocol_id(run: Folder, kind: str) -> str:
+    name = read(run, kind).get("protocol_id")
+    if not isinstance(name, str):
+        raise UserError(f"{run.path(RUN)} does not say how its scores were made.", "Restore it.")
+    return name
 
 
 def protocol_of(run: Folder, name: str) -> str:
@@ -126,7 +133,7 @@ def protocol_of(run: Folder, name: str) -> str:
     if column not in REWARDS:
         return ""
     where = run.sub(f"{SCORES}/{table}") if table else run
-    return str(read(where, "scores" if table else kind_of(run, KINDS_OF_CORPUS))["protocol_id"])
+    return _protocol_id(where, "scores" if table else kind_of(run, KINDS_OF_CORPUS))
 
 
 def read_table(run: Folder, name: str) -> pa.Table:
