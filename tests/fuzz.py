@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from fuzz_kinds import KINDS, Kind
@@ -146,8 +147,8 @@ def made(seed: int, number: int, kinds: list[str]) -> tuple[str, bytes]:
     return name, damaged(rng, KINDS[name]())
 
 
-def _work(seed: int, numbers: range, kinds: list[str], now: Any, results: Any) -> None:
-    """In a process of its own: what it prints goes nowhere, `now` says which input it has."""
+def _work(seed: int, numbers: range, kinds: list[str], results: Any) -> None:
+    """In a process of its own: what it prints goes nowhere."""
 
     def alarm(*_: object) -> None:
         raise TooSlow
@@ -158,10 +159,8 @@ def _work(seed: int, numbers: range, kinds: list[str], now: Any, results: Any) -
     os.dup2(nowhere, 2)
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
-            now.value = number
             name, data = made(seed, number, kinds)
             results.put((number, name, attempt(KINDS[name](), data, Path(folder))))
-    now.value = -1
 
 
 def run(count: int, seed: int, kinds: list[str], say: Callable[[str], None]) -> dict[str, Tally]:
@@ -172,14 +171,14 @@ def run(count: int, seed: int, kinds: list[str], say: Callable[[str], None]) -> 
     context = multiprocessing.get_context("fork")
     start = 0
     while start < count:
-        now, results = context.Value("q", start), context.Queue()
-        process = context.Process(target=_work, args=(seed, range(start, count), kinds, now, results))
+        results = context.Queue()
+        process = context.Process(target=_work, args=(seed, range(start, count), kinds, results))
         process.start()
         last, waited = start - 1, 0.0
         while True:
             try:
                 number, name, result = results.get(timeout=1.0)
-            except Exception:  # nothing for a second
+            except Empty:
                 waited += 1.0
                 if not process.is_alive() and results.empty():
                     break

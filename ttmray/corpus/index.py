@@ -177,9 +177,7 @@ def _columns(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
             table = table.append_column(SCHEMA.field(column), nulls)
     if columns is None:
         columns = [*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)]
-    table = table.select(columns)
-    table.validate(full=True)
-    return table
+    return table.select(columns)
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
@@ -318,7 +316,9 @@ class MergedRows:
                 self._waiting.append(pa.Table.from_batches([batch]))
             rows = pa.concat_tables(self._waiting) if self._waiting else self._file.schema_arrow.empty_table()
             self._waiting = [rows.slice(count)] if rows.num_rows > count else []
-            return _columns(rows.slice(0, count).combine_chunks(), columns)
+            taken = _columns(rows.slice(0, count).combine_chunks(), columns)
+            taken.validate(full=True)  # as `parquet_table` does of whole files
+            return taken
 
     def close(self) -> None:
         self._source.close()

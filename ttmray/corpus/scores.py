@@ -5,7 +5,7 @@ of the index may stand: `ranker/instrumental_reward_score`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,15 +112,16 @@ def require_column(run: Folder, name: str) -> None:
 def protocols(run: Folder) -> dict[str, str]:
     """Who made the rewards of a run: "" -> the protocol of its own, name of a finished table -> that of the table, with
     the hash of its head."""
-    ids = {"": _protocol_id(run, kind_of(run, KINDS_OF_CORPUS))}
+    ids = {"": _protocol_id(run, read(run, kind_of(run, KINDS_OF_CORPUS)))}
     for name in table_names(run):
         table = run.sub(f"{SCORES}/{name}")
-        ids[name] = f"{_protocol_id(table, 'scores')}, head SHA-256 {read(table, 'scores').get('head')}"
+        described = read(table, "scores")
+        ids[name] = f"{_protocol_id(table, described)}, head SHA-256 {described.get('head')}"
     return ids
 
 
-def _protocol_id(run: Folder, kind: str) -> str:
-    name = read(run, kind).get("protocol_id")
+def _protocol_id(run: Folder, described: Mapping[str, Any]) -> str:
+    name = described.get("protocol_id")
     if not isinstance(name, str):
         raise UserError(f"{run.path(RUN)} does not say how its scores were made.", "Restore it.")
     return name
@@ -133,7 +134,7 @@ def protocol_of(run: Folder, name: str) -> str:
     if column not in REWARDS:
         return ""
     where = run.sub(f"{SCORES}/{table}") if table else run
-    return _protocol_id(where, "scores" if table else kind_of(run, KINDS_OF_CORPUS))
+    return _protocol_id(where, read(where, "scores" if table else kind_of(run, KINDS_OF_CORPUS)))
 
 
 def read_table(run: Folder, name: str) -> pa.Table:
