@@ -52,7 +52,7 @@ LAYERS = (
     ("config_docs", "storage", "pages", "plugins", "quarantine", "signals", "statistics", "yaml_text"),
     ("object_store",),
     ("hub", "local_files"),
-    ("console", "errors", "listing", ""),
+    ("console", "errors", "json_text", "listing", ""),
 )
 """Packages and modules of docs/architecture.md, from above; what stands in one row does not import each other."""
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
@@ -291,6 +291,13 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_json_is_read_in_one_place() -> None:
+    # `json` tells too deep a nesting by an error that nobody thinks of
+    own = PACKAGE / "json_text.py"
+    calls = re.compile(r"json\.loads?\(|JSONDecodeError|from json import")
+    assert [name_of(file) for file in FILES if file != own and calls.search(file.read_text("utf-8"))] == []
 
 
 def test_the_layers_are_those_of_the_architecture() -> None:

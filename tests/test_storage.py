@@ -392,3 +392,20 @@ def test_a_place_that_ray_deletes_after_the_job_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="would vanish"):
         runs.existing(place.sub("runs/x"), "corpus")
     assert [path.name for path in copy.iterdir()] == ["captions.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"", "Expecting value"),
+        (b"\xff\xfe\x00", "decode"),
+        (b"[1]", "it holds a list, no object"),
+        (b'{"kind": "corpus"}', "it has no field config"),
+        (b'{"config":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_json_file_that_is_damaged_is_named_with_the_problem(tmp_path: Path, text: bytes, problem: str) -> None:
+    place = Folder.at(str(tmp_path))
+    place.write("run.json", text)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/run\.json is damaged: .*{problem}"):
+        place.read_json("run.json", "kind", "config")

@@ -18,6 +18,7 @@ from typing import Any
 
 from ttmray.console import console, running
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.storage import Folder
 
 COST = "cost.json"
@@ -159,10 +160,10 @@ def read(folder: Folder, name: str = COST) -> dict[str, Any]:
     if not folder.exists(name):
         return {"seconds": 0.0, "cpu_seconds": 0.0, "gpu_seconds": 0.0}
     try:
-        fields: dict[str, Any] = json.loads(folder.read(name))
+        fields: dict[str, Any] = read_json(folder.read(name))
         fields |= {field: float(fields[field]) for field in ("seconds", "gpu_seconds")}
         fields["cpu_seconds"] = float(fields.get("cpu_seconds", 0.0))  # files of older runs have none
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder.path(name)} is damaged.", "Delete it: only what the run has cost is lost.") from error
     return fields
 

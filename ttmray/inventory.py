@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ttmray.config import fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.json_text import as_read, read_json
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, explained, parquet_table, split_path
 
@@ -111,7 +112,7 @@ def note(folder: Folder, kind: str, names: Iterable[str]) -> None:
 
 def _write(folder: Folder, body: Mapping[str, Any], files: Mapping[str, Written]) -> None:
     listed = {name: f"{known.bytes} {known.sha256}" for name, known in sorted(files.items())}
-    marker = json.loads(json.dumps({**body, "files": listed}))  # as it will be read
+    marker = as_read({**body, "files": listed})  # as it will be read
     folder.write(SUCCESS, json.dumps({"sha256": fingerprint(marker), **marker}, indent=1).encode())
 
 
@@ -198,8 +199,8 @@ def kind_of(run: Folder) -> str:
     if not run.exists(RUN) and not run.exists(SUCCESS):
         raise UserError(f"{run} is no run: it has no {RUN}.", "Give the output folder of a command.")
     try:
-        return str(json.loads(run.read(RUN))["kind"])
-    except (UserError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json(run.read(RUN))["kind"])
+    except (UserError, ValueError, KeyError, TypeError):
         marker = read_marker(run) or {}
         return str(marker.get("run", {}).get("kind") or marker.get("kind", "corpus"))
 
@@ -213,7 +214,7 @@ def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
     if not run.exists(SUCCESS):
         return None, f"{SUCCESS} is missing: the run is not finished"
     try:
-        marker: dict[str, Any] = json.loads(run.read(SUCCESS))
+        marker: dict[str, Any] = read_json(run.read(SUCCESS))
         promised = marker.pop("sha256", None)  # those of earlier versions have none
         if promised is not None and promised != fingerprint(marker):
             return None, f"{SUCCESS} is damaged: its hash differs"
@@ -221,7 +222,7 @@ def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
             return None, f"{SUCCESS} is damaged: it has no hash"
         if not marker:
             return None, f"{SUCCESS} is damaged: it says nothing"
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         return None, f"{SUCCESS} is damaged: {error}"
     except UserError as error:
         return None, error.message
@@ -330,7 +331,7 @@ def restore_run(run: Folder, kind: str, identity: str = "", exact: bool = True) 
     if marker is None or copy is None or copy["kind"] != kind or (identity and copy["fingerprint"] != identity):
         return None
     with suppress(ValueError, KeyError, TypeError, UserError):
-        said = json.loads(run.read(RUN))
+        said = read_json(run.read(RUN))
         sound = said["fingerprint"] == fingerprint(said["identity"])
         ours = said["fingerprint"] == (identity or said["fingerprint"])
         if sound and ours and (not exact or said == copy or said["fingerprint"] != copy["fingerprint"]):

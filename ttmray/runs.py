@@ -10,6 +10,7 @@ from typing import Any
 from ttmray import __version__
 from ttmray.config import Config, differences, fingerprint
 from ttmray.errors import UserError
+from ttmray.json_text import as_read, read_json
 from ttmray.storage import Folder, refuse_vanishing
 
 RUN, SUCCESS = "run.json", "_SUCCESS.json"
@@ -30,7 +31,7 @@ def describe(kind: str, what: Any, config: Config, libraries: Sequence[str], **m
         libraries: whose versions are noted.
         more: further facts.
     """
-    identity = json.loads(json.dumps(what))
+    identity = as_read(what)
     return {
         "kind": kind,
         "fingerprint": fingerprint(identity),
@@ -50,16 +51,16 @@ def note_of(run: Folder) -> str:
         UserError: there is no run, or it is damaged.
     """
     try:
-        return str(json.loads(run.read(RUN)).get("note") or "")
-    except (ValueError, AttributeError, RecursionError) as error:
+        return str(read_json(run.read(RUN)).get("note") or "")
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{run.path(RUN)} describes no run.", "Restore it.") from error
 
 
 def kind_of(run: Folder, known: Sequence[str]) -> str:
     """Which of some kinds of run `run.json` speaks of; the first where it says nothing, as its reader then explains."""
     try:
-        kind = str(json.loads(run.read(RUN))["kind"])
-    except (UserError, ValueError, KeyError, TypeError, RecursionError):
+        kind = str(read_json(run.read(RUN))["kind"])
+    except (UserError, ValueError, KeyError, TypeError):
         return known[0]
     return kind if kind in known else known[0]
 
@@ -78,9 +79,9 @@ def read(run: Folder, kind: str) -> dict[str, Any]:
     if not run.exists(RUN):
         raise UserError(f"{run} is no {kind} run: it has no {RUN}.", "Give the output folder of such a run.")
     try:
-        record: dict[str, Any] = json.loads(run.read(RUN))
+        record: dict[str, Any] = read_json(run.read(RUN))
         other, sound = record["kind"], record["fingerprint"] == fingerprint(record["identity"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         other, sound = kind, False
     if other != kind:
         raise UserError(f"{run} holds a run of kind {other}, not {kind}.", "Choose another folder.")

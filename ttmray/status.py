@@ -1,6 +1,5 @@
 """`ttmray status`: how far a run of any kind or a chain is, from plain files, while it runs or after it stopped."""
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 from ttmray import cost, inventory, runs
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.json_text import read_json
 from ttmray.recipes.chain_plan import STEPS_FILE, read_steps
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
@@ -80,7 +80,7 @@ def last_row(run: Folder) -> dict[str, Any]:
     other: dict[str, Any] = {}
     for line in reversed(run.read(LOG).decode(errors="replace").splitlines()):
         try:
-            row = json.loads(line)
+            row = read_json(line)
         except ValueError:  # what a killed process left half-written
             continue
         if isinstance(row, dict) and "step" in row:
@@ -188,7 +188,7 @@ def _chain_lines(root: Folder) -> Iterator[str]:
 def _record(root: Folder, name: str) -> dict[str, Any]:
     path = f"{STEPS}/{name}.json"
     try:
-        record: dict[str, Any] = json.loads(root.read(path))
+        record: dict[str, Any] = read_json(root.read(path))
         typed = {"seconds": float(record["seconds"]), "done": bool(record["done"]), "launches": int(record["launches"])}
         return record | typed
     except (ValueError, KeyError, TypeError) as error:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from ttmray import hub, local_files, object_store
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.listing import ListedFile, walk
 from ttmray.object_store import PatientFile, patiently
 
@@ -238,6 +239,26 @@ class Folder:
             fs, root = self._filesystem()
             how = {"max_concurrency": 1} if small and hasattr(fs, "max_concurrency") else {}
             return patiently(self.path(name), lambda: bytes(fs.cat_file(f"{root}/{safe_relative(name)}", **how)))
+
+    def read_json(self, name: str, *fields: str) -> dict[str, Any]:
+        """The object that a JSON file holds.
+
+        Args:
+            fields: that it must have.
+
+        Raises:
+            UserError: it is missing, cannot be read, or holds no JSON object with those fields.
+        """
+        try:
+            value = read_json(self.read(name))
+            if not isinstance(value, dict):
+                raise ValueError(f"it holds a {type(value).__name__}, no object")
+            if missing := [field for field in fields if field not in value]:
+                raise ValueError(f"it has no field {missing[0]}")
+            return value
+        except ValueError as error:
+            problem = str(error)
+        raise UserError(f"{self.path(name)} is damaged: {problem}.", "Restore it, or make it again.")
 
     def read_as(self, name: str) -> tuple[bytes, str]:
         """All bytes of a file and their version (see `ListedFile`), which belong together: of an object that is

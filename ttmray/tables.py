@@ -7,13 +7,13 @@ not case-sensitive.
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.storage import parquet_table, read_file
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -242,11 +242,11 @@ def _json(source: str, text: str, lines: bool, bare: str, known: Collection[str]
             places, items = [number for number, _ in numbered], []
             for number, line in numbered:
                 at = f"line {number}: "
-                items.append(json.loads(line))
+                items.append(read_json(line))
         else:
-            items = json.loads(text)
+            items = read_json(text)
             places = range(1, len(items) + 1) if isinstance(items, list) else []
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
             f"{source} is not valid JSON and cannot be read: {at}{error}", "Check brackets and quotes near that place."
         ) from error

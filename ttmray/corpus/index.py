@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
 from ttmray.inventory import entry
+from ttmray.json_text import read_json
 from ttmray.storage import Folder, explained, parquet_table
 
 INDEX = "index"
@@ -149,7 +150,7 @@ def from_bytes(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
         # checksums of pages do not cover it; older versions wrote none
         if table.schema.metadata.get(DIGEST_KEY, _digest(text)) != _digest(text):
             raise ValueError("what it says of its unit is damaged")
-        metadata = json.loads(text)
+        metadata = read_json(text)
         for file, facts in metadata["files"].items():
             if not {"bytes", "sha256", "captions" if file.startswith("captions/") else "clips"} <= facts.keys():
                 raise ValueError(f"it does not describe {file}")

@@ -25,6 +25,7 @@ from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.corpus.unit_log import UnitLog
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.inventory import read_marker, restore_run
+from ttmray.json_text import as_read
 from ttmray.models.bundle import ROLES, Bundle, means_nothing, open_bundle
 from ttmray.models.protocol import SEPARATION
 from ttmray.runs import SUCCESS
@@ -245,7 +246,7 @@ def _describe(config: CorpusConfig, plan: Plan, bundle: Bundle, catalogue_digest
         "plan": plan.identity(),
         "bundle": bundle.identity(set(ROLES) - {"backbone"}),  # a corpus needs none, and may be there before it
         "separation": SEPARATION,
-        "protocol": json.loads(json.dumps(asdict(protocol))),
+        "protocol": as_read(asdict(protocol)),
     }
     if config.extra_stages:
         from ttmray.corpus.assembly import stage_classes

@@ -27,6 +27,7 @@ from ttmray.corpus.scores import REWARDS, protocols, reward_statistics, table_na
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.inventory import checked, kind_of, read_marker
+from ttmray.json_text import read_json
 from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS, read
 from ttmray.storage import Folder, safe_relative
 
@@ -89,7 +90,7 @@ def stats(folder: str) -> int:
         for line in summary_lines(marker["summary"], run):
             console.print(line, markup=False)
         # not a request for every unit
-        table, latents = index.read_merged(run, columns), json.loads(checked(run.path(LATENTS)))
+        table, latents = index.read_merged(run, columns), read_json(checked(run.path(LATENTS)))
     else:
         sums, blocks = LatentSums(), [index.SCHEMA.empty_table().select(columns)]
         for rows, metadata in index.blocks(run, index.committed_units(run)):

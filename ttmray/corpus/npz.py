@@ -8,7 +8,6 @@ nor rewards, so models without a score head are trained on it.
 """
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from ttmray.corpus.plan import SCHEMA, Plan, pack_units
 from ttmray.corpus.stages import Write
 from ttmray.corpus.unit import Unit
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.json_text import as_read
 from ttmray.models.bundle import open_bundle
 from ttmray.storage import Folder, absolute
 from ttmray.tables import read_rows
@@ -205,4 +205,4 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
-    return json.loads(json.dumps({name: array.shape for name, array in read_npz(file).items()}))
+    return as_read({name: array.shape for name, array in read_npz(file).items()})

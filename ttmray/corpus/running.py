@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ttmray.corpus.stage import Stage, reads
 from ttmray.corpus.unit import Unit, merge
+from ttmray.json_text import read_json
 from ttmray.models import one_thread
 from ttmray.models.bundle import Models
 from ttmray.plugins import named
@@ -46,7 +47,7 @@ class Job(ABC):
 
     @staticmethod
     def from_json(text: str) -> "Job":
-        fields = json.loads(text)
+        fields = read_json(text)
         job: Job = named(fields.pop("job"))(**fields)
         return job
 

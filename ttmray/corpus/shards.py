@@ -9,7 +9,6 @@ never replace the bytes that a committed index describes.
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.storage import Folder
 
 SHARDS = "shards"
@@ -117,7 +117,7 @@ def read_samples(data: bytes, name: str, only: Collection[str] | None = None) ->
                     sample[extension] = _decode(extension, file.read())
             if sample:
                 yield key, sample
-    except (tarfile.TarError, ValueError, EOFError, KeyError, OverflowError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, EOFError, KeyError, OverflowError) as error:
         raise UserError(
             f"{name} is damaged: {error}", "Delete its index file and start the same command again."
         ) from error
@@ -140,7 +140,7 @@ def _decode(extension: str, data: bytes) -> Any:
     if extension.endswith("npy"):
         return read_npy(data)
     if extension == "json":
-        return json.loads(data)
+        return read_json(data)
     return data
 
 
@@ -178,7 +178,7 @@ def text_places(file: BinaryIO) -> dict[str, Any]:
     shapes: set[tuple[int, int]] = set()
     places: dict[str, list[int]] = {}
     try:
-        for tensor, facts in json.loads(file.read(length)).items():
+        for tensor, facts in read_json(file.read(length)).items():
             caption_id, _, kind = tensor.partition(".")
             if kind not in ("t5", "clap"):
                 continue
@@ -191,7 +191,7 @@ def text_places(file: BinaryIO) -> dict[str, Any]:
                 shapes.add((tokens, width))
             if facts["dtype"] != ("F16" if kind == "t5" else "F32"):
                 raise ValueError(f"{tensor} is {facts['dtype']}")
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no header of tensors: {error!r}") from error
     if len(shapes) != 1 or not all(map(all, places.values())):
         raise ValueError(f"its T5 features have the shapes {sorted(shapes)}, or some are missing")

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ttmray.errors import ClipError
+from ttmray.json_text import read_json
 
 OK = "ok"
 REJECTED = "rejected"
@@ -145,7 +146,7 @@ class Unit:
     @classmethod
     def from_table(cls, table: pa.Table) -> "Unit":
         """Inverse of `to_table`. Arrays are read-only views of the Arrow buffers."""
-        header = json.loads(table["header"][0].as_py())
+        header = read_json(table["header"][0].as_py())
         unit = cls(
             name=header["name"],
             tracks=header["tracks"],

@@ -17,6 +17,7 @@ from typing import Any, Self
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Times, Unit, add_times
 from ttmray.cost import LOCAL_S, REMOTE_S
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.storage import Folder
 
 LOG, UNITS = "log", "units.jsonl"
@@ -81,7 +82,7 @@ def read(run: Folder) -> dict[str, dict[str, Any]]:
     """Unit -> its last line, without `stages`."""
     lines = {}
     for name, text in _texts(run).items():
-        lines[name] = json.loads(text)
+        lines[name] = read_json(text)
         del lines[name]["stages"]  # which would take most of the memory
     return lines
 
@@ -94,7 +95,7 @@ def gather(run: Folder, units: Sequence[str]) -> dict[str, Times]:
     run.write(UNITS, "".join(text + "\n" for text in chosen).encode())
     for part in parts:
         run.delete(part)
-    return add_times(json.loads(text)["stages"] for text in chosen)
+    return add_times(read_json(text)["stages"] for text in chosen)
 
 
 def _parts(run: Folder) -> list[str]:
@@ -107,7 +108,7 @@ def _texts(run: Folder) -> dict[str, str]:
     for name in [UNITS] * run.exists(UNITS) + _parts(run):
         for text in run.read(name).decode(errors="replace").splitlines():
             try:
-                line = json.loads(text)
+                line = read_json(text)
                 unit, at = str(line["unit"]), float(line["at"])
                 dict(line["rows"]), dict(line["stages"]), float(line["since"]), int(line["clips"])
             except (ValueError, KeyError, TypeError):  # damaged, and only a log: the unit counts as not logged

@@ -1,7 +1,6 @@
 """`ttmray corpus verify`: does the corpus hold what its index says? Reads every byte once, changes nothing."""
 
 import hashlib
-import json
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from ttmray.corpus.unit import OK
 from ttmray.corpus.upgrade import lacking_places
 from ttmray.corpus.verify_units import Checked, Shapes, check_units, other_shapes
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.runs import KINDS_OF_CORPUS as KINDS
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
@@ -178,7 +178,7 @@ def table_problems(run: Folder, name: str) -> Iterator[str]:
         if damage.name != scores.TABLE:
             yield f"{place}/{damage}. {scores.again(run, name)}"
     try:
-        promised = json.loads(run.read(f"{place}/{SUCCESS}"))["summary"]["sha256"]
+        promised = read_json(run.read(f"{place}/{SUCCESS}"))["summary"]["sha256"]
         if hashlib.sha256(run.read(f"{place}/{scores.TABLE}")).hexdigest() != promised:
             yield f"{place}/{scores.TABLE}: SHA-256 differs from {SUCCESS}. {scores.again(run, name)}"
             return

@@ -21,6 +21,7 @@ import pyarrow as pa
 from ttmray.corpus.running import Job, run_stages
 from ttmray.corpus.unit import Unit
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.signals import deaf_children
 
 START_TIMEOUT_S = 300.0
@@ -71,7 +72,7 @@ class ChildWorker:
         except (OSError, EOFError) as error:  # a broken pipe, and a time-out, are OSErrors
             raise WorkerDied(self._bury(timeout_s if isinstance(error, TimeoutError) else None)) from None
         if answer.column_names == ["error"]:
-            raised = json.loads(answer["error"][0].as_py())
+            raised = read_json(answer["error"][0].as_py())
             if raised["kind"] == "UserError":
                 raise UserError(raised["message"], raised["hint"])
             raise WorkerError(raised["message"])

@@ -6,7 +6,6 @@ table. No models are needed: scores come from an evaluation, a manifest of a gen
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation.results import CLIPS, RESULTS
 from ttmray.generation import manifest
+from ttmray.json_text import read_json
 from ttmray.models.bundle import means_nothing
 from ttmray.statistics import bootstrap, holm, mcnemar, paired, prompts_needed
 from ttmray.storage import Folder, absolute, is_remote, parquet_table, split_path
@@ -194,7 +194,7 @@ def read_scores(source: str) -> tuple[list[ClipScore], dict[str, str]]:
     if folder.exists(RESULTS):
         try:
             rows = parquet_table(folder.read(CLIPS)).to_pylist()
-            results = json.loads(folder.read(RESULTS))
+            results = read_json(folder.read(RESULTS))
             protocols = dict.fromkeys(COMPARED, str(results["protocol"]))
             for own in ("ccs", "estimated_quality"):  # made by something else than the bundle
                 named = [one["metrics"][own]["protocol"] for one in results["systems"] if own in one["metrics"]]

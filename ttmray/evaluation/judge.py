@@ -35,6 +35,7 @@ from ttmray.audio.clip import LIMITS
 from ttmray.config import Config, Device, execution, fingerprint
 from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
+from ttmray.json_text import read_json
 from ttmray.storage import Folder, read_file
 from ttmray.tables import read_rows
 
@@ -193,7 +194,7 @@ def parse_verdicts(answer: str, count: int) -> list[bool]:
 
 def _concepts(answer: str, limit: int) -> list[str]:
     start, end = answer.find("["), answer.rfind("]")  # models like to wrap JSON in prose or fences
-    named = json.loads(answer[start : end + 1] if start >= 0 else answer)
+    named = read_json(answer[start : end + 1] if start >= 0 else answer)
     if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
         raise ValueError("no JSON list of strings")
     clean = list(dict.fromkeys(" ".join(one.split())[:100] for one in named if one.strip()))
@@ -248,7 +249,7 @@ def _asked(
     name = f"judge/{fingerprint([config.endpoint, config.model, question, digest])[:32]}.json"
     if output.exists(name):
         try:
-            return parse(json.loads(output.read(name))["answer"])
+            return parse(read_json(output.read(name))["answer"])
         except (ValueError, KeyError, TypeError):
             pass  # damaged by hand: asked again
     problem, attempts = "", config.attempts if config.endpoint else 1
@@ -306,7 +307,7 @@ def _post(config: JudgeConfig, body: dict[str, Any]) -> str:
             f"judge.endpoint {config.endpoint} answered {error.code}: {said}",
             f"Check the address, judge.model, and the key in {config.key_variable}.",
         ) from error
-    answer = json.loads(data)["choices"][0]["message"]["content"]
+    answer = read_json(data)["choices"][0]["message"]["content"]
     if not isinstance(answer, str):
         raise ValueError(f"the answer is a {type(answer).__name__}")
     return answer

@@ -5,7 +5,6 @@ prompt, and everything that decides a number. So the same command goes on where 
 or changed are the only ones that are measured again.
 """
 
-import json
 import math
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from ttmray.console import meter
 from ttmray.corpus.config import SeparationConfig
 from ttmray.errors import ClipError
 from ttmray.evaluation.clip_metrics import VOCALS, ClipFunction, clip_functions, numbers_of, versions
+from ttmray.json_text import as_read
 from ttmray.models import one_thread
 from ttmray.models.bundle import open_bundle
 from ttmray.models.cache import EmbeddingCache
@@ -302,7 +302,7 @@ def _made_by(
     how |= {"separation": separation_identity(bundle, separation)} if separation else {}
     how |= {"clip_metrics": versions(clip_metrics)} if clip_metrics else {}
     how |= {"vocals": fingerprint(chosen.identity(("separator",)))} if VOCALS in clip_metrics else {}
-    return fingerprint(json.loads(json.dumps(how)))
+    return fingerprint(as_read(how))
 
 
 def _write_part(output: Folder, made_by: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -38,6 +38,7 @@ from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, measure, separation_identity
 from ttmray.evaluation.metrics import KadReference
 from ttmray.evaluation.systems import audio_files
+from ttmray.json_text import read_json
 from ttmray.models.bundle import DEFAULT, base_name, open_bundle
 from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import Scorer
@@ -380,7 +381,7 @@ def _corpus_run(folder: Folder) -> dict[str, Any] | None:
     if not folder.exists("run.json"):
         return None
     try:
-        run = json.loads(folder.read("run.json"))
+        run = read_json(folder.read("run.json"))
         return run if run["kind"] == "corpus" else None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder.path('run.json')} is damaged: {error!r}") from error
@@ -456,7 +457,7 @@ def _embeddings(run: Folder, shard: str) -> dict[str, np.ndarray]:
 
 def _about(folder: Folder) -> dict[str, Any]:
     try:
-        about = json.loads(folder.read(ABOUT))
+        about = read_json(folder.read(ABOUT))
         if about["kind"] == "reference" and isinstance(about["protocol"], str):
             return {"stem": "mix", **about}  # folders were taken as they are before there was a choice
     except (ValueError, KeyError, TypeError):

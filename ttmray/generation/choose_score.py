@@ -18,6 +18,7 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import numbers, read_pool
 from ttmray.generation.pool import generate_pool
 from ttmray.generation.pool_worker import CandidatesConfig
+from ttmray.json_text import read_json
 from ttmray.models.backbone_weights import read_support
 from ttmray.models.bundle import open_bundle
 from ttmray.models.weights import digest_file, weights_file
@@ -115,7 +116,7 @@ def chosen_score(folder: str, checkpoint: str | None = None) -> float:
     if not out.exists(CHOICE):
         raise UserError(f"{out} has no {CHOICE}: no score was chosen there.", "Run ttmray choose-score to its end.")
     try:
-        choice = json.loads(inventory.checked(out.path(CHOICE)))
+        choice = read_json(inventory.checked(out.path(CHOICE)))
         score, theirs = float(choice["score"]), choice.get("checkpoint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{out.path(CHOICE)} names no score.", "Delete it, and run the step before again.") from error

@@ -23,6 +23,7 @@ from ttmray.corpus.scores import COLUMN, protocol_of, with_columns
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool import COLUMNS
+from ttmray.json_text import as_read, read_json
 from ttmray.plugins import ENTRY, function_named
 from ttmray.runs import RUN, note_of
 from ttmray.storage import Folder
@@ -141,13 +142,13 @@ def _identity(pool: str, fingerprint: str, config: FilterConfig) -> dict[str, An
         what["scores"] = protocol_of(Folder.at(pool), config.reward)
     if tables := {name: protocol_of(Folder.at(pool), name) for name in config.rewards if "/" in name}:
         what["rewards"] = tables
-    return dict(json.loads(json.dumps(what)))
+    return dict(as_read(what))
 
 
 def _refuse_another(out: Folder, what: dict[str, Any]) -> None:
     if out.exists(REPORT):
         try:
-            old = json.loads(inventory.checked(out.path(REPORT)))["identity"]
+            old = read_json(inventory.checked(out.path(REPORT)))["identity"]
         except (UserError, ValueError, KeyError, TypeError):
             return  # damaged: the same command writes it again
         lines = differences(old, what)
@@ -173,14 +174,14 @@ def read_pool(folder: str, columns: Sequence[str] = ()) -> tuple[pa.Table, str]:
         raise UserError(f"{folder} is no pool: its index has no column {missing[0]}.", "Make one with `ttmray pool`.")
     table = with_columns(run, table, columns)
     try:
-        return table, str(json.loads(run.read(RUN))["fingerprint"])
+        return table, str(read_json(run.read(RUN))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run.path(RUN)} does not describe a run.", "Restore it, or make the pool again.") from error
 
 
 def prompt_prefix(folder: str) -> str:
     """What captions of a pool have before their prompt: the sampler's prefix where `caption` is `prefixed`."""
-    config = json.loads(Folder.at(folder).read(RUN))["config"]
+    config = Folder.at(folder).read_json(RUN, "config")["config"]
     return str(config["sampler"]["prefix"]) if config.get("caption") == "prefixed" else ""
 
 

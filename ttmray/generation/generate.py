@@ -27,6 +27,7 @@ from ttmray.generation.play import PLAYERS, write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
 from ttmray.generation.worker import ClipJob, ClipMaker, PlannedClip, SoundMaker, roles_of
+from ttmray.json_text import read_json
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, means_nothing, open_bundle
 from ttmray.models.devices import on_gpu
@@ -359,7 +360,7 @@ def best_of_curve(rows: Sequence[dict[str, Any]]) -> dict[int, float]:
 
     What more candidates would bring is seen without making a clip again. Empty where every clip had one candidate.
     """
-    tried = [json.loads(row["tried"]) for row in rows if row["tried"]]
+    tried = [read_json(row["tried"]) for row in rows if row["tried"]]
     tried = [scores for scores in tried if scores[0] is not None]
     if not tried:
         return {}

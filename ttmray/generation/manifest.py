@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.local_files import TEMPORARY_PREFIX
 from ttmray.storage import Folder, absolute, explained, is_remote
 
@@ -70,7 +71,7 @@ def read_rows(run: Folder) -> dict[str, dict[str, Any]]:
 
     def read(name: str) -> dict[str, Any]:
         try:
-            row: dict[str, Any] = json.loads(run.read(f"{ROWS}/{name}"))
+            row: dict[str, Any] = read_json(run.read(f"{ROWS}/{name}"))
             if row.keys() == set(SCHEMA.names) and f"{row['name']}.json" == name:
                 return row
         except (ValueError, AttributeError):  # no JSON, or no object

@@ -4,7 +4,6 @@ Reads our safetensors (the config is in their metadata), released `.pth` files w
 that also hold tables. Every tensor is accounted for: nothing is loaded in part without saying so.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.json_text import read_json
 from ttmray.models import seeded
 from ttmray.models.backbone import SIZES, BackboneConfig, FluxAudio, Size, gated_width
 from ttmray.models.cross_load import CrossLoad, cross_load
@@ -251,7 +251,7 @@ def _described(path: Path, what: str) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA, "{}")
     try:
-        return dict(json.loads(text).get(what) or {})
+        return dict(read_json(text).get(what) or {})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its metadata {METADATA!r} describe no backbone.", "Export it again.") from error
 

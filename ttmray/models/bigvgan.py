@@ -5,7 +5,6 @@ NVIDIA's v2 release (github.com/NVIDIA/BigVGAN, MIT). Inference only: weight nor
 plain weights when a checkpoint is read. Module names are those of the released checkpoints.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models import seeded
 from ttmray.models.state_dicts import load_exactly, read_state_dict
 
@@ -263,8 +263,8 @@ def load_bigvgan(path: str | Path, config: BigVGANConfig | None = None) -> BigVG
     beside = path.parent / "config.json"
     if config is None and beside.is_file():
         try:
-            config = BigVGANConfig.from_json(json.loads(beside.read_text()))
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+            config = BigVGANConfig.from_json(read_json(beside.read_text()))
+        except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{beside} is not a BigVGAN config: {error}") from error
     with torch.device("meta"):
         model = BigVGAN(config)

@@ -19,9 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models.loading import LoadOptions, clap_of, separator_of
 from ttmray.models.reward_head import HEAD, open_head
 from ttmray.models.weights import digest_file
@@ -80,13 +81,13 @@ class FolderFiles:
         with explained(str(file)):
             text = file.read_text()
         try:
-            plain = json.loads(text)
+            plain = read_json(text)
             if isinstance(plain, Mapping) and plain.get("format") != FORMAT:
                 raise UserError(
                     f"{file} is of format {plain.get('format')!r}; this ttmray reads format {FORMAT}.", self.way_out
                 )
             return Description.model_validate(plain)
-        except (json.JSONDecodeError, ValidationError) as error:
+        except ValueError as error:
             raise UserError(f"{file} is damaged: {error}", self.way_out) from error
 
     def of_role(self, role: str) -> dict[str, FileFacts]:

@@ -7,7 +7,6 @@ The released weights (m-a-p/MERT-v1-330M, CC-BY-NC 4.0) fit it name for name; th
 them is never run.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from transformers import HubertConfig, HubertModel
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models import as_waves, init_for_debug, micro_batch, require_finite, seeded, side_by_side, to_float32
 from ttmray.models.protocol import MERT_SAMPLE_RATE
 from ttmray.models.state_dicts import read_state_dict
@@ -197,7 +197,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _hubert_config(path: Path) -> HubertConfig:
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path.read_text(encoding="utf-8"))
     # deepnorm changes the arithmetic without changing any shape. attention_relax is an identity in exact
     # arithmetic and unused with do_stable_layer_norm; a CQT input would show in the shapes.
     if settings.get("deepnorm"):
@@ -207,7 +207,7 @@ def _hubert_config(path: Path) -> HubertConfig:
 
 
 def _do_normalize(path: Path) -> bool:
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path.read_text(encoding="utf-8"))
     rate = settings.get("sampling_rate", MERT_SAMPLE_RATE)
     if rate != MERT_SAMPLE_RATE:
         raise UserError(f"{path}: sampling_rate is {rate}, MERT v1 runs at {MERT_SAMPLE_RATE}")

@@ -1,12 +1,12 @@
 """Repositories of the hub that `ttmray push` has made, as things to load."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ttmray import hub
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models.folder_bundle import DESCRIPTION
 
 FORMAT = 1
@@ -52,7 +52,7 @@ def published(uri: str) -> PushedRepo:
             f"Check its name; of others' weights, load a bundle and give it checkpoint={uri}/FILE.",
         ) from missing
     try:
-        about: dict[str, Any] = json.loads(text)
+        about: dict[str, Any] = read_json(text)
         kind, bundle = str(about["kind"]), about.get("bundle")
         if about["format"] != FORMAT or kind not in KINDS:
             raise ValueError(f"format {about['format']}, kind {kind}")

@@ -4,13 +4,13 @@ A head reads CLAP and MERT features of the encoders that it was trained on. Wher
 which these were, others are refused.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models.protocol import Protocol
 from ttmray.models.weights import digest_file
 from ttmray.runs import RUN
@@ -147,7 +147,7 @@ def _named(bundle: Mapping[str, Any]) -> str:
 def _trained_on(folder: Folder) -> Mapping[str, Any] | None:
     """Identity of the bundle of a ranker run; None where its `run.json` names none."""
     try:
-        encoders = json.loads(folder.read(RUN))["identity"].get("bundle")
+        encoders = read_json(folder.read(RUN))["identity"].get("bundle")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder.path(RUN)} does not describe a run: {error!r}.",
@@ -164,7 +164,7 @@ def _sidecar(weights: str) -> dict[str, Any]:
     if not folder.exists(beside):
         return {}
     try:
-        sidecar = dict(json.loads(read_file(folder.path(beside))))
+        sidecar = dict(read_json(read_file(folder.path(beside))))
         excluded = sidecar.get("exclude")
         if excluded is not None and not (isinstance(excluded, list) and all(isinstance(one, str) for one in excluded)):
             raise ValueError(f"exclude is {excluded!r}, no list of names")

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ttmray.errors import ClipError, UserError
+from ttmray.json_text import read_json
 from ttmray.models import micro_batch, seeded
 from ttmray.models.state_dicts import load_exactly
 from ttmray.yaml_text import read_yaml
@@ -334,8 +335,8 @@ def _load_model(path: Path) -> Model:
         raise UserError(f"{path} names the class {metadata.get('klass')!r}, not one of {sorted(_CLASSES)}")
     klass = _CLASSES[metadata["klass"]]
     try:
-        args = json.loads(metadata["args"], object_hook=_fraction)
-        kwargs = json.loads(metadata["kwargs"], object_hook=_fraction)
+        args = read_json(metadata["args"], object_hook=_fraction)
+        kwargs = read_json(metadata["kwargs"], object_hook=_fraction)
         # Released files carry options of older versions; demucs drops those too.
         unknown = sorted(kwargs.keys() - inspect.signature(klass).parameters.keys())
         if unknown:

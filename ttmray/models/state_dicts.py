@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
 
@@ -46,7 +47,7 @@ def content_digest(header: Mapping[str, Any], numbers: Iterable[bytes | memoryvi
         header: of the file; a digest in its description does not count.
         numbers: what follows the header, in blocks.
     """
-    about = json.loads(header["__metadata__"][KEY]) if KEY in header.get("__metadata__", {}) else {}
+    about = read_json(header["__metadata__"][KEY]) if KEY in header.get("__metadata__", {}) else {}
     about.pop(DIGEST, None)
     tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
     digest = hashlib.sha256(json.dumps([about, tensors], sort_keys=True).encode())
@@ -66,9 +67,9 @@ def _require_unaltered(path: Path) -> None:
         UserError: another content.
     """
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = read_json(file.read(int.from_bytes(file.read(8), "little")))
         try:
-            about = json.loads((header.get("__metadata__") or {}).get(KEY, "{}"))
+            about = read_json((header.get("__metadata__") or {}).get(KEY, "{}"))
         except ValueError:  # not ours: who reads the description says what is wrong with it
             return
         if isinstance(about, dict) and DIGEST in about:

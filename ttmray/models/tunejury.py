@@ -4,7 +4,6 @@ Protocol, feature order and head as in the public release (yonghyunk1m/TuneJury,
 head is Apache-2.0). Only differences between scores mean something: the loss never sees a common offset.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models import init_for_debug, micro_batch, require_finite, seeded, to_float32
 from ttmray.models.state_dicts import read_state_dict
 
@@ -217,7 +217,7 @@ def _widths(state: Mapping[str, Any], what: str) -> tuple[int, ...]:
 
 
 def _sidecar_exclude(path: Path, input_dim: int) -> list[str]:
-    sidecar = json.loads(path.read_text(encoding="utf-8"))
+    sidecar = read_json(path.read_text(encoding="utf-8"))
     if "exclude" not in sidecar or sidecar.get("input_dim", input_dim) != input_dim:
         raise UserError(
             f"{path} says {sidecar}, the weights beside it take {input_dim} inputs",

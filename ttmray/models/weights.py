@@ -26,6 +26,7 @@ from ttmray import hub
 from ttmray.config import Config, load_config
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.local_files import fsync, fsync_folder
 from ttmray.models.download import Remote, download, forget
 from ttmray.storage import Folder, absolute, explained, local_file
@@ -364,7 +365,7 @@ class Store:
         with explained(str(path)):
             text = path.read_bytes()
         try:
-            records = json.loads(text).get(section, {})
+            records = read_json(text).get(section, {})
             for record in records.values():
                 record["sha256"], record["size"]
         except (ValueError, TypeError, AttributeError, KeyError) as error:

@@ -25,6 +25,7 @@ from transformers import ClapConfig, ClapModel, RobertaTokenizer
 
 from ttmray.config import added
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models import seeded
 from ttmray.models.clap import TEXT_TOKENS, Clap, ClapFrontEnd, ten_second_windows
 from ttmray.models.protocol import CLAP_SAMPLE_RATE
@@ -220,14 +221,14 @@ def caption_tokenizer(texts: Sequence[str], vocabulary: int) -> RobertaTokenizer
     learner = ByteLevelBPETokenizer()
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     learner.train_from_iterator(texts, vocabulary, min_frequency=2, special_tokens=specials, show_progress=False)
-    model: Any = json.loads(learner.to_str())["model"]
+    model: Any = read_json(learner.to_str())["model"]
     merges: Any = [tuple(pair) for pair in model["merges"]]
     return RobertaTokenizer(vocab=model["vocab"], merges=merges)
 
 
 def write_bpe(tokenizer: RobertaTokenizer, out: Folder) -> None:
     """`vocab.json` and `merges.txt`."""
-    model: Any = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    model: Any = read_json(tokenizer.backend_tokenizer.to_str())["model"]
     out.write("vocab.json", json.dumps(model["vocab"], ensure_ascii=False).encode())
     merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
     out.write("merges.txt", f"#version: 0.2\n{merges}".encode())

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ttmray.console import meter
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.signals import deaf_children
 from ttmray.storage import Folder
 from ttmray.synth.captions import caption
@@ -190,7 +192,6 @@ def _mapped(path: str) -> np.ndarray:
 
 @lru_cache(maxsize=512)
 def _truths(path: str) -> list[Truth]:
-    with open(path, encoding="utf-8") as file:
-        rows = json.load(file)
+    rows = read_json(Path(path).read_bytes())
     # quality follows from the faults, by the costs of today: what older files say of it is left
     return [Truth(**{**row, "quality": true_quality(row["faults"])}) for row in rows]

@@ -21,6 +21,7 @@ from ttmray import cost, inventory, runs
 from ttmray.config import Config, Device, Location, execution, identity
 from ttmray.console import console
 from ttmray.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
+from ttmray.json_text import read_json
 from ttmray.models import one_thread
 from ttmray.models.bundle import BundleName, FolderBundle, open_bundle
 from ttmray.models.devices import resolve_device
@@ -163,7 +164,7 @@ def _copied(name: PartName, reuse: str, out: Folder) -> bool:
         return False
     folder = bundle.files.folder(role)
     facts = (folder / FACTS).read_bytes()
-    if json.loads(facts)["fingerprint"] != runs.read(out, _kind(name))["fingerprint"]:
+    if read_json(facts)["fingerprint"] != runs.read(out, _kind(name))["fingerprint"]:
         return False
     for file in folder.iterdir():
         if file.name != FACTS:
@@ -184,7 +185,7 @@ def _one(
 ) -> bool:
     """Train, measure and write a part; False if somebody interrupted it."""
     part = _part(name, config, clips, device)
-    untrained = json.loads(out.read(UNTRAINED)) if out.exists(UNTRAINED) else part.measure(fresh)
+    untrained = out.read_json(UNTRAINED) if out.exists(UNTRAINED) else part.measure(fresh)
     out.write(UNTRAINED, json.dumps(untrained).encode())
     progress, interrupted = train(
         part, settings, out, checkpoint_every_s=config.checkpoint_every_s, log_every=config.log_every
@@ -263,6 +264,6 @@ def _unfinished(out: Folder, settings: PartConfig) -> bool:
     """Whether updates are left that the budget allows."""
     if not out.exists(FACTS):
         return True
-    facts = json.loads(out.read(FACTS))
+    facts = out.read_json(FACTS)
     more = settings.budget_s is None or facts["cpu_seconds"] < settings.budget_s
     return bool(facts["updates"] < settings.steps and more)

@@ -4,7 +4,6 @@ Clips are told apart by the SHA-256 of their bytes. A part of them is one Parque
 its clips are encoded: relaunching encodes only what no file holds, also after pairs were added.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from ttmray.config import Location, fingerprint
 from ttmray.console import meter
 from ttmray.corpus import index, shards
 from ttmray.errors import ClipError, UserError
+from ttmray.json_text import as_read
 from ttmray.models import one_thread
 from ttmray.models.bundle import open_bundle
 from ttmray.models.cache import EmbeddingCache
@@ -235,8 +235,8 @@ def _from_corpora(addresses: Sequence[str], bundle: str) -> dict[str, tuple[np.n
     features = {}
     for uri, keys in keys_of.items():
         run = Folder.at(uri)
-        bundle_of_run = json.loads(run.read("run.json"))["identity"]["bundle"]
-        if encoders_of(bundle_of_run) != encoders_of(json.loads(json.dumps(open_bundle(bundle).identity()))):
+        bundle_of_run = run.read_json("run.json", "identity")["identity"]["bundle"]
+        if encoders_of(bundle_of_run) != encoders_of(as_read(open_bundle(bundle).identity())):
             raise UserError(
                 f"{uri} was made by {bundle_of_run}, not by the bundle {bundle}.", "Name the bundle of the corpus."
             )

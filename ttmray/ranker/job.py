@@ -300,7 +300,7 @@ def _evaluate(
     }[config.resample]
     models = {one.name: _load(run, one.name, features) for one in runs}
     margin = {name: _margins(model, features, test) for name, model in models.items()}
-    about = {one.name: json.loads(run.read(f"heads/{one.name}.json")) for one in runs}
+    about = {one.name: run.read_json(f"heads/{one.name}.json") for one in runs}
     heads: dict[str, Any] = {}
 
     def add(name: str, variant: str, values: np.ndarray, temperature: float, best_epoch: Any) -> None:
@@ -366,7 +366,7 @@ def _left_out(right: dict[str, np.ndarray], where: np.ndarray, full: str, withou
 
 def _load(run: Folder, name: str, features: Features) -> TuneJury:
     state = {key: torch.from_numpy(value) for key, value in load_tensors(run.read(f"heads/{name}.safetensors")).items()}
-    exclude = json.loads(run.read(f"heads/{name}.json"))["exclude"]
+    exclude = run.read_json(f"heads/{name}.json", "exclude")["exclude"]
     return load_tunejury(state, exclude=exclude, block_dims=features.block_dims())
 
 
@@ -384,7 +384,7 @@ def _publish(run: Folder, members: Sequence[HeadRun]) -> None:
     """`tunejury.safetensors` and its sidecar: of the first variant's heads the one with the least validation loss."""
 
     def loss(one: HeadRun) -> float:
-        sidecar = json.loads(run.read(f"heads/{one.name}.json"))
+        sidecar = run.read_json(f"heads/{one.name}.json")
         return float(sidecar["history"][sidecar["best_epoch"]]["validation_loss"])
 
     best = min(members, key=loss)

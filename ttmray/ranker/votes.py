@@ -6,7 +6,6 @@ rates single songs, so its pairs are drawn here.
 """
 
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ttmray.config import Config, Location, execution
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.storage import Folder, read_file, split_path
 from ttmray.tables import read_rows
 
@@ -170,9 +170,9 @@ def read_splits(spec: str | Mapping[Any, str]) -> dict[str, str]:
     lists: dict[str, list[str]] = {}
     if isinstance(spec, str):
         try:
-            content = json.loads(read_file(spec))
+            content = read_json(read_file(spec))
             lists = {"validation" if key == "valid" else key: content[key] for key in ("train", "valid", "test")}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{spec} is no split file: {error!r}", "It needs the lists train, valid and test."
             ) from error

@@ -4,7 +4,6 @@ A card holds facts only. What no run can know, such as the licence of the songs,
 bucket names are left out, because cards are made to be published.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -145,7 +144,7 @@ def model_card(
 def _ranker_card(run: Folder, described: Mapping[str, Any], name: str, license: str | None) -> str:
     if not run.exists(METRICS):
         raise UserError(f"{run} is not finished.", "A card says how good the ranker is: start its job again first.")
-    metrics, head = _json(run, METRICS), _json(run, f"{HEAD}.json")
+    metrics, head = run.read_json(METRICS), run.read_json(f"{HEAD}.json")
     config, bundle = described["identity"]["config"], base_name(described["config"]["bundle"])
     notes = [BUNDLES[bundle].note] if _has_note(bundle) else []
     published = f"{head['variant']}-seed{head['seed']}"
@@ -307,7 +306,7 @@ def _system(results: Results, name: str | None) -> System:
 def _described(run: Folder, kinds: tuple[str, ...], what: str) -> dict[str, Any]:
     if not run.exists(RUN):
         raise UserError(f"{run} is no {what}: it has no {RUN}.", f"Give the output folder of a {what}.")
-    described = _json(run, RUN)
+    described = run.read_json(RUN)
     if described.get("kind") not in kinds:
         raise UserError(f"{run} is a run of kind {described.get('kind')!r}, no {what}.", f"Kinds: {', '.join(kinds)}.")
     return described
@@ -326,21 +325,11 @@ def _cross_load(run: Folder) -> list[tuple[str, Any]]:
     """What became of the score where a run started in another forward than that of its weights."""
     if not run.exists(CROSS_LOAD):
         return []
-    record = _json(run, CROSS_LOAD)
+    record = run.read_json(CROSS_LOAD)
     crossed = CrossLoad(record["weights"], record["forward"], record["forced"])
     share = record["forwards"][crossed.forward]["kept"]
     left = "" if share is None else f": {share:.0%} of the steering by the score was left before the first update"
     return [("cross-load", f"{crossed}{left}")]
-
-
-def _json(run: Folder, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(run.read(name))
-    except ValueError as error:
-        raise UserError(f"{run.path(name)} cannot be read: {error}", "Restore it, or make the run again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{run.path(name)} is no JSON object.", "Restore it, or make the run again.")
-    return content
 
 
 def _progress(run: Folder) -> int:
@@ -355,7 +344,7 @@ def _progress(run: Folder) -> int:
 def _reward_rows(run: Folder, summary: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(split, column, statistics) of the corpus's own rewards and of its tables of scores."""
     by_prefix = {"": summary["rewards"]}
-    by_prefix |= {f"{name}/": _json(run, f"{SCORES}/{name}/stats.json")["splits"] for name in table_names(run)}
+    by_prefix |= {f"{name}/": run.read_json(f"{SCORES}/{name}/stats.json")["splits"] for name in table_names(run)}
     for prefix, splits in by_prefix.items():
         for split, values in splits.items():
             yield from ((split, f"{prefix}{column}", values) for column in values if column != "clips")
@@ -370,10 +359,11 @@ def _corpus(address: str, column: str | None) -> dict[str, str]:
     run = Folder.at(address)
     facts = dict.fromkeys(("bundle", "clips", "protocol"), "") | {"name": run.name}
     if run.exists(RUN):
-        described = _json(run, RUN)
+        described = run.read_json(RUN)
         facts["bundle"] = base_name(str(described.get("config", {}).get("bundle", "")))
         table = (column or "").rpartition("/")[0]
-        scored = _json(run, f"{SCORES}/{table}/{RUN}") if table and run.exists(f"{SCORES}/{table}/{RUN}") else described
+        of_table = f"{SCORES}/{table}/{RUN}"
+        scored = run.read_json(of_table) if table and run.exists(of_table) else described
         facts["protocol"] = str(scored.get("protocol_id", "")) if column else "no score is read"
     if (marker := read_marker(run)) is not None:
         rows = marker.get("summary", {}).get("rows", {})

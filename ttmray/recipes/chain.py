@@ -16,6 +16,7 @@ from ttmray.config import ConfigT, load_config
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.inventory import damage, kind_of, read_marker
+from ttmray.json_text import read_json
 from ttmray.recipes.chain_plan import Step, StepCost, show_plan, write_plan, write_steps
 from ttmray.recipes.needs import refuse_missing
 from ttmray.recipes.result_page import chain_values
@@ -129,11 +130,11 @@ def step_record(root: Folder, name: str) -> dict[str, Any]:
     if not root.exists(file):
         return empty
     try:
-        record = json.loads(root.read(file))
+        record = read_json(root.read(file))
         # records of older runs have no CPU seconds; one whose last launch was stopped says why
         if (record.keys() | {"cpu_seconds"}) - {"stopped"} == empty.keys():
             return empty | record
-    except (ValueError, AttributeError, RecursionError):  # no JSON, or no object
+    except (ValueError, AttributeError):  # no JSON, or no object
         pass
     raise UserError(f"{root.path(file)} is no record of a step.", "Delete it: the step then finds out what is done.")
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ttmray.config import Config
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.recipes.estimates import estimates
 from ttmray.recipes.needs import Need
 from ttmray.storage import Folder
@@ -85,7 +86,7 @@ def read_steps(root: Folder) -> list[dict[str, Any]] | None:
 
 
 def _listed(root: Folder) -> list[Any]:
-    return list(json.loads(root.read(STEPS_FILE))["steps"])
+    return list(read_json(root.read(STEPS_FILE))["steps"])
 
 
 def show_plan(rows: Sequence[StepCost], about: Sequence[str]) -> bytes:

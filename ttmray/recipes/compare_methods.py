@@ -9,7 +9,6 @@ Held equal: the parent, the prompts of a seed, the number of generated clips, an
 FLOPs (`ttmray.recipes.tuning`). Not equal, and therefore in the table: FLOPs of sampling, updates, seconds.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, Self
@@ -27,6 +26,7 @@ from ttmray.generation.config import GenerateConfig
 from ttmray.generation.pool import generate_pool
 from ttmray.generation.prompts import Prompt, given_prompts, held_out, read_prompts
 from ttmray.generation.sampler import SCORE_LIMIT
+from ttmray.json_text import as_read
 from ttmray.models.backbone import SIZES, BackboneConfig
 from ttmray.models.backbone_weights import file_config, read_support
 from ttmray.models.bundle import Bundle, BundleName, base_name, open_bundle
@@ -451,5 +451,5 @@ def _write_parent(bundle: Bundle, root: Folder) -> int:
     """The bundle's backbone as a file of weights."""
     model = bundle.load(["backbone"], LoadOptions()).backbone
     about = {"kind": "ttmray weights", "weights": bundle.name, "backbone": model.config.to_dict()}
-    root.write(PARENT, pack(model.state_dict(), json.loads(json.dumps(about))))
+    root.write(PARENT, pack(model.state_dict(), as_read(about)))
     return EXIT_OK

@@ -13,6 +13,7 @@ from pydantic import Field
 from ttmray.config import Config, execution
 from ttmray.console import meter
 from ttmray.errors import EXIT_OK
+from ttmray.json_text import read_json
 from ttmray.signals import deaf_children
 from ttmray.storage import Folder
 from ttmray.synth.world import clip, encoded, write_tables
@@ -64,7 +65,7 @@ def compose_world(config: WorldConfig, folder: str) -> int:
                     done.result()
                     progress.advance(SHARD)
     _write_prompts(config, out)
-    write_tables(out, [row for shard in shards for row in json.loads(out.read(_rows_of(shard)))])
+    write_tables(out, [row for shard in shards for row in read_json(out.read(_rows_of(shard)))])
     return EXIT_OK
 
 

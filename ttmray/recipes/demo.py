@@ -30,6 +30,7 @@ from ttmray.evaluation import plots
 from ttmray.generation import manifest
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.generate import generate
+from ttmray.json_text import read_json
 from ttmray.models.bundle import DEFAULT, BundleName, open_bundle
 from ttmray.recipes.chain import fill
 from ttmray.runs import read
@@ -167,7 +168,7 @@ def _identity(config: DemoConfig, root: Folder, scores: Sequence[float]) -> str:
     """Fingerprint of all that the page follows from."""
     runs = [("corpus", "corpus"), *((f"clips/score{score:+g}", "generate") for score in scores)]
     prints = [read(root.sub(folder), kind)["fingerprint"] for folder, kind in runs]
-    truth = json.loads(root.read(f"songs/{TRUTH}"))
+    truth = read_json(root.read(f"songs/{TRUTH}"))
     return fingerprint([VERSION, truth, prints, list(config.prompts), list(scores), plots.available()])
 
 
@@ -176,7 +177,7 @@ def _known(root: Folder, identity: str) -> Facts | None:
     if not (root.exists(FACTS) and root.exists(PAGE)):
         return None
     try:
-        facts: Facts = json.loads(root.read(FACTS))
+        facts: Facts = read_json(root.read(FACTS))
         return facts if facts["made_by"] == identity else None
     except (ValueError, KeyError, TypeError):  # a file that somebody edited
         return None
@@ -185,7 +186,7 @@ def _known(root: Folder, identity: str) -> Facts | None:
 def gather(config: DemoConfig, root: Folder, scores: Sequence[float]) -> Facts:
     """All that the page and the summary show, as plain JSON types; writes the spectrograms."""
     described = read(root.sub("corpus"), "corpus")
-    truth = json.loads(root.read(f"songs/{TRUTH}"))
+    truth = read_json(root.read(f"songs/{TRUTH}"))
     rows: dict[str, list[Facts]] = {}
     for row in index.read_index(root.sub("corpus")).sort_by("key").to_pylist():
         rows.setdefault(row["source"], []).append(row)

@@ -8,7 +8,6 @@ A clip that failed or is silent is the worst that there is: it has the lowest re
 lowest quality, and is not passed over, or whatever collapses would be judged by what is left of it.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,7 +190,7 @@ def read_seed(run: str, name: str = "") -> Seed:
     tables = root.sub("tables") if root.exists("tables/cells.json") else root
     if not tables.exists("cells.json"):
         raise UserError(f"{run} has no tables: cells.json is missing.", "Run the chain with its section `tables`.")
-    listed: dict[str, dict[str, Any]] = json.loads(tables.read("cells.json"))
+    listed: dict[str, dict[str, Any]] = tables.read_json("cells.json")
     rows: dict[Row, str] = {}
     for table, cells in listed.items():
         for row, cell in cells.items():

@@ -246,8 +246,8 @@ def _collect(
 
 def card(config: MicroConfig, root: Folder) -> str:
     """The model card of a bundle: what was trained on what, how long, and how well it does on fresh clips."""
-    facts: list[dict[str, Any]] = [json.loads(root.read(f"{part}/{FACTS}")) for part in PARTS]
-    heads: dict[str, Any] = json.loads(root.read(f"ranker/{METRICS}"))["heads"]
+    facts: list[dict[str, Any]] = [root.read_json(f"{part}/{FACTS}") for part in PARTS]
+    heads: dict[str, Any] = root.read_json(f"ranker/{METRICS}")["heads"]
     roles = [role for role in FOLDERS if root.files(f"bundle/{role}", sizes=False)]
     measures = []
     for fact in facts:

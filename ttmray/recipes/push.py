@@ -17,6 +17,7 @@ from ttmray.console import console, meter
 from ttmray.corpus.finalise import OF_UNITS
 from ttmray.corpus.plan import PLAN_FILE, Plan
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.json_text import read_json
 from ttmray.models import published
 from ttmray.models.bundle import base_name
 from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles
@@ -124,12 +125,12 @@ def _bundles(path: str, bundle: str | None) -> list[str]:
     folder = Folder.at(path)
     if not folder.exists(RUN):
         return []
-    described = json.loads(folder.read(RUN))
+    described = folder.read_json(RUN)
     config = described.get("config", {})
     if "bundle" in config:
         return [base_name(str(config["bundle"]))]
     places = [Folder.at(source["corpus"]) for source in config.get("data", {}).get("sources", [])]
-    corpora = [json.loads(place.read(RUN)) for place in places if place.exists(RUN)]
+    corpora = [place.read_json(RUN, "config") for place in places if place.exists(RUN)]
     return list(dict.fromkeys(base_name(str(one["config"]["bundle"])) for one in corpora if "bundle" in one["config"]))
 
 
@@ -192,13 +193,14 @@ def _collect(
         text = model_card(path, **card, **evaluation)
         export(path, str(file), weights)
         about = {"bundle": next(iter(bundles), None), "weights": weights}
-        about["fingerprint"] = json.loads(folder.read(RUN))["fingerprint"]
+        about["fingerprint"] = folder.read_json(RUN, "fingerprint")["fingerprint"]
         return Upload("model", text, about, {hub.WEIGHTS: file})
     if kind == "ranker":
         text = model_card(path, **card)
         names = [name for name in (f"{HEAD}.safetensors", f"{HEAD}.json", METRICS) if folder.exists(name)]
-        described = json.loads(folder.read(RUN))
-        slim = {key: described[key] for key in ("kind", "fingerprint", "versions", "created") if key in described}
+        described = folder.read_json(RUN, "identity")
+        public = ("kind", "fingerprint", "versions", "created")
+        slim: dict[str, Any] = {key: described[key] for key in public if key in described}
         slim["identity"] = {"bundle": described["identity"]["bundle"]}
         files: dict[str, Any] = {name: (folder, name) for name in names}
         files |= {RUN: json.dumps(slim, indent=1).encode()}
@@ -236,7 +238,7 @@ def _corpus(run: Folder, scratch: Path, card: Mapping[str, Any]) -> Upload:
     if RUN not in listed:
         raise UserError(f"{run} was finished by an older version.", "Start its command again: it seals its files.")
     own = _for_others(run, listed, Folder.at(str(scratch)))
-    described = json.loads(own[RUN])
+    described = read_json(own[RUN])
     body = {key: value for key, value in marker.items() if key not in ("sha256", "fingerprint", "run", "files")}
     sealed = Folder.at(str(scratch))
     known = listed | {name: inventory.entry(data) for name, data in own.items()}
@@ -251,7 +253,7 @@ def _corpus(run: Folder, scratch: Path, card: Mapping[str, Any]) -> Upload:
 
 def _for_others(run: Folder, names: Collection[str], scratch: Folder) -> dict[str, bytes]:
     """Files of a corpus that name places of this machine, without them."""
-    described = json.loads(run.read(RUN))
+    described = run.read_json(RUN, "fingerprint")
     own = {RUN: json.dumps(_without_paths(described), indent=1).encode()}
     plan = Plan.load(run)
     plan.at(plan.root.rstrip("/").rpartition("/")[2]).save(scratch)

@@ -3,7 +3,6 @@
 Everything is read from files that the steps have written, so that the page of an unfinished chain has what is there.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +47,7 @@ def curves_of(run: Folder, title: str) -> Curves | None:
         return None
     rows = read_lines(run)
     losses = {"loss": points(rows, "loss"), "validation loss": points(rows, "validation_loss")}
-    reports = [json.loads(run.read(f"{ROUNDS}/{file.name}")) for file in run.files(ROUNDS, sizes=False)]
+    reports = [run.read_json(f"{ROUNDS}/{file.name}", "round") for file in run.files(ROUNDS, sizes=False)]
     reports.sort(key=lambda report: int(report["round"]))
     rewards: dict[str, Points] = {"reward of the rounds": points(reports, "reward", "round")}
     for report in reports:
@@ -159,7 +158,7 @@ def systems_of(results: Results, folders: Mapping[str, Folder]) -> Iterator[dict
     for system in results.systems:
         facts = {"clips": f"{system.clips} of {system.prompts} prompts", "failed": system.failed or ""}
         run = folders.get(system.name)
-        described = json.loads(run.read("run.json")) if run is not None and run.exists("run.json") else {}
+        described = run.read_json("run.json") if run is not None and run.exists("run.json") else {}
         config = described.get("config", {})
         sampler = config.get("sampler", {})
         facts |= {"weights": config.get("checkpoint") or "", "bundle": config.get("bundle", "")}
@@ -231,7 +230,7 @@ def run_page(folder: str) -> int:
             f"{run} has nothing to show: no {RESULTS} of an evaluation, no {LOG} of a training, no page of its own.",
             "Give the output of `ttmray evaluate`, of a training, a chain or `ttmray generate`.",
         )
-    described = json.loads(run.read("run.json"))
+    described = run.read_json("run.json", "config")
     config = described["config"]
     rows = read_lines(run)
     last = rows[-1] if rows else {}

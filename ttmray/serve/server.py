@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 from ttmray import pages
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.json_text import read_json
 from ttmray.serve.tryout import LONGEST, SEEDS, HeardClip, ServeConfig, TryOut
 
 COOKIE = "ttmray_token"
@@ -164,11 +165,11 @@ class TryOutHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "There is nothing here.")
             return
         try:
-            asked = json.loads(body)
+            asked = read_json(body)
             answer = act(asked)
         except UserError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, f"{error.message} {error.hint}".strip())
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, f"The request is none of this page: {error!r}.")
         except Exception:
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "Something broke; the terminal has the details.")

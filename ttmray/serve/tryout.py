@@ -160,7 +160,7 @@ class TryOut:
                 sound.save(self.out.path(name))
                 heard = HeardClip(name, weights.name, score, *self._judged(sound, prompt), sound.row["lufs"])
                 self.out.write(facts, json.dumps(asdict(heard), ensure_ascii=False).encode())  # last: it is complete
-            return HeardClip(**json.loads(self.out.read(facts)))
+            return HeardClip(**self.out.read_json(facts))
 
     def pair(self, prompt: str, scores: tuple[float | None, float | None], guidance: float, seed: int) -> HeardPair:
         """Make two clips from the same noise, in an order that nobody knows: of the two weights where there are two, at

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.storage import Folder
 
 TABLE, VOTES = "votes.csv", "votes"
@@ -54,7 +55,7 @@ class VotesTable:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            row = json.loads(self.folder.read(f"{VOTES}/{name}"))
+            row = read_json(self.folder.read(f"{VOTES}/{name}"))
             if row.keys() == set(COLUMNS):
                 return dict(row)
         except (ValueError, AttributeError):  # no JSON, or no object

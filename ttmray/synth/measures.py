@@ -5,7 +5,6 @@ Made to judge generated clips by the same yardstick as the small world's own: `m
 known faults) and into an estimated quality. `ttmray/synth/measures.json` holds the fitted numbers.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from hashlib import sha256
@@ -17,6 +16,7 @@ from scipy.fft import irfft, rfft
 from scipy.ndimage import maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d
 from scipy.signal.windows import hann
 
+from ttmray.json_text import read_json
 from ttmray.synth.faults import BASE, FLOOR, KINDS
 from ttmray.synth.instruments import RATE, Audio
 
@@ -151,7 +151,7 @@ def fitted() -> dict[str, Floats]:
     """The linear models of `measures.json`, see `ttmray.synth.calibrate.fit`: `mean`, `scale` and `quality` (26,),
     `strengths` (9, 26), `offsets` (9,), `quality_offset` () and `tempo` (17,).
     """
-    return {name: np.asarray(values, np.float64) for name, values in json.loads(FITTED)["models"].items()}
+    return {name: np.asarray(values, np.float64) for name, values in read_json(FITTED)["models"].items()}
 
 
 def spectra(mono: Audio) -> Floats:

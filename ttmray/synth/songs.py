@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ttmray.audio.io import resample
+from ttmray.json_text import read_json
 from ttmray.storage import Folder
 from ttmray.synth.instruments import RATE
 from ttmray.synth.theory import Key
@@ -159,7 +160,7 @@ def write_demo_songs(folder: Path, seed: int = 0) -> list[Path]:
         digests = {name: _sha256(data) for name, data in files.items()}
         manifest = {"version": VERSION, "seed": seed, "files": digests}
         target.write(MANIFEST, _json(manifest))
-    names = json.loads(target.read(MANIFEST))["files"]
+    names = target.read_json(MANIFEST, "files")["files"]
     return sorted(Path(folder) / name for name in names if name not in (CAPTIONS, TRUTH))
 
 
@@ -216,7 +217,7 @@ def _complete(folder: Folder, seed: int) -> bool:
     if not folder.exists(MANIFEST):
         return False
     try:
-        manifest = json.loads(folder.read(MANIFEST))
+        manifest = read_json(folder.read(MANIFEST))
         if (manifest["version"], manifest["seed"]) != (VERSION, seed):
             return False
         files = dict(manifest["files"])

@@ -24,6 +24,7 @@ from ttmray import __version__
 from ttmray.config import differences, fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.json_text import as_read, read_json
 from ttmray.storage import Folder
 from ttmray.training.state import TrainingState
 from ttmray.training.tensors import pack, unpack
@@ -76,7 +77,7 @@ def save(folder: Folder, state: TrainingState) -> str:
         "versions": {"ttmray": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "files": files,
     }
-    body = json.loads(json.dumps(body))  # as it will be read: tuples are lists, keys are strings
+    body = as_read(body)  # as it will be read: tuples are lists, keys are strings
     where.write(STATE, json.dumps({"sha256": fingerprint(body), **body}, indent=1).encode())
     return step_name(state.step)
 
@@ -93,7 +94,7 @@ def read_state(where: Folder) -> dict[str, Any]:
         raise Damaged(f"{where} has no {STATE}: it was never committed.")
     data = where.read(STATE)
     try:
-        body = json.loads(data)
+        body = read_json(data)
         altered = body.pop("sha256") != fingerprint(body)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise Damaged(f"{where.path(STATE)} is damaged: {error}.") from error
@@ -322,7 +323,7 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], force: bool
     Raises:
         UserError: there are differences and `force` is off.
     """
-    lines = differences(dict(saved), json.loads(json.dumps(dict(now))))
+    lines = differences(dict(saved), as_read(dict(now)))
     if not lines:
         return []
     shown = "\n  ".join(lines)

@@ -7,7 +7,6 @@ writer puts there.
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from ttmray import inventory
 from ttmray.corpus import index, scores, shards
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.runs import RUN
 from ttmray.storage import Folder
 from ttmray.tables import is_table, parse_table
@@ -319,7 +319,7 @@ def _fingerprint(run: Folder) -> str:
     if not run.exists(RUN):
         raise UserError(f"{run} is not a corpus run: it has no {RUN}.", "Give the output folder of a corpus job.")
     try:
-        return str(json.loads(run.read(RUN))["fingerprint"])
+        return str(read_json(run.read(RUN))["fingerprint"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{run.path(RUN)} does not describe a corpus run.", "Restore it, or make the run again."

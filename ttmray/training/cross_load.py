@@ -45,7 +45,7 @@ def report_cross_load(config: TrainConfig, make_task: MakeTask, device: torch.de
     out = Folder.at(config.output)
     report = None
     with suppress(ValueError, UserError):  # none, or a damaged one: it is measured again
-        report = json.loads(out.read(CROSS_LOAD))
+        report = out.read_json(CROSS_LOAD)
     if report is None and config.cross_load.prompts:
         runtime = config.runtime
         gpus = float(device.type == "cuda")

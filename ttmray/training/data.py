@@ -11,7 +11,6 @@ memory, a safe fork, and a copy of the index each.
 """
 
 import itertools
-import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -360,7 +359,7 @@ def corpus_bundle(data: DataConfig) -> str:
         UserError: they were made by different ones.
     """
     runs = [Folder.at(source.corpus) for source in data.sources]
-    described = [json.loads(run.read(RUN)) for run in runs]
+    described = [run.read_json(RUN, "identity", "config") for run in runs]
     named = [run_facts["identity"].get("bundle") for run_facts in described]
     bundles = [bundle and encoders_of(bundle) for bundle in named]
     for run, bundle in zip(runs, bundles, strict=True):

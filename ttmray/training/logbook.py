@@ -11,6 +11,7 @@ from typing import Any, Self
 from ttmray.config import fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.local_files import sync
 from ttmray.runs import RUN
 from ttmray.storage import Folder, explained
@@ -127,12 +128,12 @@ def _mfu(share: float) -> str:
 def read_lines(out: Folder) -> list[dict[str, Any]]:
     """Lines of a run's `metrics.jsonl`, in their order, without what a killed process left half-written."""
     lines = out.read(METRICS).decode(errors="replace").splitlines()
-    return [json.loads(line) for line in lines if _step(line) < 1 << 62]
+    return [read_json(line) for line in lines if _step(line) < 1 << 62]
 
 
 def _step(line: str) -> int:
     try:
-        return int(json.loads(line)["step"])
+        return int(read_json(line)["step"])
     except (ValueError, KeyError, TypeError):  # what a killed process or a full disk left half-written
         return 1 << 62
 
@@ -154,7 +155,7 @@ def _wandb(out: Folder, project: str) -> Any:
         raise UserError(
             "runtime.wandb needs the package wandb.", "pip install 'ttmray[wandb]', or set it to null."
         ) from error
-    described = json.loads(out.read(RUN)) if out.exists(RUN) else {}
+    described = out.read_json(RUN) if out.exists(RUN) else {}
     try:
         return wandb.init(
             project=project,

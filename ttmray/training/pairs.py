@@ -24,6 +24,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import blend, counted, describe, numbers, prompt_prefix, read_pool, weighted
 from ttmray.generation.prompts import plain, read_prompts
+from ttmray.json_text import read_json
 from ttmray.runs import note_of
 from ttmray.storage import Folder, parquet_table
 
@@ -323,7 +324,7 @@ def _scores(rows: pa.Table, config: PairsConfig) -> np.ndarray:
 
 def _about(data: bytes, what: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(pq.read_schema(pa.BufferReader(data)).metadata[METADATA_KEY]))
+        return dict(read_json(pq.read_schema(pa.BufferReader(data)).metadata[METADATA_KEY]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what} does not hold preference pairs.", "Make it with `ttmray pairs`.") from error
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.generation.prompts import Prompt
+from ttmray.json_text import read_json
 from ttmray.models.backbone import FluxAudio
 from ttmray.statistics import vendi_score
 from ttmray.storage import Folder
@@ -299,7 +300,7 @@ def read_report(out: Folder, number: int) -> dict[str, Any] | None:
     if not out.exists(name):
         return None
     try:
-        report: dict[str, Any] = json.loads(out.read(name))
+        report: dict[str, Any] = read_json(out.read(name))
     except ValueError:
         console.print(f"{out.path(name)} is damaged", style="yellow", markup=False)
         return None

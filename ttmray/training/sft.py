@@ -1,7 +1,6 @@
 """Stage 1: score-conditioned training of the backbone by flow matching (paper III-D)."""
 
 import hashlib
-import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -278,7 +277,7 @@ def corpus_latents(corpus: str, std: str) -> tuple[Tensor, Tensor]:
     """
     run, of = Folder.at(corpus), f"std_of_{std}"
     if run.exists(LATENTS):
-        splits = json.loads(run.read(LATENTS))
+        splits = run.read_json(LATENTS)
     else:
         splits = latent_statistics([data for _, data in index.read_units(run, index.committed_units(run))])
     if "train" not in splits:

@@ -4,7 +4,6 @@ No pickle: optimiser state becomes named tensors and a layout of plain JSON type
 """
 
 import base64
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ttmray.config import fingerprint
 from ttmray.errors import UserError
+from ttmray.json_text import as_read
 from ttmray.training.ema import PowerEMA
 
 
@@ -117,7 +117,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
         {key: value for key, value in group.items() if key != "params"} | {"params": members}
         for group, members in zip(optimizer.param_groups, names, strict=True)
     ]
-    return tensors, {"kind": type(optimizer).__name__, "groups": json.loads(json.dumps(options))}
+    return tensors, {"kind": type(optimizer).__name__, "groups": as_read(options)}
 
 
 def load_optimizer(

@@ -9,6 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ttmray.errors import UserError
+from ttmray.json_text import read_json
 from ttmray.models.state_dicts import DIGEST, KEY, altered, content_digest
 
 
@@ -21,7 +22,7 @@ def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) 
         return save(plain)
     data = save(plain, {KEY: json.dumps(about, sort_keys=True)})
     start = 8 + int.from_bytes(data[:8], "little")
-    header, numbers = json.loads(data[8:start]), memoryview(data)[start:]
+    header, numbers = read_json(data[8:start]), memoryview(data)[start:]
     digest = content_digest(header, [numbers])
     header["__metadata__"][KEY] = json.dumps({**about, DIGEST: digest}, sort_keys=True)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -41,10 +42,10 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{what} is damaged or no safetensors file: {error}", "Fetch or make it again.") from error
     # The reader does not give the metadata of bytes; it has checked the header by now.
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    header = read_json(data[8:start])
     try:
-        about = json.loads(header.get("__metadata__", {}).get(KEY, "{}"))
-    except json.JSONDecodeError as error:
+        about = read_json(header.get("__metadata__", {}).get(KEY, "{}"))
+    except ValueError as error:
         raise UserError(f"{what}: its description is no JSON: {error}") from error
     if not isinstance(about, dict):
         raise UserError(f"{what}: its description is a {type(about).__name__}, not a mapping.")
