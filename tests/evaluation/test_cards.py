@@ -224,7 +224,7 @@ def test_other_folders_and_unfinished_corpora_have_no_card(corpus: Path, run: Pa
     with pytest.raises(UserError, match="not finished"):
         dataset_card(str(tmp_path))
     (tmp_path / "run.json").write_text("[1")
-    with pytest.raises(UserError, match="run.json is damaged"):
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
         dataset_card(str(tmp_path))
 
 
