@@ -52,3 +52,9 @@ def test_seed_and_number_make_an_input_again():
     assert first == again
     assert first != other
     assert first[0] == "configs"
+
+
+def test_a_file_that_strays_is_the_fault_of_one_input(monkeypatch):
+    once = iter([_strays])
+    monkeypatch.setitem(KINDS, "bad", lambda: Kind([b"valid"], lambda *both: next(once, lambda *_: None)(*both)))
+    assert len(fuzz.run(5, 0, ["bad"], lambda line: None)["bad"].faults) == 1
