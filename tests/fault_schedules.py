@@ -44,7 +44,14 @@ from ttmray.storage import Folder
 
 LAUNCHES = 12
 """A schedule that needs more has failed."""
-SETS = ("segments.max_clips=2", "unit_clips=2", "splits.validation=1", "splits.test=1", "max_failures=1")
+SETS = (
+    "bundle=debug",
+    "segments.max_clips=2",
+    "unit_clips=2",
+    "splits.validation=1",
+    "splits.test=1",
+    "max_failures=1",
+)
 ANSWERS_S = 60.0
 COMMITS_S = 10.0
 """Who is killed after a commit is killed after so long without one, too."""

@@ -50,7 +50,7 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(input: Path | str, output: Path | str, *sets: str) -> list[str]:
-    usual = ("runtime.runner=local", "runtime.workers=0", "splits.validation=0", "splits.test=0")
+    usual = ("bundle=debug", "runtime.runner=local", "runtime.workers=0", "splits.validation=0", "splits.test=0")
     return [part for s in (f"input={input}", f"output={output}", *usual, *sets) for part in ("--set", s)]
 
 

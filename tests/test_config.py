@@ -24,7 +24,7 @@ from ttmray.errors import UserError
 from ttmray.generation.config import GenerateConfig
 from ttmray.training.config import ModelConfig
 
-PATHS = ("input=songs", "output=run")
+PATHS = ("input=songs", "output=run", "bundle=debug")
 
 
 def load(*sets: str, path: str | None = None) -> CorpusConfig:
@@ -291,7 +291,7 @@ runtimes = st.fixed_dictionaries(
     },
 )
 executions = st.fixed_dictionaries(
-    {"input": paths, "output": paths, "runtime": runtimes},
+    {"input": paths, "output": paths, "runtime": runtimes, "bundle": st.just("debug")},
     optional={
         "max_failures": st.integers(0, 99) | st.integers(0, 100).map("{}%".format),
         "catalogue": st.fixed_dictionaries(

@@ -97,7 +97,7 @@ def test_songs_are_composed_once_and_become_the_corpus_of_the_command(tmp_path):
     fields = {"bundle": "debug", "splits": {"validation": 0, "test": 0}, "separation": {"scope": "none"}}
     made = ttmray.score_corpus(songs, output=tmp_path / "api", runtime={"workers": 0}, **fields)
     sets = [f"input={songs}", f"output={tmp_path}/cli", "splits.validation=0", "splits.test=0", "separation.scope=none"]
-    runtime = ["runtime.runner=local", "runtime.workers=0"]
+    runtime = ["runtime.runner=local", "runtime.workers=0", "bundle=debug"]
     assert score_corpus(load_config(CorpusConfig, None, [*sets, *runtime])) == 0
     assert made.index.equals(ttmray.open_corpus(tmp_path / "cli").index)
     assert made.index["caption"].str.len().min() > 0

@@ -51,7 +51,7 @@ def make_config() -> MakeConfig:
 
     def make(input: Path | str, output: Path | str, *sets: str) -> CorpusConfig:
         usual = ("runtime.runner=local", "runtime.workers=0", "segments.max_clips=2", "unit_clips=2", "max_failures=1")
-        other = ("splits.validation=1", "splits.test=1", "runtime.device=cpu")
+        other = ("splits.validation=1", "splits.test=1", "runtime.device=cpu", "bundle=debug")
         return load_config(CorpusConfig, None, [f"input={input}", f"output={output}", *usual, *other, *sets])
 
     return make

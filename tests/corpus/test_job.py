@@ -10,9 +10,12 @@ import pytest
 import yaml
 
 from ttmray import cost
+from ttmray.config import load_config
 from ttmray.corpus import index, pipeline
+from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import ABORT_AFTER, score_corpus
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
+from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.storage import Folder
 
 
@@ -194,9 +197,24 @@ def test_planning_with_other_settings_does_not_touch_a_run(songs, run, make_conf
     assert snapshot(run) == before
 
 
+def test_clips_are_as_long_as_the_bundle_knows_them_where_nobody_says(tmp_path):
+    usual = [f"input={tmp_path}", f"output={tmp_path}/run"]
+    for sets, clip_s, min_s in (
+        ([], 5.0, 5.0),
+        (["bundle=debug"], 10.0, 5.0),
+        (["segments.clip_s=8"], 8.0, 5.0),
+        (["segments.min_s=2"], 5.0, 2.0),
+    ):
+        segments = load_config(CorpusConfig, None, [*usual, *sets]).segments
+        assert (segments.clip_s, segments.min_s) == (clip_s, min_s)
+        pool = load_config(CandidatesConfig, None, ["prompts=x", *(one for one in sets if "bundle" in one)])
+        assert pool.pad_to == (441_000 if "bundle=debug" in sets else 220_500)
+
+
 def test_the_plan_warns_of_clips_that_the_bundle_does_not_know(songs, make_config, tmp_path, capsys):
     for bundle, told in (("micro", True), ("debug", False)):
-        config = make_config(songs, tmp_path / bundle, f"bundle={bundle}", "separation.scope=none")
+        sets = (f"bundle={bundle}", "segments.clip_s=10", "separation.scope=none")
+        config = make_config(songs, tmp_path / bundle, *sets)
         assert score_corpus(config, plan_only=True) == 0
         assert ("knows clips of 5 s: --set segments.clip_s=5" in capsys.readouterr().out) == told
 

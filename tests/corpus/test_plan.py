@@ -36,7 +36,7 @@ NO_SPLITS = {"validation": 0, "test": 0}
 
 
 def config(**fields) -> CorpusConfig:
-    return CorpusConfig(**{"input": "in", "output": "out", "splits": NO_SPLITS, **fields})
+    return CorpusConfig(**{"input": "in", "output": "out", "bundle": "debug", "splits": NO_SPLITS, **fields})
 
 
 def catalogue_of(tracks: list[Track]) -> Catalogue:
@@ -407,7 +407,7 @@ def test_every_number_has_a_reason_and_is_plain_json_even_when_nothing_is_known(
 
 def test_golden_jamendo_catalogue_gives_its_known_tracks_and_clips_in_time(data_dir):
     source = str(data_dir / "jamendo" / "tracks.tsv.gz")
-    corpus = CorpusConfig(input=source, output="out")
+    corpus = CorpusConfig(input=source, output="out", bundle="debug")
     begin = time.process_time()
     plan = build_plan(build_catalogue(source, corpus.catalogue), corpus)
     numbers = numbers_of(plan, corpus)

@@ -33,7 +33,8 @@ class Watched(dict[str, Any]):
 def pool_job(folder: Path, *sets: str) -> tuple[Job, Unit]:
     (folder / "prompts.csv").write_text("id,prompt\na,calm piano\nb,drums\n")
     usual = (f"prompts={folder}/prompts.csv", f"output={folder}/pool", "sampler.steps=1", "candidates=1")
-    config = load_config(CandidatesConfig, None, [*usual, "runtime.device=cpu", "runtime.threads=1", *sets])
+    usual += ("bundle=debug", "runtime.device=cpu", "runtime.threads=1")
+    config = load_config(CandidatesConfig, None, [*usual, *sets])
     name, tracks = next(plan_pool(choose_prompts(config).chosen, config).units())
     unit = Unit(name, tracks)
     unit.rows = candidates(config, unit, "debug/test")

@@ -49,13 +49,14 @@ def models() -> Models:
 @pytest.fixture
 def context(models: Models, tmp_path: Path) -> Context:
     """The config's defaults, songs and output below the test's own folder."""
-    config = load_config(CorpusConfig, None, [f"input={tmp_path}/songs", f"output={tmp_path}/run"])
+    config = load_config(CorpusConfig, None, ["bundle=debug", f"input={tmp_path}/songs", f"output={tmp_path}/run"])
     (tmp_path / "songs").mkdir()
     return Context(config, f"{tmp_path}/songs", models)
 
 
 def with_config(context: Context, *sets: str) -> Context:
-    config = load_config(CorpusConfig, None, [f"input={context.root}", f"output={context.config.output}", *sets])
+    usual = ("bundle=debug", f"input={context.root}", f"output={context.config.output}")
+    config = load_config(CorpusConfig, None, [*usual, *sets])
     return replace(context, config=config)
 
 

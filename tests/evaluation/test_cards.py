@@ -34,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise = np.random.default_rng(i).normal(scale=0.1, size=(1, 6 * 44100)).astype(np.float32)
         write_audio(str(folder / f"songs/{i}.flac"), noise, 44100)
     (folder / "songs/no|audio.mp3").write_text("nothing\n" * 99)
-    sets = ["runtime.runner=local", "runtime.workers=0", "segments.max_clips=1", "splits.validation=0"]
+    sets = ["bundle=debug", "runtime.runner=local", "runtime.workers=0", "segments.max_clips=1", "splits.validation=0"]
     sets += ["splits.test=0", "max_failures=1", f"input={folder / 'songs'}", f"output={folder / 'corpus'}"]
     assert score_corpus(load_config(CorpusConfig, None, sets)) == 0
     return folder / "corpus"
@@ -65,7 +65,7 @@ def ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(row | {"source": "my|club", "split": ("train", "train", "valid", "test")[i % 4]})
     (folder / "votes.json").write_text(json.dumps(rows))
     fields = {"sources": [{"name": "votes", "path": str(folder / "votes.json")}], "output": str(folder / "my-ranker")}
-    fields |= {"split": {"by": "released"}, "resample": "pair", "variants": ["A1"], "seeds": 2}
+    fields |= {"split": {"by": "released"}, "resample": "pair", "variants": ["A1"], "seeds": 2, "bundle": "debug"}
     fields |= {"head": {"widths": [12, 6], "batch": 8, "max_epochs": 3}, "encoding": {"device": "cpu"}}
     assert train_ranker(RankerConfig.model_validate(fields | {"training": {"device": "cpu", "threads": 1}})) == 0
     return folder / "my-ranker"

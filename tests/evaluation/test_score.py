@@ -66,7 +66,7 @@ def test_a_clips_numbers_are_those_of_the_corpus_job(scored, tmp_path, rate, cha
     file = write(songs / "song.flac", music(10.0, rate, channels), rate)
     (songs / "captions.json").write_text(json.dumps([{"path": "song.flac", "caption": CAPTION}]))
     sets = (f"input={songs}", f"output={run}", "runtime.runner=local", "runtime.workers=0", "runtime.device=cpu")
-    rest = ("splits.validation=0", "splits.test=0", f"reward_text={reward_text}")
+    rest = ("bundle=debug", "splits.validation=0", "splits.test=0", f"reward_text={reward_text}")
     assert main(["score-corpus", *(part for s in (*sets, *rest) for part in ("--set", s))]) == EXIT_OK
     (row,) = index.read_index(Folder.at(str(run))).to_pylist()
 

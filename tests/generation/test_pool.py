@@ -50,7 +50,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(source: Path | str, output: Path, *sets: str) -> CandidatesConfig:
-    usual = ("sampler.steps=1", "candidates=2", "unit_clips=4", "runtime.device=cpu", "runtime.threads=1")
+    usual = ("bundle=debug", "sampler.steps=1", "candidates=2", "unit_clips=4", "runtime.device=cpu")
+    usual += ("runtime.threads=1",)
     return load_config(CandidatesConfig, None, [f"prompts={source}", f"output={output}", *usual, *sets])
 
 
@@ -122,7 +123,7 @@ def test_it_passes_the_checks_of_a_corpus_and_the_filter_reads_it(finished):
 
 def test_latents_are_those_of_the_sampler_and_points(finished):
     models = open_bundle("debug").load(["text", "clap_condition", "backbone"], LoadOptions(device="cpu"))
-    config = CandidatesConfig(prompts="x").sampler.model_copy(update={"steps": 1})
+    config = CandidatesConfig(prompts="x", bundle="debug").sampler.model_copy(update={"steps": 1})
     sampler = Sampler([models.backbone], models.text, models.clap_condition, config)
     expected = sampler.sample([Draw("b_1", "driving drums", seed=42, candidate=1)]).latents[0]
     found = samples(finished)["b_1_1"]
@@ -258,7 +259,7 @@ def test_clipped_clips_are_rejected_and_short_ones_padded():
     clipped = np.clip(3 * loud, -1, 1)
     unit = Unit("u", [], [{"key": k, "status": "ok"} for k in ("loud", "clipped")])
     unit.clips = {"latent_mean": np.zeros((2, 3, 4), np.float16)}
-    config = CandidatesConfig(prompts="x", pad_to=1500)
+    config = CandidatesConfig(prompts="x", bundle="debug", pad_to=1500)
     done = Vocode(config, Decoder(loud, clipped), threads=1)(unit)
     statuses = [(row["status"], row.get("reason", "")) for row in done.rows]
     assert statuses == [("ok", ""), ("rejected", "clipped")]

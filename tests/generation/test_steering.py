@@ -72,7 +72,9 @@ def test_the_command_says_what_the_reward_does_with_real_decoders(tmp_path: Path
     state = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
     about = {METADATA: json.dumps({"backbone": trained.config.to_dict()})}
     save_file(state, tmp_path / "v1.safetensors", about)
-    assert main(["checkpoint", "steer", str(tmp_path / "v1.safetensors"), "--heads", "v4", "v2"]) == 0
+    assert (
+        main(["checkpoint", "steer", str(tmp_path / "v1.safetensors"), "--heads", "v4", "v2", "--bundle", "debug"]) == 0
+    )
     said = capsys.readouterr().out
     for head in ("v1", "v4", "v2"):
         assert f"{head} forward: latents move by" in said

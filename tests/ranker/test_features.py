@@ -151,7 +151,8 @@ def test_clips_of_a_corpus_come_from_its_shards(tmp_path):
     songs.mkdir()
     soundfile.write(songs / "song.wav", tone(300, 10), RATE)
     sets = ("runtime.runner=local", "runtime.workers=0", "runtime.device=cpu", "splits.validation=0", "splits.test=0")
-    assert score_corpus(load_config(CorpusConfig, None, [f"input={songs}", f"output={output}", *sets])) == 0
+    where = (f"input={songs}", f"output={output}", "bundle=debug")
+    assert score_corpus(load_config(CorpusConfig, None, [*where, *sets])) == 0
     (row,) = index.read_index(Folder.at(str(output))).to_pylist()
     good, absent = f"{output}#{row['key']}", f"{output}#nobody_0"
     run = Folder.at(str(tmp_path / "run"))

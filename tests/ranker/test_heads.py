@@ -319,7 +319,11 @@ def job(folder: Path, output: Path, table: str = "votes.json", **fields) -> Rank
     source = {"name": "votes", "path": str(folder / table), "audio": str(folder)}
     small = {"widths": [12, 6], "batch": 8, "lr": 3e-3, "max_epochs": 15}
     plain = {"sources": [source], "output": str(output), "split": {"by": "released"}, "head": small, "resample": "pair"}
-    plain |= {"encoding": {"device": "cpu"}, "training": {"device": "cpu", "threads": 1, "checkpoint_every": 2}}
+    plain |= {
+        "bundle": "debug",
+        "encoding": {"device": "cpu"},
+        "training": {"device": "cpu", "threads": 1, "checkpoint_every": 2},
+    }
     return RankerConfig.model_validate(plain | fields)
 
 

@@ -296,6 +296,7 @@ def configure(given: Path | str, output: Path | str, *sets: str) -> AblateConfig
     """Two checkpoints and a text-only one, as files."""
     files = {name: {"path": f"{given}/{name}.safetensors"} for name in ("one", "two", "text")}
     sets = (
+        "bundle=debug",
         f"output={output}",
         f"prompts={given}/prompts.csv",
         f"references={{tones: {given}/music}}",

@@ -64,7 +64,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(2):
         noise = np.random.default_rng(i).normal(scale=0.1, size=(1, 6 * 44100)).astype(np.float32)
         write_audio(str(folder / f"songs/{i}.flac"), noise, 44100)
-    sets = ["runtime.runner=local", "runtime.workers=0", "segments.max_clips=1", "splits.validation=0"]
+    sets = ["bundle=debug", "runtime.runner=local", "runtime.workers=0", "segments.max_clips=1", "splits.validation=0"]
     sets += ["splits.test=0", "unit_clips=1", f"input={folder / 'songs'}", f"output={folder / 'corpus'}"]
     assert score_corpus(load_config(CorpusConfig, None, sets)) == EXIT_OK
     return folder / "corpus"

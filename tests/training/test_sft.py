@@ -453,7 +453,12 @@ def test_it_learns_real_music_by_heart(data_dir, make_train_config, look, tmp_pa
     rows = list(csv.DictReader((data_dir / "clips/clips.csv").open()))
     with (tmp_path / "songs.csv").open("w") as file:
         csv.writer(file).writerows([("path", "caption"), *((row["path"], row["caption"]) for row in rows)])
-    sets = [f"input={tmp_path}/songs.csv", f"catalogue.audio_root={data_dir}", f"output={tmp_path}/corpus"]
+    sets = [
+        "bundle=debug",
+        f"input={tmp_path}/songs.csv",
+        f"catalogue.audio_root={data_dir}",
+        f"output={tmp_path}/corpus",
+    ]
     sets += ["runtime.runner=local", "runtime.workers=0", "runtime.device=cpu", "splits.validation=0", "splits.test=0"]
     sets += ["segments.clip_s=1", "segments.min_s=1", "segments.max_clips=1"]
     score_corpus(load_config(CorpusConfig, None, sets))

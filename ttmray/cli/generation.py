@@ -2,7 +2,7 @@
 
 from ttmray.cli.command import Command, argument, setting, switch
 
-BUNDLE = setting("--bundle", help="set of models (default micro; of pools debug)")
+BUNDLE = setting("--bundle", help="set of models (default micro)")
 POOL = argument("pool", metavar="POOL", help="run folder of a pool, local or s3://")
 OUT = argument("--out", required=True, metavar="DIR", dest="output", help="folder of the results")
 GROUPS: dict[str, str] = {}

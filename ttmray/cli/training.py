@@ -77,7 +77,7 @@ COMMANDS = (
                 help="head of the training, if the file does not name it",
             ),
             argument("--texts", nargs="+", metavar="TEXT", default=["a calm piano piece", "a fast drum loop"]),
-            argument("--bundle", default="debug", help="set of models (default debug)"),
+            argument("--bundle", default="micro", help="set of models (default micro)"),
             argument(
                 "--no-reward",
                 action="store_false",

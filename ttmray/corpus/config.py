@@ -1,13 +1,13 @@
 """The config of the corpus job: a folder or bucket of songs in, a scored WebDataset corpus out."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ttmray.cluster import RuntimeConfig
 from ttmray.config import Config, Location, added, execution
-from ttmray.models.bundle import BundleName
+from ttmray.models.bundle import DEFAULT, BundleName, base_name, open_bundle
 
 MAX_UNIT_CLIPS = 32
 """32 stereo float32 clips of 10 s are 113 MB: below Ray Data's 128 MiB block (design, corpus pipeline)."""
@@ -56,9 +56,9 @@ class SegmentConfig(Config):
     """The paper's segment rule (III-D and the challenge baseline's preparation script)."""
 
     clip_s: float = Field(10.0, gt=0)
-    """Length of a clip in seconds."""
+    """Length of a clip in seconds; where it is not named, that of the clips that the bundle knows."""
     min_s: float = Field(5.0, gt=0)
-    """Tracks shorter than this are rejected."""
+    """Tracks shorter than this are rejected; where neither is named, no more than a clip of the bundle."""
     max_clips: int = Field(10, ge=1, le=MAX_UNIT_CLIPS)
     """At most this many clips per track, evenly spread."""
 
@@ -192,8 +192,9 @@ class CorpusConfig(Config):
     segments: SegmentConfig = SegmentConfig()
     limits: LimitConfig = LimitConfig()
     separation: SeparationConfig = SeparationConfig()
-    bundle: BundleName = "debug"
-    """Set of models. `debug` is seeded, tiny and untrained: its scores mean nothing."""
+    bundle: BundleName = DEFAULT
+    """Set of models. `micro` knows the music of the built-in composer alone; `debug` is untrained: its scores mean
+    nothing. `ttmray weights list` says which bundles have released weights."""
     reward_text: Literal["empty", "caption"] = "empty"
     """Text input of the reward. The released TuneJury scores use none; the paper does not say."""
     silence_dbfs: float = Field(-80.0, le=0)
@@ -215,6 +216,19 @@ class CorpusConfig(Config):
     max_failures: Annotated[int | str, Field(union_mode="left_to_right")] = execution("1%")
     """Exit code 3 when more clips and tracks than this failed: a count, or a share such as `1%`."""
     runtime: CorpusRuntime = execution(CorpusRuntime())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_segments(cls, values: Any) -> Any:
+        segments = values.get("segments", {}) if isinstance(values, dict) else None
+        if not isinstance(segments, dict) or "clip_s" in segments:
+            return values
+        own = open_bundle(base_name(str(values.get("bundle", DEFAULT)))).clip_s
+        usual = SegmentConfig()
+        if own == usual.clip_s:
+            return values
+        filled = {"clip_s": own, "min_s": min(own, usual.min_s)}
+        return values | {"segments": filled | segments}
 
     @field_validator("max_failures")
     @classmethod

@@ -19,7 +19,7 @@ from ttmray.generation.config import GenerateRuntime, with_bundle_sampler
 from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
 from ttmray.models import require_finite, side_by_side
 from ttmray.models.backbone_weights import load_backbone
-from ttmray.models.bundle import BundleName, Models, open_bundle
+from ttmray.models.bundle import DEFAULT, BundleName, Models, base_name, open_bundle
 from ttmray.models.devices import resolve_device
 from ttmray.models.loading import LoadOptions
 from ttmray.models.score_heads import Head, Null
@@ -61,8 +61,8 @@ class CandidatesConfig(Config):
     """Share of the captions of a corpus that may be held out: more of them are hardly the prompts of an evaluation."""
     output: Location = execution("runs/pool")
     """Run folder: a local path or s3:// prefix. The same command goes on with what is not done."""
-    bundle: BundleName = "debug"
-    """Set of models. `debug` is seeded, tiny and untrained: what it makes is noise."""
+    bundle: BundleName = DEFAULT
+    """Set of models. `micro` knows the music of the built-in composer alone; `debug` is untrained: it makes noise."""
     checkpoint: Location | None = execution(None)
     """Weights of the backbone (.safetensors or .pth; their hash is part of the run's identity); default: the bundle's.
     On a cluster every node must see the file under this path; an s3:// address is copied to each."""
@@ -81,7 +81,8 @@ class CandidatesConfig(Config):
     """Text that training on the pool will see: the prompt alone, since captions of the corpus have no prefix either, or
     with the sampler's prefix. CLAP scores are always those of the prompt alone."""
     pad_to: int = Field(441_000, ge=1)
-    """Samples at 44.1 kHz that a clip is padded to with zeros, or cut to, before it is measured: a corpus clip's."""
+    """Samples at 44.1 kHz that a clip is padded to with zeros, or cut to, before it is measured: a corpus clip's. Where
+    it is not named, those of the clips that the bundle knows."""
     reward_text: Literal["empty", "caption"] = "empty"
     """Text input of the reward: choose that of the corpus."""
     silence_dbfs: float = Field(-80.0, le=0)
@@ -99,7 +100,12 @@ class CandidatesConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _fill_sampler(cls, values: Any) -> Any:
-        return with_bundle_sampler(values, "debug")
+        values = with_bundle_sampler(values, DEFAULT)
+        if isinstance(values, dict) and "pad_to" not in values:
+            length = round(open_bundle(base_name(str(values.get("bundle", DEFAULT)))).clip_s * SAMPLE_RATE)
+            if length != cls.model_fields["pad_to"].default:
+                return values | {"pad_to": length}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -22,7 +22,7 @@ from ttmray.cluster import ActorsConfig, each
 from ttmray.config import Config, Location, execution, fingerprint, identity
 from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
-from ttmray.models.bundle import BundleName, open_bundle
+from ttmray.models.bundle import DEFAULT, BundleName, open_bundle
 from ttmray.models.devices import resolve_device
 from ttmray.models.tunejury import BLOCKS, VARIANTS, TuneJury, load_tunejury
 from ttmray.ranker import report as report
@@ -51,8 +51,8 @@ class RankerConfig(Config):
     """Tables of votes."""
     output: Location = execution()
     """Run folder: a local path or s3:// prefix."""
-    bundle: BundleName = "debug"
-    """Encoders. Those of `debug` are seeded, tiny and untrained."""
+    bundle: BundleName = DEFAULT
+    """Encoders. Those of `micro` know the music of the built-in composer alone; those of `debug` are untrained."""
     split: PairSplit = PairSplit()
     variants: tuple[Literal["A1", "A2", "A3", "A4", "A5", "A6", "A7"], ...] = Field(("A7",), min_length=1)
     """Inputs of the heads: A1 CLAP audio, A2 MERT, A3 text, A4 CLAP and MERT, A5 CLAP and text, A6 MERT and text, A7

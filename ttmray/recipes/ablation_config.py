@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from ttmray.config import Config, Location, execution
-from ttmray.models.bundle import BundleName
+from ttmray.models.bundle import DEFAULT, BundleName
 from ttmray.models.score_heads import Head
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -137,7 +137,7 @@ class AblateConfig(Config):
 
     output: Location = execution("runs/ablations")
     """Run folder: a local path or s3:// prefix."""
-    bundle: BundleName = "debug"
+    bundle: BundleName = DEFAULT
     """Models of all steps."""
     prompts: str
     """File of the prompts of all tables but the first."""

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from ttmray.config import Config, Location, added, execution
 from ttmray.corpus.scores import COLUMN
 from ttmray.evaluation.systems import SYSTEM_NAME
-from ttmray.models.bundle import BundleName
+from ttmray.models.bundle import DEFAULT, BundleName
 from ttmray.recipes.compose import WorldConfig
 from ttmray.synth.listeners import Listeners
 
@@ -89,7 +89,7 @@ class ReproduceConfig(Config):
 
     output: Location = execution("runs/reproduce")
     """Run folder: a local path or s3:// prefix."""
-    bundle: BundleName = "debug"
+    bundle: BundleName = DEFAULT
     """Models of all steps."""
     seed: int | None = added(None, ge=0)
     """Of everything that is drawn, in place of the seeds of the sections that name none: songs, votes, heads, weights,
