@@ -96,9 +96,9 @@ def main() -> int:
 HEADER = """# The first minutes
 
 From an empty folder with the wheel, each command as it is typed, the end of what it prints, and its seconds by the
-clock, on {cpus} CPUs ({cpu}, {memory_gib:.0f} GiB) without a GPU. Made by `benchmarks/first_minutes.py`; rates and times
-inside of the output are replaced by `T`, the folder by `...`. The last but one is a mistake: what is wrong, and the way
-out.
+clock, on {cpus} CPUs ({cpu}, {memory_gib:.0f} GiB) without a GPU. Made by `benchmarks/first_minutes.py`; rates and
+times inside of the output are replaced by `T`, the folder by `...`. The last but one is a mistake, what is wrong,
+and the way out.
 """
 
 if __name__ == "__main__":

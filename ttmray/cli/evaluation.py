@@ -21,7 +21,10 @@ COMMANDS = (
             argument("--batch", type=int, metavar="N", help="clips per model forward on a GPU (default 8)"),
             argument("--cache", metavar="DIR", help="folder that keeps embeddings, shared by jobs"),
             switch("--json", "one JSON object per line", dest="as_json"),
-            switch("--pieces", "score longer files in pieces of 10 s, a row each"),
+            switch(
+                "--pieces",
+                "score longer files in pieces as long as the bundle's clips (micro 5 s, others 10 s), a row each",
+            ),
             argument("--csv", metavar="FILE", dest="csv_to", help="write the rows to this .csv"),
         ),
     ),
