@@ -49,7 +49,7 @@ FINGERPRINTS = {
     "debug/stage2": "a6ab63a15f44cdd49fdf42f30cd80b21fc6bc634d229792b97a6fc611b6526e7",
     "debug/stage3": "52e82e8ae581c20ad2481bacb3de12b3c9d76dc44cd4528ff930d9ebc7b9ab7d",
     "micro/corpus": "e75efd85a9b2b577d84c9b3b5033ccf96264248e17337eb4163f53733cb17354",
-    "micro/methods": "ca85b6164795ee28c8ce6fc80c1fc7d6c390cac9eee1ca3ba8ee9b100e529911",
+    "micro/methods": "ad5c1eb2b9608f9336829515fb3530d1e0af0504339af60450db6f857bca2c06",
     "micro/reproduce": "e229d1bcd73c877dedb1f8f75e63a9cb34f4fae69446a9fdc058e08dc1e6005f",
     "micro/stage1": "5272dbf073fb5c774beb8c6a067038ea93854d5a36262d2969636cc968d1d62a",
     "micro/train": "650e3b68addd8fe99633b60b2053311b89481ecd0d72ec28dbcaf6802e64a116",
