@@ -117,7 +117,12 @@ def test_a_process_that_notes_for_another_adds_its_own_cpu_time_alone(run):
     assert cost.read(run)["cpu_seconds"] < before + 5
 
 
-@pytest.mark.parametrize("text", ["[]", "x", "{}", '{"seconds": 1}', '{"seconds": 1, "gpu_seconds": null}'])
+DAMAGED = ["[]", "x", "{}", '{"seconds": 1}', '{"seconds": 1, "gpu_seconds": null}']
+DAMAGED += [f'{{"seconds": 1, "gpu_seconds": 0, "noted": {value}}}' for value in ("{}", "null", "1e308", '"x"')]
+DAMAGED += ['{"seconds": 1e999, "gpu_seconds": 0}']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_account_is_named(run, text):
     run.write(cost.COST, text.encode())
     with pytest.raises(UserError, match=r"cost\.json is damaged"), cost.account(run):

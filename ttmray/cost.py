@@ -9,11 +9,13 @@ opened the account and of its children once they have ended; Ray's workers are n
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from ttmray.console import console, running
@@ -163,7 +165,12 @@ def read(folder: Folder, name: str = COST) -> dict[str, Any]:
         fields: dict[str, Any] = read_json(folder.read(name))
         fields |= {field: float(fields[field]) for field in ("seconds", "gpu_seconds")}
         fields["cpu_seconds"] = float(fields.get("cpu_seconds", 0.0))  # files of older runs have none
-    except (ValueError, KeyError, TypeError) as error:
+        if "noted" in fields:
+            fields["noted"] = float(fields["noted"])
+            datetime.fromtimestamp(fields["noted"], UTC)
+        if not all(math.isfinite(value) for value in fields.values() if isinstance(value, float)):
+            raise ValueError("a number that is none")
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         raise UserError(f"{folder.path(name)} is damaged.", "Delete it: only what the run has cost is lost.") from error
     return fields
 

@@ -222,11 +222,18 @@ def _parsed(run: Folder) -> tuple[dict[str, Any] | None, str]:
             return None, f"{SUCCESS} is damaged: it has no hash"
         if not marker:
             return None, f"{SUCCESS} is damaged: it says nothing"
+        if promised is None and not _of_an_earlier_version(marker):
+            return None, f"{SUCCESS} is damaged: it holds something else"
     except (ValueError, AttributeError, TypeError) as error:
         return None, f"{SUCCESS} is damaged: {error}"
     except UserError as error:
         return None, error.message
     return marker, ""
+
+
+def _of_an_earlier_version(marker: Mapping[str, Any]) -> bool:
+    """Whether these are the fields of a marker without a hash, and not those of another file of the run."""
+    return ("fingerprint" in marker or "created" in marker) and "config" not in marker
 
 
 def promised(run: Folder, marker: Mapping[str, Any]) -> dict[str, Written]:

@@ -126,11 +126,10 @@ def _counted(progress: Any) -> str | None:
     try:
         done, total, rate = int(progress["done"]), int(progress["total"]), float(progress["rate"])
         text = f"{progress['what']}: {done} of {total} of that launch"
-    except (KeyError, TypeError, ValueError):  # none, or of another version
+        left = timedelta(seconds=round((total - done) / rate)) if rate > 0 else None
+    except (KeyError, TypeError, ValueError, OverflowError):  # none, or of another version
         return None
-    if rate <= 0:
-        return text
-    return f"{text}, {rate:.3g}/s, {timedelta(seconds=round((total - done) / rate))} were left then"
+    return text if left is None else f"{text}, {rate:.3g}/s, {left} were left then"
 
 
 def _runs_below(root: Folder) -> list[str]:

@@ -152,6 +152,16 @@ def index_of_unit(run: Folder) -> object:
     return index.read_units(run, ["u000001"])
 
 
+@pytest.mark.parametrize("name", ["run.json", "plan.json", "summary.json", "cost.json"])
+def test_another_file_of_the_run_is_no_success_marker(run, finished_run, songs, make_config, name, capsys):
+    shutil.copy(run / name, run / "_SUCCESS.json")
+    assert main(["verify", str(run)]) == EXIT_BAD_INPUT
+    assert "_SUCCESS.json is damaged" in capsys.readouterr().out
+    assert score_corpus(make_config(songs, run)) == EXIT_OK
+    assert main(["verify", str(run)]) == EXIT_OK
+    assert content(run) == content(finished_run)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": 1, "files": {}}', "\x00"])
 @pytest.mark.parametrize("command", [["status"], ["corpus", "stats"], ["corpus", "verify"], ["corpus", "upgrade"]])
 def test_no_command_breaks_on_a_damaged_success_marker(run, text, command, capsys):

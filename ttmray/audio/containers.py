@@ -100,8 +100,8 @@ def _chunks(stream: BinaryIO, size: int, position: int, layout: _Layout) -> tupl
         head = stream.read(head_bytes)
         name = head[: layout.id_bytes]
         length = int.from_bytes(head[layout.id_bytes :], layout.order) - head_bytes * layout.size_has_head
-        if length < 0 or (layout.id_bytes == 4 and not re.fullmatch(rb"[ -~]{4}", name)):
-            break
+        if length < 0 or (layout.id_bytes == 4 and not re.fullmatch(rb"[ -~]{4}", name)) or is_chunked(name):
+            break  # no chunk, or the beginning of another file
         is_sound = name == layout.sound
         if position + head_bytes + length > size and not is_sound:
             break
@@ -134,10 +134,11 @@ def _sound(stream: BinaryIO, size: int, start: int, promised: int | None, layout
     return Sound(start, promised, promised, rest)
 
 
-def sized_wav(content: bytes, start: int) -> bytes:
-    """A WAV file whose data size was never filled in, with the size that reaches to its end; `start`: see `Sound`."""
-    held = min(len(content) - start, 0xFFFFFFFF)
-    return content[: start - 4] + held.to_bytes(4, "little") + content[start:]
+def sized(content: bytes, start: int) -> bytes:
+    """A WAV or CAF whose data size was never filled in, with the size that reaches to its end; `start`: see `Sound`."""
+    layout = _LAYOUTS[content[:4]]
+    held = min(len(content) - start, (1 << 8 * layout.size_bytes) - 1)
+    return content[: start - layout.size_bytes] + held.to_bytes(layout.size_bytes, layout.order) + content[start:]
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ class OggStream:
         rate: of the granule positions, Hz; 0 for a codec that is not known.
         granule: position at the end of its last page, in samples.
         ended: whether its last page is marked as the last.
-        damaged: pages with a wrong checksum or missing by their numbers, and other bytes between pages.
+        damaged: pages with a wrong checksum, missing or repeated by their numbers, at an earlier position than those
+            before, or last without a position.
     """
 
     start: int
@@ -293,8 +295,11 @@ def ogg_streams(content: bytes) -> list[OggStream]:
             numbers[own] = number + 1
         elif streams and sound and own == serial:
             stream, granule = streams[-1], int.from_bytes(head[6:14], "little", signed=True)
-            stream.damaged += max(0, number - numbers.get(own, number))
-            stream.granule, stream.ended = max(stream.granule, granule), bool(flags & 4)
+            stream.damaged += abs(number - numbers.get(own, number))
+            stream.ended = bool(flags & 4)
+            # -1: no packet ends on this page, which the last can only say if it is empty
+            stream.damaged += 0 <= granule < stream.granule or (stream.ended and granule < 0 < sum(head[27:]))
+            stream.granule = max(stream.granule, granule)
             numbers[own] = number + 1
         elif streams and whole and not sound:
             streams[-1].damaged += 1

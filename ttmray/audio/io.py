@@ -43,7 +43,7 @@ from ttmray.errors import ClipError
 AUDIO_EXTENSIONS: frozenset[str] = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus"}) | foreign.EXTENSIONS
 """File name extensions of audio, in lower case; match names case-insensitively."""
 
-READING = 2
+READING = 3
 """Version of the rules by which files are read; what was measured under another is measured again."""
 
 Source = str | os.PathLike[str] | BinaryIO
@@ -166,7 +166,7 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
     try:
         with _stream(source) as stream, held_back():
             what = foreign.kind(stream)
-            audio, rate = foreign.decode(stream, what, limits) if what else _decode(stream, limits)
+            audio, rate = _decode_foreign(stream, what, limits) if what else _decode(stream, limits)
         # After decoding, as an MP3's header may promise a little too much.
         duration_s = audio.shape[1] / rate
         if duration_s < limits.min_duration_s:
@@ -177,6 +177,13 @@ def decode(source: Source, limits: AudioLimits, name: str = "") -> tuple[np.ndar
             raise ClipError(error.status, error.reason, f"{name}: {error.message}") from error
         raise
     return audio, rate
+
+
+def _decode_foreign(stream: BinaryIO, what: str, limits: AudioLimits) -> tuple[np.ndarray, int]:
+    streams = [stream]
+    if what == foreign.OGG_FLAC and (parts := survey(stream, "OGG")):
+        streams = [io.BytesIO(part.file()) for part in parts]
+    return _joined([part for one in streams for part in foreign.decode(one, what, limits)], limits)
 
 
 def _decode(stream: BinaryIO, limits: AudioLimits) -> tuple[np.ndarray, int]:
@@ -221,7 +228,7 @@ def _as_it_is(parts: Sequence[Stretch], info: AudioInfo) -> bool:
 
 
 def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarray, int]:
-    waves: list[np.ndarray] = []
+    waves: list[foreign.Part] = []
     rate = frames = 0
     for part in parts:
         stream = io.BytesIO(part.file())
@@ -236,12 +243,25 @@ def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarr
         if abs(part.samples - wave.shape[1]) > TOLERANCE_S * info.sample_rate and part.samples:
             held_s, promised_s = wave.shape[1] / info.sample_rate, part.samples / info.sample_rate
             raise mismatch(held_s, f"its bytes are {promised_s:.2f} s")
-        waves.append(resample(wave, info.sample_rate, rate))
-    if len(waves) == 1:
-        return waves[0], rate
-    channels = max(len(wave) for wave in waves)
-    if any(len(wave) not in (1, channels) for wave in waves):
-        raise ClipError("rejected", "channels", f"parts of {sorted({len(wave) for wave in waves})} channels, joined")
+        if waves and part.samples > wave.shape[1]:
+            # mpg123 drops its own delay at every start; the sound behind stays in its place
+            wave = np.pad(wave, ((0, 0), (part.samples - wave.shape[1], 0)))
+        waves.append((wave, info.sample_rate))
+    return _joined(waves, limits)
+
+
+def _joined(parts: Sequence[foreign.Part], limits: AudioLimits) -> tuple[np.ndarray, int]:
+    """Parts one after the other at the rate of the first; one channel fills as many as another part has."""
+    rate = parts[0][1]
+    if len(parts) == 1:
+        return parts[0]
+    seconds = sum(wave.shape[1] / part_rate for wave, part_rate in parts)
+    channels = max(len(wave) for wave, _ in parts)
+    check_upper_limits(AudioInfo(rate, channels, round(seconds * rate)), limits)
+    if any(len(wave) not in (1, channels) for wave, _ in parts):
+        counts = sorted({len(wave) for wave, _ in parts})
+        raise ClipError("rejected", "channels", f"parts of {counts} channels, joined")
+    waves = [resample(wave, part_rate, rate) for wave, part_rate in parts]
     return np.concatenate([np.broadcast_to(wave, (channels, wave.shape[1])) for wave in waves], axis=1), rate
 
 

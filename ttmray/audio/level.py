@@ -15,7 +15,8 @@ CANCELLED_DB = -40.0
 def silence(x: np.ndarray, dbfs: float = SILENT_DBFS) -> str:
     """Why there is nothing to hear in a clip; "" where there is.
 
-    CLAP, MERT and the VAE hear the mean of the channels, so a clip is silent, too, where the channels cancel.
+    CLAP, MERT and the VAE hear the mean of the channels, so a clip is silent, too, where the channels cancel. A
+    constant offset is no sound, so levels are taken about the mean.
 
     Args:
         x: (channels, frames), full scale 1.0.
@@ -48,11 +49,20 @@ def require_audible(x: np.ndarray, dbfs: float = SILENT_DBFS) -> None:
 
 
 def _peak(x: np.ndarray) -> float:
-    return max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
+    return max((_peak_of(row, _offset(row)) for row in np.atleast_2d(x)), default=0.0)
+
+
+def _peak_of(row: np.ndarray, offset: float) -> float:
+    return max(float(row.max(initial=offset)) - offset, offset - float(row.min(initial=offset)))
+
+
+def _offset(row: np.ndarray) -> float:
+    return float(row.mean(dtype=np.float64)) if row.size else 0.0
 
 
 def _energy(x: np.ndarray) -> float:
-    return sum(float(np.dot(row, row)) for row in np.atleast_2d(x))
+    rows = (row - np.float32(_offset(row)) for row in np.atleast_2d(x))
+    return sum(float(np.dot(row, row)) for row in rows)
 
 
 def _db(amplitude: float) -> float:

@@ -55,6 +55,8 @@ class MpegStream:
         promised: frames by that header, None where it does not say or says 0.
         trimmed: samples of encoder delay and padding that decoders leave out by the LAME tag.
         lost: bytes of damage between its frames.
+        in_spans: frames in `spans` so far.
+        gaps: places where they lie. With each goes a frame more: that behind it takes bits of those before.
     """
 
     kind: Kind
@@ -64,6 +66,8 @@ class MpegStream:
     promised: int | None = None
     trimmed: int = 0
     lost: int = 0
+    gaps: int = 0
+    in_spans: int = 0
 
     @property
     def header_holds(self) -> bool:
@@ -137,15 +141,16 @@ def walk(data: bytes) -> Walk:
     pieces: list[MpegStream] = []
     position = lead = rest = 0
     while position < len(data):
-        after = _skip_tags(data, position)
+        after = skip_tags(data, position)
         start = parser.next_run(after)
         if start is None:
             rest = unexplained(data[position:])
             break
-        if not pieces:
-            lead = start - after
+        if not pieces:  # zeros behind a tag are its padding
+            lead = start - after if not after else len(data[after:start].lstrip(b"\0"))
         elif after == position:  # no tag, so it was sound
             pieces[-1].lost += start - after
+            pieces[-1].gaps += 1
         position = _take_run(data, parser, start, pieces)
     pieces = [piece for piece in pieces if piece.frames]
     begin = min((pieces[0].header or pieces[0].spans[0])[0], pieces[0].spans[0][0]) if pieces else 0
@@ -156,7 +161,7 @@ def walk(data: bytes) -> Walk:
 
 def _take_run(data: bytes, parser: "_Frames", position: int, pieces: list[MpegStream]) -> int:
     """Add the frames that follow each other from `position` on to the pieces; returns where they end."""
-    start = position
+    start = last = position
     current = pieces[-1] if pieces else None
     first = True
     while (frame := parser.at(position)) is not None and position + frame[0] <= len(data):
@@ -179,15 +184,22 @@ def _take_run(data: bytes, parser: "_Frames", position: int, pieces: list[MpegSt
                 continue
         assert current is not None
         current.frames += 1
-        position += length
+        last, position = position, position + length
         first = False
+    if current is not None and position > last > start and (inside := parser.next_run(last + 4, position)):
+        # that frame was cut, and what begins in its bytes is the next file, or its sound after a loss
+        current.frames -= 1
+        current.lost, current.gaps = current.lost + inside - last, current.gaps + 1
+        _close(current, start, last)
+        return inside
     _close(current, start, position)
     return position
 
 
 def _close(piece: MpegStream | None, start: int, end: int) -> None:
     if piece is not None and end > start:
-        piece.spans.append((start, end, piece.frames - sum(frames for _, _, frames in piece.spans)))
+        piece.spans.append((start, end, piece.frames - piece.in_spans))
+        piece.in_spans = piece.frames
 
 
 class _Frames:
@@ -215,13 +227,14 @@ class _Frames:
         for count in range(_IN_A_ROW):
             frame = self.at(position)
             if frame is None or (first is not None and frame[1] != first):
-                return count > 1 and (position >= len(self.data) or _skip_tags(self.data, position) > position)
+                return count > 1 and (position >= len(self.data) or skip_tags(self.data, position) > position)
             first = frame[1]
             position += frame[0]
         return True
 
-    def next_run(self, position: int) -> int | None:
-        for match in _SYNC.finditer(self.data, position):
+    def next_run(self, position: int, end: int | None = None) -> int | None:
+        """Where the first run that begins before `end` does."""
+        for match in _SYNC.finditer(self.data, position, len(self.data) if end is None else end):
             if self.is_run(match.start()):
                 return match.start()
         return None
@@ -316,7 +329,7 @@ def _tags(data: bytes, position: int) -> Iterator[int]:
         yield end.end() - position if end else 0
 
 
-def _skip_tags(data: bytes, position: int) -> int:
+def skip_tags(data: bytes, position: int) -> int:
     """Where tags, and zeros that are no frames, end. Zeros count only where a tag or the end of the file follows."""
     while position < len(data):
         length = max(_tags(data, position), default=0)
@@ -335,7 +348,7 @@ def _skip_tags(data: bytes, position: int) -> int:
 
 def unexplained(tail: bytes) -> int:
     """How many bytes behind the sound of a file are no tag (ID3v1, APE, Lyrics3, ID3v2) and no zeros."""
-    start, end = _skip_tags(tail, 0), len(tail)
+    start, end = skip_tags(tail, 0), len(tail)
     while end > start:
         rest = tail[start:end].rstrip(b"\0")
         end = start + len(rest)

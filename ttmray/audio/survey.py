@@ -63,14 +63,17 @@ def survey(stream: BinaryIO, format: str | None) -> list[Stretch] | None:
         if containers.is_chunked(head):
             if tag:
                 return _slice(stream, tag, None)
-            return _cut_w64(stream) if format == "W64" else _unfinished_wav(stream)
+            return _cut_w64(stream) if format == "W64" else _unfinished(stream, format)
     stream.seek(0)
     content = stream.read()
-    head = content[:_MAGIC_BYTES]
-    if format == "FLAC" or (format is None and b"fLaC" in head):
-        return _flac(content)
-    if format == "OGG" or (format is None and b"OggS" in head):
-        return _ogg(content)
+    if format in _BY_FORMAT:
+        return _BY_FORMAT[format](content)
+    # tags before the beginning may hold any bytes
+    begin = mpeg.skip_tags(content, 0)
+    head = content[begin : begin + _MAGIC_BYTES]
+    for magic, read in ((b"fLaC", _flac), (b"OggS", _ogg)):
+        if magic in head and (parts := read(content[begin:])) is not None:
+            return parts
     return _mpeg(content)
 
 
@@ -97,12 +100,13 @@ def _mpeg(content: bytes) -> list[Stretch] | None:
     held_s = sum(piece.samples / piece.kind.rate for piece in walk.pieces)
     bytes_per_s = sum(piece.sound_bytes for piece in walk.pieces) / held_s
     lost = sum(piece.lost for piece in walk.pieces)
+    lost_s = lost / bytes_per_s + sum(piece.gaps * piece.kind.samples / piece.kind.rate for piece in walk.pieces)
     for piece in walk.pieces:
         missing = ((piece.promised or 0) - piece.frames) * piece.kind.samples / piece.kind.rate
         if missing > TOLERANCE_S:
             raise truncated(held_s, held_s + missing, f"the header promises {piece.promised} frames")
-    if lost / bytes_per_s > TOLERANCE_S:
-        raise mismatch(held_s, f"{lost} bytes ({lost / bytes_per_s:.2f} s) inside are damaged")
+    if lost_s > TOLERANCE_S:
+        raise mismatch(held_s, f"{lost} bytes ({lost_s:.2f} s with the frames that they break) inside are damaged")
     others = walk.rest + (0 if walk.pieces[0].header_holds or walk.lead <= _LEAD_BYTES else walk.lead)
     if others / bytes_per_s > TOLERANCE_S:
         raise mismatch(
@@ -150,6 +154,9 @@ def _ogg(content: bytes) -> list[Stretch] | None:
     return [Stretch(stream.rate, 0, 0, partial(stream.file, content), len(streams) == 1) for stream in streams]
 
 
+_BY_FORMAT = {"FLAC": _flac, "OGG": _ogg, "MP3": _mpeg}
+
+
 def _slice(stream: BinaryIO, start: int, end: int | None) -> list[Stretch]:
     stream.seek(0)
     return [Stretch(0, 0, 0, partial(bytes, stream.read()[start:end]))]
@@ -166,15 +173,20 @@ def _cut_w64(stream: BinaryIO) -> list[Stretch] | None:
     return _slice(stream, 0, sound.start + sound.promised)
 
 
-def _unfinished_wav(stream: BinaryIO) -> list[Stretch] | None:
-    """A WAV whose data size is still 0, as a recorder leaves it when it stops without closing: to the end is sound."""
+def _unfinished(stream: BinaryIO, format: str | None) -> list[Stretch] | None:
+    """A WAV whose data size is still 0, as a recorder leaves it when it stops without closing, or a CAF that leaves its
+    size open, which libsndfile refuses: to the end is sound."""
     sound = containers.find_sound(stream)
     stream.seek(0)
-    if sound is None or sound.promised != 0 or not sound.rest or stream.read(4) != b"RIFF":
+    magic = stream.read(4)
+    if sound is None:
+        return None
+    wav = magic == b"RIFF" and sound.promised == 0 and sound.rest
+    caf = magic == b"caff" and sound.promised is None and format is None
+    if not (wav or caf):
         return None
     stream.seek(0)
-    content = stream.read()
-    return [Stretch(0, 0, 0, partial(containers.sized_wav, content, sound.start))]
+    return [Stretch(0, 0, 0, partial(containers.sized, stream.read(), sound.start))]
 
 
 def check_chunks(stream: BinaryIO, done_s: float) -> None:
