@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 from PIL import Image, ImageDraw
 
@@ -26,8 +27,8 @@ WIDTHS = {1280: 1500, 390: 1500}
 """Width in pixels -> height of what is photographed."""
 THEMES = {"light": 1, "dark": 0}
 """Name -> how Chromium calls it."""
-SHOWN = {1280: 420, 390: 200}
-"""Width in pixels -> width on the sheet."""
+SHOWN = {1280: (420, 588), 390: (200, 420)}
+"""Width in pixels -> width and height on the sheet."""
 COLOURS = 64
 CHROMIUM = (
     "chromium",
@@ -66,13 +67,13 @@ PAGES = (
 SERVE = "serve --bundle debug --port 0 --output runs/serve"
 
 
-def address(page: Page, folder: Path) -> str:
-    """Of the page, which is made where it is missing."""
+def made(page: Page, folder: Path) -> Path:
+    """The file of a page, which is made where it is missing."""
     if page.command and not (folder / page.path).exists():
         words = shlex.split(page.command)
         module = f"ttmray.{words.pop(0)}" if words[0] == "synth.page" else "ttmray"
         subprocess.run([sys.executable, "-m", module, *words], cwd=folder, check=True)
-    return (folder / page.path).resolve(strict=True).as_uri()
+    return (folder / page.path).resolve(strict=True)
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def framed(address: str, width: int, height: int, work: Path) -> Path:
 def photograph(address: str, width: int, theme: str, work: Path) -> Image.Image:
     """The top of a page."""
     height = WIDTHS[width]
-    if width < 500 and address.startswith("file:"):
+    if width < 500:
         address = framed(address, width, height, work).as_uri()
     picture = work / "page.png"
     picture.unlink(missing_ok=True)
@@ -132,13 +133,13 @@ def width_of(path: Path, width: int, work: Path) -> int:
     return int(match[1])
 
 
-def sheet(pictures: dict[str, Image.Image], shown: int) -> Image.Image:
-    """Named pictures side by side, each `shown` pixels wide, six in a row or four of wide ones."""
+def sheet(pictures: dict[str, Image.Image], shown: int, tall: int) -> Image.Image:
+    """Named pictures side by side, each ``shown` pixels wide and at most `tall` high, six in a row or four."""
     columns, gap, title = (4 if shown > 300 else 6), 10, 16
     small = {
         name: one.resize((shown, one.height * shown // one.width), Image.LANCZOS) for name, one in pictures.items()
     }
-    small = {name: one.crop((0, 0, shown, min(one.height, shown * 7 // 5))) for name, one in small.items()}
+    small = {name: one.crop((0, 0, shown, min(one.height, tall))) for name, one in small.items()}
     height = max(one.height for one in small.values())
     rows = -(-len(small) // columns)
     whole = Image.new("RGB", (columns * (shown + gap) + gap, rows * (height + title + gap) + gap), (128, 128, 128))
@@ -158,14 +159,17 @@ def main() -> int:
     parser.add_argument("--pages", type=Path, help="folder for every picture by itself, at full size")
     typed = parser.parse_args()
     wide = 0
-    with tempfile.TemporaryDirectory() as name, serving(typed.folder) as tryout:
+    with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        addresses = {page.name: address(page, typed.folder) for page in PAGES}
-        for page in PAGES:
-            width = width_of(typed.folder / page.path, 390, work)
-            print(f"{page.name}: {width} of 390 px{', WIDER THAN A PHONE' if width > 390 else ''}", flush=True)
+        files = {page.name: made(page, typed.folder) for page in PAGES}
+        files["try-out"] = work / "try-out.html"
+        with serving(typed.folder) as tryout, urlopen(tryout) as answer:  # it forbids to be shown in a frame
+            files["try-out"].write_bytes(answer.read())
+        for name, path in files.items():
+            width = width_of(path, 390, work)
+            print(f"{name}: {width} of 390 px{', WIDER THAN A PHONE' if width > 390 else ''}", flush=True)
             wide += width > 390
-        addresses["try-out"] = tryout
+        addresses = {name: path.resolve().as_uri() for name, path in files.items()}
         for width, theme in ((width, theme) for width in WIDTHS for theme in THEMES):
             pictures = {name: photograph(where, width, theme, work) for name, where in addresses.items()}
             for name, picture in pictures.items():
@@ -174,7 +178,7 @@ def main() -> int:
                     picture.save(typed.pages / f"{name.replace(' ', '-')}-{width}-{theme}.png")
             if typed.output is not None:
                 target = typed.output / f"pages-{width}-{theme}.png"
-                sheet(pictures, SHOWN[width]).quantize(COLOURS).save(target, optimize=True)
+                sheet(pictures, *SHOWN[width]).quantize(COLOURS).save(target, optimize=True)
                 print(f"{target}: {target.stat().st_size} bytes", flush=True)
     return int(wide > 0)
 

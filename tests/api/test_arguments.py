@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import ttmray
+from ttmray.cli import main
 from ttmray.corpus.look import sample
-from ttmray.errors import UserError
+from ttmray.errors import EXIT_BAD_INPUT, UserError
 from ttmray.evaluation.score import sounds_of
 from ttmray.verify import repair
 
@@ -66,12 +67,13 @@ def test_objects_say_what_they_are(workplace, studio):
     assert repr(sample).startswith(f"CorpusSample({sample.key}, 16 frames, ")
     assert repr(corpus.dataset("train")) == f"ClipDataset({len(corpus.dataset('train'))} clips)"
     assert repr(ttmray.AudioClip(TONE, 44100)) == "AudioClip(unnamed, 2.00 s, 1 channel, 44100 Hz)"
-    assert {"import_module", "Any"}.isdisjoint(dir(ttmray)) and {"load", "train"} <= set(dir(ttmray))
+    assert {"import_module", "Any"}.isdisjoint(dir(ttmray))
+    assert {"load", "train"} <= set(dir(ttmray))
 
 
 def test_a_loaded_bundle_is_loaded_again_in_the_process_that_it_is_sent_to(studio):
     reward = studio.score((TONE, 44100))["reward"][0]
-    there = pickle.loads(pickle.dumps(studio))
+    there = pickle.loads(pickle.dumps(studio))  # noqa: S301
     assert repr(there) == repr(studio)
     assert there.score((TONE, 44100))["reward"][0] == reward
 
@@ -92,6 +94,16 @@ def test_a_page_of_samples_takes_no_folder_that_holds_something_else(workplace):
     assert (workplace / "clips/index.html").read_text() == "players"
     with pytest.raises(UserError, match="at least one clip"):
         sample("runs/my-corpus", 0, 0, "new")
+
+
+@pytest.mark.parametrize(
+    "line", ["corpus sample RUN --out new", "subset RUN -n 2 --out new", "synth check --bundle debug"]
+)
+def test_a_seed_below_zero_is_refused_by_every_command_that_has_one(line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*line.split(), "--seed", "-1"])
+    assert caught.value.code == EXIT_BAD_INPUT
+    assert "-1 is negative" in capsys.readouterr().err
 
 
 def test_one_file_name_with_a_line_break_does_not_keep_a_folder_from_being_scored(tmp_path):

@@ -228,7 +228,7 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
         clips.append(row | {"file": name})
     text = pages.render(
         "sample.html.j2",
-        title=f"{len(clips)} clips of {run.uri}",
+        title=f"{len(clips)} clips of {run.name}",
         protocols=protocols(run),
         note=described["note"],
         clips=clips,
