@@ -6,6 +6,7 @@ set. Single files that must lie on this machine are kept in the hub's own cache,
 is written file by file: a run's folder is no git repository. `ttmray push` uploads what is finished.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,6 +154,8 @@ def explained(what: str) -> Iterator[None]:
     Raises:
         UserError: for those.
     """
+    # each of its five retries would be two lines before the one that says it
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:

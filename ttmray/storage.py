@@ -79,7 +79,10 @@ def safe_relative(name: str) -> str:
     parts = name.split("/")
     bad = not name or any(part in ("", ".", "..") for part in parts)
     if bad or "\\" in name or any(ord(c) < 32 for c in name):
-        raise UserError(f"{name!r} is not a safe relative path.", "Use names without '..', '//' or a leading '/'.")
+        raise UserError(
+            f"{name!r} is not a safe relative path.",
+            "Use names without '..', '//', a leading '/', backslashes and line breaks.",
+        )
     return name
 
 

@@ -10,7 +10,7 @@ from ttmray import inventory, runs
 from ttmray.console import console
 from ttmray.corpus.plan import Plan
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
-from ttmray.runs import RUN, SUCCESS
+from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS
 from ttmray.storage import Folder
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "ema"
@@ -138,6 +138,11 @@ def repair(folder: str) -> int:
 
     run = Folder.at(folder)
     kind, config = _settings(run)
+    if kind not in KINDS_OF_CORPUS:
+        raise UserError(
+            f"{run} is a run of kind {kind}, no corpus.",
+            f"What is wrong with it: ttmray verify {run.typed}. The command that made it mends it.",
+        )
     before = list(problems_of(run))
     for line in before:
         console.print(line, style="yellow")

@@ -79,6 +79,15 @@ def test_curves_are_losses_by_update_and_rewards_by_round(training):
     assert curves.warnings == ["the policy may be exploiting <b>"]
 
 
+def test_a_page_of_a_run_has_the_note_of_its_corpora_even_where_its_config_names_no_bundle(training):
+    described = json.loads((training / "run.json").read_text())
+    described["config"].pop("bundle", None)
+    described["note"] = "made by <somebody>"
+    (training / "run.json").write_text(json.dumps(described))
+    assert main(["report", str(training)]) == EXIT_OK
+    assert "made by &lt;somebody&gt;" in (training / "index.html").read_text()
+
+
 def test_a_training_run_has_a_page_and_other_folders_say_what_they_lack(training, tmp_path, capsys):
     assert main(["report", str(training)]) == EXIT_OK
     text = (training / "index.html").read_text()
@@ -125,6 +134,7 @@ def test_the_page_of_a_chain_shows_results_curves_players_and_systems_and_folds_
     text = (root / "index.html").read_text()
     assert "stage3 has the highest mean reward" in text
     assert "means nothing" in text
+    assert text.count("models are tiny, seeded and untrained") == 1, "steps share a bundle, the page says it once"
     assert "≈0.028" in text
     assert text.count("<svg") == 4
     assert "<audio controls preload='none' src='generated/stage1/clips/a.wav'>" in text

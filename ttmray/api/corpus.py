@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ttmray.api.inputs import config_from
+from ttmray.api.inputs import config_from, path_of, texts_of
 from ttmray.config import merged
 from ttmray.corpus import index, scores
 from ttmray.corpus.unit import OK
@@ -31,7 +31,7 @@ SCORE = "instrumental_reward_score"
 CACHE = "~/.cache/ttmray/corpora"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CorpusSample:
     """A clip of a corpus as training reads it.
 
@@ -50,6 +50,10 @@ class CorpusSample:
     text: np.ndarray
     text_c: np.ndarray
     score: float | None
+
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f", score {self.score:.3g}"
+        return f"CorpusSample({self.key}, {len(self.mean)} frames, {len(self.text)} tokens{score})"
 
 
 def score_corpus(
@@ -89,8 +93,8 @@ def score_corpus(
     from ttmray.corpus.config import CorpusConfig
     from ttmray.corpus.job import score_corpus
 
-    ours: dict[str, Any] = {} if songs is None else {"input": os.fspath(songs)}
-    ours |= {} if output is None else {"output": os.fspath(output)}
+    ours: dict[str, Any] = {} if songs is None else {"input": path_of(songs, "songs")}
+    ours |= {} if output is None else {"output": path_of(output, "output")}
     if config is None:
         seconds = open_bundle(str(fields.get("bundle", CorpusConfig.model_fields["bundle"].default))).clip_s
         ours |= {"segments": {"clip_s": seconds, "min_s": min(5.0, seconds)}, "runtime": {"runner": "local"}}
@@ -117,8 +121,7 @@ def open_corpus(path: str | os.PathLike[str], *, scores: str | Sequence[str] = (
     >>> sorted(good["split"].unique())
     ['train', 'validation']
     """
-    run = Folder.at(os.fspath(path))
-    return Corpus(run, [scores] if isinstance(scores, str) else list(scores))
+    return Corpus(Folder.at(path_of(path, "path")), texts_of(scores, "scores"))
 
 
 class Corpus:
@@ -225,6 +228,6 @@ def open_clips(run: Folder, split: SplitName, keys: str | os.PathLike[str] | Non
     if split not in ("train", "validation", "test", "all"):
         raise UserError(f"there is no split {split!r}.", "Splits: train, validation, test, all.")
     source = SourceConfig(
-        corpus=run.uri, split=split, keys=None if keys is None else os.fspath(keys), score_column=score
+        corpus=run.uri, split=split, keys=None if keys is None else path_of(keys, "keys"), score_column=score
     )
     return open_mixture(DataConfig(sources=(source,), cache=CACHE)).sources[0]

@@ -18,6 +18,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __init__(self, clips: Clips) -> None:
         self.clips = clips
 
+    def __repr__(self) -> str:
+        return f"ClipDataset({len(self)} clips)"
+
     def __len__(self) -> int:
         return len(self.clips)
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ttmray import pages
-from ttmray.api.inputs import Prompts, config_from, prompts_from
+from ttmray.api.inputs import Prompts, config_from, items_of, path_of, prompts_from
 from ttmray.errors import UserError
 from ttmray.evaluation.results import COLUMNS, Comparison, Results, read_clips, read_results
 from ttmray.storage import Folder
@@ -55,11 +55,12 @@ def evaluate(
     if "texts" in fields:
         raise UserError("texts is no setting of evaluate.", "Prompts are its second argument.")
     if isinstance(folders, Mapping):
-        places = [f"{name}={os.fspath(folder)}" for name, folder in folders.items()]
+        places = [f"{name}={path_of(folder, f'folders, {name}')}" for name, folder in folders.items()]
     elif isinstance(folders, str | os.PathLike):
         places = [os.fspath(folders)]
     else:
-        places = [os.fspath(folder) for folder in folders]
+        several = items_of(folders, "folders", "Give a folder, several, or a mapping of names to folders.")
+        places = [path_of(folder, f"folders, number {i}") for i, folder in enumerate(several)]
     ours: dict[str, Any] = {"folders": places}
     checked = None if prompts is None else prompts_from(prompts)
     if checked is not None:
@@ -83,7 +84,7 @@ class Evaluation:
     """
 
     def __init__(self, folder: Place) -> None:
-        self._out = Folder.at(os.fspath(folder))
+        self._out = Folder.at(path_of(folder, "folder"))
         self.folder = self._out.uri
         self.results: Results = read_results(self._out)
         self.warnings = self.results.warnings
@@ -135,6 +136,6 @@ class Evaluation:
         """
         from ttmray.evaluation.report import report
 
-        target = self._out.sub("report") if output is None else Folder.at(os.fspath(output))
+        target = self._out.sub("report") if output is None else Folder.at(path_of(output, "output"))
         report(self.folder, target.uri)
         return target.path("index.html")

@@ -1,7 +1,8 @@
 """What callers pass, as the jobs take it: prompts, and configs with some fields changed."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,60 @@ def prompts_from(prompts: Prompts) -> list[Prompt]:
         return read_prompts(str(prompts))
     if isinstance(prompts, Mapping):
         return checked_prompts(list(prompts.items()), "prompts")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) else items_of(prompts, "prompts", "Give a text, several, or a Path.")
     for text in texts:
         if isinstance(text, str) and is_table(text):
             raise UserError(f"{text!r} is a file, not a prompt.", f"For the prompts in it: Path({text!r}).")
     return given_prompts(texts, "prompts")
+
+
+def path_of(value: Any, what: str) -> str:
+    """A path or address as text.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{what} is {value!r}, not a path.", "Give a path, or an address such as s3://bucket/prefix.")
+    return os.fspath(value)
+
+
+def items_of(values: Any, what: str, way_out: str) -> list[Any]:
+    """Several things as a list.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(values, Iterable):
+        raise UserError(f"{what} is {values!r}.", way_out)
+    return list(values)
+
+
+def texts_of(values: Any, what: str) -> list[str]:
+    """One text, or several; None counts as an empty one.
+
+    Raises:
+        UserError: something else.
+    """
+    way_out = "Give a text, or several."
+    texts = [values] if isinstance(values, str) else items_of(values, what, way_out)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str | None):
+            raise UserError(f"{what}, number {i}: {text!r} is no text.", way_out)
+    return [text or "" for text in texts]
+
+
+def number_of(value: Any, what: str, low: float, high: float, whole: bool = False) -> float:
+    """A number in [low, high]; with `whole` one without a fraction.
+
+    Raises:
+        UserError: it is none, or outside.
+    """
+    kind = "a whole number" if whole else "a number"
+    right = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not right or not low <= value <= high:
+        raise UserError(f"{what} is {value!r}.", f"Give {kind} from {low:g} to {high:g}.")
+    return value
 
 
 def config_from(kind: type[ConfigT], config: str | os.PathLike[str] | ConfigT | None, fields: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ttmray import hub
-from ttmray.api.inputs import Prompts, config_from, prompts_from
+from ttmray.api.inputs import Prompts, config_from, number_of, path_of, prompts_from, texts_of
 from ttmray.api.sounds import AudioClip, SoundLike, named_sounds
 from ttmray.audio.io import decode, resample
 from ttmray.audio.limits import AudioLimits
@@ -76,17 +76,17 @@ def load(
     >>> studio
     LoadedBundle('debug', device='cpu')
     """
-    name, checkpoint = os.fspath(bundle), None
+    name, checkpoint = path_of(bundle, "bundle"), None
     if hub.is_hub(name):
         there = published(name)
         name, checkpoint = there.bundle, there.checkpoint
     opened = KeptBundle(open_bundle(name))
-    if threads is not None and threads < 1:
-        raise UserError(f"threads must be at least 1, not {threads}.")
+    for what, value in (("threads", 1 if threads is None else threads), ("batch", batch)):
+        number_of(value, what, 1, 100_000, whole=True)
     options = LoadOptions(device=resolve_device(device), batch=batch, threads=threads or os.cpu_count() or 1)
     if opened.note:
         errors.print(opened.note, style="yellow")
-    return LoadedBundle(name, opened, options, None if cache is None else os.fspath(cache), checkpoint)
+    return LoadedBundle(name, opened, options, None if cache is None else path_of(cache, "cache"), checkpoint)
 
 
 class LoadedBundle:
@@ -107,6 +107,11 @@ class LoadedBundle:
 
     def __repr__(self) -> str:
         return f"LoadedBundle({self.name!r}, device={self._options.device!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is loaded there."""
+        options = self._options
+        return _loaded, (self.name, options.device, options.batch, options.threads, self._cache)
 
     @property
     def clip_s(self) -> float:
@@ -210,7 +215,7 @@ class LoadedBundle:
         """
         with threads_restored():
             one_thread()
-            return self._scorer("empty").texts([texts] if isinstance(texts, str) else list(texts))
+            return self._scorer("empty").texts(texts_of(texts, "texts"))
 
     def separate(self, sounds: SoundLike | Sequence[SoundLike], *, rate: int | None = None) -> list[Separation]:
         """Vocals and the rest of sounds of any length, in one pass of the separator.
@@ -316,9 +321,14 @@ def _captions(captions: str | Sequence[str] | None, count: int) -> list[str]:
     """One of each sound; empty: none."""
     if captions is None or isinstance(captions, str):
         return [captions or ""] * count
-    if len(captions) != count:
-        raise UserError(f"{len(captions)} captions for {count} sounds.", "Give one of all, or one of each.")
-    return [caption or "" for caption in captions]
+    texts = texts_of(captions, "captions")
+    if len(texts) != count:
+        raise UserError(f"{len(texts)} captions for {count} sounds.", "Give one of all, or one of each.")
+    return texts
+
+
+def _loaded(name: str, device: str, batch: int, threads: int, cache: str | None) -> LoadedBundle:
+    return load(name, device=device, batch=batch, threads=threads, cache=cache)
 
 
 def _channels(stem: np.ndarray, channels: int) -> np.ndarray:

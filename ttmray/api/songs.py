@@ -3,11 +3,17 @@
 import os
 from typing import Any
 
+from ttmray.api.inputs import number_of, path_of
 from ttmray.config import fingerprint
 from ttmray.console import meter
 from ttmray.errors import UserError
 from ttmray.storage import Folder, read_parquet
 from ttmray.synth import world
+
+MOST = 1_000_000
+"""Songs of one call."""
+LONGEST_S = 600.0
+"""A song is composed in memory."""
 
 
 def compose(folder: str | os.PathLike[str], songs: int = 12, *, seconds: float = 20.0, seed: int = 0) -> str:
@@ -25,16 +31,17 @@ def compose(folder: str | os.PathLike[str], songs: int = 12, *, seconds: float =
         The folder of the audio and its captions, which `score_corpus` takes.
 
     Raises:
-        UserError: there are other songs in the folder, or it cannot be written.
+        UserError: there are other songs in the folder, it cannot be written, or numbers that cannot be: a song has at
+            most 600 s.
 
     >>> import ttmray
     >>> ttmray.compose("runs/songs", 2, seconds=2.0).endswith("runs/songs/songs")
     True
     """
-    for name, value in (("songs", songs), ("seconds", seconds)):
-        if value <= 0:
-            raise UserError(f"{name} is {value}.", "Give a number above 0.")
-    out = Folder.at(os.fspath(folder))
+    number_of(songs, "songs", 1, MOST, whole=True)
+    number_of(seconds, "seconds", 0.1, LONGEST_S)
+    number_of(seed, "seed", 0, 2**63 - 1, whole=True)
+    out = Folder.at(path_of(folder, "folder"))
     asked = fingerprint([[seed, i, float(seconds)] for i in range(songs)])
     if out.exists(world.TABLE):
         there = read_parquet(out.path(world.TABLE), ("seed", "index", "seconds")).to_pylist()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
+from ttmray.api.inputs import items_of, path_of
 from ttmray.audio.clip import Reading, clip_of, read_clip, read_whole
 from ttmray.errors import ClipError, UserError
 from ttmray.storage import split_path
@@ -18,12 +19,15 @@ SoundLike = Union[str, os.PathLike[str], np.ndarray, tuple[np.ndarray, int], "Au
 """An audio file, samples (channels, samples) or (samples,), the same with their rate in Hz, or a clip."""
 
 
+WAYS = "Give a path, an array, (array, rate) or a clip."
+
+
 @dataclass(frozen=True, eq=False)
 class AudioClip:
     """A sound in memory.
 
     Attributes:
-        audio: (channels, samples) float32, full scale 1.0.
+        audio: (channels, samples) float32, full scale 1.0; other floats and (samples,) are taken, too.
         rate: Hz.
         row: what is known of it; of a generated clip the row of the manifest: prompt, seed, score, loudness, and so on.
 
@@ -38,6 +42,10 @@ class AudioClip:
     audio: np.ndarray
     rate: int
     row: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "audio", _checked("audio", self.audio))
+        object.__setattr__(self, "rate", _rate("rate", self.rate))
 
     @property
     def name(self) -> str:
@@ -75,7 +83,7 @@ class AudioClip:
         """
         from ttmray.generation.postprocess import PostprocessConfig, encode, format_of
 
-        path = os.fspath(path)
+        path = path_of(path, "path")
         data = encode(self.audio, self.rate, PostprocessConfig(format=format_of(path)))
         folder, name = split_path(path)
         folder.write(name, data)
@@ -139,8 +147,8 @@ def named_sounds(sounds: SoundLike | Sequence[SoundLike], rate: int | None) -> l
         UserError: something that is no sound, an array without a rate or of another layout.
     """
     alone = isinstance(sounds, str | os.PathLike | AudioClip) or hasattr(sounds, "__array__")
-    pair = isinstance(sounds, tuple) and len(sounds) == 2 and isinstance(sounds[1], int | np.integer)
-    several: Sequence[Any] = [sounds] if alone or pair else list(sounds)  # type: ignore[arg-type]
+    pair = isinstance(sounds, tuple) and len(sounds) == 2 and hasattr(sounds[0], "__array__") and not _sound(sounds[1])
+    several = [sounds] if alone or pair else items_of(sounds, "sounds", WAYS)
     return [_named(i, sound, rate) for i, sound in enumerate(several)]
 
 
@@ -152,18 +160,34 @@ def _named(i: int, sound: Any, rate: int | None) -> NamedSound:
     if isinstance(sound, tuple) and len(sound) == 2:
         sound, rate = sound
     if not hasattr(sound, "__array__"):
-        raise UserError(f"sound {i} is a {type(sound).__name__}.", "Give a path, an array, (array, rate) or a clip.")
+        raise UserError(f"sound {i} is a {type(sound).__name__}.", WAYS)
     if rate is None:
         raise UserError(f"sound {i} is an array without a rate.", "Say it: rate=44100, or (array, 44100).")
-    return NamedSound(f"array {i}", AudioClip(_checked(i, np.asarray(sound)), int(rate)))
+    what = f"sound {i}"
+    return NamedSound(f"array {i}", AudioClip(_checked(what, sound), _rate(f"the rate of {what}", rate)))
 
 
-def _checked(i: int, audio: np.ndarray) -> np.ndarray:
+def _sound(value: Any) -> bool:
+    """Whether it can be the second of two sounds, and no rate."""
+    return isinstance(value, str | os.PathLike | AudioClip | tuple) or getattr(value, "ndim", 0) > 0
+
+
+def _rate(what: str, rate: Any) -> int:
+    """Hz; floats without a fraction, as some libraries have them, too."""
+    if isinstance(rate, int | float | np.number) and rate >= 0 and rate == int(rate):
+        return int(rate)
+    raise UserError(f"{what} is {rate!r}.", "Give Hz as a whole number, such as 44100.")
+
+
+def _checked(what: str, sound: Any) -> np.ndarray:
     """(channels, samples) float32."""
+    if not hasattr(sound, "__array__"):
+        raise UserError(f"{what} is a {type(sound).__name__}, not an array.", "Give floats (channels, samples).")
+    audio = np.asarray(sound)
     if not np.issubdtype(audio.dtype, np.floating):
-        raise UserError(f"sound {i} is of {audio.dtype}, not of floats.", "Scale it to full scale 1.0: int16 / 32768.")
+        raise UserError(f"{what} is of {audio.dtype}, not of floats.", "Scale it to full scale 1.0: int16 / 32768.")
     if audio.ndim == 2 and audio.shape[1] <= 2 < audio.shape[0]:
-        raise UserError(f"sound {i} has the shape {audio.shape}, samples first.", "Give (channels, samples): array.T.")
+        raise UserError(f"{what} has the shape {audio.shape}, samples first.", "Give (channels, samples): array.T.")
     if audio.ndim not in (1, 2):
-        raise UserError(f"sound {i} has the shape {audio.shape}.", "Give (channels, samples) or (samples,) each.")
+        raise UserError(f"{what} has the shape {audio.shape}.", "Give (channels, samples) or (samples,) each.")
     return np.ascontiguousarray(np.atleast_2d(audio), np.float32)

@@ -5,7 +5,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from ttmray.api.inputs import config_from
+from ttmray.api.inputs import config_from, path_of
 from ttmray.config import Config
 from ttmray.errors import UserError
 from ttmray.storage import Folder
@@ -83,7 +83,7 @@ class TrainingRun:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._out = Folder.at(os.fspath(folder))
+        self._out = Folder.at(path_of(folder, "folder"))
         self.folder = self._out.uri
 
     def __repr__(self) -> str:
@@ -118,5 +118,6 @@ class TrainingRun:
         """
         from ttmray.training.export import export
 
-        export(self.folder, os.fspath(path), weights)
-        return os.fspath(path)
+        target = path_of(path, "path")
+        export(self.folder, target, weights)
+        return target

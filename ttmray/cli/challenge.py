@@ -1,6 +1,7 @@
 """The challenge kit (docs/attm.md)."""
 
 from ttmray.cli.command import Command, argument, setting
+from ttmray.cli.corpus import count
 
 KIT = "ttmray.recipes.attm"
 PROMPTS = argument("--prompts", required=True, metavar="FILE", help="prompts with their ids")
@@ -15,8 +16,8 @@ COMMANDS = (
             argument("--audio", required=True, metavar="DIR", help="folder with 85/1085785_instrumental.mp3"),
             argument("--out", required=True, metavar="DIR", help="folder of the tables"),
             argument("--stem", metavar="END", help="end of the names (default _instrumental)"),
-            argument("--validation", type=int, metavar="N", help="songs for validation (default 100)"),
-            argument("--test", type=int, metavar="N", help="songs for test (default 100)"),
+            argument("--validation", type=count, metavar="N", help="songs for validation (default 100)"),
+            argument("--test", type=count, metavar="N", help="songs for test (default 100)"),
         ),
     ),
     Command(
@@ -55,7 +56,7 @@ COMMANDS = (
             PROMPTS,
             argument("--out", required=True, metavar="ZIP", help="new archive"),
             argument("--checkpoint", metavar="FILE", help="weights whose parameters are counted"),
-            argument("--rate", type=int, metavar="HZ", help="required sample rate (default: one for all)"),
+            argument("--rate", type=count, metavar="HZ", help="required sample rate (default: one for all)"),
             argument("--seconds", type=float, metavar="S", help="required length (default 10)"),
             argument("--track", choices=("efficiency", "performance"), help="efficiency: 500 M parameters (default)"),
         ),

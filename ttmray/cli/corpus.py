@@ -62,7 +62,7 @@ COMMANDS = (
         (
             RUN,
             argument("-n", type=count, default=8, metavar="N", help="number of clips (default 8)"),
-            argument("--seed", type=int, default=0),
+            argument("--seed", type=count, default=0),
             argument("--out", required=True, metavar="DIR", help="folder for the page and its audio"),
         ),
     ),

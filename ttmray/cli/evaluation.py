@@ -18,7 +18,7 @@ COMMANDS = (
             argument("--bundle", help=BUNDLE_HELP),
             argument("--reward-text", choices=("empty", "caption"), help="what the reward sees (default empty)"),
             argument("--device", help="auto (default), cpu or cuda"),
-            argument("--batch", type=int, metavar="N", help="clips per model forward on a GPU (default 8)"),
+            argument("--batch", type=count, metavar="N", help="clips per model forward on a GPU (default 8)"),
             argument("--cache", metavar="DIR", help="folder that keeps embeddings, shared by jobs"),
             switch("--json", "one JSON object per line", dest="as_json"),
             switch(
@@ -86,7 +86,7 @@ COMMANDS = (
             argument("-n", type=count, required=True, metavar="N", help="number of clips (of a table: tracks)"),
             SPLIT,
             argument("--per-track", type=count, metavar="N", help="most clips of a track (default 1)"),
-            argument("--seed", type=int, help="default 0"),
+            argument("--seed", type=count, help="default 0"),
             argument("--out", required=True, metavar="DIR", help="folder of the results"),
         ),
     ),

@@ -1,6 +1,7 @@
 """Many jobs from one config."""
 
 from ttmray.cli.command import Command, argument, switch
+from ttmray.cli.corpus import count
 
 STEPS = (
     argument("--from", dest="first", metavar="STEP", help="start here; earlier steps are taken as they are"),
@@ -77,8 +78,8 @@ COMMANDS = (
         "ttmray.recipes.ruler:check_bundle",
         (
             BUNDLE,
-            argument("--pieces", type=int, metavar="N", help="songs per kind of fault (default 24)"),
-            argument("--seed", type=int, help="of the songs (default 99)"),
+            argument("--pieces", type=count, metavar="N", help="songs per kind of fault (default 24)"),
+            argument("--seed", type=count, help="of the songs (default 99)"),
             argument("--fault", action="append", dest="kinds", help="only this kind; repeatable"),
             argument("--device", help="auto (default), cpu or cuda"),
             OUT,
@@ -90,7 +91,7 @@ COMMANDS = (
         "ttmray.recipes.floors:check_floors",
         (
             BUNDLE,
-            argument("--seed", type=int, help="of the songs (default 4242)"),
+            argument("--seed", type=count, help="of the songs (default 4242)"),
             argument("--part", action="append", dest="parts", help="only this part; repeatable"),
             OUT,
         ),

@@ -182,15 +182,30 @@ def _json(row: dict[str, object]) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
+def _refuse_strangers(target: Path) -> None:
+    """
+    Raises:
+        UserError: a folder that holds anything but a page and its clips, such as a run with a page of its own.
+    """
+    if target.is_file():
+        raise UserError(f"--out {target} is a file.", "Name a new folder.")
+    others = [path.name for path in sorted(target.glob("*")) if path.name != "index.html" and path.suffix != ".flac"]
+    if others:
+        raise UserError(f"--out {target} holds something else: {others[0]}.", "Name a new folder.")
+
+
 def sample(folder: str, n: int, seed: int, out: str) -> int:
     """Write a page with `n` random ok clips, cut from their sources again, beside captions and scores.
 
     The page is for ears: a caption that belongs to another song is found in seconds by listening.
 
     Raises:
-        UserError: no run of this kind, or none of its clips is ok.
+        UserError: no run of this kind, none of its clips is ok, none is asked for, or `out` holds something else.
     """
-    run = _open(folder)
+    if n < 1:
+        raise UserError(f"-n is {n}, but a page needs at least one clip.", "Give 1 or more.")
+    run, target = _open(folder), Path(out)
+    _refuse_strangers(target)
     described = read(run, "corpus")
     config = CorpusConfig.model_validate(described["config"])
     table = index.read_index(run)
@@ -201,7 +216,6 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     table = with_columns(run, table, others)
     root = Folder(Plan.load(run).root)
     chosen = sorted(np.random.default_rng(seed).permutation(table.num_rows)[:n].tolist())
-    target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     clips = []
     for row in table.take(chosen).to_pylist():
@@ -214,7 +228,7 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
         clips.append(row | {"file": name})
     text = pages.render(
         "sample.html.j2",
-        title=f"{len(clips)} clips of {run.uri}",
+        title=f"{len(clips)} clips of {run.name}",
         protocols=protocols(run),
         note=described["note"],
         clips=clips,

@@ -142,7 +142,7 @@ def sounds_of(sources: Sequence[str], caption: str) -> list[tuple[str, str]]:
         elif _is_folder(source):
             folder = Folder.at(source)
             prompts = {row["file"]: row["prompt"] for row in manifest.read_rows(folder).values() if row["file"]}
-            sounds += [(folder.path(name), caption or prompts.get(name, "")) for name in audio_files(folder)]
+            sounds += [(f"{folder.uri}/{name}", caption or prompts.get(name, "")) for name in audio_files(folder)]
         else:
             sounds.append((source, caption))
     return sounds

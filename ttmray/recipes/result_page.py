@@ -183,7 +183,7 @@ def chain_values(root: Folder, configs: Mapping[str, Config]) -> dict[str, Any]:
     trainings = {name: place for name, place in below.items() if isinstance(configs[name], LoopConfig)}
     curves = [one for name, place in _trainings(trainings) if (one := curves_of(place, name)) is not None]
     bundles = {str(config.bundle) for config in configs.values() if hasattr(config, "bundle")}
-    notes = sorted(BUNDLES[base_name(one)].note for one in bundles if means_nothing(one))
+    notes = sorted({BUNDLES[base_name(one)].note for one in bundles if means_nothing(one)})
     evaluated = [place for place in below.values() if place.exists(RESULTS)]
     results = read_results(evaluated[0]) if len(evaluated) == 1 else None  # cells of tables are on a page of their own
     values: dict[str, Any] = {"notes": notes, "figures": figures_of(curves[:FIGURES]), "results": results}
@@ -235,6 +235,7 @@ def run_page(folder: str) -> int:
     rows = read_lines(run)
     last = rows[-1] if rows else {}
     bundle = str(config.get("bundle", ""))
+    notes = {str(described.get("note", "")), BUNDLES[base_name(bundle)].note if means_nothing(bundle) else ""}
     sounds = [file.name for file in run.files("samples", sizes=False) if file.name.endswith((".wav", ".flac"))]
     facts = {
         "kind": described["kind"],
@@ -248,7 +249,7 @@ def run_page(folder: str) -> int:
         "run.html.j2",
         title=f"{described['kind']}: {run.uri.rpartition('/')[2]}",
         headline=_said(curves),
-        notes=[BUNDLES[base_name(bundle)].note] if bundle and means_nothing(bundle) else [],
+        notes=sorted(notes - {""}),
         hacking=curves.warnings,
         figures=figures_of([curves]),
         facts={name: value for name, value in facts.items() if value is not None},

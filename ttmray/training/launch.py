@@ -19,6 +19,7 @@ from ttmray import cost, inventory, runs
 from ttmray.cluster import connect, relay, require_gpus
 from ttmray.console import Marked, console
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.models.bundle import open_bundle
 from ttmray.models.devices import resolve_device
 from ttmray.models.speed import estimate, peak_flops
 from ttmray.runs import RUN, SUCCESS
@@ -232,7 +233,11 @@ def require_memory(needed: float, most: float, phase: str) -> None:
 def describe(kind: str, config: LoopConfig, task: Task) -> dict[str, Any]:
     """What `run.json` holds."""
     what = {"config": trajectory(config), **task.identity}
-    note = note_of_corpora(config.data) if isinstance(config, TrainConfig) else ""
+    if isinstance(config, TrainConfig):
+        note = note_of_corpora(config.data)
+    else:  # online tuning: its data are what a bundle makes and scores
+        bundle = getattr(getattr(config, "rollouts", None), "bundle", "")
+        note = open_bundle(bundle).note if bundle else ""
     return runs.describe(kind, what, config, ("torch", "ray", "numpy"), note=note)
 
 
