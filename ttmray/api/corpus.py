@@ -14,7 +14,6 @@ from ttmray.config import merged
 from ttmray.corpus import index, scores
 from ttmray.corpus.unit import OK
 from ttmray.errors import UserError
-from ttmray.models.bundle import open_bundle
 from ttmray.runs import KINDS_OF_CORPUS, kind_of, read
 from ttmray.storage import Folder
 
@@ -96,8 +95,7 @@ def score_corpus(
     ours: dict[str, Any] = {} if songs is None else {"input": path_of(songs, "songs")}
     ours |= {} if output is None else {"output": path_of(output, "output")}
     if config is None:
-        seconds = open_bundle(str(fields.get("bundle", CorpusConfig.model_fields["bundle"].default))).clip_s
-        ours |= {"segments": {"clip_s": seconds, "min_s": min(5.0, seconds)}, "runtime": {"runner": "local"}}
+        ours |= {"runtime": {"runner": "local"}}
     settings: CorpusConfig = config_from(CorpusConfig, config, merged(ours, fields))
     with alone():
         score_corpus(settings)

@@ -174,7 +174,7 @@ def _sound(value: Any) -> bool:
 
 def _rate(what: str, rate: Any) -> int:
     """Hz; floats without a fraction, as some libraries have them, too."""
-    if isinstance(rate, int | float | np.number) and rate >= 0 and rate == int(rate):
+    if isinstance(rate, int | float | np.number) and 0 <= rate < 2**31 and rate == int(rate):
         return int(rate)
     raise UserError(f"{what} is {rate!r}.", "Give Hz as a whole number, such as 44100.")
 
