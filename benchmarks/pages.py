@@ -67,7 +67,7 @@ PAGES = (
 SERVE = "serve --bundle debug --port 0 --output runs/serve"
 
 
-def made(page: Page, folder: Path) -> Path:
+def file_of(page: Page, folder: Path) -> Path:
     """The file of a page, which is made where it is missing."""
     if page.command and not (folder / page.path).exists():
         words = shlex.split(page.command)
@@ -162,7 +162,7 @@ def main() -> int:
     wide = 0
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        files = {page.name: made(page, typed.folder) for page in PAGES}
+        files = {page.name: file_of(page, typed.folder) for page in PAGES}
         files["try-out"] = work / "try-out.html"
         with serving(typed.folder) as tryout, urlopen(tryout) as answer:  # it forbids to be shown in a frame
             files["try-out"].write_bytes(answer.read())

@@ -76,7 +76,7 @@ def test_tables_of_scores_stand_beside_the_index(corpus, tmp_path):
     for number, name in enumerate(REWARDS):
         rows = rows.append_column(name, [[float(number)] * rows.num_rows])
     run.write(f"scores/mine/{TABLE}", index.parquet_bytes(rows.cast(SCHEMA)))
-    run.write("scores/mine/_SUCCESS.json", b'{"rows": 1}')
+    run.write("scores/mine/_SUCCESS.json", b'{"created": "2026-01-01T00:00:00+00:00", "rows": 1}')
     whole = ttmray.open_corpus(run.uri, scores="mine")
     assert whole.index[f"mine/{REWARDS[1]}"].unique().tolist() == [1.0]
     assert f"mine/{REWARDS[2]}" in whole.score_columns

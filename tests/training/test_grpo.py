@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(files: Path, output: Path, *sets: str) -> GrpoConfig:
-    usual = [f"output={output}", f"rollouts.prompts={files / 'prompts.txt'}"]
+    usual = [f"output={output}", "rollouts.bundle=debug", f"rollouts.prompts={files / 'prompts.txt'}"]
     usual += [f"rollouts.checkpoint={files / 'parent.safetensors'}", f"rollouts.held_out={files / 'held_out.txt'}"]
     usual += ["rollouts.candidates=2", "rollouts.sampler.steps=3", "rollouts.max_clipping=1.0"]
     usual += ["prompts_per_round=2", "updates=2", "batch=4", "steps=4", "trained_share=0.67", "watch.steps=2"]

@@ -26,7 +26,7 @@ _TOLERANCE_S = 0.15
 OGG_FLAC = "FLAC in Ogg"
 _TELLS_LENGTH = ("MP4", "WMA", "CAF", OGG_FLAC)
 _ONCE_IN_MP4 = (b"ftyp", b"moov")
-Part = tuple[np.ndarray, int]
+WaveAndRate = tuple[np.ndarray, int]
 """Samples (channels, n) float32, and their rate in Hz."""
 
 
@@ -130,8 +130,9 @@ def info(stream: BinaryIO, what: str) -> ForeignInfo:
         return _info(container, what)
 
 
-def decode(stream: BinaryIO, what: str, limits: AudioLimits) -> list[Part]:
-    """All samples of the first sound in a file; one part, or more where rate or channels change inside.
+def decode(stream: BinaryIO, what: str, limits: AudioLimits) -> list[WaveAndRate]:
+    """All samples (channels, n) float32 of the first sound in a file, with their rate; one part, or more where rate or
+    channels change inside.
 
     Raises:
         ClipError: failed/`no_decoder`, `not_audio`, `truncated`, `length_mismatch`, `non_finite`; rejected, see
@@ -141,7 +142,7 @@ def decode(stream: BinaryIO, what: str, limits: AudioLimits) -> list[Part]:
         told = _info(container, what)
         check_upper_limits(AudioInfo(told.sample_rate, told.channels, told.frames), limits)
         most_s = min(limits.max_duration_s, limits.max_decoded_bytes / 4 / told.channels / told.sample_rate)
-        blocks: list[Part] = []
+        blocks: list[WaveAndRate] = []
         done_s = 0.0
         try:
             for block, rate in _blocks(container):
@@ -166,7 +167,7 @@ def decode(stream: BinaryIO, what: str, limits: AudioLimits) -> list[Part]:
     return parts
 
 
-def _joined(run: list[Part]) -> Part:
+def _joined(run: list[WaveAndRate]) -> WaveAndRate:
     return np.concatenate([block for block, _ in run], axis=1), run[0][1]
 
 
@@ -211,7 +212,7 @@ def _info(container: Any, what: str) -> ForeignInfo:
     return ForeignInfo(rate, channels, round(max(seconds, 0.0) * rate))
 
 
-def _blocks(container: Any) -> Iterator[Part]:
+def _blocks(container: Any) -> Iterator[WaveAndRate]:
     """Decoded samples, at the rate and with the channels that each frame has."""
     import av
 

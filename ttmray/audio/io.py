@@ -228,7 +228,7 @@ def _as_it_is(parts: Sequence[Stretch], info: AudioInfo) -> bool:
 
 
 def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarray, int]:
-    waves: list[foreign.Part] = []
+    waves: list[foreign.WaveAndRate] = []
     rate = frames = 0
     for part in parts:
         stream = io.BytesIO(part.file())
@@ -250,7 +250,7 @@ def _read_parts(parts: Sequence[Stretch], limits: AudioLimits) -> tuple[np.ndarr
     return _joined(waves, limits)
 
 
-def _joined(parts: Sequence[foreign.Part], limits: AudioLimits) -> tuple[np.ndarray, int]:
+def _joined(parts: Sequence[foreign.WaveAndRate], limits: AudioLimits) -> tuple[np.ndarray, int]:
     """Parts one after the other at the rate of the first; one channel fills as many as another part has."""
     rate = parts[0][1]
     if len(parts) == 1:
