@@ -131,7 +131,8 @@ def info(stream: BinaryIO, what: str) -> ForeignInfo:
 
 
 def decode(stream: BinaryIO, what: str, limits: AudioLimits) -> list[Part]:
-    """All samples of the first sound in a file; one part, or more where rate or channels change inside.
+    """All samples of the first sound in a file: parts of float32 (channels, samples) with their rates in Hz, one, or
+    more where rate or channels change inside.
 
     Raises:
         ClipError: failed/`no_decoder`, `not_audio`, `truncated`, `length_mismatch`, `non_finite`; rejected, see
