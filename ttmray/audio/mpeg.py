@@ -21,7 +21,7 @@ _KBPS = {
     (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_SYNC = re.compile(rb"\xff[\xe2-\xff]")
+_SYNC = re.compile(rb"\xff(?=[\xe2-\xff])")  # the second byte may be the first of the true one
 _IN_A_ROW = 3
 """Frames of one kind, one behind the other, that random bytes do not hold."""
 _MAX_FREE_FRAME = 8192
