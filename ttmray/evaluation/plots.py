@@ -155,7 +155,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, theme
     def draw(axes: "Axes") -> None:
         for i, (name, places) in enumerate(lines.items()):
             x, y = (np.array(column, float) for column in zip(*places, strict=True))
-            dots: dict[str, Any] = {"marker": "os^D"[i % 4], "ms": 3.5} if len(x) < 30 else {}
+            dots: dict[str, Any] = {"marker": "os^Dv"[i % 5], "ms": 3.5} if len(x) < 30 else {}
             axes.plot(x, y, lw=1.5, color=colour(i, theme), label=f" {name}", **dots)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are no half updates
         axes.set_xlabel(over)
@@ -189,7 +189,7 @@ def score_sweep(
                 if not known:
                     continue
                 s, value, low, high = (np.array(column, float) for column in zip(*known, strict=True))
-                axes.plot(s, value, marker="os^D"[i % 4], ms=4, lw=1.4, color=own, label=f" {name}")
+                axes.plot(s, value, marker="os^Dv"[i % 5], ms=4, lw=1.4, color=own, label=f" {name}")
                 axes.fill_between(s, low, high, color=own, alpha=0.15 if len(curves) < 4 else 0.07, lw=0)
             axes.axvline(deployed, color=INK[theme][1], lw=0.9, ls=":")
             axes.set_xlabel("input score s")
