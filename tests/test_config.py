@@ -437,3 +437,8 @@ def test_a_file_may_choose_the_null_score_by_the_name_of_its_field(tmp_path):
     assert config.model.null == "learned"
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(TrainConfig, str(tmp_path / "again.yaml")) == config
+
+
+def test_a_bundle_whose_name_no_file_can_have_is_no_bundle():
+    with pytest.raises(UserError, match="there is no bundle"):
+        load("bundle=" + "x" * 300)

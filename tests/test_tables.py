@@ -71,3 +71,11 @@ def test_a_damaged_table_is_one_message_with_the_place(tmp_path, name, data, wor
     with pytest.raises(UserError, match=words) as caught:
         read_rows(str(tmp_path / name), ("a", "b"))
     assert name in caught.value.message
+
+
+def test_a_parquet_table_whose_column_names_are_no_text_is_refused(tmp_path):
+    file = tmp_path / "captions.parquet"
+    pq.write_table(pa.table({"path": ["a"], "café": ["b"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace("café".encode(), b"caf\xf3("))
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        read_table(str(file), known=("path",))

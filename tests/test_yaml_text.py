@@ -137,3 +137,9 @@ def test_an_override_that_ends_before_its_end_is_refused(text):
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1))
 def test_text_in_the_quotes_of_json_is_kept_as_it_is(text):
     assert read_override(json.dumps(text, ensure_ascii=False)) == text
+
+
+def test_an_override_that_nests_too_deeply_is_no_traceback() -> None:
+    for text in ("[" * 5000, "a: " + "{b: " * 3000):
+        with pytest.raises(yaml.YAMLError):
+            read_override(text)

@@ -404,7 +404,7 @@ def read_parquet(path: str, columns: Sequence[str] | None = None) -> "pa.Table":
 
     try:
         return parquet_table(read_file(path), columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}", "Make it again, or name another file.") from error
 
 

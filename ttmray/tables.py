@@ -273,7 +273,7 @@ def _parquet(source: str, data: bytes, known: Collection[str], only_known: bool)
         chosen = [name for name in header if not only_known or name.strip().lower() in known]
         table = parquet_table(data, chosen if only_known else None)
         cells = [table.column(name).to_pylist() for name in dict.fromkeys(chosen)]
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise UserError(f"{source} cannot be read as Parquet: {error}", "Write it again.") from error
     return replace(
         _table(source, list(dict.fromkeys(chosen)), cells, range(1, table.num_rows + 1), "row", known), header=header

@@ -50,6 +50,8 @@ def read_override(text: str) -> Any:
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("values are nested too deeply") from error
     except yaml.YAMLError:
         if text.lstrip()[:1] in _CLOSED:
             raise

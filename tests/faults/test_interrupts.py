@@ -38,7 +38,7 @@ def sets(*assignments: str) -> list[str]:
 
 def corpus(songs: Path, output: Path, *more: str) -> list[str]:
     usual = (f"input={songs}", f"output={output}", "splits.validation=1", "splits.test=1", "runtime.device=cpu")
-    return ["score-corpus", *sets(*usual, "segments.max_clips=1", "unit_clips=1", *more)]
+    return ["score-corpus", *sets(*usual, "bundle=debug", "segments.max_clips=1", "unit_clips=1", *more)]
 
 
 def interrupted_twice(words: list[str], begun: Callable[[], bool], gap_s: float) -> str:

@@ -140,7 +140,16 @@ def head(tmp_path_factory: pytest.TempPathFactory, songs: Path) -> Iterator[Head
 def test_the_readmes_job_is_followed_stopped_submitted_again_and_goes_on(head: Head, bucket_uri: str) -> None:
     run = Folder.at(bucket_uri).sub("runs/corpus")
     words = [word.replace("s3://my-bucket", bucket_uri) for word in readme_command()]
-    words += ["--set", "segments.max_clips=1", "--set", "unit_clips=1", "--set", "runtime.device=cpu"]
+    words += [
+        "--set",
+        "bundle=debug",
+        "--set",
+        "segments.max_clips=1",
+        "--set",
+        "unit_clips=1",
+        "--set",
+        "runtime.device=cpu",
+    ]
     submitted = head.job("submit", "--no-wait", "--submission-id", "corpus-1", "--", *words)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     until = time.monotonic() + 900

@@ -26,7 +26,7 @@ class Job:
     def __init__(self, songs: Path, output: Path, runner: str, *sets: str) -> None:
         self.output = output
         common = (f"input={songs}", f"output={output}", f"runtime.runner={runner}", "splits.validation=1")
-        small = ("splits.test=1", "segments.max_clips=2", "unit_clips=2", "max_failures=0", *sets)
+        small = ("bundle=debug", "splits.test=1", "segments.max_clips=2", "unit_clips=2", "max_failures=0", *sets)
         self.command = [sys.executable, str(REPO / "jobs/score_corpus.py")]
         for assignment in (*common, *small):
             self.command += ["--set", assignment]

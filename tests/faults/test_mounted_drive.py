@@ -76,7 +76,14 @@ def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def corpus_job(songs: Path, output: Path, *sets: str) -> Command:
-    small = ("splits.validation=1", "splits.test=1", "unit_clips=1", "segments.max_clips=1", "separation.scope=none")
+    small = (
+        "bundle=debug",
+        "splits.validation=1",
+        "splits.test=1",
+        "unit_clips=1",
+        "segments.max_clips=1",
+        "separation.scope=none",
+    )
     return Command("score-corpus", output, f"input={songs}", *small, "runtime.runner=local", "runtime.workers=0", *sets)
 
 

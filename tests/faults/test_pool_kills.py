@@ -33,8 +33,17 @@ class Job:
         prompts = folder / "prompts.txt"
         folder.mkdir(exist_ok=True)
         prompts.write_text("".join(f"a song of number {i}\n" for i in range(6)))
-        common = (f"prompts={prompts}", f"output={self.output}", "candidates=2", "unit_clips=2", "sampler.steps=2")
-        self.command = [sys.executable, "-c", PROGRAM, *common, "runtime.device=cpu", "runtime.threads=1", *sets]
+        common = (f"prompts={prompts}", f"output={self.output}", "bundle=debug", "candidates=2", "unit_clips=2")
+        self.command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            *common,
+            "sampler.steps=2",
+            "runtime.device=cpu",
+            "runtime.threads=1",
+            *sets,
+        ]
 
     def start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(self.command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})

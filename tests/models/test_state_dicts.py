@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import resource
+import zipfile
 from contextlib import suppress
 
 import numpy as np
@@ -104,3 +106,15 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(sound_file, tmp_path
     path.write_bytes(content[:kept] if data.draw(st.booleans(), label="cut") else content)
     with suppress(UserError):
         assert isinstance(read_state_dict(path), dict)
+
+
+def test_a_few_bytes_of_a_checkpoint_do_not_take_gigabytes(tmp_path):
+    # the number under which an object is remembered; a reader in C makes a list that long
+    far = b"r" + (1 << 26).to_bytes(4, "little")
+    content = b"\x80\x04}" + far + b"\x8c\x03one\x95" + bytes(8) + b"K\x01s."
+    with zipfile.ZipFile(tmp_path / "far.pt", "w") as archive:
+        for name, data in (("data.pkl", content), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"archive/{name}", data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_state_dict(tmp_path / "far.pt") == {"one": 1}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kB"

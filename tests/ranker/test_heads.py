@@ -442,7 +442,7 @@ def test_changed_audio_is_not_mixed_into_a_run(votes, finished, tmp_path):
 
     shutil.copytree(votes, tmp_path / "votes")
     shutil.copytree(finished, tmp_path / "run")
-    soundfile.write(tmp_path / "votes/3.wav", np.ones(22050, np.float32) * 0.1, 44100)
+    soundfile.write(tmp_path / "votes/3.wav", 0.1 * np.sin(np.arange(22050) / 9), 44100)
     config = job(tmp_path / "votes", tmp_path / "run", variants=["A7", "A1", "A3"], seeds=2, leave_out=["Y"])
     with pytest.raises(UserError, match="clips have changed"):
         train_ranker(config)

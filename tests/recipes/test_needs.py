@@ -233,7 +233,7 @@ def test_a_table_of_scores_of_another_head_is_looked_for_in_the_corpus(machine, 
     assert "1 thing is missing" in text
     assert "data/chain/corpus has no scores ranker. For train-v3, train-v4" in text
     assert "ttmray corpus rescore" in text
-    put(machine / "data/chain/corpus/scores/ranker/_SUCCESS.json", '{"rows": 1}')
+    put(machine / "data/chain/corpus/scores/ranker/_SUCCESS.json", '{"created": "2026-01-01", "rows": 1}')
     assert plan(machine, "ablate", "--set", f"stage1.data.sources={column}") == 0
 
 

@@ -265,7 +265,7 @@ def test_a_changed_section_concerns_its_step_and_those_that_take_from_it(tmp_pat
     root = Folder(str(output))
     for step in made:
         for name in step.makes:
-            root.write(name, b'{"rows": 1}')  # of a success marker: one that lists no files
+            root.write(name, b'{"created": "2026-01-01", "rows": 1}')  # of a success marker: one that lists no files
         prints = _fingerprints(config, made)
         record = {"fingerprint": prints[step.name], "done": True, "seconds": 1, "gpu_seconds": 0, "launches": 1}
         root.write(f"steps/{step.name}.json", json.dumps(record).encode())

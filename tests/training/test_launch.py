@@ -153,7 +153,7 @@ def test_a_folder_of_other_files_is_no_run_folder(make_sets, tmp_path, capsys):
 def test_a_run_that_goes_on_to_more_steps_is_not_called_done(tmp_path):
     out = Folder.at(str(tmp_path))
     claim(out, described(), force=False)
-    out.write("_SUCCESS.json", b'{"steps": 5}')
+    out.write("_SUCCESS.json", b'{"created": "2026-01-01", "steps": 5}')
     claim(out, described(), force=False)
     assert out.exists("_SUCCESS.json")
     claim(out, described(config={"steps": 6}), force=False)

@@ -8,6 +8,7 @@ it needs to make sound (`models/released.py`). A bundle of one's own is a folder
 (`models/folder_bundle.py`); `jobs/train_micro.py` makes one from nothing. Opening one imports no framework.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -420,7 +421,7 @@ def _with_absolute_paths(bundle: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    return name not in BUNDLES and ("/" in name or Path(name, DESCRIPTION).is_file())
+    return name not in BUNDLES and ("/" in name or os.path.isfile(f"{name}/{DESCRIPTION}"))  # also of names too long
 
 
 BundleName = Annotated[str, AfterValidator(_with_absolute_paths), IdentityPart(identity_name)]
