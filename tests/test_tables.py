@@ -79,3 +79,11 @@ def test_a_parquet_table_whose_column_names_are_no_text_is_refused(tmp_path):
     file.write_bytes(file.read_bytes().replace("café".encode(), b"caf\xf3("))
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         read_table(str(file), known=("path",))
+
+
+def test_rows_without_any_known_column_are_rows(tmp_path):
+    pq.write_table(pa.table({"else": ["a", "b"]}), tmp_path / "prompts.parquet")
+    table = read_table(str(tmp_path / "prompts.parquet"), known=("prompt",), only_known=True)
+    assert list(table.rows()) == [{}, {}]
+    with pytest.raises(UserError):
+        read_prompts(str(tmp_path / "prompts.parquet"))

@@ -55,6 +55,8 @@ class Table:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Cells of each row by name, without those that are None."""
+        if not self.columns:  # there are rows all the same
+            yield from ({} for _ in self.places)
         for cells in zip(*self.columns.values(), strict=True):
             yield {name: cell for name, cell in zip(self.columns, cells, strict=True) if cell is not None}
 

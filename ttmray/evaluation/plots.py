@@ -112,7 +112,7 @@ def differences(values: np.ndarray, a: str, b: str, label: str, theme: Theme, co
         axes.vlines(place, 0, order, color=line, lw=1, zorder=1)
         axes.scatter(place, order, s=18, c=dots, linewidths=0, zorder=3)
         axes.set_xlim(0, len(order) + 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("prompts, by difference")
         axes.set_ylabel(f"{label}: {a} − {b}")
 
@@ -157,7 +157,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, theme
             x, y = (np.array(column, float) for column in zip(*places, strict=True))
             dots: dict[str, Any] = {"marker": "os^Dv"[i % 5], "ms": 3.5} if len(x) < 30 else {}
             axes.plot(x, y, lw=1.5, color=colour(i, theme), label=f" {name}", **dots)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are no half updates
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # there are no half updates
         axes.set_xlabel(over)
         axes.set_ylabel(what)
         if len(lines) > 1:
