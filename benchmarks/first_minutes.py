@@ -50,10 +50,19 @@ def install(folder: Path, python: str) -> dict[str, float]:
         "pip wheel": [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder), str(REPO)],
         "python -m venv .venv": [python, "-m", "venv", str(folder / ".venv")],
     }
-    seconds = {name: _timed(command, folder, os.environ)[0] for name, command in steps.items()}
+    pip = [str(folder / ".venv/bin/pip"), "install", "-q", "-c", str(REPO / "constraints.txt")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    seconds = {}
+    for name, command in steps.items():
+        seconds[name], code, said = _timed(command, folder, environment)
+        if code:
+            raise RuntimeError(f"{name} ends with {code}: {said[-3:]}")
     (wheel,) = folder.glob("*.whl")
-    pip = [str(folder / ".venv/bin/pip"), "install", "-q", "-c", str(REPO / "constraints.txt"), str(wheel)]
-    return seconds | {f"pip install -c constraints.txt {wheel.name}": _timed(pip, folder, os.environ)[0]}
+    name = f"pip install -c constraints.txt {wheel.name}"
+    seconds[name], code, said = _timed([*pip, str(wheel)], folder, environment)
+    if code:
+        raise RuntimeError(f"{name} ends with {code}: {said[-3:]}")
+    return seconds
 
 
 def _timed(command: list[str], folder: Path, environment: Any) -> tuple[float, int, list[str]]:
