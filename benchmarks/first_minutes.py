@@ -90,7 +90,10 @@ def main() -> int:
     wrong, total = 0, 0.0
     for command in COMMANDS:
         seconds, code, said = _timed(["bash", "-c", command], folder, environment)
-        wrong += code != (2 if command.endswith("my-song") else 0)
+        expected = {"ttmray score my-songs": 3}.get(
+            command[:21], 2 if command.endswith("my-song") else 0
+        )  # 3: broken songs
+        wrong += code != expected
         total += seconds
         shown = [neutral(line, folder).rstrip() for line in said[-SHOWN:]]
         more = ["..."] if len(said) > SHOWN else []
