@@ -22,11 +22,15 @@ REPO = Path(__file__).resolve().parents[1]
 SHOWN = 4
 """Last lines of a command's output that are shown."""
 SLOW = "A slow, sad ambient piece led by flute, no drums, instrumental"
+SCORE = "ttmray score my-songs --csv my-scores.csv"
+MISTAKE = "ttmray score-corpus --set input=my-song"
+CODES = {SCORE: 3, MISTAKE: 2}
+"""Command -> its exit code where that is not 0: some of the songs are broken."""
 COMMANDS = (
     "ttmray --version",
     "ttmray config",
     "python -m ttmray.synth.songs my-songs",
-    "ttmray score my-songs --csv my-scores.csv",
+    SCORE,
     f"ttmray generate --prompt '{SLOW}' --samples 4 --output runs/low --set sampler.score=-1.2",
     f"ttmray generate --prompt '{SLOW}' --samples 4 --output runs/high --set sampler.score=0.1",
     "ttmray score runs/low runs/high --csv runs/clips.csv",
@@ -39,29 +43,26 @@ COMMANDS = (
     "ttmray status runs/micro/stage1",
     "ttmray checkpoint export runs/micro/stage1 --out my-model.safetensors",
     f"ttmray generate --prompt '{SLOW}' --checkpoint my-model.safetensors --output runs/mine --set sampler.score=0.1",
-    "ttmray score-corpus --set input=my-song",
+    MISTAKE,
     "ttmray demo",
 )
 
 
 def install(folder: Path, python: str) -> dict[str, float]:
     """Wheel, environment and packages in `folder`; command -> seconds."""
-    steps = {
-        "pip wheel": [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder), str(REPO)],
-        "python -m venv .venv": [python, "-m", "venv", str(folder / ".venv")],
-    }
-    pip = [str(folder / ".venv/bin/pip"), "install", "-q", "-c", str(REPO / "constraints.txt")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     seconds = {}
-    for name, command in steps.items():
-        seconds[name], code, said = _timed(command, folder, environment)
+
+    def run(name: str, *command: str) -> None:
+        seconds[name], code, said = _timed(list(command), folder, environment)
         if code:
             raise RuntimeError(f"{name} ends with {code}: {said[-3:]}")
+
+    run("pip wheel", sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder), str(REPO))
+    run("python -m venv .venv", python, "-m", "venv", str(folder / ".venv"))
     (wheel,) = folder.glob("*.whl")
-    name = f"pip install -c constraints.txt {wheel.name}"
-    seconds[name], code, said = _timed([*pip, str(wheel)], folder, environment)
-    if code:
-        raise RuntimeError(f"{name} ends with {code}: {said[-3:]}")
+    pip = (str(folder / ".venv/bin/pip"), "install", "-q", "-c", str(REPO / "constraints.txt"), str(wheel))
+    run(f"pip install -c constraints.txt {wheel.name}", *pip)
     return seconds
 
 
@@ -90,10 +91,7 @@ def main() -> int:
     wrong, total = 0, 0.0
     for command in COMMANDS:
         seconds, code, said = _timed(["bash", "-c", command], folder, environment)
-        expected = {"ttmray score my-songs": 3}.get(
-            command[:21], 2 if command.endswith("my-song") else 0
-        )  # 3: broken songs
-        wrong += code != expected
+        wrong += code != CODES.get(command, 0)
         total += seconds
         shown = [neutral(line, folder).rstrip() for line in said[-SHOWN:]]
         more = ["..."] if len(said) > SHOWN else []
@@ -109,8 +107,8 @@ HEADER = """# The first minutes
 
 From an empty folder with the wheel, each command as it is typed, the end of what it prints, and its seconds by the
 clock, on {cpus} CPUs ({cpu}, {memory_gib:.0f} GiB) without a GPU. Made by `benchmarks/first_minutes.py`; rates and
-times inside of the output are replaced by `T`, the folder by `...`. The last but one is a mistake, what is wrong,
-and the way out.
+times inside of the output are replaced by `T`, the folder by `...`. The last but one is a mistake, and what is
+said of it.
 """
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ _TOLERANCE_S = 0.15
 """Encoders put up to 2,112 samples before the sound, and fill the last frame behind it."""
 OGG_FLAC = "FLAC in Ogg"
 _TELLS_LENGTH = ("MP4", "WMA", "CAF", OGG_FLAC)
+_HEAD_BYTES = 1 << 20
+"""Of raw AAC, which tell rate and channels; no more is known of it without decoding all."""
 _ONCE_IN_MP4 = (b"ftyp", b"moov")
 WaveAndRate = tuple[np.ndarray, int]
 """Samples (channels, n) float32, and their rate in Hz."""
@@ -74,15 +76,19 @@ def _adts_bytes(head: bytes) -> int:
     return (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5 if _is_adts(head) else 0
 
 
-def _without_tags(stream: BinaryIO, what: str) -> BinaryIO:
-    """The file, of raw AAC without tags before, between and behind its frames: the decoder takes them for damage."""
+def _without_tags(stream: BinaryIO, what: str, most: int) -> BinaryIO:
+    """The file, of raw AAC without tags before, between and behind its frames: the decoder takes them for damage.
+
+    Args:
+        most: bytes of raw AAC that are read behind the tags in front; -1: all.
+    """
     begin = _behind_tags(stream)
     if what != "AAC":
         stream.seek(begin)
         return io.BytesIO(stream.read()) if begin else stream
-    stream.seek(0)
-    content = stream.read()
-    runs, position = [], begin
+    stream.seek(begin)
+    content = stream.read(most)
+    runs, position = [], 0
     while position < len(content):
         start = position
         while length := _adts_bytes(content[position : position + 7]):
@@ -126,7 +132,7 @@ def info(stream: BinaryIO, what: str) -> ForeignInfo:
         ClipError: failed/`no_decoder` where PyAV is not installed, `not_audio`,
             `length_mismatch`.
     """
-    with _opened(stream, what) as container:
+    with _opened(stream, what, _HEAD_BYTES) as container:
         return _info(container, what)
 
 
@@ -171,14 +177,14 @@ def _joined(run: list[WaveAndRate]) -> WaveAndRate:
     return np.concatenate([block for block, _ in run], axis=1), run[0][1]
 
 
-def _opened(stream: BinaryIO, what: str) -> Any:
+def _opened(stream: BinaryIO, what: str, most: int = -1) -> Any:
     if importlib.util.find_spec("av") is None:
         raise ClipError(
             "failed", "no_decoder", f"{what} needs PyAV: pip install 'ttmray[av]', or convert it to FLAC or WAV"
         )
     import av
 
-    stream = _without_tags(stream, what)
+    stream = _without_tags(stream, what, most)
     if what == "MP4":
         _check_boxes(stream)
     stream.seek(0)

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ttmray.cluster import RuntimeConfig
 from ttmray.config import Config, Location, added, execution
-from ttmray.models.bundle import DEFAULT, BundleName, base_name, open_bundle
+from ttmray.models.bundle import DEFAULT, BundleName, bundle_of
 
 MAX_UNIT_CLIPS = 32
 """32 stereo float32 clips of 10 s are 113 MB: below Ray Data's 128 MiB block (design, corpus pipeline)."""
@@ -223,7 +223,7 @@ class CorpusConfig(Config):
         segments = values.get("segments", {}) if isinstance(values, dict) else None
         if not isinstance(segments, dict) or "clip_s" in segments:
             return values
-        own = open_bundle(base_name(str(values.get("bundle", DEFAULT)))).clip_s
+        own = bundle_of(values).clip_s
         usual = SegmentConfig()
         if own == usual.clip_s:
             return values

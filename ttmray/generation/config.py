@@ -8,7 +8,7 @@ from ttmray.cluster import ActorsConfig
 from ttmray.config import Config, IdentityPart, Location, execution
 from ttmray.generation.postprocess import PostprocessConfig
 from ttmray.generation.sampler import SamplerConfig
-from ttmray.models.bundle import DEFAULT, BundleName, base_name, open_bundle
+from ttmray.models.bundle import DEFAULT, BundleName, bundle_of
 from ttmray.models.score_heads import Head, Null
 
 ClipLength = Annotated[
@@ -57,21 +57,20 @@ class GenerateRuntime(ActorsConfig):
 TEXT_SETTINGS = ("prefix", "negative_prompt")
 
 
-def with_bundle_sampler(values: Any, default: str) -> Any:
+def with_bundle_sampler(values: Any) -> Any:
     """Settings of a job, with what its bundle says of sampling where they say nothing: a small text encoder has never
     read the paper's prefix, a released backbone is sampled as its authors do it. With a checkpoint of one's own only
     what concerns texts is the bundle's.
 
     Args:
         values: what a config is validated from; anything but a mapping comes back as it is.
-        default: the bundle where none is named.
 
     Raises:
         UserError: there is no such bundle.
     """
     if not isinstance(values, dict) or not isinstance(values.get("sampler", {}), dict):
         return values
-    own = open_bundle(base_name(str(values.get("bundle", default)))).sampling
+    own = bundle_of(values).sampling
     if values.get("checkpoint") is not None:
         own = {name: value for name, value in own.items() if name in TEXT_SETTINGS}
     return values | {"sampler": {**own, **values.get("sampler", {})}} if own else values
@@ -130,7 +129,7 @@ class GenerateConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _fill_sampler(cls, values: Any) -> Any:
-        return with_bundle_sampler(values, DEFAULT)
+        return with_bundle_sampler(values)
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from ttmray.generation.config import GenerateRuntime, with_bundle_sampler
 from ttmray.generation.sampler import SCORE_LIMIT, Draw, Sampler, SamplerConfig, Score
 from ttmray.models import require_finite, side_by_side
 from ttmray.models.backbone_weights import load_backbone
-from ttmray.models.bundle import DEFAULT, BundleName, Models, base_name, open_bundle
+from ttmray.models.bundle import DEFAULT, BundleName, Models, bundle_of, open_bundle
 from ttmray.models.devices import resolve_device
 from ttmray.models.loading import LoadOptions
 from ttmray.models.score_heads import Head, Null
@@ -100,9 +100,9 @@ class CandidatesConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _fill_sampler(cls, values: Any) -> Any:
-        values = with_bundle_sampler(values, DEFAULT)
+        values = with_bundle_sampler(values)
         if isinstance(values, dict) and "pad_to" not in values:
-            length = round(open_bundle(base_name(str(values.get("bundle", DEFAULT)))).clip_s * SAMPLE_RATE)
+            length = round(bundle_of(values).clip_s * SAMPLE_RATE)
             if length != cls.model_fields["pad_to"].default:
                 return values | {"pad_to": length}
         return values

@@ -428,6 +428,15 @@ BundleName = Annotated[str, AfterValidator(_with_absolute_paths), IdentityPart(i
 """Field of configs. Where a head lies is no part of an identity: the bundle's own has its hash."""
 
 
+def bundle_of(settings: Mapping[str, Any]) -> Bundle:
+    """The bundle that the settings of a job name, before they are checked, without its head; else the default.
+
+    Raises:
+        UserError: there is no such bundle.
+    """
+    return open_bundle(base_name(str(settings.get("bundle", DEFAULT))))
+
+
 def open_bundle(name: str) -> Bundle:
     """The bundle of that name or folder, or the same with another reward head: `paper+runs/my-ranker`.
 

@@ -31,7 +31,6 @@ from ttmray.models.backbone import SIZES, BackboneConfig
 from ttmray.models.backbone_weights import file_config, read_support
 from ttmray.models.bundle import Bundle, BundleName, base_name, open_bundle
 from ttmray.models.loading import LoadOptions
-from ttmray.models.scoring import SAMPLE_RATE
 from ttmray.models.weights import weights_file
 from ttmray.recipes.chain import fill, merged, run_chain
 from ttmray.recipes.chain_plan import Step
@@ -185,7 +184,6 @@ class _MethodChain:
         self.shape = self._shape()
         self.score = self._score()
         own: dict[str, Any] = {"bundle": config.bundle, "reward_text": config.reward_text}
-        own["pad_to"] = round(self.bundle.clip_s * SAMPLE_RATE)
         self.candidates = merged(own, config.candidates)
         self.hearing = Hearing(config.bundle, config.reward_text, config.others, config.measure)
         self._add_sources()

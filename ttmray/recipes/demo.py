@@ -123,9 +123,7 @@ def corpus_config(config: DemoConfig, root: Folder) -> CorpusConfig:
         UserError: a section that is wrong.
     """
     bundle = open_bundle(config.bundle)
-    seconds = bundle.clip_s
     small: dict[str, Any] = {
-        "segments": {"clip_s": seconds, "min_s": min(5.0, seconds)},
         "unit_clips": 10,  # small units, so that a small folder shows several
         "splits": {"validation": 2, "test": 2},
         "max_failures": 5,
