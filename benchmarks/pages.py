@@ -67,7 +67,7 @@ PAGES = (
 SERVE = "serve --bundle debug --port 0 --output runs/serve"
 
 
-def made(page: Page, folder: Path) -> Path:
+def file_of(page: Page, folder: Path) -> Path:
     """The file of a page, which is made where it is missing."""
     if page.command and not (folder / page.path).exists():
         words = shlex.split(page.command)
@@ -134,7 +134,7 @@ def width_of(path: Path, width: int, work: Path) -> int:
 
 
 def sheet(pictures: dict[str, Image.Image], shown: int, tall: int) -> Image.Image:
-    """Named pictures side by side, each ``shown` pixels wide and at most `tall` high, six in a row or four."""
+    """Named pictures side by side, each `shown` pixels wide and at most `tall` high, six in a row or four."""
     columns, gap, title = (4 if shown > 300 else 6), 10, 16
     small = {
         name: one.resize((shown, one.height * shown // one.width), Image.LANCZOS) for name, one in pictures.items()
@@ -161,7 +161,7 @@ def main() -> int:
     wide = 0
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        files = {page.name: made(page, typed.folder) for page in PAGES}
+        files = {page.name: file_of(page, typed.folder) for page in PAGES}
         files["try-out"] = work / "try-out.html"
         with serving(typed.folder) as tryout, urlopen(tryout) as answer:  # it forbids to be shown in a frame
             files["try-out"].write_bytes(answer.read())
