@@ -157,7 +157,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, theme
             x, y = (np.array(column, float) for column in zip(*places, strict=True))
             dots: dict[str, Any] = {"marker": "os^D"[i % 4], "ms": 3.5} if len(x) < 30 else {}
             axes.plot(x, y, lw=1.5, color=colour(i, theme), label=f" {name}", **dots)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are no half updates
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # there are no half updates
         axes.set_xlabel(over)
         axes.set_ylabel(what)
         if len(lines) > 1:
