@@ -115,7 +115,7 @@ def _clips(path: str, split: str) -> Iterator[NpzClip]:
     files = len(list(folder.glob("*.npz")))
     if files != len(rows):
         way_out = (
-            "Extract the rest." if files < len(rows) else f"Give each a row of {table.name}, or remove the others."
+            "Extract the rest." if files < len(rows) else f"Name each in {table.name}, or remove the others."
         )
         raise UserError(f"{folder} has {files} .npz files, {table.name} {len(rows)} rows.", way_out)
     for i, (place, row) in enumerate(rows):
