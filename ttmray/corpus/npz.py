@@ -114,9 +114,7 @@ def _clips(path: str, split: str) -> Iterator[NpzClip]:
     rows = list(read_rows(str(table), {"id", "caption"}))
     files = len(list(folder.glob("*.npz")))
     if files != len(rows):
-        way_out = (
-            "Extract the rest." if files < len(rows) else f"Name each in {table.name}, or remove the others."
-        )
+        way_out = "Extract the rest." if files < len(rows) else f"Name each in {table.name}, or remove the others."
         raise UserError(f"{folder} has {files} .npz files, {table.name} {len(rows)} rows.", way_out)
     for i, (place, row) in enumerate(rows):
         match = _CLIP.fullmatch(str(row.get("id", "")).strip())
