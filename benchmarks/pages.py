@@ -134,12 +134,10 @@ def width_of(path: Path, width: int, work: Path) -> int:
 
 
 def sheet(pictures: dict[str, Image.Image], shown: int, tall: int) -> Image.Image:
-    """Named pictures side by side, each ``shown` pixels wide and at most `tall` high, six in a row or four."""
+    """Named pictures side by side, each `shown` pixels wide and at most `tall` high, six in a row or four."""
     columns, gap, title = (4 if shown > 300 else 6), 10, 16
-    small = {
-        name: one.resize((shown, one.height * shown // one.width), Image.Resampling.LANCZOS)
-        for name, one in pictures.items()
-    }
+    sizes = {name: (shown, one.height * shown // one.width) for name, one in pictures.items()}
+    small = {name: one.resize(sizes[name], Image.Resampling.LANCZOS) for name, one in pictures.items()}
     small = {name: one.crop((0, 0, shown, min(one.height, tall))) for name, one in small.items()}
     height = max(one.height for one in small.values())
     rows = -(-len(small) // columns)

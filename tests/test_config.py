@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttmray import presets
 from ttmray.config import (
     Config,
     IdentityPart,
@@ -21,7 +23,10 @@ from ttmray.config import (
 )
 from ttmray.corpus.config import CorpusConfig
 from ttmray.errors import UserError
+from ttmray.evaluation.config import EvaluateConfig
 from ttmray.generation.config import GenerateConfig
+from ttmray.recipes.ablation_config import AblateConfig
+from ttmray.recipes.reproduce_config import ReproduceConfig
 from ttmray.training.config import ModelConfig
 
 PATHS = ("input=songs", "output=run", "bundle=debug")
@@ -442,3 +447,25 @@ def test_a_file_may_choose_the_null_score_by_the_name_of_its_field(tmp_path):
 def test_a_bundle_whose_name_no_file_can_have_is_no_bundle():
     with pytest.raises(UserError, match="there is no bundle"):
         load("bundle=" + "x" * 300)
+
+
+def test_what_a_preset_names_below_configs_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "configs/debug/prompts.csv"
+    places = [load_config(ReproduceConfig, "debug/reproduce").prompts]
+    named = load_config(AblateConfig, "debug/ablate").prompts  # which its steps take as it is
+    places.append(load_config(EvaluateConfig, None, ("folders=[x]", f"prompts={named}")).prompts)
+    for place in places:
+        assert Path(str(place)).samefile(presets.FOLDER / "debug/prompts.csv")
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("a slow waltz\n")
+    assert presets.shipped(name) == name, "the working folder's comes first"
+    for other in (
+        "configs/debug/nothing.csv",
+        "configs",
+        "configs/../config.py",
+        "debug/prompts.csv",
+        "s3://configs/x",
+    ):
+        assert presets.shipped(other) == other

@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ttmray.errors import UserError
-from ttmray.presets import config_file
+from ttmray.presets import config_file, shipped
 from ttmray.storage import absolute, read_file
 from ttmray.yaml_text import read_override, read_yaml
 
@@ -54,7 +54,7 @@ def added(default: Any, **constraints: Any) -> Any:
 
 def _located(value: str) -> str:
     try:
-        return absolute(value)
+        return absolute(shipped(value))
     except UserError as error:
         raise ValueError(f"{error.message} {error.hint}") from error
 
@@ -62,8 +62,8 @@ def _located(value: str) -> str:
 Location = Annotated[str, AfterValidator(_located), WithJsonSchema({"type": "string", "format": "path"})]
 """Where a file or folder is: a local path or a URI; absolute once it is in a config, because workers run elsewhere.
 
-What is relative is so to the folder in which the command runs, wherever it was written; `~` is the home folder. Empty
-text, and a scheme alone, are refused.
+What is relative is so to the folder in which the command runs, wherever it was written; `~` is the home folder. A file
+of `configs/` that is not there is the package's. Empty text, and a scheme alone, are refused.
 """
 
 

@@ -155,7 +155,8 @@ def explained(what: str) -> Iterator[None]:
         UserError: for those.
     """
     # each of its five retries would be two lines before the one that says it
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    for name in ("utils._http", "hf_api"):  # the second one says that nothing has changed
+        logging.getLogger(f"huggingface_hub.{name}").setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:

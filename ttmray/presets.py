@@ -13,6 +13,16 @@ def presets() -> dict[str, Path]:
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
+def shipped(path: str) -> str:
+    """A file below `configs/` that presets name, such as `configs/debug/prompts.csv`: the package's, unless the working
+    folder has one. Any other path as it is."""
+    top, _, name = path.partition("/")
+    if top != FOLDER.name or not name or ".." in name.split("/") or Path(path).exists():
+        return path
+    file = FOLDER / name
+    return str(file) if file.is_file() else path
+
+
 _COMMANDS = {
     "corpus": "score-corpus",
     "stage1": "train-sft",
@@ -50,9 +60,9 @@ def config_file(path: str) -> str:
 
     if is_remote(path) or Path(path).expanduser().exists():
         return path
-    shipped = presets()
-    if path in shipped:
-        return str(shipped[path])
+    known = presets()
+    if path in known:
+        return str(known[path])
     if Path(path).is_absolute() or Path(path).suffix or not path:
         return path  # whoever reads it says what is wrong with it
-    raise UserError(f"{path}: there is no such file, and no preset of that name.", f"Presets: {', '.join(shipped)}.")
+    raise UserError(f"{path}: there is no such file, and no preset of that name.", f"Presets: {', '.join(known)}.")

@@ -77,7 +77,8 @@ def test_what_was_stored_is_what_was_extracted(layout):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("row", "4 .npz files"),
+        ("row", "Extract the rest"),
+        ("file", "remove the others"),
         ("nan", "not finite"),
         ("shape", "has the shape"),
         ("cut", "cannot be read"),
@@ -89,7 +90,9 @@ def test_what_was_stored_is_what_was_extracted(layout):
 def test_what_does_not_fit_is_named(layout, change: str, message: str):
     table, first = layout / "train-npz.tsv", layout / "train-npz/0.npz"
     content: dict[str, Any] = arrays(0)
-    if change == "row":
+    if change == "file":
+        (first.parent / "other.npz").touch()
+    elif change == "row":
         table.write_text(table.read_text() + "99_0\tmore\n")
     elif change == "id":
         table.write_text(table.read_text().replace("1085700_0", "../x_0"))
@@ -102,5 +105,6 @@ def test_what_does_not_fit_is_named(layout, change: str, message: str):
     else:
         content |= {"mean": content["mean"] * np.nan if change == "nan" else content["mean"][0]}
         np.savez(first, **content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as caught:
         import_npz(str(layout / "train-npz"), str(layout / "corpus"), bundle="debug-16k")
+    assert message in str(caught.value)

@@ -377,10 +377,10 @@ def test_bad_input_is_found_before_anything_is_loaded_or_written(prompts, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/x.zip", "."])
+@pytest.mark.parametrize("path", ["s3://bucket/x.zip", ".", "prompts.csv"])
 def test_an_archive_that_cannot_be_written_is_found_before_any_clip_is_made(prompts, tmp_path, idle, path):
     config = load_config(GenerateConfig, None, [f"prompts={prompts}", f"output={tmp_path / 'run'}"])
-    with pytest.raises(UserError, match="is not a local file"):
+    with pytest.raises(UserError, match=r"is not a local file|does not end in \.zip"):
         generate(config, zip_to=path)
     assert not (tmp_path / "run").exists()
 

@@ -1,7 +1,9 @@
 """Pushing to a stand-in of the hub by its own client, and using what lies there."""
 
 import json
+import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from ttmray.config import load_config
 from ttmray.console import console
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.job import score_corpus
+from ttmray.corpus.look import sample
 from ttmray.corpus.verify import problems
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.models.backbone_weights import METADATA, debug_backbone
@@ -34,6 +37,7 @@ from ttmray.models.published import published
 from ttmray.models.tunejury import debug_tunejury
 from ttmray.recipes.push import push
 from ttmray.storage import Folder
+from ttmray.training.export import inspect
 
 
 @pytest.fixture
@@ -90,6 +94,9 @@ def test_a_weights_file_is_pushed_and_makes_the_same_clip_from_the_hub(hub, weig
     assert remote.row["sha256"] == local.row["sha256"]
     assert remote.row["weights"] == local.row["weights"], "where weights lie decides nothing"
     assert studio.checkpoint == "hf://org/mine"
+    assert pickle.loads(pickle.dumps(studio)).checkpoint == studio.checkpoint  # noqa: S301
+    described = inspect("hf://org/mine")
+    assert described["parameters"] == inspect(str(weights))["parameters"], "a repository stands for its weights"
 
 
 def test_generate_takes_a_checkpoint_of_the_hub_offline_once_it_is_here(hub, weights, tmp_path, monkeypatch):
@@ -131,17 +138,19 @@ def test_a_released_file_under_its_own_name_keeps_its_licence(hub, tmp_path):
         push(str(released), "org/copy", bundle="debug", license="mit")
 
 
-def test_a_card_that_is_there_is_kept_until_it_is_to_be_replaced(hub, weights):
+def test_a_card_that_is_there_is_kept_until_it_is_to_be_replaced(hub, weights, caplog):
     push(str(weights), "org/mine", bundle="debug")
     files = hub.repos["models", "org/mine"].files
     files["README.md"] = b"by hand"
-    push(str(weights), "org/mine", bundle="debug")
+    with caplog.at_level(logging.WARNING, "huggingface_hub"):
+        push(str(weights), "org/mine", bundle="debug")
+    assert not caplog.records, "that nothing has changed is no warning"
     assert files["README.md"] == b"by hand"
     push(str(weights), "org/mine", bundle="debug", new_card=True)
     assert files["README.md"] != b"by hand"
 
 
-def test_a_corpus_is_whole_on_the_hub_and_tells_nothing_of_this_machine(hub, corpus):
+def test_a_corpus_is_whole_on_the_hub_and_tells_nothing_of_this_machine(hub, corpus, tmp_path):
     assert push(str(corpus), "org/songs", name="Songs") == EXIT_OK
     repo = hub.repos["datasets", "org/songs"]
     assert list(problems(Folder.at("hf://datasets/org/songs"))) == []
@@ -149,6 +158,8 @@ def test_a_corpus_is_whole_on_the_hub_and_tells_nothing_of_this_machine(hub, cor
     assert [name for name, data in repo.files.items() if here in data] == []
     assert [name for name in repo.commits[-1]["added"] if name == "_SUCCESS.json"], "last of all"
     assert len(ttmray.open_corpus("hf://datasets/org/songs")) == 2
+    with pytest.raises(UserError, match="a corpus does not hold"):
+        sample("hf://datasets/org/songs", 1, 0, str(tmp_path / "page"))
     sent = len(repo.commits)
     push(str(corpus), "org/songs", name="Songs")
     assert len(repo.commits) == sent, "what is there is not sent again"

@@ -1,6 +1,7 @@
 """The page of a chain or a training run: what it says, and that it is whole at every width and in both themes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from ttmray.cli import main
 from ttmray.config import Config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK
+from ttmray.evaluation import plots
 from ttmray.evaluation.results import Results
 from ttmray.recipes.chain import run_chain
 from ttmray.recipes.chain_plan import Step
@@ -150,3 +152,12 @@ def _columns() -> list[str]:
     from ttmray.generation.manifest import SCHEMA
 
     return list(SCHEMA.names)
+
+
+@pytest.mark.parametrize("steps", [(4,), (2, 4, 6)])
+def test_an_axis_of_updates_has_no_half_ones(steps):
+    svg = plots.curves({"loss": [(step, 2.0) for step in steps]}, "loss by update", "light").decode()
+    texts = re.findall(r">([\d.]+)</text>|<!-- ([\d.]+) -->", svg)
+    below = [one or other for one, other in texts if float(one or other) > 2.2 or float(one or other) < 1.8]
+    assert below, "no ticks were read"
+    assert all(float(text).is_integer() for text in below), below

@@ -111,7 +111,7 @@ class LoadedBundle:
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it is loaded there."""
         options = self._options
-        return _loaded, (self.name, options.device, options.batch, options.threads, self._cache)
+        return _loaded, (self.name, options.device, options.batch, options.threads, self._cache, self.checkpoint)
 
     @property
     def clip_s(self) -> float:
@@ -327,8 +327,12 @@ def _captions(captions: str | Sequence[str] | None, count: int) -> list[str]:
     return texts
 
 
-def _loaded(name: str, device: str, batch: int, threads: int, cache: str | None) -> LoadedBundle:
-    return load(name, device=device, batch=batch, threads=threads, cache=cache)
+def _loaded(
+    name: str, device: str, batch: int, threads: int, cache: str | None, checkpoint: str | None
+) -> LoadedBundle:
+    studio = load(name, device=device, batch=batch, threads=threads, cache=cache)
+    studio.checkpoint = checkpoint
+    return studio
 
 
 def _channels(stem: np.ndarray, channels: int) -> np.ndarray:

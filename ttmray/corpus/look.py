@@ -219,6 +219,12 @@ def sample(folder: str, n: int, seed: int, out: str) -> int:
     target.mkdir(parents=True, exist_ok=True)
     clips = []
     for row in table.take(chosen).to_pylist():
+        if not root.exists(row["source"]):
+            raise UserError(
+                f"{root.path(row['source'])} is not there: clips of the page are cut from the songs, which a corpus "
+                "does not hold.",
+                "Run it where the songs are.",
+            )
         with root.open(row["source"]) as file:
             audio, rate = audio_io.decode(file, AudioLimits(min_duration_s=0.0), row["source"])
         start = round(row["start_s"] * rate)

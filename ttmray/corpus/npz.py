@@ -114,7 +114,8 @@ def _clips(path: str, split: str) -> Iterator[NpzClip]:
     rows = list(read_rows(str(table), {"id", "caption"}))
     files = len(list(folder.glob("*.npz")))
     if files != len(rows):
-        raise UserError(f"{folder} has {files} .npz files, {table.name} {len(rows)} rows.", "Extract the rest.")
+        way_out = "Extract the rest." if files < len(rows) else f"Name each in {table.name}, or remove the others."
+        raise UserError(f"{folder} has {files} .npz files, {table.name} {len(rows)} rows.", way_out)
     for i, (place, row) in enumerate(rows):
         match = _CLIP.fullmatch(str(row.get("id", "")).strip())
         track, number = (match[1], int(match[2])) if match else (str(row.get("id", "")).strip(), 0)

@@ -116,9 +116,11 @@ def check_zip(path: str) -> Path:
     """The local file that an archive can be written to.
 
     Raises:
-        UserError: `path` is remote or a folder.
+        UserError: `path` is remote or a folder, or does not end in .zip.
     """
     target = Path(absolute(path))
+    if not target.is_dir() and target.suffix.lower() != ".zip":  # a slip would replace the table of prompts
+        raise UserError(f"zip: {path} does not end in .zip.", "Give a path such as submission.zip.")
     if is_remote(path) or target.is_dir():
         raise UserError(f"zip: {path} is not a local file.", "Give a path such as submission.zip.")
     return target

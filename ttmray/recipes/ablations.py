@@ -25,6 +25,7 @@ from ttmray.generation.prompts import read_prompts
 from ttmray.models.bundle import means_nothing
 from ttmray.models.cross_load import SHARED, cross_load
 from ttmray.models.score_heads import Head
+from ttmray.presets import shipped
 from ttmray.recipes import published
 from ttmray.recipes.ablation_config import AblateConfig, CellConfig, SweepConfig
 from ttmray.recipes.ablation_pages import page, render_table
@@ -98,7 +99,7 @@ class AblationPlan:
     """
 
     def __init__(self, config: AblateConfig) -> None:
-        self.config = config.model_copy(update={"prompts": absolute(config.prompts)})
+        self.config = config.model_copy(update={"prompts": absolute(shipped(config.prompts))})
         self.root = Folder.at(config.output)
         self.cells: dict[str, Step] = {}
         """Cell -> its generation, whose config says all but the reference set; cells of finished clips have none."""
@@ -220,7 +221,7 @@ class AblationPlan:
         if checkpoint not in self.config.checkpoints:
             known = ", ".join(self.config.checkpoints)
             raise UserError(f"{table}: there is no checkpoint {checkpoint!r}.", f"Checkpoints: {known}.")
-        prompts = self.config.prompts if prompts is None else absolute(prompts)
+        prompts = self.config.prompts if prompts is None else absolute(shipped(prompts))
         own = self._own_head(checkpoint)
         if head is not None and own is not None and head != own and not {head, own} <= set(SHARED):
             raise UserError(

@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ttmray import hub
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.backbone import BackboneConfig, FluxAudio
@@ -125,6 +126,7 @@ def inspect(path: str) -> dict[str, Any]:
     Raises:
         UserError: not there, damaged, or no weights.
     """
+    path = hub.file_of(path)
     if path.endswith(".safetensors"):
         data = read_file(path)
         tensors, about = unpack(data, path)
