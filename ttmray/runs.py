@@ -65,6 +65,15 @@ def kind_of(run: Folder, known: Sequence[str]) -> str:
     return kind if kind in known else known[0]
 
 
+def sound(run: Folder) -> bool:
+    """Whether `run.json` is there and describes a run."""
+    try:
+        record = read_json(run.read(RUN))
+        return bool(record["fingerprint"] == fingerprint(record["identity"]))
+    except (UserError, ValueError, KeyError, TypeError):
+        return False
+
+
 def write(run: Folder, described: dict[str, Any]) -> bool:
     """Write `run.json` unless there is one; whether it was written."""
     return run.create(RUN, json.dumps(described, indent=1).encode())

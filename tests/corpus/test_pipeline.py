@@ -1,5 +1,6 @@
 """The runners: whoever runs the stages, in whatever layout, the index and the shards are the same."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_the_layout_of_processes_does_not_change_the_index(
     """Group by group with Arrow tables in between, as Ray's actors do it."""
     config = make_config(songs, tmp_path / "run", f"runtime.fuse={fuse}")
     job, _, units = prepare(config)
+    job = replace(job, run=json.loads((finished_run / "run.json").read_text())["fingerprint"])
     made = [StageWorker(job.to_json(), name, stages) for name, stages in layout(config, gpus=1)]
     for unit in units:
         table = unit.to_table()

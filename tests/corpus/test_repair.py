@@ -88,16 +88,59 @@ def test_an_unfinished_run_goes_on_over_damage_and_ends_as_an_undisturbed_one(
     assert content(run) == content(finished_run)
 
 
-def test_an_unfinished_run_whose_description_is_lost_is_started_in_a_new_folder(
-    run, finished_run, songs, make_config, tmp_path
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("damage", ["deleted", "unreadable text", "of another run"])
+def test_a_run_whose_description_and_its_copy_are_lost_is_known_by_its_units(
+    run, finished_run, other_run, songs, make_config, damage, finished
+):
+    before = {path.name: path.stat().st_mtime_ns for path in run.glob("shards/*")}
+    damaged(run, "run.json", damage, other_run)
+    damaged(run, "_SUCCESS.json", "cut" if finished else "deleted", other_run)
+    if not finished:
+        (run / "index/u000000.parquet").unlink()
+        before = {name: time for name, time in before.items() if not name.startswith("u000000")}
+    assert found(run)
+    with pytest.raises(UserError, match="belongs to another run"):
+        score_corpus(make_config(songs, run, "splits.seed=9"))
+    assert score_corpus(make_config(songs, run)) == EXIT_OK
+    after = {path.name: path.stat().st_mtime_ns for path in run.glob("shards/*")}
+    assert before.items() <= after.items(), "other units were made again, too"
+    assert found(run) == []
+    described = ("run.json", "_SUCCESS.json")  # the output of the copied run was another folder
+    assert content(run, described) == content(finished_run, described)
+    one, other = (json.loads((folder / "run.json").read_text()) for folder in (run, finished_run))
+    assert one["identity"] == other["identity"]
+
+
+def test_a_run_of_an_older_version_whose_description_is_lost_is_started_in_a_new_folder(
+    run, finished_run, songs, make_config, tmp_path, monkeypatch
 ):
     (run / "_SUCCESS.json").unlink()
     (run / "run.json").write_bytes(b"{")
+    for file in run.glob("index/*"):  # whose units do not name their run
+        rows, metadata = index.from_bytes(file.read_bytes(), file.name)
+        del metadata["run"]
+        file.write_bytes(index.to_bytes(rows.to_pylist(), metadata))
     with pytest.raises(UserError, match="describes no corpus run") as caught:
         score_corpus(make_config(songs, run))
     assert "choose an empty or new folder" in caught.value.hint
     assert score_corpus(make_config(songs, tmp_path / "new")) == EXIT_OK
     assert content(tmp_path / "new").keys() == content(finished_run).keys()
+
+
+def test_a_unit_of_another_run_of_the_same_songs_is_found_and_made_again(
+    run, finished_run, songs, make_config, tmp_path
+):
+    assert score_corpus(make_config(songs, tmp_path / "quiet", "silence_dbfs=-59")) == EXIT_OK
+    for folder in ("index", "shards", "captions"):
+        for file in (*run.glob(f"{folder}/u000001*"), *(tmp_path / "quiet").glob(f"{folder}/u000001*")):
+            target = run / folder / file.name
+            file.unlink() if file == target else shutil.copy(file, target)
+    assert "unit u000001 is of another run" in found(run)
+    (run / "_SUCCESS.json").unlink()
+    assert score_corpus(make_config(songs, run)) == EXIT_OK
+    assert found(run) == []
+    assert content(run) == content(finished_run)
 
 
 def test_repair_makes_again_what_only_a_hash_of_everything_finds(run, finished_run, other_run, monkeypatch, capsys):

@@ -75,7 +75,7 @@ class CorpusJob(Job):
             **({} if (peak := config.latent_peak) is None else {Gain: lambda _: Gain(peak, config.silence_dbfs)}),
             Encode: lambda models: Encode(models.latents, config.runtime.batch),
             Text: Text,
-            write: lambda _: write(Folder.at(config.output), columns),
+            write: lambda _: write(Folder.at(config.output), columns, self.run),
         }
         order = list(makers)
         for stage, options in extra:

@@ -19,12 +19,12 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import More, finalise, summary_lines
 from ttmray.corpus.plan import PLAN_FILE, PLAN_FILES, Plan, build_plan, derived_numbers, plan_difference, replaced
 from ttmray.corpus.plan_lines import catalogue_lines, plan_lines
-from ttmray.corpus.repair import existing_run, forget_damaged
+from ttmray.corpus.repair import existing_run, forget_damaged, take_back
 from ttmray.corpus.track import Track
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Unit
 from ttmray.corpus.unit_log import UnitLog
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
-from ttmray.inventory import read_marker, restore_run
+from ttmray.inventory import read_marker
 from ttmray.json_text import as_read
 from ttmray.models.bundle import ROLES, Bundle, means_nothing, open_bundle
 from ttmray.models.protocol import SEPARATION
@@ -56,12 +56,12 @@ def score_corpus(
     bundle = open_bundle(config.bundle)
     existing = existing_run(run, "corpus", beside=PLAN_FILES)
     plan, catalogue_digest = _plan(config, run, existing)
-    if plan_only and existing is None:  # before the weights are here, too
+    if plan_only and existing is None and not index.committed_units(run):  # before the weights are here, too
         _show_plan(plan, config, run, bundle)
         return EXIT_OK
     described = _describe(config, plan, bundle, catalogue_digest)
+    existing = take_back(run, described, existing)
     if existing is not None:
-        existing = restore_run(run, "corpus", described["fingerprint"]) or existing
         _check_same(run, existing, described, plan)
         described = existing  # as it was written
     if plan_only:
@@ -89,7 +89,7 @@ def score_corpus(
         from ttmray.corpus import pipeline, ray_runner
         from ttmray.corpus.assembly import CorpusJob
 
-        job = CorpusJob(config.model_dump_json(), plan.root, described["protocol_id"])
+        job = CorpusJob(config.model_dump_json(), plan.root, described["protocol_id"], described["fingerprint"])
         (ray_runner.run_ray if config.runtime.runner == "ray" else pipeline.run_local)(job, units, done)
 
     return carry_out(run, plan, described, todo, work, config.max_failures, started)

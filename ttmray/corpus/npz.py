@@ -89,7 +89,7 @@ def import_npz(train: str, out: str, *, validation: str | None = None, test: str
     else:
         runs.write(run, described)
         plan.save(run)
-    write, done = WriteLatents(run), set(index.committed_units(run))
+    write, done = WriteLatents(run, fingerprint=described["fingerprint"]), set(index.committed_units(run))
     units = list(plan.units())
     with meter("units", len(units)) as progress:
         for name, tracks in units:

@@ -6,7 +6,9 @@ and the catalogue, and is written again by the end of the job.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 from ttmray import inventory, runs
@@ -24,12 +26,55 @@ _OF_UNIT = re.compile(rf"(?:{index.INDEX}/([^/]+)\.parquet|(?:{shards.SHARDS}|{s
 def existing_run(run: Folder, kind: str, beside: Collection[str]) -> dict[str, Any] | None:
     """`runs.existing`, after `run.json` was written again from its copy where it was lost.
 
+    Returns:
+        None, too, where the copy is lost as well, and units say which run they are of: see `take_back`.
+
     Raises:
         UserError: as there.
     """
     if restore_run(run, kind) is not None:
         console.print(f"{RUN} is missing or damaged; it is made again", style="yellow")
-    return runs.existing(run, kind, beside)
+    return runs.existing(run, kind, beside) if runs.sound(run) or not _run_of_units(run) else None
+
+
+def take_back(run: Folder, described: dict[str, Any], existing: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`run.json` of the run that the command describes; written again where it and its copy are lost, or those of
+    another run, and units say that they are of this one.
+
+    Args:
+        existing: of `existing_run`.
+
+    Returns:
+        None in a new folder; `existing` where another run was there before.
+
+    Raises:
+        UserError: nothing but its units says what run it is, and they are of another one.
+    """
+    restored = existing and restore_run(run, described["kind"], described["fingerprint"])
+    if restored or (existing and existing["fingerprint"] == described["fingerprint"]):
+        return restored or existing
+    if not (said := _run_of_units(run)):
+        return existing
+    if said != described["fingerprint"]:
+        if existing:
+            return existing
+        raise UserError(
+            f"{run} belongs to another run: {RUN} and its copy are lost, and its units are not of this run.",
+            "Choose a new output folder, or restore the old settings and inputs to go on with this one.",
+        )
+    console.print(f"{RUN} is lost, and its copy; all units are of this run, so it is made again", style="yellow")
+    inventory.clear(run, RUN)
+    runs.write(run, described)
+    return described
+
+
+def _run_of_units(run: Folder) -> str:
+    """Fingerprint of the run that most of the first units name; empty where none does, as older versions did not."""
+    said = Counter[str]()
+    for name in index.committed_units(run)[: index.BLOCK]:
+        with suppress(UserError):  # a damaged one, of which `forget_damaged` speaks
+            said.update(metadata["run"] for _, metadata in index.read_units(run, [name]) if "run" in metadata)
+    return said.most_common(1)[0][0] if said else ""
 
 
 def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool = False) -> None:
@@ -54,7 +99,8 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
     if everything or not sealed or unlisted:
         known = {problem.name for problem in damaged}
         lost = unlisted or (not sealed and run.exists(SUCCESS))
-        damaged += [problem for problem in _unit_damage(run, plan, everything, lost) if problem.name not in known]
+        units_damage = _unit_damage(run, plan, fingerprint, everything, lost)
+        damaged += [problem for problem in units_damage if problem.name not in known]
     try:
         Plan.load(run)
     except UserError as error:
@@ -75,7 +121,7 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
         inventory.clear(run, SUCCESS)  # last: whoever is killed before finds the same damage again
 
 
-def _unit_damage(run: Folder, plan: Plan, every_hash: bool, small_hashes: bool) -> list[Damage]:
+def _unit_damage(run: Folder, plan: Plan, fingerprint: str, every_hash: bool, small_hashes: bool) -> list[Damage]:
     """Committed units that do not fit the plan, or whose files are not those that their index files describe.
 
     Args:
@@ -96,7 +142,9 @@ def _unit_damage(run: Folder, plan: Plan, every_hash: bool, small_hashes: bool) 
         except UserError as error:
             wrong.append(Damage(file, error.message.removeprefix(f"{run.path(file)} ")))
             continue
-        if set(plan.of([name]).table["track_id"].to_pylist()) != set(rows["track_id"].to_pylist()):
+        if metadata.get("run", fingerprint) != fingerprint:
+            wrong.append(Damage(file, "is of another run"))
+        elif set(plan.of([name]).table["track_id"].to_pylist()) != set(rows["track_id"].to_pylist()):
             wrong.append(Damage(file, "its tracks are not those that the plan has in this unit"))
         for path, facts in metadata["files"].items():
             if sizes.get(path) != facts["bytes"]:

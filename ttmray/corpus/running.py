@@ -36,11 +36,13 @@ class Job(ABC):
         config: of the run, as JSON.
         root: folder of the songs; empty where there are none.
         protocol: name of the scores' protocol.
+        run: fingerprint of the run, which its units name.
     """
 
     config: str
     root: str
     protocol: str
+    run: str = ""
 
     def to_json(self) -> str:
         return json.dumps({"job": f"{type(self).__module__}:{type(self).__qualname__}", **asdict(self)})

@@ -358,14 +358,15 @@ class Write(Stage):
     Args:
         run: the run folder.
         columns: of the index beside its own.
+        fingerprint: of the run, which every unit names.
     """
 
     name, scope, resources = "write", "unit", "write"
     arrays: ClassVar[tuple[str, ...]] = ("clap_audio", "latent_mean", "latent_std", "mert")
     reads: ClassVar[tuple[str, ...]] = (*arrays, "texts")
 
-    def __init__(self, run: Folder, columns: Mapping[str, pa.DataType] | None = None) -> None:
-        self.run, self.further = run, columns
+    def __init__(self, run: Folder, columns: Mapping[str, pa.DataType] | None = None, fingerprint: str = "") -> None:
+        self.run, self.further, self.fingerprint = run, columns, fingerprint
 
     def __call__(self, unit: Unit) -> Unit:
         rows = unit.ok_rows()
@@ -374,6 +375,8 @@ class Write(Stage):
             if row["reward_score"] is not None:  # latents of others have no rewards
                 by_track.setdefault(row["track_id"], []).append(row["reward_score"])
         metadata: dict[str, Any] = {"unit": unit.name, "files": {}, "latents": {}}
+        if self.fingerprint:
+            metadata["run"] = self.fingerprint
         for row in rows:
             rewards = by_track.get(row["track_id"])
             row.update(stage=self.name, track_reward_score=float(np.mean(rewards)) if rewards else None)

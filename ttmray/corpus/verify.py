@@ -31,7 +31,7 @@ def problems(run: Folder) -> Iterator[str]:
     its kind and is finite; every caption of a clip has its text features; no files that no index describes; the merged
     index equals the units' rows, and says of latents and text features where in the files they really lie.
     """
-    damaged = yield from _damage(run)
+    damaged, fingerprint = yield from _damage(run)
     try:
         plan = Plan.load(run)
     except UserError as error:
@@ -43,7 +43,7 @@ def problems(run: Folder) -> Iterator[str]:
     yield from (f"unit {name} is committed and not planned" for name in committed if name in unplanned)
     done, whole, shapes, described = inventory.finished(run), Whole(run), Shapes(), set[str]()
     needed, captions = set[str](), set[str]()
-    for units, block in check_units(run, committed):
+    for units, block in check_units(run, committed, fingerprint):
         yield from block.problems
         yield from other_shapes(shapes, block.shapes)
         if not missing:
@@ -121,23 +121,24 @@ class Whole:
             yield from self._places
 
 
-def _damage(run: Folder) -> Generator[str, None, set[str]]:
+def _damage(run: Folder) -> Generator[str, None, tuple[set[str], str]]:
     """What is wrong with `run.json`, and with the files that `_SUCCESS.json` lists beside shards and captions, which
-    are read anyway; returns the names of the latter."""
+    are read anyway; returns the names of the latter, and the fingerprint of the run (empty: not known)."""
     marker = inventory.read_marker(run)
     said: dict[str, Any] | None = None
     try:
         said = runs.read(run, runs.kind_of(run, KINDS))
     except UserError as error:
         yield error.message
+    fingerprint = "" if said is None else str(said["fingerprint"])
     if marker is None:
-        return set()
+        return set(), fingerprint
     if said is not None and marker.get("fingerprint", said["fingerprint"]) != said["fingerprint"]:
         yield f"{RUN} and {SUCCESS} are of two runs"
-        return set()
+        return set(), fingerprint
     damaged = inventory.damage(run, marker, every_hash=True, leave_out=(shards.SHARDS, shards.CAPTIONS))
     yield from map(str, damaged)
-    return {problem.name for problem in damaged}
+    return {problem.name for problem in damaged}, fingerprint
 
 
 def _place_problems(merged: pa.Table, texts: pa.Table, latents: pa.Table) -> Iterator[str]:

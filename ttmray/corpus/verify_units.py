@@ -55,11 +55,12 @@ class Checked:
 
 
 def check_units(
-    run: Folder, units: Sequence[str], processes: int | None = None
+    run: Folder, units: Sequence[str], fingerprint: str = "", processes: int | None = None
 ) -> Iterator[tuple[Sequence[str], Checked]]:
     """Check units, block by block and in order: their names, and what came of them.
 
     Args:
+        fingerprint: that the units must name, where they name one; empty: any.
         processes: at most so many; default: one per CPU.
 
     Raises:
@@ -68,7 +69,7 @@ def check_units(
     blocks = [list(units[start : start + BLOCK]) for start in range(0, len(units), BLOCK)]
     count = min(processes or os.cpu_count() or 1, len(blocks))
     if len(blocks) < ALONE or count < 2:
-        yield from zip(blocks, map(check_block, repeat(run.uri), blocks), strict=True)
+        yield from zip(blocks, map(check_block, repeat(run.uri), blocks, repeat(fingerprint)), strict=True)
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     try:
@@ -76,7 +77,7 @@ def check_units(
         waiting: deque[tuple[Sequence[str], Future[Checked]]] = deque()
         for block in blocks:
             with without_main(), deaf_children():
-                waiting.append((block, pool.submit(check_block, run.uri, block)))
+                waiting.append((block, pool.submit(check_block, run.uri, block, fingerprint)))
             if len(waiting) > AHEAD * count:
                 names, result = waiting.popleft()
                 yield names, result.result()
@@ -88,8 +89,8 @@ def check_units(
         pool.shutdown(cancel_futures=True)
 
 
-def check_block(uri: str, units: Sequence[str]) -> Checked:
-    """Check some units of the run at `uri`."""
+def check_block(uri: str, units: Sequence[str], fingerprint: str = "") -> Checked:
+    """Check some units of the run at `uri`, which has this fingerprint (empty: not looked at)."""
     run, checked, rows = Folder.at(uri), Checked(), list[pa.Table]()
     latents: dict[str, dict[str, int]] = {}
     for name in units:
@@ -97,6 +98,8 @@ def check_block(uri: str, units: Sequence[str]) -> Checked:
             table, metadata = index.read_units(run, [name])[0]
             rows.append(table)
             checked.files |= metadata["files"]
+            if fingerprint and metadata.get("run", fingerprint) != fingerprint:
+                checked.problems.append(f"unit {name} is of another run")
             checked.problems += _unit_problems(run, table, metadata, checked, latents)
         except UserError as error:
             checked.problems.append(f"unit {name}: {error.message}")

@@ -30,13 +30,12 @@ from ttmray.corpus.finalise import Totals
 from ttmray.corpus.job import Done, carry_out, not_committed
 from ttmray.corpus.pipeline import whole_worker
 from ttmray.corpus.plan import PLAN_FILE, SCHEMA, Plan, pack_units, plan_difference
-from ttmray.corpus.repair import existing_run, forget_damaged
+from ttmray.corpus.repair import existing_run, forget_damaged, take_back
 from ttmray.corpus.unit import OK, Unit
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.pool_worker import CandidatesConfig, PoolJob, candidates
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
 from ttmray.generation.similar import most_similar
-from ttmray.inventory import restore_run
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
 from ttmray.models.weights import digest_file, weights_file
@@ -72,8 +71,8 @@ def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
     plan = plan_pool(prompts.chosen, config)
     described = _describe(config, plan, bundle, prompts.held_out)
     existing = existing_run(run, "pool", beside=(PLAN_FILE,))
+    existing = take_back(run, described, existing)
     if existing is not None:
-        existing = restore_run(run, "pool", described["fingerprint"]) or existing
         changes = []
         with suppress(UserError):  # no plan, or a damaged one
             changes = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
@@ -91,7 +90,7 @@ def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
         forget_damaged(run, plan, described["fingerprint"], repair)
         if not run.exists(PLAN_FILE):
             plan.save(run)
-    job = PoolJob(config.model_dump_json(), "", described["protocol_id"])
+    job = PoolJob(config.model_dump_json(), "", described["protocol_id"], described["fingerprint"])
     todo = list(not_committed(run, plan))
     for unit in todo:
         unit.rows = candidates(config, unit, job.protocol)

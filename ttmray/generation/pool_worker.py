@@ -151,7 +151,7 @@ class PoolJob(Job):
             Measure: lambda _: Measure(config.silence_dbfs),
             Judge: lambda models: Judge(config, make_scorer(config, models, threads)),
             Text: Text,
-            write: lambda _: write(Folder.at(config.output)),
+            write: lambda _: write(Folder.at(config.output), fingerprint=self.run),
         }
 
     def load(self, roles: Collection[str]) -> Models:
