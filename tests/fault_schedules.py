@@ -33,6 +33,7 @@ import soundfile
 import unruly_store
 from damages import DAMAGES, out_of_the_way
 from processes import actors, descendants, workers
+from raylets import several_nodes
 
 from ttmray import console, object_store
 from ttmray.config import load_config
@@ -57,6 +58,8 @@ COMMITS_S = 10.0
 """Who is killed after a commit is killed after so long without one, too."""
 EXACT = ("index", "shards", "captions", "stats", "plan.parquet")
 """Files that are the same to the bit."""
+NODE_S = 20.0
+"""A node is killed after so long without a commit, too: then while the job begins."""
 
 
 def make_songs(folder: Path) -> Path:
@@ -362,6 +365,36 @@ def kill_actor(world: World, chance: random.Random, run: Path) -> Outcome:
     return _killed(world, chance, run, sets, lambda driver: actors(driver, "MapWorker"))
 
 
+def kill_node(world: World, chance: random.Random, run: Path) -> Outcome:
+    """Nodes of a cluster, with all that runs there; others join before or after. The job goes on by itself."""
+    outcome = Outcome(launches=1)
+    with several_nodes(FAULT_PACE_S="0.5") as nodes, tempfile.TemporaryFile() as log:
+        alive = [nodes.add(2), nodes.add(2)]
+        job = Job(world.songs, run, "runtime.runner=ray")
+        driver = job.start(log)
+        try:
+            for _ in range(chance.randint(1, 2)):
+                before, begun = job.committed(), time.monotonic()
+                while driver.poll() is None and job.committed() == before and time.monotonic() - begun < NODE_S:
+                    time.sleep(0.01)
+                time.sleep(chance.uniform(0, 1))
+                if driver.poll() is not None:
+                    break
+                joins_first, victim = chance.random() < 0.5, chance.randrange(2)
+                if joins_first:
+                    alive.append(nodes.add(2))
+                nodes.kill(alive.pop(victim))
+                outcome.faults += 1
+                if not joins_first:
+                    alive.append(nodes.add(2))
+            code = driver.wait(timeout=560)
+            log.seek(0)
+            assert code == EXIT_OK, log.read()[-2000:].decode()
+        finally:
+            driver.kill()
+    return outcome
+
+
 Kind = Callable[[World, random.Random, Path], Outcome]
 IN_PROCESS: dict[str, Kind] = {
     "disk full": disk_full,
@@ -372,7 +405,11 @@ IN_PROCESS: dict[str, Kind] = {
     "damaged in between": damaged_between,
 }
 KILLS: dict[str, Kind] = {"kill the driver": kill_driver, "kill a worker": kill_worker}
-ON_RAY: dict[str, Kind] = {"kill the driver of Ray": kill_driver_of_ray, "kill an actor of Ray": kill_actor}
+ON_RAY: dict[str, Kind] = {
+    "kill the driver of Ray": kill_driver_of_ray,
+    "kill an actor of Ray": kill_actor,
+    "kill a node of Ray": kill_node,
+}
 
 
 def carry_out(world: World, kind: str, seed: int) -> Outcome:

@@ -1,8 +1,6 @@
 """A corpus job whose stages do nothing but wait and commit: for tests of the runner, which needs no models."""
 
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,28 +18,6 @@ from ttmray.corpus.stage import Stage
 from ttmray.corpus.unit import OK, Unit
 from ttmray.models.bundle import Models
 from ttmray.storage import Folder
-
-TESTS = Path(__file__).resolve().parent
-NODES = {
-    "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
-    "RAY_agent_register_timeout_ms": "300000",
-    "RAY_health_check_timeout_ms": "60000",
-    "RAY_worker_niceness": "0",
-    "RAY_worker_register_timeout_seconds": "600",
-}
-"""Environment of nodes: what workers import, and that a busy machine starts processes slowly, which is no death."""
-
-
-def agent_ports() -> dict[str, int]:
-    """Free ports: a raylet waits 15 s for agents that choose their own, and dies."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    sockets = [socket.socket() for _ in names]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return dict(zip(names, ports, strict=True))
 
 
 def node() -> str:

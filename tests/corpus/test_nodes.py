@@ -1,76 +1,23 @@
 """The corpus job on several nodes: real raylets, stages that only wait or calculate."""
 
 import gc
-import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from fault_schedules import Job, World, differences
-from quick_job import NODES, Runs, agent_ports
+from quick_job import Runs
+from raylets import Raylets, several_nodes
 
-from ttmray.cluster import leave
 from ttmray.corpus import ray_runner
 from ttmray.errors import UserError
 
-MIB = 2**20
-Started = TypeVar("Started")
-
-
-def patiently(start: Callable[[], Started]) -> Started:
-    """Try again what a busy machine does not do in time: a raylet gives its agents 15 s and has no option for it."""
-    for _ in range(4):
-        try:
-            return start()
-        except Exception as error:
-            if "timed out during startup" not in str(error):
-                raise
-    return start()
-
-
-def with_its_agents_port(start: Callable[..., Any]) -> Callable[..., Any]:
-    """Raylets are told all ports of their agents but one, which Ray forgets to pass on, and die if they do not learn it
-    from the agent within 15 s: little on a busy machine."""
-
-    def wrapped(command: list[str], process_type: str, *of: Any, **how: Any) -> Any:
-        if process_type == "raylet" and (port := re.search(r"--listen-port=(\d+)", " ".join(command))):
-            command = [*command, f"--dashboard_agent_listen_port={port[1]}"]
-        return start(command, process_type, *of, **how)
-
-    return wrapped
-
-
-class Raylets:
-    """A cluster on this machine, whose head takes no work."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "object_store_memory": 200 * MIB, "include_dashboard": False}
-        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | agent_ports()))
-
-    def add(self, cpus: int, gpus: int = 0) -> Any:
-        sizes = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 100 * MIB}
-        return patiently(lambda: self.cluster.add_node(**sizes, **agent_ports()))
-
-    def kill(self, node: Any) -> None:
-        self.cluster.remove_node(node, allow_graceful=False)
-
 
 @pytest.fixture
-def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raylets]:
-    from ray._private import services
-
-    leave()
-    monkeypatch.setattr(services, "start_ray_process", with_its_agents_port(services.start_ray_process))
-    for name, value in NODES.items():
-        monkeypatch.setenv(name, value)
-    raylets = Raylets()
-    monkeypatch.setenv("RAY_ADDRESS", raylets.cluster.address)
-    yield raylets
-    leave()
-    raylets.cluster.shutdown()
+def raylets() -> Iterator[Raylets]:
+    with several_nodes() as raylets:
+        yield raylets
 
 
 @pytest.mark.slow
