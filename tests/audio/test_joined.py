@@ -204,6 +204,8 @@ def test_flac_in_ogg_is_read_and_checked_like_every_ogg() -> None:
     assert audio.shape[1] / rate == pytest.approx(5.0, abs=0.05)
     np.testing.assert_allclose(audio[:, :RATE], A[:, :RATE], atol=1e-4)
     assert reason(first[: len(first) // 2]) == "truncated"
+    assert seconds(id3v2(b"x" * 3000) + first) == seconds(first)
+    assert reason(id3v2(b"x" * 3000) + first[: len(first) // 2]) == "truncated"
 
 
 @PYAV

@@ -52,7 +52,7 @@ def kind(stream: BinaryIO) -> str:
         return "WMA"
     if head[:4] == b"caff" and head[28:32] == b"alac":
         return "CAF"
-    if head[:4] == b"OggS" and head[28:33] == b"\x7fFLAC" and not begin:
+    if head[:4] == b"OggS" and head[28:33] == b"\x7fFLAC":
         return OGG_FLAC
     return "AAC" if _is_adts(head) else ""
 
