@@ -136,6 +136,21 @@ def test_a_tag_may_hold_the_first_bytes_of_any_format(format: str, size: int) ->
     assert seconds(tag + content) == pytest.approx(3.0, abs=0.1)
 
 
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("size", [30, 5_000, 20_001])
+def test_a_tag_whose_size_reaches_into_the_sound_takes_none_of_it(header: bool, size: int) -> None:
+    whole = mp3(A, header)
+    tag = id3v2(bytes(size))[:10]  # of a tag whose padding is gone
+    assert seconds(tag + whole) == pytest.approx(seconds(whole), abs=0.03)
+    assert seconds(whole + tag + whole) == pytest.approx(2 * seconds(whole), abs=0.06)
+
+
+def test_frames_in_a_tag_that_ends_before_the_sound_are_no_sound() -> None:
+    whole = mp3(A)
+    assert seconds(id3v2(mp3(B, header=False)) + whole) == seconds(whole)
+    assert seconds(id3v2(mp3(B)[:3000]) + bytes(300) + whole) == seconds(whole)
+
+
 def test_every_frame_between_many_damaged_places_is_counted_once() -> None:
     content, junk = mp3(A[:, :RATE], header=False), b"\x01\x02\x03"
     size = mpeg._Frames(content).at(0)

@@ -146,6 +146,8 @@ def walk(data: bytes) -> Walk:
         if start is None:
             rest = unexplained(data[position:])
             break
+        if start > after > position:  # the tag may say too large a size
+            start = parser.run_across(position, after, start) or start
         if not pieces:  # zeros behind a tag are its padding
             lead = start - after if not after else len(data[after:start].lstrip(b"\0"))
         elif after == position:  # no tag, so it was sound
@@ -237,6 +239,18 @@ class _Frames:
         for match in _SYNC.finditer(self.data, position, len(self.data) if end is None else end):
             if self.is_run(match.start()):
                 return match.start()
+        return None
+
+    def run_across(self, begin: int, end: int, start: int) -> int | None:
+        """Start of the frames between `begin` and `end` that reach over `end`, to the frame at `start`; or None."""
+        position = begin
+        while (first := self.next_run(position, end)) is not None:
+            position = first
+            while position < end and (frame := self.at(position)) is not None:
+                position += frame[0]
+            if position == start:
+                return first
+            position = max(position, first + 1)
         return None
 
     def _free_format(self, header: bytes, position: int, kind: Kind) -> tuple[int, Kind] | None:
