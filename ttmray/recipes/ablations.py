@@ -53,7 +53,7 @@ from ttmray.recipes.needs import (
     weights_file_there,
 )
 from ttmray.recipes.sweep import readings, sweep_notes
-from ttmray.storage import Folder, absolute, local_file
+from ttmray.storage import Folder, absolute, local_file, name_problem
 from ttmray.training.config import TrainConfig
 
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
@@ -478,4 +478,5 @@ def _digests_of_clips(folder: str, prompts: str) -> dict[str, str]:
     """Name -> hash of the clips of a folder; empty where they are no use, which their evaluation says."""
     if problem(Need(clips_there, (folder, prompts))) is not None:
         return {}
-    return {name: sha256(Folder(folder).read(name)).hexdigest() for name in audio_files(Folder(folder))}
+    names = [name for name in audio_files(Folder(folder)) if not name_problem(name)]
+    return {name: sha256(Folder(folder).read(name)).hexdigest() for name in names}
