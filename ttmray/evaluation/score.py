@@ -125,7 +125,7 @@ def pieces_of(path: str, clip_s: float) -> Iterator[Reading]:
         yield reading
 
 
-class Sound(NamedTuple):
+class NamedFile(NamedTuple):
     """A file to be scored; `problem`: why its name cannot be used, "" where it can."""
 
     path: str
@@ -133,7 +133,7 @@ class Sound(NamedTuple):
     problem: str = ""
 
 
-def sounds_of(sources: Sequence[str], caption: str) -> list[Sound]:
+def sounds_of(sources: Sequence[str], caption: str) -> list[NamedFile]:
     """Every sound that some sources stand for.
 
     Args:
@@ -143,7 +143,7 @@ def sounds_of(sources: Sequence[str], caption: str) -> list[Sound]:
     Raises:
         UserError: a folder without audio, or a table without paths.
     """
-    sounds: list[Sound] = []
+    sounds: list[NamedFile] = []
     for source in sources:
         if is_table(source):
             sounds += _of_table(source, caption)
@@ -151,13 +151,13 @@ def sounds_of(sources: Sequence[str], caption: str) -> list[Sound]:
             folder = Folder.at(source)
             prompts = {row["file"]: row["prompt"] for row in manifest.read_rows(folder).values() if row["file"]}
             for name in audio_files(folder):
-                sounds.append(Sound(f"{folder.uri}/{name}", caption or prompts.get(name, ""), name_problem(name)))
+                sounds.append(NamedFile(f"{folder.uri}/{name}", caption or prompts.get(name, ""), name_problem(name)))
         else:
-            sounds.append(Sound(source, caption, name_problem(split_path(source)[1])))
+            sounds.append(NamedFile(source, caption, name_problem(split_path(source)[1])))
     return sounds
 
 
-def _of_table(source: str, caption: str) -> list[Sound]:
+def _of_table(source: str, caption: str) -> list[NamedFile]:
     """Paths of a table count from its folder."""
     rows, folder = read_rows(absolute(source), KNOWN), split_path(source)[0]
     sounds = []
@@ -168,7 +168,7 @@ def _of_table(source: str, caption: str) -> list[Sound]:
         own = next((str(row[name]) for name in CAPTIONS if row.get(name)), "")
         anywhere = is_remote(path) or os.path.isabs(os.path.expanduser(path))
         path = path if anywhere else f"{folder}/{path}"
-        sounds.append(Sound(path, caption or own, name_problem(split_path(path)[1])))
+        sounds.append(NamedFile(path, caption or own, name_problem(split_path(path)[1])))
     if not sounds:
         raise UserError(f"{source} has no rows.", "Check that it is the right file.")
     return sounds
