@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear message for everything a user can mend, and what each look shows."""
 
+import argparse
 import inspect
 import json
 import os
@@ -107,6 +108,53 @@ def test_the_help_of_a_command_has_a_sentence_an_example_that_parses_and_where_i
         assert f"fields of --config and --set: ttmray config {shlex.quote(command.name)} " in text
         assert "relative to the folder in which the command runs" in text
     assert EXAMPLES.keys() == {one.name for one in COMMANDS}
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+def test_every_help_has_a_sentence_an_example_and_a_word_on_every_argument():
+    for parser in parsers(_parser()):
+        text = parser.format_help()
+        assert parser.description, parser.prog
+        assert parser.description.endswith("."), parser.prog
+        assert "\n  ttmray " in text, f"{parser.prog}: no example"
+        for action in parser._actions:
+            named_below = isinstance(action, argparse._SubParsersAction)
+            assert action.help or named_below, f"{parser.prog}: {action.option_strings or action.dest}"
+
+
+def test_the_help_of_a_group_names_an_example_that_parses(capsys):
+    for group in {command.name.split()[0] for command in COMMANDS if " " in command.name}:
+        with pytest.raises(SystemExit):
+            main([group, "--help"])
+        (example,) = re.findall(r"^  (ttmray .*)$", capsys.readouterr().out, re.MULTILINE)
+        assert _parser().parse_args(shlex.split(example)[1:]).table_row.name.startswith(f"{group} ")
+
+
+def test_out_and_output_are_one_flag_wherever_there_is_either():
+    words = {"--out": "pairs runs/pool", "--output": "generate --prompt x"}
+    for line in words.values():
+        typed = [vars(_parser().parse_args([*line.split(), flag, "there"])) for flag in words]
+        assert typed[0]["output"] == typed[1]["output"] == "there"
+    assert _parser().parse_args(["findings", "run", "--output", "there"]).out == "there"
+
+
+def test_a_preset_that_a_help_names_is_one_of_the_command():
+    for command in COMMANDS:
+        if command.config:
+            text = " ".join(_parser_of(command).format_help().split())
+            for name in re.findall(r"a preset such as ([\w/-]+)", text):
+                assert command_of(name) == command.name or command.name == "plan"
+
+
+def _parser_of(command: Command) -> argparse.ArgumentParser:
+    return next(one for one in parsers(_parser()) if one.prog == f"ttmray {command.name}")
 
 
 def test_every_preset_is_of_the_command_whose_config_it_is():

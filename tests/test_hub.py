@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_stand_in import Hub, running_hub, use_hub
 from huggingface_hub import HfFileSystem
+from huggingface_hub.utils import _http
 
 from ttmray import hub as places
 from ttmray.errors import UserError
@@ -97,11 +99,14 @@ def test_offline_is_one_line_that_names_the_variable(hub, monkeypatch):
 def test_a_hub_that_cannot_be_reached_is_one_line_after_the_patience_for_it(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("TTMRAY_STORE_PATIENCE_S", "0")
+    waited: list[float] = []  # its client tries six times in 23 s, whatever our patience is
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waited.append))
     HfFileSystem.clear_instance_cache()
     for act in (lambda: Folder.at("hf://datasets/org/songs").read("a.txt"), lambda: local_file("hf://org/weights")):
         with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9") as caught:
             act()
         assert one_line(caught.value)
+    assert waited, "the client has waited between its tries, for real ones"
 
 
 def test_a_hub_that_is_busy_is_asked_again(hub):

@@ -17,7 +17,7 @@ from ttmray.recipes.ablation_pages import page as ablations_page
 from ttmray.storage import Folder
 
 FOLDER = Path(pages.__file__).parent / "templates"
-PARTS = {"base.html.j2", "macros.html.j2", "ablation_table.html.j2", "notebook.html.j2"}
+PARTS = {"base.html.j2", "macros.html.j2", "ablation_table.html.j2", "methods_table.html.j2", "notebook.html.j2"}
 PAGES = sorted({path.name for path in FOLDER.glob("*.html.j2")} - PARTS)
 HOSTILE = st.text(st.sampled_from("<>\"'&`|*_[](){}%#\\\n -ab"), max_size=30)
 

@@ -86,6 +86,27 @@ def safe_relative(name: str) -> str:
     return name
 
 
+BAD_NAME = "bad_name"
+"""Reason of a file whose name no table, archive or page can hold: one failed file, which stops no other."""
+
+
+def name_problem(name: str) -> str:
+    """What is wrong with the name of somebody's file, from its folder on; "" where nothing is."""
+    try:
+        safe_relative(name)
+        name.encode()
+    except UserError as error:
+        return error.message
+    except UnicodeEncodeError:
+        return f"the file name {name!r} is not valid Unicode."
+    return ""
+
+
+def shown_name(name: str) -> str:
+    """`name` with escapes for all that text cannot hold; itself where it is ordinary."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 @contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turn the storage errors that a user can act on into a `UserError` that names `what`.

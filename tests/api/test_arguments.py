@@ -109,6 +109,6 @@ def test_a_seed_below_zero_is_refused_by_every_command_that_has_one(line, capsys
 def test_one_file_name_with_a_line_break_does_not_keep_a_folder_from_being_scored(tmp_path):
     for name in ("a.wav", "b\nc.wav"):
         (tmp_path / name).write_bytes(b"")
-    assert [path for path, _ in sounds_of([str(tmp_path)], "")] == [
+    assert [sound.path for sound in sounds_of([str(tmp_path)], "")] == [
         f"{tmp_path}/{name}" for name in ("a.wav", "b\nc.wav")
     ]

@@ -110,5 +110,8 @@ def test_a_file_gives_one_float16_row_per_window_of_the_real_encoder(tmp_path):
     assert (rows.shape, rows.dtype) == ((2, 512), np.float16)
     assert not np.array_equal(rows[0], rows[1])
     (tmp_path / "b.wav").write_bytes(b"nothing" * 50)
-    with pytest.raises(UserError, match=r"b\.wav"):
+    gaussian, count, failed = fadtk.folder_statistics(clap, Folder.at(str(tmp_path)), "clips")
+    assert (gaussian.n, count, list(failed)) == (2, 1, ["b.wav"])
+    (tmp_path / "a.wav").unlink()
+    with pytest.raises(UserError, match=r"none of 1 files can be used; b\.wav"):
         fadtk.folder_statistics(clap, Folder.at(str(tmp_path)), "clips")

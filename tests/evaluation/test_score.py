@@ -270,10 +270,11 @@ def test_clips_of_a_generation_run_are_scored_against_their_prompts(tmp_path):
         main(["generate", "--bundle", "debug", "--prompt", "a harp", "--output", run, "--set", "sampler.steps=1"])
         == EXIT_OK
     )
-    ((path, caption),) = sounds_of([run], "")
+    ((path, caption, problem),) = sounds_of([run], "")
+    assert problem == ""
     assert caption == "a harp"
     assert Path(path).is_file()
-    assert sounds_of([run], "other") == [(path, "other")]
+    assert sounds_of([run], "other") == [(path, "other", "")]
 
 
 @pytest.mark.slow  # MERT's attention over 300 s at a time

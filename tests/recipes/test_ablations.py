@@ -531,6 +531,9 @@ def test_tables_figure_and_page_come_from_real_cells_and_a_relaunch_does_nothing
     text = (output / "tables/index.html").read_text()
     assert text.count("<svg") == 2
     assert "these numbers mean nothing" in text
+    first = (output / "index.html").read_text()
+    assert "mean nothing. No row is named as better." in first[: first.index("<main")]
+    assert first.index("<table") < first.index("<audio") < first.index("<h2>Steps")
     assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
@@ -616,7 +619,10 @@ def test_the_debug_ablations_make_all_tables_and_survive_kills(tmp_path):
     assert start(shot).wait(timeout=900) == 0
     tables = {path.name for path in (calm / "tables").iterdir()}
     expected = ("heads", "chain", "factorial", "sweep", "cross-load", "conditioning", "post-processing", "rewards")
-    assert tables == {f"{name}.{ending}" for name in expected for ending in ("md", "tex", "csv")} | {"index.html"}
+    assert tables == {f"{name}.{ending}" for name in expected for ending in ("md", "tex", "csv")} | {
+        "index.html",
+        "results.json",
+    }
     for name in tables | {"../figures/sweep.svg", "../cells.json"}:
         assert (shot / "tables" / name).read_bytes() == (calm / "tables" / name).read_bytes(), name
     assert start(shot).wait(timeout=100) == 0

@@ -58,6 +58,10 @@ def test_every_method_is_tuned_judged_and_paid_for(run):
         assert len(by_name[name]["sets"]["fad"]["seeds"]) == 2
     assert by_name["best-of-n"]["changes"]["reward"]["value"] > 0  # it has chosen by it
     assert (run / "comparison/methods.md").read_text().count("\n| grpo |") == 2
+    text = (run / "index.html").read_text()
+    assert "no method is named as better" in text[: text.index("<main")]
+    assert text.index("Changes against the parent") < text.index("<h2>Curves") < text.index("<h2>Listen")
+    assert all(f"<figcaption>{name}</figcaption>" in text for name in by_name)
 
 
 @pytest.mark.slow

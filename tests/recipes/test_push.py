@@ -39,6 +39,8 @@ from ttmray.recipes.push import push
 from ttmray.storage import Folder
 from ttmray.training.export import inspect
 
+SETTINGS: dict[str, Any] = {"seed": 3, "sampler": {"steps": 1}}
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
@@ -50,14 +52,21 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield running
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    """An exported file of a debug backbone."""
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported file of a debug backbone; do not change it."""
     model = debug_backbone(3, "v1")
     about = {"kind": "ttmray weights", "weights": "raw", "step": 7, "samples": 14, "backbone": model.config.to_dict()}
-    file = tmp_path / "mine.safetensors"
+    file = tmp_path_factory.mktemp("weights") / "mine.safetensors"
     save_file(model.state_dict(), file, {METADATA: json.dumps(about)})
     return file
+
+
+@pytest.fixture(scope="module")
+def clip(weights: Path) -> Any:
+    """What these weights make on this machine; whatever is loaded once per process is loaded with it."""
+    (clip,) = ttmray.load("debug", device="cpu").generate("a harp", checkpoint=str(weights), **SETTINGS)
+    return clip
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +87,7 @@ def front(card: bytes) -> dict[str, Any]:
     return yaml.safe_load(card.decode().split("---\n")[1])
 
 
-def test_a_weights_file_is_pushed_and_makes_the_same_clip_from_the_hub(hub, weights):
+def test_a_weights_file_is_pushed_with_a_card_and_stands_for_its_repository(hub, weights):
     assert main(["push", str(weights), "org/mine", "--bundle", "debug"]) == EXIT_OK
     repo = hub.repos["models", "org/mine"]
     assert repo.private, "public only where it is asked for"
@@ -87,16 +96,18 @@ def test_a_weights_file_is_pushed_and_makes_the_same_clip_from_the_hub(hub, weig
     assert front(repo.files["README.md"])["license"] == "other"
     assert "14" in repo.files["README.md"].decode()
     assert json.loads(repo.files["ttmray.json"])["bundle"] == "debug"
-    settings: dict[str, Any] = {"seed": 3, "sampler": {"steps": 1}}
-    (local,) = ttmray.load("debug", device="cpu").generate("a harp", checkpoint=str(weights), **settings)
-    studio = ttmray.load("hf://org/mine", device="cpu")
-    (remote,) = studio.generate("a harp", **settings)
-    assert remote.row["sha256"] == local.row["sha256"]
-    assert remote.row["weights"] == local.row["weights"], "where weights lie decides nothing"
-    assert studio.checkpoint == "hf://org/mine"
-    assert pickle.loads(pickle.dumps(studio)).checkpoint == studio.checkpoint  # noqa: S301
     described = inspect("hf://org/mine")
     assert described["parameters"] == inspect(str(weights))["parameters"], "a repository stands for its weights"
+
+
+def test_pushed_weights_make_the_same_clip_from_the_hub_as_from_here(hub, weights, clip):
+    push(str(weights), "org/mine", bundle="debug")
+    studio = ttmray.load("hf://org/mine", device="cpu")
+    (remote,) = studio.generate("a harp", **SETTINGS)
+    assert remote.row["sha256"] == clip.row["sha256"]
+    assert remote.row["weights"] == clip.row["weights"], "where weights lie decides nothing"
+    assert studio.checkpoint == "hf://org/mine"
+    assert pickle.loads(pickle.dumps(studio)).checkpoint == studio.checkpoint  # noqa: S301
 
 
 def test_generate_takes_a_checkpoint_of_the_hub_offline_once_it_is_here(hub, weights, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from ttmray.audio.level import require_audible
 from ttmray.audio.limits import AudioLimits, check_samples
 from ttmray.errors import ClipError, UserError
 from ttmray.quarantine import clip_error
-from ttmray.storage import split_path
+from ttmray.storage import BAD_NAME, name_problem, split_path
 
 SAMPLE_RATE = 44100
 """Hz at which clips are measured, separated and handed to the encoders."""
@@ -121,6 +121,8 @@ def levels(x: np.ndarray, rate: int = SAMPLE_RATE) -> dict[str, float | None]:
 
 def _decoded(path: str, facts: dict[str, Any]) -> tuple[np.ndarray, int]:
     folder, name = split_path(path)
+    if problem := name_problem(name):
+        raise ClipError("rejected", BAD_NAME, problem)
     data = folder.read(name)
     facts["sha256"] = hashlib.sha256(data).hexdigest()
     return audio_io.decode(io.BytesIO(data), LIMITS)

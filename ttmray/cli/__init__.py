@@ -39,7 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ttmray",
         description="From a folder or bucket of songs to a preference-tuned text-to-music model.",
-        epilog="Exit codes: 0 done, 2 bad input or config, 3 done but too many failures, 130 interrupted (state kept).",
+        epilog="to begin:\n"
+        "  ttmray demo --set output=runs/demo\n"
+        '  ttmray generate --prompt "a calm piano piece" --output runs/my-clips\n\n'
+        "ttmray COMMAND --help has an example of each, ttmray config COMMAND what can be set for it.\n"
+        "Exit codes: 0 done, 2 bad input or config, 3 done but too many failures, 130 interrupted (state kept).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

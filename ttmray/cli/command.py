@@ -92,9 +92,14 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
     for command in table:
         group, _, act = command.name.rpartition(" ")
         if group and group not in acts:
-            acts[group] = commands.add_parser(group, help=groups[group]).add_subparsers(
-                dest="act", required=True, metavar="ACT"
-            )
+            acts[group] = commands.add_parser(
+                group,
+                help=groups[group],
+                description=f"{groups[group][0].upper()}{groups[group][1:]}.",
+                epilog=f"example:\n  ttmray {command.name} {EXAMPLES[command.name]}\n\n"
+                f"ttmray {group} ACT --help has an example of each.",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            ).add_subparsers(dest="act", required=True, metavar="ACT")
         description, end = explained(command)
         parser = (acts[group] if group else commands).add_parser(
             act,
@@ -104,12 +109,15 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for flag in command.flags:
-            parser.add_argument(*flag.names, **{"default": argparse.SUPPRESS, **flag.options})
+            also = ("--output",) if flag.names == ("--out",) else ()  # the other way round argparse does it
+            parser.add_argument(*flag.names, *also, **{"default": argparse.SUPPRESS, **flag.options})
         if command.config:
+            presets = sorted(presets_of(command.name), key=lambda name: not name.startswith("debug/"))
             config = parser.add_argument(
                 "--config",
                 metavar="FILE",
-                help="YAML, or a preset such as debug/corpus (default: defaults)",
+                help="YAML file" + (f", or a preset such as {presets[0]}" if presets else "") + "; what it leaves out "
+                "has its default, see below",
             )
             sets = parser.add_argument(
                 "--set",

@@ -33,7 +33,13 @@ COMMANDS = (
         ),
         CONFIG,
     ),
-    Command("plan", "the same as score-corpus --plan-only", JOB, config=CONFIG, fixed={"plan_only": True}),
+    Command(
+        "plan",
+        "what score-corpus would do, with every derived number; nothing is made (score-corpus --plan-only)",
+        JOB,
+        config=CONFIG,
+        fixed={"plan_only": True},
+    ),
     Command("corpus stats", "counts, reasons, rewards and latent statistics", f"{LOOK}:stats", (RUN,)),
     Command("corpus verify", "recompute hashes and counts, open every tar and latent", f"{LOOK}:verify", (RUN,)),
     Command(
@@ -62,7 +68,7 @@ COMMANDS = (
         (
             RUN,
             argument("-n", type=count, default=8, metavar="N", help="number of clips (default 8)"),
-            argument("--seed", type=count, default=0),
+            argument("--seed", type=count, default=0, help="another one draws other clips (default 0)"),
             argument("--out", required=True, metavar="DIR", help="folder for the page and its audio"),
         ),
     ),

@@ -13,7 +13,13 @@ COMMANDS = (
         "reward, CLAP score, loudness and true peak of audio files",
         "ttmray.evaluation.score:score",
         (
-            argument("files", nargs="+", metavar="FILE", help="audio files, folders, or tables with a column path"),
+            argument(
+                "files",
+                nargs="+",
+                metavar="FILE",
+                help="audio (.wav, .flac, .mp3, .ogg, .opus; with ttmray[av] .m4a, .aac, .wma), folders, or tables "
+                "with a column path",
+            ),
             argument("--caption", metavar="TEXT", help="text to compare with (CLAP score; default: that of the row)"),
             argument("--bundle", help=BUNDLE_HELP),
             argument("--reward-text", choices=("empty", "caption"), help="what the reward sees (default empty)"),
@@ -105,7 +111,7 @@ COMMANDS = (
         "model card or dataset card from what a run says about itself",
         "ttmray.recipes.cards:write_card",
         (
-            argument("kind", choices=("model", "dataset")),
+            argument("kind", choices=("model", "dataset"), help="model: of weights or a ranker; dataset: of a corpus"),
             argument("folder", metavar="RUN", help="run of Stage 1 or 3, finished ranker run, or finished corpus run"),
             argument("--evaluation", metavar="OUT", help="model: output of `ttmray evaluate` with its clips"),
             argument("--system", metavar="NAME", help="model: its name in that evaluation"),

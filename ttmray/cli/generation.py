@@ -72,7 +72,7 @@ COMMANDS = (
     ),
     Command(
         "pool",
-        "candidates per prompt from one checkpoint, scored, as a corpus",
+        "several clips per prompt from one checkpoint, scored, as a corpus, to filter or to pair",
         "ttmray.generation.pool:generate_pool",
         config="ttmray.generation.pool_worker:CandidatesConfig",
     ),

@@ -26,8 +26,15 @@ COMMANDS = (
         "parameters per part of a backbone, against the challenge's limit",
         "ttmray.models.backbone_weights:show_params",
         (
-            argument("--size", choices=("s_44k", "l_44k", "m_44k", "s_16k", "l_16k"), default="s_44k"),
-            argument("--head", choices=("none", "v1", "v2", "v3", "v4", "v5"), default="v2"),
+            argument(
+                "--size", choices=("s_44k", "l_44k", "m_44k", "s_16k", "l_16k"), default="s_44k", help="default s_44k"
+            ),
+            argument(
+                "--head",
+                choices=("none", "v1", "v2", "v3", "v4", "v5"),
+                default="v2",
+                help="how the score enters it (default v2)",
+            ),
             argument("--checkpoint", metavar="FILE", dest="path", help="count the weights of this file instead"),
         ),
     ),
@@ -45,14 +52,17 @@ COMMANDS = (
     ),
     Command("weights verify", "recompute the hashes of everything that is here", f"{WEIGHTS}:verify"),
     Command(
-        "weights where", "where the files of an entry lie", f"{WEIGHTS}:where", (argument("name", metavar="NAME"),)
+        "weights where",
+        "where the files of an entry lie",
+        f"{WEIGHTS}:where",
+        (argument("name", metavar="NAME", help="entry of `ttmray weights list`, or bundle"),),
     ),
     Command(
         "weights convert",
         "a .pt, .pth or .ckpt of tensors as safetensors",
         f"{WEIGHTS}:convert",
         (
-            argument("path", metavar="FILE"),
+            argument("path", metavar="FILE", help="weights of anybody; no code in it is run"),
             argument("--out", metavar="FILE", help="default: beside the file, with the ending .safetensors"),
         ),
     ),

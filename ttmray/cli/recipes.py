@@ -14,7 +14,7 @@ GROUPS = {"synth": "the small world, whose true quality is known: check, floors"
 COMMANDS = (
     Command(
         "reproduce",
-        "the whole chain from one config (jobs/reproduce.py)",
+        "the whole chain of the paper, songs to an evaluated model, from one config (jobs/reproduce.py)",
         "ttmray.recipes.reproduce:reproduce",
         STEPS,
         config="ttmray.recipes.reproduce:ReproduceConfig",

@@ -76,7 +76,13 @@ COMMANDS = (
                 default=None,
                 help="head of the training, if the file does not name it",
             ),
-            argument("--texts", nargs="+", metavar="TEXT", default=["a calm piano piece", "a fast drum loop"]),
+            argument(
+                "--texts",
+                nargs="+",
+                metavar="TEXT",
+                default=["a calm piano piece", "a fast drum loop"],
+                help="prompts of the clips that are compared (default: two)",
+            ),
             argument("--bundle", default="micro", help="set of models (default micro)"),
             argument(
                 "--no-reward",

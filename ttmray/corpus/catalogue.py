@@ -24,14 +24,14 @@ from ttmray.corpus.captions import (
 from ttmray.corpus.config import CatalogueConfig
 from ttmray.corpus.track import Track
 from ttmray.errors import UserError
-from ttmray.storage import Folder, ListedFile, absolute, read_file, safe_relative, split_path
+from ttmray.storage import BAD_NAME, Folder, ListedFile, absolute, name_problem, read_file, shown_name, split_path
 from ttmray.tables import is_table
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 22
 THREADS = 8
-BAD_NAME, UNREADABLE_FOLDER = "bad_name", "unreadable_folder"
+UNREADABLE_FOLDER = "unreadable_folder"
 _FEW = 0.1
 """Share of captions, or of tracks, that may go without the other and nobody is warned."""
 
@@ -194,7 +194,7 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
     every = [entry for entry, kind in zip(entries, extension, strict=True) if kind in AUDIO_EXTENSIONS]
     audio = [entry for entry in every if os.path.splitext(entry.name)[0].endswith(config.stem)]
     others = Counter(kind or "(none)" for kind in extension if kind not in AUDIO_EXTENSIONS)
-    listed = ", ".join(f"{_shown(kind)} {count}" for kind, count in sorted(others.items()))
+    listed = ", ".join(f"{shown_name(kind)} {count}" for kind, count in sorted(others.items()))
     if every and not audio:
         raise UserError(
             f"{folder} holds {len(every)} audio files, and none whose name ends in {config.stem}, such as "
@@ -207,7 +207,7 @@ def _from_folder(folder: Folder, config: CatalogueConfig) -> _Found:
             f"{folder} holds no audio: " + (f"{_folders(unreadable)}." if unreadable else nothing),
             f"Searched, at any depth, for {', '.join(sorted(AUDIO_EXTENSIONS))}; hidden files do not count.",
         )
-    problems = {entry.name: problem for entry in audio if (problem := _name_problem(entry.name))}
+    problems = {entry.name: problem for entry in audio if (problem := name_problem(entry.name))}
     tracks = [
         Track(track_id=track_id, path=_path(entry.name, problems), size=entry.size, version=entry.version)
         for track_id, entry in zip(
@@ -291,7 +291,7 @@ def _from_table(source: str, config: CatalogueConfig) -> _Found:
 
 
 def _folders(unreadable: Mapping[str, str]) -> str:
-    shown = ", ".join(f"{_shown(name)} ({why})" for name, why in sorted(unreadable.items())[:5])
+    shown = ", ".join(f"{shown_name(name)} ({why})" for name, why in sorted(unreadable.items())[:5])
     more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
     return f"{len(unreadable)} folders cannot be read: {shown}{more}"
 
@@ -306,7 +306,7 @@ def _locked(unreadable: Mapping[str, str], taken: set[str]) -> list[Track]:
     for name, why in unreadable.items():
         stem, digest = _slug(name.rpartition("/")[2])[:20], _digest(name)
         length = next(n for n in range(8, 41) if f"{stem}-{digest[:n]}".lower() not in taken)
-        track = Track(track_id=f"{stem}-{digest[:length]}", path=_shown(name))
+        track = Track(track_id=f"{stem}-{digest[:length]}", path=shown_name(name))
         tracks.append(_rejected(track, UNREADABLE_FOLDER, f"the folder cannot be read: {why}"))
     return tracks
 
@@ -325,7 +325,7 @@ def _paths(table: Table) -> tuple[list[str], dict[str, str]]:
         UserError: none can be used, or one is there twice.
     """
     paths = [forward(path) for path in table.texts("path")]
-    problems = {path: problem for path in paths if (problem := _name_problem(path))}
+    problems = {path: problem for path in paths if (problem := name_problem(path))}
     if all(path in problems for path in paths):
         raise UserError(
             f"{table.place(0)}: {problems[paths[0]]} No path of the {len(paths)} rows can be used.",
@@ -360,27 +360,8 @@ def _is_hidden(part: str) -> bool:
     return part.startswith(".") and part not in (".", "..")  # which object stores take for names
 
 
-def _name_problem(path: str) -> str:
-    """What is wrong with a file name; "" where nothing is."""
-    try:
-        safe_relative(path)
-        path.encode()
-    except UserError as error:
-        return error.message
-    except UnicodeEncodeError:
-        return f"the file name {path!r} is not valid Unicode."
-    return ""
-
-
-def _shown(path: str) -> str:
-    """`path` with escapes for all that text cannot hold; itself where it is ordinary."""
-    if path.isprintable():
-        return path
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
-
-
 def _path(path: str, problems: Collection[str]) -> str:
-    return _shown(path) if path in problems else path
+    return shown_name(path) if path in problems else path
 
 
 def _ids(paths: Sequence[str], problems: Collection[str]) -> list[str]:

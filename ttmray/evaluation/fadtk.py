@@ -22,7 +22,7 @@ from ttmray.audio.io import AUDIO_EXTENSIONS, resample, to_mono
 from ttmray.console import meter
 from ttmray.errors import ClipError, UserError
 from ttmray.evaluation.fad import Gaussian, frechet, merge
-from ttmray.storage import Folder
+from ttmray.storage import Folder, shown_name
 
 if TYPE_CHECKING:
     from ttmray.models.clap import Clap
@@ -71,7 +71,7 @@ def embed_file(clap: "Clap", path: str) -> np.ndarray:
     """Embeddings (N, 512) float16 of the windows of a file.
 
     Raises:
-        ClipError: it cannot be decoded.
+        ClipError: it cannot be decoded, or its name cannot be used.
     """
     audio, rate = read_whole(path)
     wave = sixteen_bits(resample(to_mono(audio), rate, RATE))
@@ -92,21 +92,26 @@ def distance(reference: Gaussian, generated: Gaussian) -> float:
     return frechet(reference, generated)
 
 
-def folder_statistics(clap: "Clap", folder: Folder, what: str) -> tuple[Gaussian, int]:
-    """The Gaussian of the audio in a folder, and the number of its files.
+def folder_statistics(clap: "Clap", folder: Folder, what: str) -> tuple[Gaussian, int, dict[str, str]]:
+    """The Gaussian of the audio in a folder, the number of its files, and which others are left out, with the reason:
+    what cannot be decoded, where the official code would stop, and names that cannot be used.
 
     Args:
         what: for the progress bar.
 
     Raises:
-        UserError: no audio, or a file that cannot be decoded: the official code would stop there, too.
+        UserError: no audio, or none that can be used.
     """
     names, parts = files_of(folder), []
+    failed: dict[str, str] = {}
     with meter(what, len(names)) as progress:
         for name in names:
             try:
-                parts.append(embed_file(clap, folder.path(name)))
+                parts.append(embed_file(clap, f"{folder.uri}/{name}"))
             except ClipError as error:
-                raise UserError(f"{folder.path(name)}: {error.message}", "Repair or remove it.") from error
+                failed[shown_name(name)] = f"{error.reason}: {error.message}"
             progress.advance(1)
-    return statistics(parts), len(names)
+    if not parts:
+        name, why = next(iter(failed.items()))
+        raise UserError(f"{folder}: none of {len(names)} files can be used; {name}: {why}", "Repair or replace them.")
+    return statistics(parts), len(parts), failed

@@ -44,7 +44,7 @@ from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import Scorer
 from ttmray.models.weights import open_store
 from ttmray.runs import RUN, SUCCESS
-from ttmray.storage import Folder, parquet_table
+from ttmray.storage import BAD_NAME, Folder, name_problem, parquet_table, shown_name
 from ttmray.training.clips import read_keys
 
 STORE = "~/.cache/ttmray/references"
@@ -215,19 +215,23 @@ def _folder_rows(
     origin: Folder, folder: Folder, bundle: str, runtime: MeasureConfig | None, separation: SeparationConfig | None
 ) -> _Rows:
     """Every audio file of a folder, measured or taken from the parts of an earlier launch; failures are printed."""
-    names = audio_files(origin)
+    every = audio_files(origin)
+    odd = {file: problem for file in every if (problem := name_problem(file))}
+    names = [file for file in every if file not in odd]
     sources = [(origin.path(file), "") for file in names]
     config = runtime or MeasureConfig()
     plain = MeasureConfig(**{name: getattr(config, name) for name in MeasureConfig.model_fields})
     rows, _ = measure(sources, bundle, "empty", folder, plain, "tracks", True, separation)
     bad = [(file, row) for file, row in zip(names, rows, strict=True) if row["status"] != OK]
-    for file, row in bad[:5]:
-        console.print(f"  {file}: {row['reason']}: {row['message']}", markup=False)
+    told = [f"{file}: {row['reason']}: {row['message']}" for file, row in bad]
+    told += [f"{shown_name(file)}: {BAD_NAME}: {problem}" for file, problem in odd.items()]
+    for line in told[:5]:
+        console.print(f"  {line}", markup=False)
     good = [i for i, row in enumerate(rows) if row["status"] == OK]
     tracks = track_ids(names)
     facts = {key: [rows[i][key] for i in good] for key in ("sha256", "duration_s", "reward", "lufs")}
     clap = np.stack([rows[i]["clap"] for i in good]) if good else np.zeros((0, 512), np.float32)
-    return _Rows([names[i] for i in good], [tracks[i] for i in good], clap, facts, len(bad))
+    return _Rows([names[i] for i in good], [tracks[i] for i in good], clap, facts, len(told))
 
 
 def _write(folder: Folder, about: dict[str, Any], rows: _Rows) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -31,7 +31,7 @@ from ttmray.models.bundle import DEFAULT, Bundle, means_nothing, open_bundle
 from ttmray.models.cache import EmbeddingCache
 from ttmray.models.loading import LoadOptions
 from ttmray.models.scoring import Scorer
-from ttmray.storage import Folder, absolute, is_remote, split_path
+from ttmray.storage import BAD_NAME, Folder, absolute, is_remote, name_problem, shown_name, split_path
 from ttmray.tables import is_table, read_rows
 
 CACHE_BYTES = 8 * 2**30
@@ -125,8 +125,16 @@ def pieces_of(path: str, clip_s: float) -> Iterator[Reading]:
         yield reading
 
 
-def sounds_of(sources: Sequence[str], caption: str) -> list[tuple[str, str]]:
-    """(path, caption) of every sound that some sources stand for.
+class NamedFile(NamedTuple):
+    """A file to be scored; `problem`: why its name cannot be used, "" where it can."""
+
+    path: str
+    caption: str
+    problem: str = ""
+
+
+def sounds_of(sources: Sequence[str], caption: str) -> list[NamedFile]:
+    """Every sound that some sources stand for.
 
     Args:
         sources: files, folders and tables, local or remote.
@@ -135,20 +143,21 @@ def sounds_of(sources: Sequence[str], caption: str) -> list[tuple[str, str]]:
     Raises:
         UserError: a folder without audio, or a table without paths.
     """
-    sounds: list[tuple[str, str]] = []
+    sounds: list[NamedFile] = []
     for source in sources:
         if is_table(source):
             sounds += _of_table(source, caption)
         elif _is_folder(source):
             folder = Folder.at(source)
             prompts = {row["file"]: row["prompt"] for row in manifest.read_rows(folder).values() if row["file"]}
-            sounds += [(f"{folder.uri}/{name}", caption or prompts.get(name, "")) for name in audio_files(folder)]
+            for name in audio_files(folder):
+                sounds.append(NamedFile(f"{folder.uri}/{name}", caption or prompts.get(name, ""), name_problem(name)))
         else:
-            sounds.append((source, caption))
+            sounds.append(NamedFile(source, caption, name_problem(split_path(source)[1])))
     return sounds
 
 
-def _of_table(source: str, caption: str) -> list[tuple[str, str]]:
+def _of_table(source: str, caption: str) -> list[NamedFile]:
     """Paths of a table count from its folder."""
     rows, folder = read_rows(absolute(source), KNOWN), split_path(source)[0]
     sounds = []
@@ -158,7 +167,8 @@ def _of_table(source: str, caption: str) -> list[tuple[str, str]]:
             raise UserError(f"{place} names no sound.", f"A column of these: {', '.join(PATHS)}.")
         own = next((str(row[name]) for name in CAPTIONS if row.get(name)), "")
         anywhere = is_remote(path) or os.path.isabs(os.path.expanduser(path))
-        sounds.append((path if anywhere else f"{folder}/{path}", caption or own))
+        path = path if anywhere else f"{folder}/{path}"
+        sounds.append(NamedFile(path, caption or own, name_problem(split_path(path)[1])))
     if not sounds:
         raise UserError(f"{source} has no rows.", "Check that it is the right file.")
     return sounds
@@ -204,13 +214,17 @@ def score(
     scorer = open_scorer(chosen, reward_text, LoadOptions(device=device, batch=batch), cache)
     protocol = f"{chosen.name}/{scorer.protocol.id()}"
     rows: list[ScoreRow] = []
-    for path, text in named:
-        readings = pieces_of(path, chosen.clip_s) if pieces else iter([read_clip(path, chosen.clip_s)])
-        for row in score_sounds(scorer, ((path, reading) for reading in readings), repeat(text)):
+    for path, text, problem in named:
+        shown = shown_name(path) if problem else path
+        if problem:
+            readings = iter([Reading(error=ClipError("rejected", BAD_NAME, problem))])
+        else:
+            readings = pieces_of(path, chosen.clip_s) if pieces else iter([read_clip(path, chosen.clip_s)])
+        for row in score_sounds(scorer, ((shown, reading) for reading in readings), repeat(text)):
             rows.append(row | {"caption": text})
             if as_json:
-                shown = row | {"protocol": protocol, "note": chosen.note}
-                console.print(json.dumps(shown, ensure_ascii=False), markup=False)
+                whole = row | {"protocol": protocol, "note": chosen.note}
+                console.print(json.dumps(whole, ensure_ascii=False), markup=False)
     if csv_to is not None:
         _write(rows, protocol, csv_to, chosen.note if means_nothing(bundle) else "")
     elif not as_json:

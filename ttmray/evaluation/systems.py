@@ -6,7 +6,8 @@ In a generation run the manifest says it. In any other folder the name does, at 
 - `<id>_<k>` and `<id>_s<k>`, where k is a whole number, are sample k of several.
 
 A name that is an id of the prompts is that prompt's, whatever it ends in. Ids that are whole numbers match with leading
-zeros, so `07.flac` is prompt 7.
+zeros, so `07.flac` is prompt 7. A name that no table can hold (`storage.name_problem`) is a clip without a
+file, with its reason.
 """
 
 import os
@@ -18,7 +19,7 @@ from ttmray.audio.io import AUDIO_EXTENSIONS
 from ttmray.errors import UserError
 from ttmray.generation import manifest
 from ttmray.generation.prompts import Prompt
-from ttmray.storage import Folder
+from ttmray.storage import BAD_NAME, Folder, name_problem, shown_name
 
 SYSTEM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NAMED = re.compile(rf"({SYSTEM_NAME.pattern})=(.+)")
@@ -154,13 +155,17 @@ def _by_name(
     stems = [os.path.splitext(name.rpartition("/")[2])[0] for name in names]
     clips: dict[tuple[str, int], SystemClip] = {}
     extra = []
-    for file, match in zip(names, match_names(stems, list(texts)), strict=True):
-        if match is None:
+    matched = zip(names, match_names(stems, list(texts)), strict=True)
+    for problem, file, match in sorted(
+        ((name_problem(file), file, match) for file, match in matched), key=lambda one: one[:2]
+    ):
+        if match is None or (problem and match in clips):
             extra.append(file)
             continue
-        clip = SystemClip(system, *match, texts[match[0]], folder.path(file))
+        path, why = (None, (BAD_NAME, problem)) if problem else (folder.path(file), ("", ""))
+        clip = SystemClip(system, *match, texts[match[0]], path, *why)
         other = clips.setdefault(match, clip)
-        if other is not clip:
+        if other is not clip and not problem:
             raise UserError(
                 f"{other.path} and {clip.path} are both sample {clip.sample} of prompt {clip.prompt_id}.",
                 "Keep one of them, or number them `<id>_0`, `<id>_1`, ...",
@@ -192,4 +197,4 @@ def _by_manifest(
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return ", ".join(map(shown_name, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")

@@ -47,7 +47,7 @@ from ttmray.models.loading import LoadOptions
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
 from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS
-from ttmray.storage import Folder, is_remote, split_path
+from ttmray.storage import BAD_NAME, Folder, is_remote, name_problem, shown_name, split_path
 
 if TYPE_CHECKING:
     from ttmray.models.separator import Separator
@@ -229,9 +229,9 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
     """
     out = Folder.at(output)
     ending = ".flac" if config.format == "flac" else ".wav"
-    jobs = _outputs(sources, out, ending)
+    jobs, odd = _outputs(sources, out, ending)
     rows = _read_table(out, inventory.reopen(out, "postprocess").complete)
-    for name, source in jobs.items():
+    for name, source in (jobs | {row["file"]: row["source"] for row in odd}).items():
         if name in rows and rows[name]["source"] != source:
             raise UserError(f"{out}/{name} was made from {rows[name]['source']}.", "Choose another --output.")
     separator = open_separator(config)
@@ -242,8 +242,10 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
         errors.print(note, style="yellow")
 
     count = (os.cpu_count() or 1) if config.workers == "auto" else max(1, config.workers)
-    shown: list[dict[str, Any]] = []
-    done_before = 0  # by an earlier run
+    odd = [row | {"settings": run} for row in odd]
+    shown = [*odd]
+    done_before = sum(rows.get(row["file"]) == row for row in odd)  # by an earlier run
+    rows |= {row["file"]: row for row in odd}
     saved = time.monotonic()
     pool = ThreadPoolExecutor(count, initializer=one_thread)
     try:
@@ -286,9 +288,10 @@ def _settings(config: PostprocessConfig) -> dict[str, Any]:
     return settings
 
 
-def _outputs(sources: Sequence[str], out: Folder, ending: str) -> dict[str, str]:
-    """Name below the output folder -> path of its input file."""
+def _outputs(sources: Sequence[str], out: Folder, ending: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Name below the output folder -> path of its input file; and the rows of files whose names cannot be used."""
     jobs: dict[str, str] = {}
+    odd: list[dict[str, Any]] = []
     inputs: list[str] = []
     for source in sources:
         if _is_folder(source):
@@ -303,6 +306,10 @@ def _outputs(sources: Sequence[str], out: Folder, ending: str) -> dict[str, str]
             prefix, names = "", [name]
         for name in names:
             path = f"{folder}/{name}"
+            if problem := name_problem(prefix + name):
+                row = {"file": shown_name(prefix + name), "source": shown_name(path), "message": problem}
+                odd.append(dict.fromkeys(COLUMNS, "") | row | {"status": "rejected", "reason": BAD_NAME})
+                continue
             target = prefix + os.path.splitext(name)[0] + ending
             if jobs.setdefault(target, path) != path:
                 raise UserError(
@@ -310,13 +317,13 @@ def _outputs(sources: Sequence[str], out: Folder, ending: str) -> dict[str, str]
                     "Rename one, or post-process them into different folders.",
                 )
             inputs.append(path)
-    if not jobs:
+    if not jobs and not odd:
         known = ", ".join(sorted(audio_io.AUDIO_EXTENSIONS))
         raise UserError(f"no audio files in {', '.join(sources)}.", f"These endings count: {known}.")
     overwritten = {f"{out}/{name}" for name in jobs}.intersection(inputs)
     if overwritten:
         raise UserError(f"{min(overwritten)} would be overwritten by its own result.", "Choose another --output.")
-    return jobs
+    return jobs, odd
 
 
 def _refuse_runs_without_songs(folder: Folder) -> None:

@@ -78,13 +78,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Value:
-    """A number of a table with the end points of its 95 % interval, its mark, and what the paper has in its place."""
+    """A number of a table with the end points of its 95 % interval, its mark, what the paper has in its place, and of
+    how many prompts it is; 0: not known."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
     mark: str = ""
     paper: Published | None = None
+    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def values_of(cell: Cell, paper: Mapping[str, Published] | None = None) -> dict[
     for metric in (*TESTED, QUALITY):
         values = np.array(list(cell.scores.get(metric, {}).values()))
         ends = cell.ends.get(metric) or mean_interval(values) or (None, None)
-        by_metric[metric] = Value(cell.mean(metric), *ends, paper=known.get(metric))
+        by_metric[metric] = Value(cell.mean(metric), *ends, paper=known.get(metric), n=len(values))
     return by_metric
 
 
@@ -222,12 +224,13 @@ def correlation(cells: Mapping[float, Cell], metric: str) -> Value:
     inputs = np.concatenate([np.full(len(cell.clips[metric]), score) for score, cell in cells.items()])
     outputs = np.concatenate([cell.clips[metric] for cell in cells.values()])
     prompts = [prompt for cell in cells.values() for prompt in cell.prompts_of(metric)]
-    return Value(pearson(inputs, outputs), *(pearson_interval(inputs, outputs, prompts) or (None, None)))
+    ends = pearson_interval(inputs, outputs, prompts) or (None, None)
+    return Value(pearson(inputs, outputs), *ends, n=len(set(prompts)))
 
 
 def _moved(cells: Mapping[float, Cell], steer: tuple[float, float], metric: str) -> Value:
     effect = against(cells[steer[1]], cells[steer[0]], metric)
-    return Value(effect.difference, effect.low, effect.high) if effect else Value(None)
+    return Value(effect.difference, effect.low, effect.high, n=effect.n) if effect else Value(None)
 
 
 def chain_table(

@@ -28,7 +28,7 @@ from ttmray.models.score_heads import Head
 from ttmray.presets import shipped
 from ttmray.recipes import published
 from ttmray.recipes.ablation_config import AblateConfig, CellConfig, SweepConfig
-from ttmray.recipes.ablation_pages import page, render_table
+from ttmray.recipes.ablation_pages import STORED, page, render_table, stored
 from ttmray.recipes.ablation_tables import (
     TITLES,
     Cell,
@@ -53,7 +53,7 @@ from ttmray.recipes.needs import (
     weights_file_there,
 )
 from ttmray.recipes.sweep import readings, sweep_notes
-from ttmray.storage import Folder, absolute, local_file
+from ttmray.storage import Folder, absolute, local_file, name_problem
 from ttmray.training.config import TrainConfig
 
 ENDINGS = {"markdown": "md", "latex": "tex", "csv": "csv"}
@@ -358,7 +358,7 @@ class AblationPlan:
         steps += self.trainings
         for name, step in self.evaluations.items():
             steps += [self.cells[name], step] if name in self.cells else [step]
-        tables = ["cells.json", PAGE, *(f"tables/{name}.md" for name in self._tables())]
+        tables = ["cells.json", STORED, PAGE, *(f"tables/{name}.md" for name in self._tables())]
         after = tuple(step.name for step in self.evaluations.values())
         needs = (plots(),) if self.sweep else ()
         return [*steps, Step("tables", self.config, self.write, tuple(tables), after, page=PAGE, needs=needs)]
@@ -404,6 +404,7 @@ class AblationPlan:
             for format, ending in ENDINGS.items():
                 self.root.write(f"tables/{table.name}.{ending}", render_table(table, format).encode())  # type: ignore[arg-type]
         self.root.write("cells.json", json.dumps(self._cells_of_tables(), indent=1).encode())
+        self.root.write(STORED, stored(tables))
         figures = [self.root.read(f"figures/{name}.svg").decode() for name in ("sweep", "sweep-dark") if self.sweep]
         protocols = sorted({cell.protocol for cell in cells.values()})
         self.root.write(PAGE, page(tables, figures, protocols, note).encode())
@@ -477,4 +478,5 @@ def _digests_of_clips(folder: str, prompts: str) -> dict[str, str]:
     """Name -> hash of the clips of a folder; empty where they are no use, which their evaluation says."""
     if problem(Need(clips_there, (folder, prompts))) is not None:
         return {}
-    return {name: sha256(Folder(folder).read(name)).hexdigest() for name in audio_files(Folder(folder))}
+    names = [name for name in audio_files(Folder(folder)) if not name_problem(name)]
+    return {name: sha256(Folder(folder).read(name)).hexdigest() for name in names}

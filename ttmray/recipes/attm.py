@@ -17,7 +17,7 @@ from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, ClipError, UserError
 from ttmray.generation.manifest import CLIPS, check_zip, zip_files
 from ttmray.generation.prompts import read_prompts
 from ttmray.models.backbone_weights import CHALLENGE_LIMIT, count_parameters, file_config
-from ttmray.storage import Folder
+from ttmray.storage import BAD_NAME, Folder, name_problem, shown_name
 
 SEED = 42
 STEM = "_instrumental"
@@ -135,11 +135,15 @@ def submit(
 def _named(clips: Folder, ids: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Prompt id -> file, and what is wrong with the names."""
     files: dict[str, list[str]] = {}
+    problems = []
     for entry in clips.files(sizes=False):
         stem, ending = os.path.splitext(entry.name)
         if ending.lower() in AUDIO_EXTENSIONS:
-            files.setdefault(stem, []).append(entry.name)
-    problems = [f"no clip of prompt {one}" for one in ids if one not in files]
+            if problem := name_problem(entry.name):
+                problems.append(f"{shown_name(entry.name)}: {BAD_NAME}: {problem}")
+            else:
+                files.setdefault(stem, []).append(entry.name)
+    problems += [f"no clip of prompt {one}" for one in ids if one not in files]
     problems += [f"{names[0]} is of no prompt" for stem, names in sorted(files.items()) if stem not in set(ids)]
     problems += [f"{' and '.join(names)}: two clips of one prompt" for names in files.values() if len(names) > 1]
     return {one: files[one][0] for one in ids if one in files}, problems

@@ -19,7 +19,7 @@ from ttmray.audio.clip import read_whole
 from ttmray.audio.io import resample, to_mono
 from ttmray.config import Config, Device, Location, execution
 from ttmray.console import console
-from ttmray.errors import EXIT_OK
+from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError
 from ttmray.evaluation import fadtk
 from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
@@ -36,7 +36,9 @@ PUBLISHED: tuple[tuple[str, float, float, float | None], ...] = (
 )
 """Name, FAD, CLAP score and CCS against the organisers' hidden reference and prompts: on their page, which has no CCS
 of the baseline, and in the paper."""
-COLUMNS = ("system", "clips", "windows", "fad", "clap", "ccs", "judged", "missing")
+SHOWN = 5
+"""Files of a folder that are left out and named on the console; `attm.json` names all."""
+COLUMNS = ("system", "clips", "windows", "fad", "clap", "ccs", "judged", "failed", "missing")
 
 
 class AttmConfig(Config):
@@ -61,7 +63,8 @@ class AttmConfig(Config):
 
 
 def evaluate(config: AttmConfig) -> int:
-    """Print and write the metrics of each system beside the published ones; returns the exit code.
+    """Print and write the metrics of each system beside the published ones; returns the exit code, 3 where a file of a
+    system or of the reference had to be left out.
 
     Raises:
         UserError: no audio, clips of other prompts, weights that are not there, or a judge that cannot be asked.
@@ -76,27 +79,38 @@ def evaluate(config: AttmConfig) -> int:
     target = Folder.at(config.output)
     if config.reference.endswith(".safetensors"):
         against, count = Gaussian.load(config.reference), 0
+        unused: dict[str, dict[str, str]] = {}
     else:
-        against, count = fadtk.folder_statistics(clap, Folder.at(config.reference), "reference")
+        against, count, bad = fadtk.folder_statistics(clap, Folder.at(config.reference), "reference")
         against.save(target.path("reference.safetensors"))
+        unused = {"the reference": bad}
     rows: list[dict[str, Any]] = []
     for system in systems:
         for warning in system.warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False)
-        gaussian, files = fadtk.folder_statistics(clap, flat(Folder.at(system.folder)), system.name)
-        scores = [_clap_score(clap, clip.path, clip.prompt) for clip in system.clips if clip.path is not None]
+        gaussian, files, unused[system.name] = fadtk.folder_statistics(
+            clap, flat(Folder.at(system.folder)), system.name
+        )
+        there = [clip for clip in system.clips if clip.path is not None]
+        tried = [_clap_score(clap, str(clip.path), clip.prompt) for clip in there]
+        scores = [score for score in tried if score is not None]
         row: dict[str, Any] = {"system": system.name, "clips": files, "windows": gaussian.n}
         row |= {"fad": fadtk.distance(against, gaussian), "clap": float(np.mean(scores)) if scores else math.nan}
         row |= _coverage(system, config.judge, target)
-        rows.append(row | {"missing": len(known) - len({clip.prompt_id for clip in system.clips if clip.path})})
+        heard = {clip.prompt_id for clip, score in zip(there, tried, strict=True) if score is not None}
+        rows.append(row | {"failed": len(unused[system.name]), "missing": len(known) - len(heard)})
     about = {"protocol": f"{fadtk.PROTOCOL} of {opened.name}", "reference": count, "note": opened.note}
-    _report(rows, target, about | {"judge": config.judge.name if config.judge else None})
-    return EXIT_OK
+    about |= {"judge": config.judge.name if config.judge else None, "unused": unused}
+    _report(rows, target, about)
+    return EXIT_TOO_MANY_FAILURES if any(unused.values()) else EXIT_OK
 
 
-def _clap_score(clap: Any, path: str, prompt: str) -> float:
-    """Cosine of the whole clip and the raw prompt."""
-    audio, rate = read_whole(path)
+def _clap_score(clap: Any, path: str, prompt: str) -> float | None:
+    """Cosine of the whole clip and the raw prompt; None where it cannot be decoded."""
+    try:
+        audio, rate = read_whole(path)
+    except ClipError:
+        return None  # among those that are left out, with the reason
     wave = fadtk.sixteen_bits(resample(to_mono(audio), rate, fadtk.RATE))
     return float(clap.embed_audio([wave])[0] @ clap.embed_text([prompt])[0])
 
@@ -114,15 +128,22 @@ def _coverage(system: SystemFolder, config: JudgeConfig | None, target: Folder) 
 
 
 def _report(rows: Sequence[dict[str, Any]], out: Folder, about: Mapping[str, Any]) -> None:
-    table = Table("system", "clips", "windows", "FAD", "CLAP", "CCS", "prompts without clip")
+    table = Table("system", "clips", "windows", "FAD", "CLAP", "CCS", "failed", "prompts without clip")
     for row in rows:
         numbers = (f"{row['fad']:.4f}", f"{row['clap']:.4f}", "" if row["ccs"] is None else f"{row['ccs']:.3f}")
-        table.add_row(row["system"], str(row["clips"]), str(row["windows"]), *numbers, str(row["missing"]))
+        table.add_row(
+            row["system"], str(row["clips"]), str(row["windows"]), *numbers, str(row["failed"]), str(row["missing"])
+        )
     for name, fad, clap, ccs in PUBLISHED:
-        table.add_row(f"{name} (published)", "", "", f"{fad:.4f}", f"{clap:.4f}", "" if ccs is None else f"{ccs:.3f}")
+        table.add_row(
+            f"{name} (published)", "", "", f"{fad:.4f}", f"{clap:.4f}", "" if ccs is None else f"{ccs:.3f}", "", ""
+        )
     if about["note"]:
         console.print(str(about["note"]), style="yellow", markup=False)
     console.print(table)
+    for what, bad in about["unused"].items():
+        for name, why in list(bad.items())[:SHOWN]:
+            console.print(f"{what}: {name} is left out: {why}", style="yellow", markup=False)
     sink = io.StringIO(newline="")
     note = {"note": about["note"]} if about["note"] else {}
     writer = csv.DictWriter(sink, [*COLUMNS, *note], lineterminator="\n")

@@ -29,16 +29,13 @@ from ttmray.models.state_dicts import read_state_dict
 from ttmray.models.weights import weights_file
 from ttmray.recipes.chain import step_record
 from ttmray.recipes.hearing import HeardClips, read_heard
-from ttmray.recipes.method_page import as_csv, flat, markdown
+from ttmray.recipes.method_page import FIGURE, JSON, OUT, QUALITY, REWARD, as_csv, flat, markdown
 from ttmray.recipes.tuning import Tuned
 from ttmray.statistics import crossed, holm, vendi_score
 from ttmray.storage import Folder
 from ttmray.synth.faults import FLOOR
 from ttmray.training.memory import step_flops
 
-OUT = "comparison"
-REWARD, QUALITY = "reward", "quality"
-"""The reward that all methods are trained on, and the quality that is heard."""
 CURVE = "true quality by trained reward"
 
 
@@ -135,6 +132,7 @@ def compare(comparison: MethodComparison) -> int:
         "measures": comparison.measures,
         "rewards": dict(comparison.rewards),
         "seeds": list(comparison.seeds),
+        "confidence": comparison.confidence,
         "prompts": len(prompts),
         "note": open_bundle(base_name(comparison.bundle)).note,
         "meaningless": means_nothing(base_name(comparison.bundle)),
@@ -156,9 +154,9 @@ def compare(comparison: MethodComparison) -> int:
         for row in rows
     }
     for theme in ("light", "dark"):
-        out.write(f"hacking-{theme}.svg", plots.curves(lines, CURVE, theme))
+        root.write(FIGURE.format(theme=theme), plots.curves(lines, CURVE, theme))
     result = plain(result)
-    out.write("methods.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    root.write(JSON, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode())
     out.write("methods.md", markdown(result).encode())
     return EXIT_OK
 

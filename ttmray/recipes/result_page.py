@@ -14,22 +14,21 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.evaluation import plots
 from ttmray.evaluation.results import RESULTS, Results, System, read_results
-from ttmray.generation import manifest
 from ttmray.models.bundle import BUNDLES, base_name, means_nothing
 from ttmray.recipes import published
+from ttmray.recipes.result_views import PAGE, View, players_of, view_of
 from ttmray.storage import Folder
 from ttmray.training.config import LoopConfig
 from ttmray.training.logbook import METRICS as LOG
 from ttmray.training.logbook import read_lines
 from ttmray.training.rounds import ROUNDS
 
-PAGE, TABLES = "index.html", "tables/index.html"
 SHOWN = {"fad": ("FAD ↓", 3), "clap_score": ("CLAP score ↑", 3), "reward": ("Reward ↑", 3), "lufs": ("LUFS", 1)}
 """Metrics of the first table, with label and digits; the evaluation's own page has all."""
 PAPER_ROWS = {"stage1": "SFT (v1)", "stage2": "+ expert iteration", "stage3": "Sub.1"}
 """System of a chain -> row of the paper's Table II."""
-PROMPTS_SHOWN, FIGURES = 4, 8
-"""Of a long list the page shows the first; the pages of the steps have all."""
+FIGURES = 8
+"""Of many trainings the page shows the first."""
 Points = list[tuple[float, float]]
 
 
@@ -136,23 +135,6 @@ def _paper(system: System) -> Mapping[str, published.Published]:
     return published.CHAIN.get(PAPER_ROWS.get(system.name, system.name), {})
 
 
-def players_of(root: Folder, folders: Mapping[str, Folder]) -> list[dict[str, Any]]:
-    """The first prompts that have clips, each with a clip of every system.
-
-    Args:
-        folders: system -> generation run, below `root`.
-    """
-    rows = {name: manifest.read_rows(run).values() for name, run in folders.items() if run.exists("run.json")}
-    prompts: dict[str, dict[str, Any]] = {}
-    for name, clips in rows.items():
-        for row in clips:
-            if row["file"]:
-                prompt = prompts.setdefault(row["prompt_id"], {"text": row["prompt"], "clips": {}})
-                address = folders[name].path(row["file"]).removeprefix(f"{root.uri}/")
-                prompt["clips"].setdefault(name, {"system": name, "file": address, "row": row})
-    return [one | {"clips": list(one["clips"].values())} for _, one in sorted(prompts.items())][:PROMPTS_SHOWN]
-
-
 def systems_of(results: Results, folders: Mapping[str, Folder]) -> Iterator[dict[str, Any]]:
     """A card per system: what made its clips."""
     for system in results.systems:
@@ -185,17 +167,22 @@ def chain_values(root: Folder, configs: Mapping[str, Config]) -> dict[str, Any]:
     bundles = {str(config.bundle) for config in configs.values() if hasattr(config, "bundle")}
     notes = sorted({BUNDLES[base_name(one)].note for one in bundles if means_nothing(one)})
     evaluated = [place for place in below.values() if place.exists(RESULTS)]
-    results = read_results(evaluated[0]) if len(evaluated) == 1 else None  # cells of tables are on a page of their own
+    view = view_of(root)
+    results = read_results(evaluated[0]) if len(evaluated) == 1 and (view is None or view.link) else None
     values: dict[str, Any] = {"notes": notes, "figures": figures_of(curves[:FIGURES]), "results": results}
-    values["tables"] = TABLES if root.exists(TABLES) else ""
+    values["tables"] = view.link if view else ""
+    values["unshown"] = len(curves) if len(curves) > FIGURES else 0
     values["hacking"] = [f"{one.title}: {line}" for one in curves for line in one.warnings]
     if results is None:
-        return values | {"headline": "", "table": None, "prompts": [], "systems": []}
+        shown = view or View("", [], [])
+        values |= {"headline": shown.headline, "sections": shown.sections, "prompts": shown.prompts}
+        return values | {"table": None, "systems": []}
     folders = {system.name: Folder.at(system.folder) for system in results.systems if system.folder}
     inside = {name: folder for name, folder in folders.items() if folder.uri.startswith(f"{root.uri}/")}
     return values | {
         "headline": headline(results),
         "table": result_table(results),
+        "sections": [],
         "prompts": players_of(root, inside),
         "systems": list(systems_of(results, inside)),
     }
