@@ -224,8 +224,8 @@ def correlation(cells: Mapping[float, Cell], metric: str) -> Value:
     inputs = np.concatenate([np.full(len(cell.clips[metric]), score) for score, cell in cells.items()])
     outputs = np.concatenate([cell.clips[metric] for cell in cells.values()])
     prompts = [prompt for cell in cells.values() for prompt in cell.prompts_of(metric)]
-    ends = pearson_interval(inputs, outputs, prompts) or (None, None)
-    return Value(pearson(inputs, outputs), *ends, n=len(set(prompts)))
+    low, high = pearson_interval(inputs, outputs, prompts) or (None, None)
+    return Value(pearson(inputs, outputs), low, high, n=len(set(prompts)))
 
 
 def _moved(cells: Mapping[float, Cell], steer: tuple[float, float], metric: str) -> Value:
