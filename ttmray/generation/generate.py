@@ -122,7 +122,11 @@ def generate_run(
         console.print(f"{run.path(RUN)} was missing or damaged and is made again", style="yellow")
     if (existing := runs.existing(run, "generate")) is not None:
         runs.refuse_another(run, existing, described, way_out=OVERWRITE)
-        rows = manifest.read_rows(run)
+        damaged: list[str] = []
+        rows = manifest.read_rows(run, damaged)
+        for name in damaged:
+            console.print(f"{run.path(name)} is damaged; its clip is made again", style="yellow", markup=False)
+            inventory.clear(run, name)
     _check_prompts(run, clips, rows)
     if described["note"]:
         console.print(described["note"], style="yellow")

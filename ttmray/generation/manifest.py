@@ -22,6 +22,8 @@ from ttmray.local_files import TEMPORARY_PREFIX
 from ttmray.storage import Folder, absolute, explained, is_remote
 
 ROWS, CLIPS = "manifest", "clips"
+DIGEST = "row_sha256"
+"""In the file of a row: of all else in it."""
 OK, FAILED = "ok", "failed"
 READERS = 16
 """Files read at the same time; object stores answer slowly, but many requests at once."""
@@ -58,29 +60,48 @@ SCHEMA = pa.schema(
 
 
 def commit(run: Folder, row: Mapping[str, Any]) -> None:
-    """Write the row of a clip; its audio file must be complete."""
-    run.write(f"{ROWS}/{row['name']}.json", json.dumps(row, ensure_ascii=False, indent=1).encode())
+    """Write the row of a clip, with a hash of itself; its audio file must be complete."""
+    whole = {**row, DIGEST: _digest(row)}
+    run.write(f"{ROWS}/{row['name']}.json", json.dumps(whole, ensure_ascii=False, indent=1).encode())
 
 
-def read_rows(run: Folder) -> dict[str, dict[str, Any]]:
+def _digest(row: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()  # levels may be infinite
+
+
+def read_rows(run: Folder, damaged: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Committed rows by the name of the clip.
 
+    Args:
+        damaged: takes the names of files that are no rows, or not as they were written; else the first one is an error.
+
     Raises:
-        UserError: a file that is no row.
+        UserError: for those.
     """
 
-    def read(name: str) -> dict[str, Any]:
+    def read(name: str) -> dict[str, Any] | None:
         try:
             row: dict[str, Any] = read_json(run.read(f"{ROWS}/{name}"))
-            if row.keys() == set(SCHEMA.names) and f"{row['name']}.json" == name:
+            digest = row.pop(DIGEST, None)  # older versions wrote none
+            whole = digest is None or digest == _digest(row)
+            if whole and row.keys() == set(SCHEMA.names) and f"{row['name']}.json" == name:
                 return row
         except (ValueError, AttributeError):  # no JSON, or no object
             pass
-        raise UserError(f"{run.path(f'{ROWS}/{name}')} is no row of this version.", "Delete it to make its clip again.")
+        return None
 
     names = [entry.name for entry in run.files(ROWS, sizes=False)]
     with ThreadPoolExecutor(READERS) as pool:
-        return {row["name"]: row for row in pool.map(read, names)}
+        rows = dict(zip(names, pool.map(read, names), strict=True))
+    wrong = [f"{ROWS}/{name.partition('/')[0]}" for name, row in rows.items() if row is None]
+    if wrong and damaged is None:
+        raise UserError(
+            f"{run.path(wrong[0])} is no row of this version, or damaged.",
+            "Start the command that generated the clips once more: it makes this one again.",
+        )
+    if damaged is not None:
+        damaged += wrong
+    return {row["name"]: row for row in rows.values() if row is not None}
 
 
 def intact(run: Folder, rows: Iterable[Mapping[str, Any]]) -> set[str]:
