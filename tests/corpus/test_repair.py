@@ -177,6 +177,16 @@ def test_the_success_marker_of_another_run_costs_nothing_but_the_end_of_the_job(
     assert found(run) == []
 
 
+def test_a_changed_byte_is_found_where_the_marker_of_a_run_that_was_at_its_end_is_gone(
+    run, finished_run, other_run, songs, make_config
+):
+    damaged(run, "shards/u000001-*", "flipped", other_run)
+    damaged(run, "_SUCCESS.json", "deleted", other_run)
+    assert score_corpus(make_config(songs, run)) == EXIT_OK
+    assert found(run) == []
+    assert content(run, ("run.json", "_SUCCESS.json")) == content(finished_run, ("run.json", "_SUCCESS.json"))
+
+
 @pytest.mark.parametrize("file", ["index.parquet", "index/u000001.parquet"])
 def test_deleting_an_unreadable_index_file_as_its_message_says_makes_it_again(
     run, finished_run, songs, make_config, file

@@ -73,6 +73,7 @@ def cases(names: list[str]) -> list[object]:
     kinds = list(DAMAGES)
     quick = {(name, kinds[(3 * i + 1) % len(kinds)]) for i, name in enumerate(names)}
     product = [(name, how) for name in names for how in kinds]
+    product = [one for one in product if one != ("empty_text.safetensors", "of another run")]  # the same in all of them
     return [pytest.param(*one, marks=[] if one in quick else pytest.mark.slow) for one in product]
 
 

@@ -82,7 +82,7 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
 
     Of a finished run the sizes of all files and the hashes of the smallest are compared with `_SUCCESS.json`. Of an
     unfinished one every index file is read, and its unit's files must have the sizes that it says; and the hashes, too,
-    the smallest, where what the end of the run has noted is itself damaged.
+    the smallest, where the run was at its end, and what that has noted is damaged or gone.
 
     Args:
         plan: of the run, as its command makes it.
@@ -98,7 +98,7 @@ def forget_damaged(run: Folder, plan: Plan, fingerprint: str, everything: bool =
     unlisted = any(problem.name == inventory.FILES for problem in damaged)
     if everything or not sealed or unlisted:
         known = {problem.name for problem in damaged}
-        lost = unlisted or (not sealed and run.exists(SUCCESS))
+        lost = unlisted or (not sealed and (run.exists(SUCCESS) or run.exists(index.MERGED)))
         units_damage = _unit_damage(run, plan, fingerprint, everything, lost)
         damaged += [problem for problem in units_damage if problem.name not in known]
     try:
