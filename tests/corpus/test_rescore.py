@@ -67,6 +67,9 @@ def test_rescored_rewards_are_those_of_scoring_the_audio_anew_with_that_head(
     assert protocol != scores.protocol_of(Folder.at(str(run)), "reward_score")
     statistics = json.loads((run / "scores/mine/stats.json").read_text())
     assert statistics["splits"] == json.loads((Path(anew.output) / "stats/rewards.json").read_text())["splits"]
+    table = run / "scores/mine"
+    for file in (table / "stats.json", table / "run.json", Path(anew.output) / "stats/rewards.json"):
+        assert "mean nothing" in json.loads(file.read_text())["note"], "whoever reads the file alone is told, too"
 
 
 def test_a_relaunch_goes_on_with_the_parts_that_are_missing(

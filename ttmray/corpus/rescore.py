@@ -122,6 +122,11 @@ def _try(run: Folder, head: RewardHead, rows: pa.Table) -> None:
     PartScorer(run.uri, run.uri, head.location, "empty", "cpu").score(first, str(first["shard"][0]), {})
 
 
+def _note(corpus: dict[str, Any]) -> str:
+    """What people must know about rewards from a corpus's embeddings: the same as about its own."""
+    return str(corpus.get("note") or "")
+
+
 def _claim(
     out: Folder, config: RescoreConfig, corpus: dict[str, Any], head: RewardHead, protocol: Protocol, rows: pa.Table
 ) -> None:
@@ -132,7 +137,13 @@ def _claim(
     what = {"corpus": corpus["fingerprint"], "clips": clips.hexdigest(), "head": head.id, "protocol": asdict(protocol)}
     bundle = corpus["protocol_id"].partition("/")[0]
     described = runs.describe(
-        "scores", what, config, ("torch", "numpy"), protocol_id=f"{bundle}/{protocol.id()}", head=head.sha256
+        "scores",
+        what,
+        config,
+        ("torch", "numpy"),
+        protocol_id=f"{bundle}/{protocol.id()}",
+        head=head.sha256,
+        note=_note(corpus),
     )
     old = inventory.restore_run(out, "scores") or runs.existing(out, "scores")
     if old is None and runs.write(out, described):
@@ -297,7 +308,7 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
     for name in scores.REWARDS:
         rows = rows.append_column(name, table[name])
     described = runs.read(out, "scores")
-    statistics = {"protocol": described["protocol_id"], "splits": scores.reward_statistics(rows)}
+    statistics = {"protocol": described["protocol_id"], "splits": scores.reward_statistics(rows), "note": _note(corpus)}
     files = inventory.entries(out, [RUN]) | {scores.TABLE: inventory.entry(data)}
     text = json.dumps(statistics, indent=1).encode()
     out.write("stats.json", text)
@@ -313,6 +324,6 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
         numbers = columns["instrumental_reward_score"]
         line = ", ".join(f"{key} {numbers[key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max"))
         console.print(f"  {split}: {columns['clips']} clips, instrumental reward {line}", markup=False)
-    if corpus.get("note"):
-        console.print(f"  {corpus['note']}", markup=False)
+    if note := _note(corpus):
+        console.print(f"  {note}", markup=False)
     console.print(f"columns: {', '.join(f'{name}/{column}' for column in scores.REWARDS)}", markup=False)

@@ -109,7 +109,7 @@ def evaluate_run(
     if config.judge is not None:
         check_judge(config.judge, [prompt.id for prompt in prompts])
     out = Folder.at(config.output)
-    _claim(out)
+    _claim(out, bundle.note)
     if bundle.note:
         console.print(bundle.note, style="yellow")
     with cost.account(out):
@@ -211,11 +211,18 @@ def _check_crossed(systems: Sequence[SystemFolder]) -> None:
             )
 
 
-def _claim(out: Folder) -> None:
-    """Anything may be evaluated into the folder of another evaluation, so nothing decides its identity."""
+def _claim(out: Folder, note: str) -> None:
+    """Anything may be evaluated into the folder of another evaluation, so nothing decides its identity.
+
+    Args:
+        note: of the bundle, which may be another one than last time.
+    """
     inventory.restore_run(out, KIND)
-    if runs.existing(out, KIND) is None:
-        runs.write(out, {"kind": KIND, "fingerprint": fingerprint({}), "identity": {}})
+    described = {"kind": KIND, "fingerprint": fingerprint({}), "identity": {}, "note": note}
+    if (old := runs.existing(out, KIND)) is None:
+        runs.write(out, described)
+    elif old.get("note", "") != note:
+        out.write(RUN, json.dumps(old | {"note": note}, indent=1).encode())
     if out.exists(SUCCESS):
         inventory.clear(out, SUCCESS)
 

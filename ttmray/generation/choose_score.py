@@ -80,7 +80,7 @@ def choose_score(config: ScoreChoiceConfig) -> int:
     out.write(
         "choice.md", (text + "\n".join(["| score | mean reward | clips |", "|---|---|---|", *lines]) + "\n").encode()
     )
-    choice: dict[str, Any] = {"score": best}
+    choice: dict[str, Any] = {"score": best} | ({"note": note} if note else {})
     choice["mean_reward"] = {f"{score:g}": mean for score, (mean, _) in rewards.items()}
     choice["checkpoint"] = config.checkpoint and digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
     out.write(CHOICE, json.dumps(choice, indent=1).encode())

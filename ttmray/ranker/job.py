@@ -192,6 +192,7 @@ class _Trainer:
             "score_sd": float(both.std()),
             "temperature": report.fit_temperature(margin.astype(np.float64), target),
             "protocol": f"{bundle.name}/{protocol.id()}",  # a folder's path would leave this machine with the weights
+            **({"note": bundle.note} if bundle.note else {}),
             **asdict(one),
             "best_epoch": trained.best_epoch,
             "history": trained.history,
