@@ -335,6 +335,7 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
     per_unit = table.group_by("unit", use_threads=False).aggregate([("clips", "sum"), ("track_id", "count")])
     unit_clips = per_unit["clips_sum"].to_numpy()
     audio_h, clip_h = float(np.nansum(duration)) / 3600, clips * segments.clip_s / 3600
+    heard_h = float(np.nansum(np.minimum(duration, usable["clips"].to_numpy() * segments.clip_s))) / 3600
     unknown, unsized = int(np.isnan(duration).sum()), int((size < 0).sum())
     unheaded = int((np.isnan(duration) & (size >= 0) & (usable["clips"].to_numpy() == 1)).sum())
     captions = int(pc.sum(table["caption_owner"]).as_py() or 0)
@@ -362,7 +363,11 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
         ("headers not readable", unheaded, "one row each until decoding, which records why"),
         ("distinct captions", captions, "text features are made once per caption of a usable track"),
         ("audio, h", _rounded(audio_h, 2), "usable tracks, decoded whole" + _lacking(unknown, "duration")),
-        ("clips, h", _rounded(clip_h, 2), f"expected clips x {segments.clip_s:g} s"),
+        (
+            "clips, h",
+            _rounded(heard_h, 2),
+            f"expected clips x {segments.clip_s:g} s, less what shorter songs lack" + _lacking(unknown, "duration"),
+        ),
     ]
     if unsized < usable.num_rows or not usable.num_rows:
         numbers.append(("bytes read", int(size[size > 0].sum()), "file sizes" + _lacking(unsized, "size")))
