@@ -368,6 +368,10 @@ def test_looks_take_columns_of_tables(run: Path, tmp_path: Path, capsys: pytest.
         key: values[0] for key, values in rewards(run, "mine/").items()
     }
     assert main(["corpus", "ls", str(run), "--columns", "key,nothing"]) == 2
+    said = capsys.readouterr().err
+    assert "has no column 'nothing'" in said
+    for column in ("key", "status", "caption", "reward_score", "mine/track_reward_score"):
+        assert f" {column}," in said or f" {column}." in said, "columns of text and of the run's tables, too"
     assert main(["corpus", "stats", str(run)]) == 0
     said = capsys.readouterr().out
     assert "mine/track_reward" in said
