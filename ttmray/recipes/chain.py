@@ -217,7 +217,7 @@ def fill(kind: type[ConfigT], name: str, section: Mapping[str, Any], links: Mapp
         raise UserError(f"{name}.output: every step has its own folder below output.", "Leave it out.")
     known = {field: value for field, value in links.items() if field in kind.model_fields and value is not None}
     try:
-        return load_config(kind, fields=merged(known, section))
+        return load_config(kind, fields=merged(known, section), missing=f"`{{place}}: {{value}}` in section {name}")
     except UserError as error:
         raise UserError(f"section {name}: {error.message}", error.hint) from error
 
