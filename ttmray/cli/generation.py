@@ -19,7 +19,12 @@ COMMANDS = (
             setting("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/generate)"),
             setting("--seed", type=int, help="of the noise, together with the id of each prompt (default 42)"),
             setting("--samples", type=int, metavar="N", help="clips per prompt (default 1)"),
-            argument("--score-from", metavar="RUN", help="the score that ttmray choose-score found for the checkpoint"),
+            argument(
+                "--score-from",
+                metavar="RUN",
+                stands_for="sampler.score",
+                help="the score that ttmray choose-score found for the checkpoint",
+            ),
             argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form"),
             switch("--retry-failed", "make failed clips once more"),
             switch("--overwrite", "delete the clips of other settings that the run folder holds, and start anew"),
