@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
+from ttmray import runs
 from ttmray.config import fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
@@ -359,6 +360,22 @@ def restore_run(run: Folder, kind: str, identity: str = "", exact: bool = True) 
     clear(run, RUN)
     run.write(RUN, json.dumps(copy, indent=1).encode())
     return dict(copy)
+
+
+def existing_run(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, Any] | None:
+    """`runs.existing`, by the copy in `_SUCCESS.json` where `run.json` is missing or damaged: what a launch would go on
+    with, without writing.
+
+    Raises:
+        UserError: as there.
+    """
+    try:
+        return runs.existing(run, kind, beside)
+    except UserError:
+        copy = (read_marker(run) or {}).get("run")
+        if copy is None or copy["kind"] != kind:
+            raise
+        return dict(copy)
 
 
 def clear(run: Folder, name: str) -> None:

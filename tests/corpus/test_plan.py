@@ -19,7 +19,7 @@ from ttmray.corpus.config import CorpusConfig, SplitConfig
 from ttmray.corpus.plan import (
     MAX_UNIT_DECODED_BYTES,
     MAX_UNIT_TRACKS,
-    PAPER_COSTS,
+    TFLOP_PER_CLIP,
     Plan,
     assign_splits,
     build_plan,
@@ -413,7 +413,7 @@ def test_the_costs_of_a_bundle_can_be_given():
     numbers = numbers_of(plan, config(), bundle_costs={"separator": 0.449})
     assert numbers["separator, PFLOP"] == pytest.approx(150 * 0.449 / 1000, abs=1e-3)
     assert not any(name.startswith("mert") for name in numbers)
-    assert set(PAPER_COSTS) == {"separator", "clap", "mert", "vae_encoder"}
+    assert set(TFLOP_PER_CLIP) == {"separator", "clap", "mert", "vae_encoder"}
 
 
 def test_every_number_has_a_reason_and_is_plain_json_even_when_nothing_is_known():

@@ -50,6 +50,9 @@ def switch(name: str, help: str, **options: Any) -> Flag:
     return argument(name, action="store_true", help=help, **options)
 
 
+PLAN = switch("--plan-only", "say what would be done, how long it takes here and where it is written, and stop")
+
+
 @dataclass(frozen=True)
 class Command:
     """One command.

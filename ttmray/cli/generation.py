@@ -1,6 +1,6 @@
 """Clips and pools of them."""
 
-from ttmray.cli.command import Command, argument, setting, switch
+from ttmray.cli.command import PLAN, Command, argument, setting, switch
 
 BUNDLE = setting("--bundle", help="set of models (default micro)")
 POOL = argument("pool", metavar="POOL", help="run folder of a pool, local or s3://")
@@ -26,6 +26,7 @@ COMMANDS = (
                 help="the score that ttmray choose-score found for the checkpoint",
             ),
             argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form"),
+            PLAN,
             switch("--retry-failed", "make failed clips once more"),
             switch("--overwrite", "delete the clips of other settings that the run folder holds, and start anew"),
         ),
@@ -60,6 +61,7 @@ COMMANDS = (
             setting("--format", choices=("wav", "wav16", "flac"), help="wav is float32 (default)"),
             setting("--bundle", help="set of models of the separator (default paper)"),
             setting("--device", help="auto, cpu or cuda"),
+            PLAN,
         ),
         config="ttmray.generation.postprocess:PostprocessConfig",
     ),
@@ -72,6 +74,7 @@ COMMANDS = (
             setting("--prompts", metavar="FILE", help="prompts, other ones than those of the evaluation"),
             BUNDLE,
             setting("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/score)"),
+            PLAN,
         ),
         config="ttmray.generation.choose_score:ScoreChoiceConfig",
     ),
@@ -79,6 +82,7 @@ COMMANDS = (
         "pool",
         "candidates per prompt from one checkpoint, scored, as a corpus",
         "ttmray.generation.pool:generate_pool",
+        (PLAN,),
         config="ttmray.generation.pool_worker:CandidatesConfig",
     ),
     Command(

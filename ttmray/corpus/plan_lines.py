@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.plan import DECODE_REALTIME, Number
-from ttmray.models.speed import REACHED, about, cores, present_flops
+from ttmray.models.speed import about, cores, time_here
 
 _COUNTED = ("ok", "tracks")
 
@@ -51,12 +51,8 @@ def _time(value: Mapping[str, int | float | str], config: CorpusConfig, bundle: 
         decoding = about(float(value["audio, h"]) * 3600 / DECODE_REALTIME / cores())
     if not known_costs:
         return f"time here: decoding {decoding} on {cores()} cores; models unknown, as FLOPs of bundle {bundle} are"
-    peak, source = present_flops(config.runtime.device)
-    models = float(value["models, PFLOP"]) * 1e15 / (REACHED * peak)
-    return (
-        f"time here: decoding {decoding} on {cores()} cores, models {about(models)} per device "
-        f"(estimate: {REACHED:.0%} of {peak / 1e12:.3g} TFLOP/s, {source})"
-    )
+    models, reason = time_here(float(value["models, PFLOP"]) * 1e15, config.runtime.device)
+    return f"time here: decoding {decoding} on {cores()} cores, models {models} per device ({reason})"
 
 
 def _hours(value: Mapping[str, int | float | str]) -> str:

@@ -38,12 +38,14 @@ from ttmray.audio import io as audio_io
 from ttmray.audio.limiter import Levels, to_loudness
 from ttmray.audio.limits import AudioLimits
 from ttmray.audio.loudness import integrated_loudness, true_peak
+from ttmray.cluster import ActorsConfig
 from ttmray.config import Config, Device, execution, fingerprint, identity
 from ttmray.console import console, errors, meter
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
 from ttmray.models import one_thread
 from ttmray.models.bundle import Bundle, BundleName, ReleasedBundle, open_bundle
 from ttmray.models.loading import LoadOptions
+from ttmray.models.plans import embedding_flops, show_plan, weights_rows
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import open_store
 from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS
@@ -218,11 +220,14 @@ def encode(wave: np.ndarray, sample_rate: int, config: PostprocessConfig) -> byt
     return file.getvalue()
 
 
-def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) -> int:
+def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig, *, plan_only: bool = False) -> int:
     """Post-process all audio files in folders, at any depth, and single files; exit code 3 when some failed.
 
     `OUT/<name>` has the name relative to its folder, with several sources `OUT/<folder>/<name>`, and the ending of
     the format.
+
+    Args:
+        plan_only: say what would be done, and stop.
 
     Raises:
         UserError: no audio, names that collide, an output folder that lies in an input or holds other files.
@@ -230,10 +235,13 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
     out = Folder.at(output)
     ending = ".flac" if config.format == "flac" else ".wav"
     jobs = _outputs(sources, out, ending)
-    rows = _read_table(out, inventory.reopen(out, "postprocess").complete)
+    complete = (inventory.read_marker(out) or {}).get("kind") == "postprocess"
+    rows = _read_table(out, complete if plan_only else inventory.reopen(out, "postprocess").complete)
     for name, source in jobs.items():
         if name in rows and rows[name]["source"] != source:
             raise UserError(f"{out}/{name} was made from {rows[name]['source']}.", "Choose another --output.")
+    if plan_only:
+        return _show_plan(jobs, rows, out, config)
     separator = open_separator(config)
     if not out.exists(TABLE):
         _write_table(out, rows)  # from now on the folder is ours
@@ -268,6 +276,20 @@ def postprocess(sources: Sequence[str], output: str, config: PostprocessConfig) 
     inventory.note(out, "postprocess", (TABLE, *(name for name, row in rows.items() if row["status"] == "ok")))
     _print(sorted(shown, key=lambda row: row["file"]), done_before, out)
     return EXIT_OK if all(row["status"] == "ok" for row in shown) else EXIT_TOO_MANY_FAILURES
+
+
+def _show_plan(
+    jobs: Mapping[str, str], rows: Mapping[str, dict[str, Any]], out: Folder, config: PostprocessConfig
+) -> int:
+    bundle, todo = open_bundle(config.bundle), len(jobs.keys() - rows.keys())
+    flops, of = embedding_flops(bundle, todo * config.passes, ("separator",))
+    show = [
+        ("files", f"{todo:,} to do of {len(jobs):,}", "a file of the table is done again where it has changed"),
+        ("separation", f"{config.passes} passes", f"bundle {bundle.name}: {bundle.note}" if config.passes else ""),
+        *(weights_rows(bundle, ("separator",)) if config.passes else []),
+    ]
+    runtime = ActorsConfig(device=config.device)
+    return show_plan(show, out, todo, flops if config.passes else None, runtime, f"{of}, as if files were of 10 s")
 
 
 def _settings(config: PostprocessConfig) -> dict[str, Any]:
