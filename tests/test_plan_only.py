@@ -156,6 +156,7 @@ def test_every_command_of_a_job_has_a_plan():
 @pytest.mark.parametrize("name", ["train-sft", "generate", "evaluate"])
 def test_a_plan_for_a_gpu_is_made_where_there_is_none_and_says_so(place, name, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     words = jobs(place)[name][0]
     bundle = ["--set", "bundle=fluxaudio-s-16k"] if name == "evaluate" else []
     assert main([*name.split(), *words, *bundle, "--set", "runtime.device=cuda", "--plan-only"]) == EXIT_OK
@@ -166,11 +167,27 @@ def test_a_plan_for_a_gpu_is_made_where_there_is_none_and_says_so(place, name, c
 
 def test_a_corpus_for_a_gpu_is_not_timed_by_the_cpu(place, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     sets = [f"input={place}/songs", f"output={place}/out", "bundle=paper", "runtime.device=cuda"]
     sets += ["splits.validation=0", "splits.test=0"]
     words = ["score-corpus", *(part for one in sets for part in ("--set", one)), "--plan-only"]
     try:
         assert main(words) == EXIT_OK
         assert "models unknown per device (it is for a GPU" in capsys.readouterr().out
+    finally:
+        shutil.rmtree(place / "out")
+
+
+def test_a_chain_for_a_gpu_is_planned_where_there_is_none_and_says_so(place, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    sets = [f"corpus.input={place}/songs", f"output={place}/out", "stage1.runtime.device=cuda"]
+    words = ["reproduce", "--config", "debug/reproduce", *(part for one in sets for part in ("--set", one))]
+    try:
+        assert main([*words, "--plan-only"]) == EXIT_OK
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "device is cuda, but torch sees 0 GPUs. It is planned all the same." in shown
+        assert "this machine has none" in shown
+        assert main(words) == EXIT_BAD_INPUT, "it cannot run here"
     finally:
         shutil.rmtree(place / "out")
