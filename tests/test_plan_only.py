@@ -69,7 +69,7 @@ def jobs(place: Path) -> dict[str, tuple[list[str], str, str]]:
         "postprocess": ([songs, "--output", f"{place}/out", *debug], "out", r"2 to do of 2"),
         "evaluate": ([f"mine={songs}", *debug, *out, "--set", prompts], "out", r"2 of 3"),
         "reference build": (["mine", songs, "--store", str(place), "--bundle", "debug"], "mine", r"2 to embed"),
-        "train-ranker": ([*debug, *out, "--set", votes, "--set", "split={by: pair}"], "out", r"heads +1 to train of 1"),
+        "train-ranker": ([*debug, *out, "--set", votes, "--set", "split={by: prompt}"], "out", r"heads +1 to train of 1"),
         "attm evaluate": (
             [f"mine={songs}", *debug, *out, "--set", f"reference={songs}", "--set", prompts],
             "out",
