@@ -24,7 +24,8 @@ import pyloudnorm
 import soundfile
 from scipy.signal import resample_poly
 
-from ttmray.generation.postprocess import TABLE, PostprocessConfig, postprocess
+from ttmray.generation.postprocess import PostprocessConfig
+from ttmray.generation.postprocess_folders import TABLE, postprocess
 
 LUFS, CEILING, ALLOWANCE = -16.5, -1.0, 0.1
 

@@ -498,7 +498,7 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
     monkeypatch.setattr("ttmray.generation.generate.generate", generate)
     file = tmp_path / "g.yaml"
     file.write_text("prompts: prompts.csv\nseed: 1\nsamples: 2\nformat: flac")
-    command = ["generate", "--bundle", "debug", "--config", str(file), "--set", "seed=2", "--set", "samples=3"]
+    command = ["generate", "--bundle", "debug", "--config", str(file), "--set", "samples=2", "--set", "samples=3"]
     texts = ["a # b", "1", "\N{MUSICAL KEYBOARD}", "[x"]
     typed = [part for text in texts for part in ("--prompt", text)]
     assert main([*command, *typed, "--seed", "4"]) == EXIT_OK
@@ -508,6 +508,33 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
     assert options == {"retry_failed": False, "zip_to": None, "overwrite": False}
     assert main(command) == EXIT_OK
     assert configs.pop()[0].prompts == os.path.abspath("prompts.csv")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("generate", "--prompts", "a.csv", "--set", "texts=[x]"),
+        ("generate", "--prompt", "x", "--set", "prompts=a.csv"),
+        ("generate", "--prompt", "x", "--set", "texts=[y]"),
+        ("generate", "--prompt", "x", "--seed", "4", "--set", "seed=2"),
+        ("generate", "--prompt", "x", "--score-from", "choice", "--set", "sampler.score=1"),
+        ("evaluate", "runs/a", "--prompts", "a.csv", "--set", "texts=[x]"),
+        ("evaluate", "runs/a", "--set", "folders=[runs/b]"),
+        ("score-corpus", "--max-failures", "1", "--set", "max_failures=2"),
+        ("attm", "evaluate", "--out", "a", "--set", "output=b"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_given_by_a_flag_and_by_set_is_refused(typed, capsys):
+    assert f"and --set {typed[-1]} give the same thing twice" in refused(capsys, *typed)
+
+
+def test_a_flag_and_the_same_by_set_or_nothing_by_set_go_together(monkeypatch):
+    configs = []
+    monkeypatch.setattr("ttmray.generation.generate.generate", lambda config, **_: configs.append(config) or EXIT_OK)
+    command = ["generate", "--bundle", "debug", "--prompts", "a.csv", "--seed", "2"]
+    assert main([*command, "--set", "seed=2", "--set", "texts=[]"]) == EXIT_OK
+    assert (configs[0].seed, configs[0].texts) == (2, ())
 
 
 def test_a_wrong_flag_is_named_as_its_field(capsys):

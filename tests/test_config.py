@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttmray import presets
+from ttmray.cli import COMMANDS
 from ttmray.config import (
     Config,
     IdentityPart,
@@ -21,13 +22,15 @@ from ttmray.config import (
     identity,
     load_config,
 )
+from ttmray.config_docs import field_lines
 from ttmray.corpus.config import CorpusConfig
 from ttmray.errors import UserError
 from ttmray.evaluation.config import EvaluateConfig
 from ttmray.generation.config import GenerateConfig
+from ttmray.plugins import named
 from ttmray.recipes.ablation_config import AblateConfig
 from ttmray.recipes.reproduce_config import ReproduceConfig
-from ttmray.training.config import ModelConfig
+from ttmray.training.config import ModelConfig, TrainConfig
 
 PATHS = ("input=songs", "output=run", "bundle=debug")
 
@@ -98,9 +101,37 @@ def test_all_wrong_fields_are_named_at_once():
     assert all(field in text for field in ("bundel", "runtime.batch", "splits.seed"))
 
 
-def test_a_missing_required_field_is_named():
-    with pytest.raises(UserError, match="output: Field required"):
-        load_config(CorpusConfig, None, ["input=songs"])
+@pytest.mark.parametrize(
+    ("kind", "sets", "line"),
+    [
+        (CorpusConfig, ["input=x"], "output: is required: --set output=FOLDER, or `output: FOLDER` in the config"),
+        (CorpusConfig, ["output=x"], "input: is required: --set input=PATH, or"),
+        (TrainConfig, ["output=x"], "data: is required: --set data.sources=[...], or"),
+        (
+            TrainConfig,
+            ["output=x", "data.sources=[{}]"],
+            "data.sources.0.corpus: is required: --set data.sources.0.corpus=PATH, or",
+        ),
+    ],
+)
+def test_a_missing_required_field_is_named_with_how_to_give_it(kind, sets, line):
+    with pytest.raises(UserError) as caught:
+        load_config(kind, None, sets)
+    assert line in caught.value.message
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.config], ids=lambda one: one.name)
+def test_every_field_that_a_command_requires_is_told_with_a_place_that_exists(command):
+    kind = named(command.config)
+    known = {line.partition(": ")[0] for line, _ in field_lines(kind.model_json_schema())}
+    needed = {name for name, field in kind.model_fields.items() if field.is_required()}
+    if not needed:
+        return
+    with pytest.raises(UserError) as caught:
+        load_config(kind)
+    told = dict(re.findall(r"^  (\S+): is required: --set ([^=\n]+)=", caught.value.message, re.MULTILINE))
+    assert told.keys() == needed
+    assert set(told.values()) <= known
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from ttmray.evaluation.measure import MeasureConfig
 from ttmray.evaluation.reference import build_reference, load_reference
 from ttmray.evaluation.subset import write_subset
 from ttmray.generation.filter import FilterConfig, filter_pool
-from ttmray.generation.postprocess import PostprocessConfig, postprocess
+from ttmray.generation.postprocess import PostprocessConfig
+from ttmray.generation.postprocess_folders import postprocess
 from ttmray.training.clips import read_keys
 from ttmray.training.pairs import PairsConfig, build_pairs, read_pairs
 

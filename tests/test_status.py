@@ -1,16 +1,20 @@
 """How far a run is, whatever its kind, from its files alone."""
 
 import json
+import re
+import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.cli import main
 from ttmray.config import Config
 from ttmray.console import meter
 from ttmray.errors import UserError
 from ttmray.recipes.chain import run_chain
-from ttmray.recipes.chain_plan import Step
+from ttmray.recipes.chain_plan import STEPS_FILE, Step, read_steps
 from ttmray.storage import Folder
 from ttmray.training.logbook import Logbook
 
@@ -94,6 +98,80 @@ def test_a_chain_lists_its_steps_with_their_states_and_where_and_why_it_stopped(
     capsys.readouterr()
     assert main(["status", root.uri]) == 0
     assert "stopped" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def done_chain(tmp_path):
+    """A chain of two steps, a training that is sealed and a table, and the call that goes on with it."""
+    root = Folder.at(str(tmp_path / "chain"))
+
+    def train() -> int:
+        sub = root.sub("train")
+        runs.write(sub, runs.describe("sft", {"lr": 1}, Nothing(), ()))
+        for name in ("weights", "metrics"):
+            sub.write(name, b"1")
+        inventory.seal(sub, runs.read(sub, "sft"), {}, inventory.entries(sub, ["metrics"]))
+        return 0
+
+    steps = [
+        Step("train", Nothing(), train, (f"train/{runs.SUCCESS}", "train/weights")),
+        Step("table", Nothing(), lambda: root.write("table.csv", b"a") or 0, ("table.csv",)),
+    ]
+    again = partial(run_chain, root, steps, {"train": "x", "table": "x"})
+    assert again() == 0
+    return root, again
+
+
+@pytest.mark.parametrize(
+    ("gone", "step", "line"),
+    [
+        ("train", "train", "train/weights"),
+        ("train/weights", "train", "train/weights"),
+        ("train/metrics", "train", "train/metrics"),
+        ("train/_SUCCESS.json", "train", "train/_SUCCESS.json"),
+        ("table.csv", "table", "table.csv"),
+    ],
+)
+def test_what_is_gone_of_a_step_that_was_done_is_named_with_its_way_out(done_chain, gone, step, line, capsys):
+    root, again = done_chain
+    assert main(["verify", root.uri]) == 0
+    path = Path(root.path(gone))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    capsys.readouterr()
+    assert main(["status", root.uri]) == 0
+    out = capsys.readouterr().out
+    assert "a chain of 2 steps, 1 done" in out
+    assert f"{step}: was done, and is gone" in out
+    assert f"{line} is missing" in out
+    assert "the same command makes again what is gone" in out
+    assert main(["verify", root.uri]) == 2
+    out = capsys.readouterr().out.replace("train: ", "train/")
+    assert len(re.findall(rf"^{line}: is missing", out, re.MULTILINE)) == 1, out
+    assert main(["verify", str(Path(root.uri).parent)]) == 2, "of a folder of chains, too"
+    assert again() == 0
+    assert main(["verify", root.uri]) == 0
+    capsys.readouterr()
+    assert main(["status", root.uri]) == 0
+    assert "2 steps, 2 done" in capsys.readouterr().out
+
+
+def test_a_chain_of_an_earlier_version_misses_the_folders_of_its_steps(done_chain, capsys):
+    root, _ = done_chain
+    old = {"steps": [{"name": one["name"], "folder": one["folder"]} for one in read_steps(root)]}
+    root.write(STEPS_FILE, json.dumps(old).encode())
+    assert main(["verify", root.uri]) == 0
+    shutil.rmtree(root.path("train"))
+    assert main(["verify", root.uri]) == 2
+    assert "train: is missing (of step train)" in capsys.readouterr().out
+    assert main(["status", root.uri]) == 0
+    assert "train is missing" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_which_of_its_files_are_gone(done_chain, capsys):
+    sub = done_chain[0].sub("train")
+    sub.delete("metrics")
+    assert main(["status", sub.uri]) == 0
+    assert "metrics: is missing: the same command makes it again" in capsys.readouterr().out
 
 
 def test_what_a_stopped_launch_was_counting_is_said_and_forgotten_by_the_next(run, capsys):

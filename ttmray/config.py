@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from ttmray.config_docs import field_lines
 from ttmray.errors import UserError
 from ttmray.presets import config_file, shipped
 from ttmray.storage import absolute, read_file
@@ -130,6 +131,7 @@ def load_config(
     path: str | None = None,
     sets: Sequence[str] = (),
     fields: Mapping[str, Any] | None = None,
+    missing: str = "--set {place}={value}, or `{place}: {value}` in the config",
 ) -> ConfigT:
     """Read a YAML file, apply `a.b=value` overrides in order, then values that are there already, and validate.
 
@@ -140,6 +142,7 @@ def load_config(
         sets: overrides; each value is parsed as YAML, so `true`, `3`, `[1, 2]` and `null` work, but a `#` is part of
             it and begins no comment. Positions of a list count from 0: `sources.0.split=all`.
         fields: field -> value, such as the flags of a command; these count before all others. Mappings are merged.
+        missing: how whoever reads the message gives a field that is required, with the places `place` and `value`.
 
     Raises:
         UserError: naming the file, each wrong field and the way out.
@@ -160,7 +163,7 @@ def load_config(
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
-        problems = [_explain(kind, problem) for problem in error.errors()]
+        problems = [_explain(kind, problem, missing) for problem in error.errors()]
         source = path if path is not None else "the config"
         raise UserError(f"{source} is not a valid {kind.__name__}:\n  " + "\n  ".join(problems)) from error
 
@@ -230,8 +233,11 @@ def _place(node: Any, key: str, assignment: str) -> Any:
     )
 
 
-def _explain(kind: type[BaseModel], problem: Any) -> str:
+def _explain(kind: type[BaseModel], problem: Any, missing: str) -> str:
     place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "missing":
+        path, value = _required(kind, place)
+        return f"{'.'.join(place)}: is required: {missing.format(place=path, value=value)}"
     if problem["type"] == "extra_forbidden":
         owner = _model_at(kind, place[:-1])
         close = difflib.get_close_matches(place[-1], list(owner.model_fields), n=1) if owner else []
@@ -243,11 +249,28 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     if problem["type"] in ("tuple_type", "list_type"):
         example = entered if isinstance(entered, str | int | float) else "a, b"
         return f"{'.'.join(place)}: needs a list, in brackets: [{example}] (got {entered!r})"
-    if problem["type"] in ("too_short", "missing") and "ctx" in problem and "min_length" in problem["ctx"]:
+    if problem["type"] == "too_short" and "min_length" in problem.get("ctx", {}):
         least = problem["ctx"]["min_length"]
         return f"{'.'.join(place)}: needs a list of {least} or more, in brackets (got {entered!r})"
     shown = f" (got {entered!r})" if isinstance(entered, str | int | float | bool) else ""
     return f"{'.'.join(place) or 'config'}: {message}{shown}"
+
+
+_VALUES = {"path": "PATH", "string": "TEXT", "integer": "N", "number": "X", "list of": "[...]"}
+"""Start of a type in words -> what stands for a value of it."""
+
+
+def _required(kind: type[BaseModel], place: Sequence[str]) -> tuple[str, str]:
+    """The field to set where one is missing, which of a section is the first that it needs, and what stands for its
+    value."""
+    start = ".".join("N" if part.isdecimal() else part for part in place)
+    for line, _ in field_lines(kind.model_json_schema()):
+        path, _, rest = line.partition(": ")
+        if f"{path}.".startswith(f"{start}.") and rest.endswith(" (required)") and not rest.startswith("section"):
+            value = next((shown for words, shown in _VALUES.items() if rest.startswith(words)), "{...}")
+            value = "FOLDER" if path.rpartition(".")[2] == "output" else value
+            return ".".join([*place, path.removeprefix(start).lstrip(".")]).rstrip("."), value
+    return ".".join(place), "{...}"
 
 
 def _model_at(kind: type[BaseModel], place: Sequence[str]) -> type[BaseModel] | None:

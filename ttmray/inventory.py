@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
+from ttmray import runs
 from ttmray.config import fingerprint
 from ttmray.console import console
 from ttmray.errors import UserError
@@ -270,6 +271,24 @@ def damage(
         every_hash: read all files; else the sizes of all and the hashes of the smallest (`HASHED_FILES`).
         leave_out: folders whose files are not looked at.
     """
+    listed, wrong = _by_size(run, marker, leave_out)
+    same = {name: listed[name].bytes for name in listed.keys() - wrong.keys()}
+    hashed = list(same) if every_hash else smallest(same)
+    for name, now in _readable(run, hashed, wrong).items():
+        if now.sha256 != listed[name].sha256:
+            wrong[name] = "its SHA-256 differs from what was written"
+    return [Damage(name, how) for name, how in sorted(wrong.items())]
+
+
+def lost(run: Folder, marker: Mapping[str, Any]) -> list[Damage]:
+    """What of `damage` a listing tells: files that are missing or of another size. No file is read."""
+    return [Damage(name, how) for name, how in sorted(_by_size(run, marker, ())[1].items())]
+
+
+def _by_size(
+    run: Folder, marker: Mapping[str, Any], leave_out: Sequence[str]
+) -> tuple[dict[str, Written], dict[str, str]]:
+    """The files that `_SUCCESS.json` lists, and what a listing says is wrong with some of them."""
     wrong = {}
     try:
         files = promised(run, marker)
@@ -277,18 +296,13 @@ def damage(
         files = {name: known for name, known in _inline(marker).items() if name != FILES}
         wrong[FILES] = error.message.removeprefix(f"{run.path(FILES)}").removeprefix(": ").lstrip()
     listed = {n: known for n, known in files.items() if n.partition("/")[0] not in leave_out}
-    sizes = {file.name: file.size for file in run.files()}
+    sizes = {file.name: file.size for file in run.files()} if listed else {}
     for name, known in listed.items():
         if name not in sizes:
             wrong[name] = "is missing"
         elif sizes[name] != known.bytes:
             wrong[name] = f"has {sizes[name]} bytes, {known.bytes} were written"
-    same = {name: listed[name].bytes for name in listed.keys() - wrong.keys()}
-    hashed = list(same) if every_hash else smallest(same)
-    for name, now in _readable(run, hashed, wrong).items():
-        if now.sha256 != listed[name].sha256:
-            wrong[name] = "its SHA-256 differs from what was written"
-    return [Damage(name, how) for name, how in sorted(wrong.items())]
+    return listed, wrong
 
 
 def smallest(sizes: Mapping[str, int]) -> list[str]:
@@ -346,6 +360,22 @@ def restore_run(run: Folder, kind: str, identity: str = "", exact: bool = True) 
     clear(run, RUN)
     run.write(RUN, json.dumps(copy, indent=1).encode())
     return dict(copy)
+
+
+def existing_run(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, Any] | None:
+    """`runs.existing`, by the copy in `_SUCCESS.json` where `run.json` is missing or damaged: what a launch would go on
+    with, without writing.
+
+    Raises:
+        UserError: as there.
+    """
+    try:
+        return runs.existing(run, kind, beside)
+    except UserError:
+        copy = (read_marker(run) or {}).get("run")
+        if copy is None or copy["kind"] != kind:
+            raise
+        return dict(copy)
 
 
 def clear(run: Folder, name: str) -> None:

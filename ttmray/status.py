@@ -10,7 +10,7 @@ from ttmray import cost, inventory, runs
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.json_text import read_json
-from ttmray.recipes.chain_plan import STEPS_FILE, read_steps
+from ttmray.recipes.chain_plan import STEPS_FILE, lost, read_steps
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 
@@ -53,6 +53,9 @@ def run_lines(run: Folder) -> Iterator[str]:
         yield f"{INDENT}{line}"
     if run.exists(SUCCESS) and not done:
         yield f"{INDENT}{inventory.marker_problem(run)}"
+    if (marker := inventory.read_marker(run)) is not None and (gone := inventory.lost(run, marker)):
+        more = f", and {len(gone) - 1} more" if len(gone) > 1 else ""
+        yield f"{INDENT}{gone[0]}{more}: the same command makes it again"
     if not done:
         yield f"{INDENT}the same command goes on with it, unless it is still running"
     for line in _cost_lines(run, done):
@@ -162,9 +165,11 @@ def _lines_of_others(root: Folder) -> Iterator[str]:
 def _chain_lines(root: Folder) -> Iterator[str]:
     """Of every step, and of the run of one that is begun."""
     records = sorted(entry.name.removesuffix(".json") for entry in root.sub(STEPS).files(sizes=False))
-    steps = read_steps(root) or [{"name": name, "folder": ""} for name in records]
+    steps = read_steps(root) or [{"name": name, "folder": "", "makes": []} for name in records]
     states = {name: _record(root, name) for name in records}
-    done = sum(states[step["name"]]["done"] for step in steps if step["name"] in states)
+    ended = [step for step in steps if step["name"] in states and states[step["name"]]["done"]]
+    gone = {step["name"]: lines for step in ended if (lines := lost(root, step))}
+    done = len(ended) - len(gone)
     yield f"{root}: a chain of {len(steps)} steps, {done} done"
     for step in steps:
         name, folder = step["name"], step["folder"]
@@ -172,8 +177,12 @@ def _chain_lines(root: Folder) -> Iterator[str]:
             yield f"{INDENT}{name}: to do"
             continue
         record = states[name]
-        state = "done" if record["done"] else "begun"
+        state = "was done, and is gone" if name in gone else "done" if record["done"] else "begun"
         yield f"{INDENT}{name}: {state}, {record['seconds'] / 3600:.3g} h in {record['launches']} launches"
+        if name in gone:
+            yield from (f"{INDENT * 2}{line}" for line in gone[name][:LISTED])
+            if len(gone[name]) > LISTED:
+                yield f"{INDENT * 2}and {len(gone[name]) - LISTED} more"
         if record["done"]:
             continue
         if folder and (root.sub(folder).exists(RUN) or root.sub(folder).exists(SUCCESS)):
@@ -181,7 +190,9 @@ def _chain_lines(root: Folder) -> Iterator[str]:
         if record.get("stopped"):
             yield f"{INDENT * 2}stopped: {record['stopped']}"
     if done < len(steps):
-        yield "the same command goes on with what is not done"
+        again = ["makes again what is gone"] if gone else []
+        rest = ["goes on with what is not done"] if done + len(gone) < len(steps) else []
+        yield f"the same command {' and '.join(again + rest)}"
 
 
 def _record(root: Folder, name: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from ttmray import inventory, runs
 from ttmray.console import console
 from ttmray.corpus.plan import Plan
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from ttmray.recipes.chain import step_record
+from ttmray.recipes.chain_plan import STEPS_FILE, absent, read_steps
 from ttmray.runs import KINDS_OF_CORPUS, RUN, SUCCESS
 from ttmray.storage import Folder
 
@@ -23,13 +25,20 @@ def verify(folder: str) -> int:
         UserError: the folder holds none.
     """
     root = Folder.at(folder)
-    places = _places(root)
+    places, chains = _places(root)
     lines = []
     for place in places:
         run = root.sub(place) if place else root
         for line in _all_problems(run):
             lines.append(f"{place}: {line}" if place else line)
             console.print(lines[-1], style="red")
+    said = {line.replace(": ", "/", 1) for line in lines}
+    for chain in chains:
+        for line in _steps_lost(root.sub(chain) if chain else root):
+            line = f"{chain}/{line}" if chain else line
+            if line.partition(" (")[0] not in said:
+                lines.append(line)
+                console.print(line, style="red")
     many = f" in {len(places)} runs and folders" if len(places) > 1 else ""
     console.print(f"{root}: {len(lines) or 'no'} problems{many}", markup=False)
     if lines:
@@ -39,16 +48,17 @@ def verify(folder: str) -> int:
     return EXIT_BAD_INPUT if lines else EXIT_OK
 
 
-def _places(root: Folder) -> list[str]:
+def _places(root: Folder) -> tuple[list[str], list[str]]:
     """Names below `root` of all that can be checked, the root itself as an empty one; nothing below a corpus, which
-    checks its own tables.
+    checks its own tables. And names of the chains.
 
     Raises:
         UserError: there is none.
     """
     if (root.exists(RUN) or root.exists(SUCCESS)) and inventory.kind_of(root) in runs.KINDS_OF_CORPUS:
-        return [""]
-    folders = (name.rpartition("/") for name in (file.name for file in root.files(sizes=False)))
+        return [""], []
+    folders = [name.rpartition("/") for name in (file.name for file in root.files(sizes=False))]
+    chains = sorted(folder for folder, _, name in folders if name == STEPS_FILE)
     places: list[str] = []
     corpora: list[str] = []
     for place in sorted({folder for folder, _, name in folders if name in (RUN, SUCCESS)}):
@@ -56,9 +66,20 @@ def _places(root: Folder) -> list[str]:
             places.append(place)
             if inventory.kind_of(root.sub(place) if place else root) in runs.KINDS_OF_CORPUS:
                 corpora.append(f"{place}/")
-    if not places:
+    if not places and not chains:
         raise UserError(f"{root} is no run: it has no {RUN}.", "Give the output folder of a command.")
-    return places
+    return places, chains
+
+
+def _steps_lost(root: Folder) -> Iterator[str]:
+    """What is gone of the steps that a chain has done: of a run that is gone as a whole, nothing else tells."""
+    try:
+        steps = read_steps(root) or []
+        for step in steps:
+            if step_record(root, step["name"])["done"]:
+                yield from (f"{name}: is missing (of step {step['name']})" for name in absent(root, step))
+    except UserError as error:
+        yield error.message
 
 
 def _all_problems(run: Folder) -> Iterator[str]:

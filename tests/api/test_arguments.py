@@ -29,6 +29,7 @@ TONE = 0.1 * np.sin(np.arange(2 * 44100) * 0.05)
         lambda studio: ttmray.compose("songs", 2, seconds=1e9),
         lambda studio: ttmray.compose("songs", 2, seed="x"),
         lambda studio: ttmray.score_corpus(3, output="runs/new"),
+        lambda studio: ttmray.score_corpus("songs", input="others", output="runs/new"),
         lambda studio: ttmray.open_corpus(None),
         lambda studio: ttmray.open_corpus("runs/my-corpus", scores=[3]),
         lambda studio: ttmray.evaluate(None),

@@ -232,6 +232,7 @@ def test_settings_come_from_a_config_and_from_fields(studio):
         ("a harp", {"sampler": {"steps": 0}}, "sampler.steps"),
         ("a harp", {"bundle": "paper"}, "bundle is no setting"),
         ("a harp", {"config": 3}, "config is a int"),
+        ("a harp", {"score": 1.0, "sampler": {"score": 2.0}}, "score=1.0 and sampler.score both say it"),
         ("a harp", {"runtime": {"runner": "ray"}}, "output=FOLDER"),
         ("a harp", {"checkpoint": "absent.safetensors"}, "absent.safetensors"),
     ],

@@ -19,7 +19,7 @@ from ttmray.corpus.config import CorpusConfig, SplitConfig
 from ttmray.corpus.plan import (
     MAX_UNIT_DECODED_BYTES,
     MAX_UNIT_TRACKS,
-    PAPER_COSTS,
+    TFLOP_PER_CLIP,
     Plan,
     assign_splits,
     build_plan,
@@ -362,6 +362,27 @@ def test_numbers_of_a_small_plan_follow_from_it_by_hand():
     assert numbers["models, PFLOP"] == pytest.approx(teraflop / 1000, abs=1e-3)
 
 
+def test_clips_of_short_songs_are_no_more_hours_than_the_songs():
+    short = [
+        replace(track, duration_s=seconds) for track, seconds in zip(some_tracks(3), (6.0, 5.5, 14.0), strict=True)
+    ]
+    corpus = config(segments={"clip_s": 10, "min_s": 5})
+    plan = build_plan(catalogue_of(short), corpus)
+    numbers = numbers_of(plan, corpus)
+    assert numbers["expected clips"] == 3
+    assert numbers["clips, h"] == pytest.approx((6 + 5.5 + 10) / 3600, rel=0.02)
+    assert numbers["clips, h"] < numbers["audio, h"]
+    assert numbers["clap, PFLOP"] == pytest.approx(3 * 2 * 0.031 / 1000, rel=0.05), "models hear whole clips"
+
+
+def test_hours_of_songs_whose_lengths_nobody_knows_are_not_given():
+    plan = build_plan(catalogue_of(some_tracks(3, duration_s=None, size=-1)), config())
+    lines = " ".join(plan_lines(derived_numbers(plan, config()), config(), "paper", True))
+    assert "30 clips expected (of songs whose lengths are not known yet)" in lines
+    assert "decoding unknown" in lines
+    assert "0 h" not in lines
+
+
 def test_no_work_that_is_to_do_takes_no_time():
     plan = build_plan(catalogue_of(some_tracks(1, duration_s=6.0)), config())
     numbers = numbers_of(plan, config())
@@ -392,7 +413,7 @@ def test_the_costs_of_a_bundle_can_be_given():
     numbers = numbers_of(plan, config(), bundle_costs={"separator": 0.449})
     assert numbers["separator, PFLOP"] == pytest.approx(150 * 0.449 / 1000, abs=1e-3)
     assert not any(name.startswith("mert") for name in numbers)
-    assert set(PAPER_COSTS) == {"separator", "clap", "mert", "vae_encoder"}
+    assert set(TFLOP_PER_CLIP) == {"separator", "clap", "mert", "vae_encoder"}
 
 
 def test_every_number_has_a_reason_and_is_plain_json_even_when_nothing_is_known():

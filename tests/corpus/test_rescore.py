@@ -67,6 +67,9 @@ def test_rescored_rewards_are_those_of_scoring_the_audio_anew_with_that_head(
     assert protocol != scores.protocol_of(Folder.at(str(run)), "reward_score")
     statistics = json.loads((run / "scores/mine/stats.json").read_text())
     assert statistics["splits"] == json.loads((Path(anew.output) / "stats/rewards.json").read_text())["splits"]
+    table = run / "scores/mine"
+    for file in (table / "stats.json", table / "run.json", Path(anew.output) / "stats/rewards.json"):
+        assert "mean nothing" in json.loads(file.read_text())["note"], "whoever reads the file alone is told, too"
 
 
 def test_a_relaunch_goes_on_with_the_parts_that_are_missing(
@@ -365,6 +368,10 @@ def test_looks_take_columns_of_tables(run: Path, tmp_path: Path, capsys: pytest.
         key: values[0] for key, values in rewards(run, "mine/").items()
     }
     assert main(["corpus", "ls", str(run), "--columns", "key,nothing"]) == 2
+    said = capsys.readouterr().err
+    assert "has no column 'nothing'" in said
+    for column in ("key", "status", "caption", "reward_score", "mine/track_reward_score"):
+        assert f" {column}," in said or f" {column}." in said, "columns of text and of the run's tables, too"
     assert main(["corpus", "stats", str(run)]) == 0
     said = capsys.readouterr().out
     assert "mine/track_reward" in said

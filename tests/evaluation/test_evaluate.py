@@ -338,6 +338,15 @@ def test_grave_warnings_come_first_and_what_is_said_of_several_systems_is_said_o
     assert "clap_score, reward, lufs, true_peak" in shown.partition("95 % CI: ")[2].partition(": t over prompts")[0]
 
 
+def test_the_run_folder_says_what_the_bundle_of_its_last_evaluation_is(finished, root):
+    described = json.loads((finished / "out/run.json").read_text())
+    assert "mean nothing" in described["note"]
+    shutil.copytree(finished / "out", root / "out")
+    (root / "out/run.json").write_text(json.dumps(described | {"note": "of another bundle"}))
+    assert evaluate(make(root, "reference=real", "training=real")) == 0
+    assert json.loads((root / "out/run.json").read_text()) == described
+
+
 def test_nothing_is_marked_where_the_models_are_untrained(finished, tmp_path, capsys):
     results = read_results(Folder.at(str(finished / "out")))
     assert results.meaningless

@@ -40,8 +40,9 @@ def test_the_score_with_the_highest_mean_reward_is_chosen(tmp_path, capsys):
     }
     assert means[-2] != means[4]
     assert chosen_score(str(out)) == max(means, key=lambda score: means[score])
-    found = json.loads((out / "choice.json").read_text())["mean_reward"]
-    assert found == pytest.approx({"-2": means[-2], "4": means[4]})
+    choice_file = json.loads((out / "choice.json").read_text())
+    assert "mean nothing" in choice_file["note"]
+    assert choice_file["mean_reward"] == pytest.approx({"-2": means[-2], "4": means[4]})
     assert f"# Score {chosen_score(str(out)):g}" in (out / "choice.md").read_text()
     before = (out / "choice.json").stat().st_mtime_ns, (out / "score4/index.parquet").stat().st_mtime_ns
     assert choose_score(choice(out)) == 0

@@ -19,15 +19,8 @@ from ttmray.audio.limiter import to_loudness
 from ttmray.audio.limits import AudioLimits
 from ttmray.audio.loudness import integrated_loudness, true_peak
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError, UserError
-from ttmray.generation.postprocess import (
-    COLUMNS,
-    TABLE,
-    PostprocessConfig,
-    encode,
-    open_separator,
-    postprocess,
-    postprocess_clip,
-)
+from ttmray.generation.postprocess import PostprocessConfig, encode, open_separator, postprocess_clip
+from ttmray.generation.postprocess_folders import COLUMNS, TABLE, postprocess
 from ttmray.models.separator import Separator, debug_separator
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder

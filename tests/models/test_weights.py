@@ -21,7 +21,7 @@ from ttmray.models import weights_cli
 from ttmray.models.bigvgan import debug_bigvgan, load_bigvgan
 from ttmray.models.bundle import open_bundle
 from ttmray.models.loading import LoadOptions
-from ttmray.models.weights import Registry, Store, licences, load_registry, open_store, released
+from ttmray.models.weights import Registry, Store, licences, load_registry, locked, open_store, released
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +101,33 @@ def test_unknown_names_list_the_known_ones(tmp_path):
         assert "model" in caught.value.hint
 
 
-def test_missing_files_do_not_fail_verify(tmp_path):
-    assert weights_cli.verify(store_of(tmp_path)) == 0
+def test_verify_fails_where_nothing_is_here_and_names_the_command(tmp_path, capsys):
+    assert weights_cli.verify(store_of(tmp_path)) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "nothing was verified" in out
+    assert "not here: model." in out
+    assert "ttmray weights pull --bundle NAME" in out
+
+
+def test_verify_fails_for_what_is_gone_but_not_for_what_was_never_fetched(tmp_path, capsys):
+    entry = registry({"name": "a.bin"}, {"name": "b.bin"}).entries[0]
+    both = Registry(entries=(entry, entry.model_copy(update={"name": "other"})))
+    store = Store(both, tmp_path)
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(b"x")
+    assert weights_cli.verify(store) == 0
+    assert "not here: other." in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "model/b.bin").unlink()
+    assert weights_cli.verify(store) == 2
+    assert "get what is missing with: ttmray weights pull model" in " ".join(capsys.readouterr().out.split())
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).write_bytes(b"x")
+    (tmp_path / "model/a.bin").unlink()
+    with locked(tmp_path):
+        store.record("files", "model/a.bin", {"sha256": "0" * 64, "size": 1})
+    assert weights_cli.verify(store) == 2, "the record says that it was here"
 
 
 def test_damaged_records_are_an_error_that_names_the_file(tmp_path):

@@ -341,6 +341,7 @@ def test_the_published_head_loads_and_gives_the_reported_accuracy(finished, vote
     assert model.variant == "A7"
     assert sidecar["score_sd"] > 0
     assert sidecar["protocol"].startswith("debug/tj-center-full-int16-caption-")
+    assert "mean nothing" in sidecar["note"], "it travels without its run"
     from safetensors.numpy import load_file
 
     packed = load_file(finished / "packed.safetensors")

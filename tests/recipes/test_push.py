@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from ttmray.models.bundle import MICRO, open_bundle
 from ttmray.models.loading import LoadOptions
 from ttmray.models.published import published
 from ttmray.models.tunejury import debug_tunejury
+from ttmray.recipes import licences
 from ttmray.recipes.push import push
 from ttmray.storage import Folder
 from ttmray.training.export import inspect
@@ -147,6 +149,62 @@ def test_a_released_file_under_its_own_name_keeps_its_licence(hub, tmp_path):
     torch.save(debug_backbone(0, "none").state_dict(), released)
     with pytest.raises(UserError, match="fluxaudio-s"):
         push(str(released), "org/copy", bundle="debug", license="mit")
+
+
+@pytest.fixture
+def pulled_head(tmp_path, monkeypatch) -> str:
+    """SHA-256 of the released reward head, as the record of its first fetch says."""
+    digest = "ab" * 32
+    monkeypatch.setenv("TTMRAY_WEIGHTS", str(tmp_path / "store"))
+    record = {"files": {"tunejury/tunejury.pt": {"sha256": digest, "size": 1}}}
+    Folder.at(str(tmp_path / "store")).write("hashes.json", json.dumps(record).encode())
+    return digest
+
+
+def test_a_run_keeps_the_licence_of_its_own_bundle_whatever_bundle_is_named(hub, corpus, tmp_path):
+    copy = Folder.at(str(shutil.copytree(corpus, tmp_path / "copy")))
+    described = copy.read_json("run.json")
+    copy.write("run.json", json.dumps(described | {"config": described["config"] | {"bundle": "paper"}}).encode())
+    with pytest.raises(UserError, match="mert, tunejury"):
+        push(copy.uri, "org/songs", bundle="debug", license="mit")
+    assert hub.repos == {}
+
+
+def test_a_table_by_a_head_that_is_not_free_makes_a_corpus_not_free(hub, corpus, tmp_path, pulled_head):
+    copy = Folder.at(str(shutil.copytree(corpus, tmp_path / "copy")))
+    assert licences.parts_of(copy.uri, ["debug"]) == licences.Parts({}, {})
+    copy.write("scores/mine/run.json", json.dumps({"kind": "scores", "head": pulled_head}).encode())
+    with pytest.raises(UserError, match="parts of tunejury, which"):
+        push(copy.uri, "org/songs", license="mit")
+
+
+def test_what_a_bundle_of_ones_own_is_made_of_counts(hub, tiny_bundle, pulled_head):
+    assert licences.licence_for(str(tiny_bundle), None, licences.parts_of(str(tiny_bundle), [])) == "other"
+    described = (tiny_bundle / "bundle.json").read_text()
+    first = json.loads(described)["files"]["clap/config.json"]["sha256"]
+    (tiny_bundle / "bundle.json").write_text(described.replace(first, pulled_head))
+    parts = licences.parts_of(str(tiny_bundle), [])
+    assert set(parts.restricted) == set(parts.contained) == {"tunejury"}
+    assert licences.licence_for(str(tiny_bundle), None, parts) == "cc-by-nc-4.0"
+    with pytest.raises(UserError, match="would call free what is not"):
+        push(str(tiny_bundle), "org/tiny", license="mit")
+
+
+def test_files_of_the_shipped_bundle_are_not_freer_than_they_are(hub, tmp_path):
+    assert licences.licence_for(str(MICRO.path), None, licences.parts_of(str(MICRO.path), [])) == "apache-2.0"
+    with pytest.raises(UserError, match=r"README\.md says the licence apache-2\.0, --license mit"):
+        push(str(MICRO.path), "org/micro", license="mit")
+    (tmp_path / "mine").mkdir()
+    shutil.copy(MICRO.path / "bundle.json", tmp_path / "mine")
+    for licence in ("cc0-1.0", "MIT"):
+        with pytest.raises(UserError, match=r"freer than the licence of what is pushed: micro \(Apache-2.0\)"):
+            push(str(tmp_path / "mine"), "org/micro", license=licence)
+
+
+def test_a_licence_is_an_identifier(hub, weights):
+    for licence in ("My own licence", "", "mit!"):
+        with pytest.raises(UserError, match="is no identifier"):
+            push(str(weights), "org/mine", bundle="debug", license=licence)
 
 
 def test_a_card_that_is_there_is_kept_until_it_is_to_be_replaced(hub, weights, caplog):

@@ -92,6 +92,8 @@ def score_corpus(
     from ttmray.corpus.config import CorpusConfig
     from ttmray.corpus.job import score_corpus
 
+    if songs is not None and "input" in fields:
+        raise UserError(f"songs and input={fields['input']!r} both say where the songs are.", "Leave one of them out.")
     ours: dict[str, Any] = {} if songs is None else {"input": path_of(songs, "songs")}
     ours |= {} if output is None else {"output": path_of(output, "output")}
     if config is None:

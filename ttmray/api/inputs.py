@@ -94,12 +94,13 @@ def config_from(kind: type[ConfigT], config: str | os.PathLike[str] | ConfigT | 
     """
     plain = _plain(fields)
     if isinstance(config, kind):
-        return load_config(kind, None, (), merged(config.model_dump(mode="json"), plain)) if fields else config
+        return load_config(kind, fields=merged(config.model_dump(mode="json"), plain)) if fields else config
     if config is not None and not isinstance(config, str | os.PathLike):
         raise UserError(
             f"config is a {type(config).__name__}, not a {kind.__name__}.", f"Give a {kind.__name__}, a file or a name."
         )
-    return load_config(kind, None if config is None else os.fspath(config), (), plain)
+    file = None if config is None else os.fspath(config)
+    return load_config(kind, file, fields=plain, missing="give {place}, or `{place}: {value}` in the config")
 
 
 def _plain(value: Any) -> Any:

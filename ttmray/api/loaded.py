@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -293,6 +293,9 @@ class LoadedBundle:
 
         if reserved := sorted({"bundle", "prompts", "texts"} & fields.keys()):
             raise UserError(f"{reserved[0]} is no setting of generate.", "Prompts come first; load another bundle.")
+        sampler = fields.get("sampler")
+        if score != "default" and isinstance(sampler, Mapping) and "score" in sampler:
+            raise UserError(f"score={score!r} and sampler.score both say it.", "Leave one of them out.")
         checked = prompts_from(prompts)
         ours: dict[str, Any] = {"bundle": self.name, "prompts": None, "texts": [prompt.text for prompt in checked]}
         ours["runtime"] = {name: getattr(self._options, name) for name in ("device", "batch", "threads")}

@@ -16,6 +16,7 @@ def generate(
     retry_failed: bool = False,
     zip_to: str | None = None,
     overwrite: bool = False,
+    plan_only: bool = False,
 ) -> int:
     """`ttmray generate`, at the score that was chosen for the checkpoint where `score_from` names that run.
 
@@ -29,7 +30,7 @@ def generate(
 
         sampler = config.sampler.model_copy(update={"score": chosen_score(score_from, config.checkpoint)})
         config = config.model_copy(update={"sampler": sampler})
-    return generate(config, retry_failed=retry_failed, zip_to=zip_to, overwrite=overwrite)
+    return generate(config, retry_failed=retry_failed, zip_to=zip_to, overwrite=overwrite, plan_only=plan_only)
 
 
 def config(name: str | None = None, *, docs: bool = False, schema: bool = False) -> int:

@@ -1,6 +1,6 @@
 """The challenge kit (docs/attm.md)."""
 
-from ttmray.cli.command import Command, argument, setting
+from ttmray.cli.command import PLAN, Command, argument, setting
 from ttmray.cli.corpus import count
 
 KIT = "ttmray.recipes.attm"
@@ -44,6 +44,7 @@ COMMANDS = (
             setting("--bundle", help="set of models (default paper, whose CLAP is the official one)"),
             setting("--device", help="auto (default), cpu or cuda"),
             setting("--batch", type=int, metavar="N", help="windows per forward on a GPU (default 16)"),
+            PLAN,
         ),
         config="ttmray.recipes.attm_metrics:AttmConfig",
     ),

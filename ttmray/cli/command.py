@@ -8,6 +8,7 @@ from typing import Any
 
 from ttmray.cli.completion import completer, config_names, field_names
 from ttmray.cli.examples import EXAMPLES
+from ttmray.errors import UserError
 from ttmray.plugins import named
 from ttmray.presets import presets_of
 
@@ -20,11 +21,13 @@ class Flag:
         names: as typed, `("-n",)`, `("--out",)`, or the name of a positional one.
         options: of `ArgumentParser.add_argument`. Without a default, a flag that is not typed is not passed on.
         in_config: it sets a field of the config; else it is an argument of the function.
+        stands_for: the field of the config that an argument of the function takes the place of.
     """
 
     names: tuple[str, ...]
     options: Mapping[str, Any]
     in_config: bool = False
+    stands_for: str = ""
 
     @property
     def dest(self) -> str:
@@ -32,9 +35,9 @@ class Flag:
         return str(self.options.get("dest", self.names[-1].lstrip("-").replace("-", "_")))
 
 
-def argument(*names: str, **options: Any) -> Flag:
+def argument(*names: str, stands_for: str = "", **options: Any) -> Flag:
     """A flag for a parameter of the command's function."""
-    return Flag(names, options)
+    return Flag(names, options, stands_for=stands_for)
 
 
 def setting(*names: str, **options: Any) -> Flag:
@@ -45,6 +48,9 @@ def setting(*names: str, **options: Any) -> Flag:
 def switch(name: str, help: str, **options: Any) -> Flag:
     """A parameter that is true where the flag is typed."""
     return argument(name, action="store_true", help=help, **options)
+
+
+PLAN = switch("--plan-only", "say what would be done, how long it takes here and where it is written, and stop")
 
 
 @dataclass(frozen=True)
@@ -125,11 +131,32 @@ def add_parsers(commands: Any, table: Sequence[Command], groups: Mapping[str, st
                 default=[],
                 metavar="A.B=VALUE",
                 dest="sets",
-                help="override one field; repeatable; a flag of its own counts before it",
+                help="override one field; repeatable; not beside a flag of that field",
             )
             config.completer = completer(config_names, command.name)
             sets.completer = completer(field_names, command.config)
         parser.set_defaults(table_row=command)
+
+
+def _refuse_twice(command: Command, values: Sequence[tuple[Flag, Any]], sets: Sequence[str]) -> None:
+    """See that no field comes by a flag and by `--set`, nor one field of `exclusive` by each.
+
+    Raises:
+        UserError: one does, with other values: which was meant, nobody knows.
+    """
+    for flag, value in values:
+        field = flag.dest if flag.in_config else flag.stands_for
+        others = set(command.exclusive) - {field} if field in command.exclusive else set()
+        for assignment in sets if field else ():
+            path, _, text = assignment.partition("=")
+            path = path.strip()
+            again = (path == field or path.startswith(f"{field}.")) and text != str(value)
+            if again or (path in others and text not in ("null", "[]")):
+                flags = [name for name in flag.names if name.startswith("--")]
+                raise UserError(
+                    f"{(flags or [flag.dest])[0]} and --set {assignment} give the same thing twice.",
+                    "Leave one of them out.",
+                )
 
 
 def execute(command: Command, typed: Mapping[str, Any]) -> int:
@@ -143,6 +170,7 @@ def execute(command: Command, typed: Mapping[str, Any]) -> int:
     if command.config:
         from ttmray.config import load_config
 
+        _refuse_twice(command, values, typed["sets"])
         kind, fields = named(command.config), {flag.dest: value for flag, value in values if flag.in_config}
         if fields.keys() & set(command.exclusive):
             fields = {name: kind.model_fields[name].default for name in command.exclusive} | fields

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ttmray.cli.command import Command, argument, setting, switch
+from ttmray.cli.command import PLAN, Command, argument, setting, switch
 
 
 def count(text: str) -> int:
@@ -81,6 +81,7 @@ COMMANDS = (
             setting("--head", required=True, metavar="HEAD", help="weights, or run folder of train-ranker"),
             setting("--name", required=True, help="of the table: its columns are NAME/reward_score and so on"),
             setting("--text", choices=("empty", "caption"), help="what the head sees (default: as the corpus)"),
+            PLAN,
         ),
         config="ttmray.corpus.rescore:RescoreConfig",
     ),

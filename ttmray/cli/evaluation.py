@@ -1,6 +1,6 @@
 """Numbers, tables, pages and cards."""
 
-from ttmray.cli.command import Command, argument, setting, switch
+from ttmray.cli.command import PLAN, Command, argument, setting, switch
 from ttmray.cli.corpus import count
 
 BUNDLE_HELP = "set of models (default micro)"
@@ -46,6 +46,7 @@ COMMANDS = (
             setting("--baseline", metavar="NAME", help=BASELINE_HELP),
             setting("--output", metavar="OUT", help="folder of the results"),
             setting("--bundle", help=BUNDLE_HELP),
+            PLAN,
         ),
         config="ttmray.evaluation.config:EvaluateConfig",
         exclusive=("prompts", "texts"),
@@ -79,6 +80,7 @@ COMMANDS = (
             argument("--keys", metavar="FILE", help="only these clips of a corpus run, as `ttmray subset` writes them"),
             SPLIT,
             argument("--max-failures", type=count, metavar="N", help="tracks that may fail (default 0)"),
+            PLAN,
         ),
         config="ttmray.evaluation.reference:ReferenceConfig",
         config_as="runtime",

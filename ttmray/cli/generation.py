@@ -1,6 +1,6 @@
 """Clips and pools of them."""
 
-from ttmray.cli.command import Command, argument, setting, switch
+from ttmray.cli.command import PLAN, Command, argument, setting, switch
 
 BUNDLE = setting("--bundle", help="set of models (default micro)")
 POOL = argument("pool", metavar="POOL", help="run folder of a pool, local or s3://")
@@ -19,8 +19,14 @@ COMMANDS = (
             setting("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/generate)"),
             setting("--seed", type=int, help="of the noise, together with the id of each prompt (default 42)"),
             setting("--samples", type=int, metavar="N", help="clips per prompt (default 1)"),
-            argument("--score-from", metavar="RUN", help="the score that ttmray choose-score found for the checkpoint"),
+            argument(
+                "--score-from",
+                metavar="RUN",
+                stands_for="sampler.score",
+                help="the score that ttmray choose-score found for the checkpoint",
+            ),
             argument("--zip", metavar="FILE", dest="zip_to", help="archive of the clips, flat: the challenge's form"),
+            PLAN,
             switch("--retry-failed", "make failed clips once more"),
             switch("--overwrite", "delete the clips of other settings that the run folder holds, and start anew"),
         ),
@@ -44,7 +50,7 @@ COMMANDS = (
     Command(
         "postprocess",
         "vocals removed, loudness and true peak to target, for any audio",
-        "ttmray.generation.postprocess:postprocess",
+        "ttmray.generation.postprocess_folders:postprocess",
         (
             argument("sources", nargs="+", metavar="DIR", help="folders of audio, at any depth, or single files"),
             argument("--output", required=True, metavar="OUT", help="folder of the results and table.csv"),
@@ -55,6 +61,7 @@ COMMANDS = (
             setting("--format", choices=("wav", "wav16", "flac"), help="wav is float32 (default)"),
             setting("--bundle", help="set of models of the separator (default paper)"),
             setting("--device", help="auto, cpu or cuda"),
+            PLAN,
         ),
         config="ttmray.generation.postprocess:PostprocessConfig",
     ),
@@ -67,6 +74,7 @@ COMMANDS = (
             setting("--prompts", metavar="FILE", help="prompts, other ones than those of the evaluation"),
             BUNDLE,
             setting("--output", metavar="RUN", help="run folder or s3:// prefix (default runs/score)"),
+            PLAN,
         ),
         config="ttmray.generation.choose_score:ScoreChoiceConfig",
     ),
@@ -74,6 +82,7 @@ COMMANDS = (
         "pool",
         "several clips per prompt from one checkpoint, scored, as a corpus, to filter or to pair",
         "ttmray.generation.pool:generate_pool",
+        (PLAN,),
         config="ttmray.generation.pool_worker:CandidatesConfig",
     ),
     Command(

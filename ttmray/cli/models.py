@@ -50,7 +50,7 @@ COMMANDS = (
             switch("--offline", "only check what is here"),
         ),
     ),
-    Command("weights verify", "recompute the hashes of everything that is here", f"{WEIGHTS}:verify"),
+    Command("weights verify", "recompute the hashes of what is here; say what is gone", f"{WEIGHTS}:verify"),
     Command(
         "weights where",
         "where the files of an entry lie",

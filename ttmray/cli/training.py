@@ -1,6 +1,6 @@
 """Stages 1 to 3, the ranker, the parts of a bundle, and what training leaves behind."""
 
-from ttmray.cli.command import Command, argument, switch
+from ttmray.cli.command import PLAN, Command, argument, switch
 
 RUN_OPTIONS = (
     switch("--plan-only", "print every derived number and stop"),
@@ -19,6 +19,7 @@ COMMANDS = (
         "train-ranker",
         "votes in, a preference ranker out (jobs/train_ranker.py)",
         "ttmray.ranker.job:train_ranker",
+        (PLAN,),
         config="ttmray.ranker.job:RankerConfig",
     ),
     Command(

@@ -78,7 +78,8 @@ def finalise(
 
     write(index.MERGED, merged.bytes())
     write(LATENTS, json.dumps(totals.latents.statistics(), indent=1).encode())
-    scored = {"protocol": described["protocol_id"], "splits": rewards}  # conditioning on z-scores needs mean and std
+    # conditioning on z-scores needs mean and std
+    scored = {"protocol": described["protocol_id"], "splits": rewards, "note": described["note"]}
     write("stats/rewards.json", json.dumps(scored, indent=1).encode())
     swept = sweep(run, files)
     summary = {

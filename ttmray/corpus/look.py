@@ -24,6 +24,7 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.finalise import LATENTS, LatentSums, summary_lines
 from ttmray.corpus.plan import Plan
 from ttmray.corpus.scores import REWARDS, protocols, reward_statistics, table_names, with_columns
+from ttmray.corpus.scores import columns as score_columns
 from ttmray.corpus.unit import FAILED, OK, REJECTED
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from ttmray.inventory import checked, kind_of, read_marker
@@ -162,7 +163,14 @@ def ls(folder: str, status: str | None, limit: int, json: bool, columns: str | N
     run = _open(folder)
     table = index.read_index(run)
     names = [name.strip() for name in columns.split(",")] if columns else list(LISTED)
-    table = with_columns(run, table, [name for name in names if name not in table.column_names])
+    others = [name for name in names if name not in table.column_names]
+    known = [*table.column_names, *(name for name in score_columns(run) if "/" in name)] if others else []
+    if unknown := [name for name in others if name not in known]:
+        raise UserError(
+            f"{run} has no column {unknown[0]!r}. It has: {', '.join(known)}.",
+            "Take some of them. A head of yours adds columns: ttmray corpus rescore RUN --head HEAD --name NAME",
+        )
+    table = with_columns(run, table, others)
     if status:
         table = table.filter(pc.equal(table["status"], status))
     shown = table.slice(0, limit) if limit else table

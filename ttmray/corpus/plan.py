@@ -26,6 +26,7 @@ from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.headers import read_header
 from ttmray.corpus.splits import assign_splits, split_rule
 from ttmray.errors import UserError
+from ttmray.models.plans import TFLOP_PER_CLIP
 from ttmray.storage import Folder, parquet_table
 
 PLAN_FILE = "plan.parquet"
@@ -306,8 +307,6 @@ def _expected_clips(catalogue: Catalogue, config: CorpusConfig) -> tuple[np.ndar
 
 
 # What a run will cost. FLOPs count multiply and add as two, per forward of one 10 s clip.
-PAPER_COSTS: Mapping[str, float] = {"separator": 0.761, "clap": 0.031, "mert": 0.59, "vae_encoder": 0.116}
-"""TFLOP of mdx_extra (htdemucs: 0.449), LAION-CLAP HTSAT-base, MERT-v1-330M and the VAE encoder."""
 FORWARDS = {"clap": 2, "mert": 2}
 """CLAP and MERT see the full mix and the instrumental."""
 PAPER_TFLOPS = 27.0
@@ -324,7 +323,7 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
     """Everything that follows from a plan, as (name, value, reason); names carry the unit.
 
     Args:
-        bundle_costs: TFLOP per forward of one clip by model, `PAPER_COSTS` by default. A model called
+        bundle_costs: TFLOP per forward of one clip by model, `TFLOP_PER_CLIP` by default. A model called
             `separator` is scaled to whole tracks where `separation.scope` is `track`.
     """
     table, segments = plan.table, config.segments
@@ -335,6 +334,7 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
     per_unit = table.group_by("unit", use_threads=False).aggregate([("clips", "sum"), ("track_id", "count")])
     unit_clips = per_unit["clips_sum"].to_numpy()
     audio_h, clip_h = float(np.nansum(duration)) / 3600, clips * segments.clip_s / 3600
+    heard_h = float(np.nansum(np.minimum(duration, usable["clips"].to_numpy() * segments.clip_s))) / 3600
     unknown, unsized = int(np.isnan(duration).sum()), int((size < 0).sum())
     unheaded = int((np.isnan(duration) & (size >= 0) & (usable["clips"].to_numpy() == 1)).sum())
     captions = int(pc.sum(table["caption_owner"]).as_py() or 0)
@@ -362,7 +362,11 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
         ("headers not readable", unheaded, "one row each until decoding, which records why"),
         ("distinct captions", captions, "text features are made once per caption of a usable track"),
         ("audio, h", _rounded(audio_h, 2), "usable tracks, decoded whole" + _lacking(unknown, "duration")),
-        ("clips, h", _rounded(clip_h, 2), f"expected clips x {segments.clip_s:g} s"),
+        (
+            "clips, h",
+            _rounded(heard_h, 2),
+            f"expected clips x {segments.clip_s:g} s, less what shorter songs lack" + _lacking(unknown, "duration"),
+        ),
     ]
     if unsized < usable.num_rows or not usable.num_rows:
         numbers.append(("bytes read", int(size[size > 0].sum()), "file sizes" + _lacking(unsized, "size")))
@@ -389,7 +393,7 @@ def derived_numbers(plan: Plan, config: CorpusConfig, bundle_costs: Mapping[str,
         ),
     ]
     separated_h = {"clip": clip_h, "track": audio_h, "none": 0.0}[config.separation.scope]
-    numbers += _model_costs(PAPER_COSTS if bundle_costs is None else bundle_costs, clip_h, separated_h)
+    numbers += _model_costs(TFLOP_PER_CLIP if bundle_costs is None else bundle_costs, clip_h, separated_h)
     return [*numbers, _decoder_memory(duration, int(unit_clips.max(initial=0)), config)]
 
 

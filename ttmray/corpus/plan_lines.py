@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.plan import DECODE_REALTIME, Number
-from ttmray.models.speed import REACHED, about, cores, present_flops
+from ttmray.models.speed import about, cores, time_here
 
 _COUNTED = ("ok", "tracks")
 
@@ -37,8 +37,8 @@ def plan_lines(numbers: Sequence[Number], config: CorpusConfig, bundle: str, kno
     memory = _bytes(value["decoder memory, bytes"])
     return [
         f"{value['tracks']} tracks, {value['usable tracks']} usable{lost}; {splits}",
-        f"{value['expected clips']} clips expected ({_amount(value['clips, h'])} h of {_amount(value['audio, h'])} h) "
-        f"in {value['units']} units; {value['distinct captions']} captions",
+        f"{value['expected clips']} clips expected ({_hours(value)}) in {value['units']} units; "
+        f"{value['distinct captions']} captions",
         f"{_bytes(value['bytes read'])} to read, {_bytes(written)} to write; a decoder holds {memory}",
         _time(value, config, bundle, known_costs),
     ]
@@ -46,17 +46,24 @@ def plan_lines(numbers: Sequence[Number], config: CorpusConfig, bundle: str, kno
 
 def _time(value: Mapping[str, int | float | str], config: CorpusConfig, bundle: str, known_costs: bool) -> str:
     """How long it takes on the machine that this runs on."""
-    decoding = float(value["audio, h"]) * 3600 / DECODE_REALTIME / cores()
+    decoding = "unknown"
+    if not _of_unknown_length(value):
+        decoding = about(float(value["audio, h"]) * 3600 / DECODE_REALTIME / cores())
     if not known_costs:
-        return (
-            f"time here: decoding {about(decoding)} on {cores()} cores; models unknown, as FLOPs of bundle {bundle} are"
-        )
-    peak, source = present_flops(config.runtime.device)
-    models = float(value["models, PFLOP"]) * 1e15 / (REACHED * peak)
-    return (
-        f"time here: decoding {about(decoding)} on {cores()} cores, models {about(models)} per device "
-        f"(estimate: {REACHED:.0%} of {peak / 1e12:.3g} TFLOP/s, {source})"
-    )
+        return f"time here: decoding {decoding} on {cores()} cores; models unknown, as FLOPs of bundle {bundle} are"
+    models, reason = time_here(float(value["models, PFLOP"]) * 1e15, config.runtime.device)
+    return f"time here: decoding {decoding} on {cores()} cores, models {models} per device ({reason})"
+
+
+def _hours(value: Mapping[str, int | float | str]) -> str:
+    if _of_unknown_length(value):
+        return "of songs whose lengths are not known yet"
+    return f"{_amount(value['clips, h'])} h of {_amount(value['audio, h'])} h"
+
+
+def _of_unknown_length(value: Mapping[str, int | float | str]) -> bool:
+    """Whether there are songs, and no length of any of them is known, as of a table without lengths and files."""
+    return bool(value["usable tracks"]) and not value["audio, h"]
 
 
 def _amount(value: int | float | str) -> str:

@@ -26,6 +26,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models import NotFiniteOutput
 from ttmray.models.bundle import open_bundle
+from ttmray.models.plans import show_plan
 from ttmray.models.protocol import Protocol
 from ttmray.models.reward_head import RewardHead, open_head, require_same_encoders, with_head
 from ttmray.runs import RUN, SUCCESS
@@ -63,8 +64,11 @@ class Portion(NamedTuple):
     captions: tuple[str, ...]
 
 
-def rescore(config: RescoreConfig) -> int:
+def rescore(config: RescoreConfig, *, plan_only: bool = False) -> int:
     """Write, or go on with, a table of scores; returns the exit code.
+
+    Args:
+        plan_only: say what would be done, and stop.
 
     Raises:
         UserError: no finished run, a head that does not fit its embeddings, damaged shards, or a name that is taken.
@@ -78,6 +82,8 @@ def rescore(config: RescoreConfig) -> int:
     protocol = _protocol(corpus, config.text, head)
     rows = index.read_index(run, [*COLUMNS, "status"])
     rows = rows.filter(pc.equal(rows["status"], OK)).select(COLUMNS)
+    if plan_only:
+        return _show_plan(run, out, rows, protocol, _describe(config, corpus, head, protocol, rows))
     if not out.exists(RUN) and rows.num_rows:
         _try(run, head, rows)
     _claim(out, config, corpus, head, protocol, rows)
@@ -122,23 +128,57 @@ def _try(run: Folder, head: RewardHead, rows: pa.Table) -> None:
     PartScorer(run.uri, run.uri, head.location, "empty", "cpu").score(first, str(first["shard"][0]), {})
 
 
-def _claim(
-    out: Folder, config: RescoreConfig, corpus: dict[str, Any], head: RewardHead, protocol: Protocol, rows: pa.Table
-) -> None:
-    """Write `run.json` of the table, or see that it describes the same one."""
+def _note(corpus: dict[str, Any]) -> str:
+    """What people must know about rewards from a corpus's embeddings: the same as about its own."""
+    return str(corpus.get("note") or "")
+
+
+def _show_plan(run: Folder, out: Folder, rows: pa.Table, protocol: Protocol, described: dict[str, Any]) -> int:
+    if (old := inventory.existing_run(out, "scores")) is not None:
+        runs.refuse_another(out, old, described, choose=_choose(out))
+    parts = list(_parts(run, rows, protocol.text == "caption"))
+    names = {entry.name.rpartition("-")[0] for entry in out.files(PARTS, sizes=False)}
+    todo = 0 if inventory.finished(out) else sum(part.rows.num_rows for part in parts if part.name not in names)
+    show = [
+        ("clips", f"{todo:,} to score of {rows.num_rows:,}", "from the embeddings in the shards, no audio is read"),
+        ("scores by", described["protocol_id"], described["note"]),
+    ]
+    why = "reading the shards takes the time, not the head"
+    return show_plan(show, out, todo, None, ActorsConfig(), why)
+
+
+def _choose(out: Folder) -> str:
+    return f"Choose another name, or delete {out} so that the table is made anew"
+
+
+def _describe(
+    config: RescoreConfig, corpus: dict[str, Any], head: RewardHead, protocol: Protocol, rows: pa.Table
+) -> dict[str, Any]:
     clips = hashlib.sha256()
     for column in ("key", "shard"):  # names of shards carry hashes
         clips.update("\n".join(rows[column].to_pylist()).encode())
     what = {"corpus": corpus["fingerprint"], "clips": clips.hexdigest(), "head": head.id, "protocol": asdict(protocol)}
     bundle = corpus["protocol_id"].partition("/")[0]
-    described = runs.describe(
-        "scores", what, config, ("torch", "numpy"), protocol_id=f"{bundle}/{protocol.id()}", head=head.sha256
+    return runs.describe(
+        "scores",
+        what,
+        config,
+        ("torch", "numpy"),
+        protocol_id=f"{bundle}/{protocol.id()}",
+        head=head.sha256,
+        note=_note(corpus),
     )
+
+
+def _claim(
+    out: Folder, config: RescoreConfig, corpus: dict[str, Any], head: RewardHead, protocol: Protocol, rows: pa.Table
+) -> None:
+    """Write `run.json` of the table, or see that it describes the same one."""
+    described = _describe(config, corpus, head, protocol, rows)
     old = inventory.restore_run(out, "scores") or runs.existing(out, "scores")
     if old is None and runs.write(out, described):
         return
-    choose = f"Choose another name, or delete {out} so that the table is made anew"
-    runs.refuse_another(out, old or runs.read(out, "scores"), described, choose=choose)
+    runs.refuse_another(out, old or runs.read(out, "scores"), described, choose=_choose(out))
 
 
 def _forget_damaged(out: Folder) -> bool:
@@ -297,7 +337,7 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
     for name in scores.REWARDS:
         rows = rows.append_column(name, table[name])
     described = runs.read(out, "scores")
-    statistics = {"protocol": described["protocol_id"], "splits": scores.reward_statistics(rows)}
+    statistics = {"protocol": described["protocol_id"], "splits": scores.reward_statistics(rows), "note": _note(corpus)}
     files = inventory.entries(out, [RUN]) | {scores.TABLE: inventory.entry(data)}
     text = json.dumps(statistics, indent=1).encode()
     out.write("stats.json", text)
@@ -313,6 +353,6 @@ def _finish(run: Folder, out: Folder, parts: Sequence[Portion], corpus: dict[str
         numbers = columns["instrumental_reward_score"]
         line = ", ".join(f"{key} {numbers[key]:+.3f}" for key in ("mean", "std", "p5", "p95", "max"))
         console.print(f"  {split}: {columns['clips']} clips, instrumental reward {line}", markup=False)
-    if corpus.get("note"):
-        console.print(f"  {corpus['note']}", markup=False)
+    if note := _note(corpus):
+        console.print(f"  {note}", markup=False)
     console.print(f"columns: {', '.join(f'{name}/{column}' for column in scores.REWARDS)}", markup=False)

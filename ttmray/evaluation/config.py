@@ -75,5 +75,5 @@ class EvaluateConfig(Config):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.prompts is None) == (not self.texts):
-            raise ValueError("needs prompts (a file) or texts, and not both")
+            raise ValueError("needs prompts (a file: prompts=FILE) or texts (texts=[a calm piano]), and not both")
         return self

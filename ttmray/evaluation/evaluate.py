@@ -53,6 +53,8 @@ from ttmray.evaluation.warnings import (
 )
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.models.bundle import means_nothing, open_bundle
+from ttmray.models.plans import embedding_flops, show_plan, weights_rows
+from ttmray.models.scoring import Scorer
 from ttmray.plugins import function_named
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
@@ -72,12 +74,17 @@ SCHEMA = pa.schema(
 )
 
 
-def evaluate(config: EvaluateConfig) -> int:
+def evaluate(config: EvaluateConfig, *, plan_only: bool = False) -> int:
     """Evaluate, or go on evaluating, the folders of `config`; returns the exit code.
+
+    Args:
+        plan_only: say what would be done, and stop.
 
     Raises:
         UserError: for everything that the user can mend; wrong input is found before any model runs.
     """
+    if plan_only:
+        return _show_plan(config)
     results, rows = evaluate_run(config)
     return _report(Folder.at(config.output), results, rows, config)
 
@@ -94,8 +101,7 @@ def evaluate_run(
         UserError: as `evaluate`.
     """
     started = time.perf_counter()
-    if prompts is None:
-        prompts = given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts)
+    prompts = _prompts(config) if prompts is None else prompts
     systems = find_systems(config.folders, prompts)
     _check_names(config, systems)
     bundle = open_bundle(config.bundle)
@@ -109,7 +115,7 @@ def evaluate_run(
     if config.judge is not None:
         check_judge(config.judge, [prompt.id for prompt in prompts])
     out = Folder.at(config.output)
-    _claim(out)
+    _claim(out, bundle.note)
     if bundle.note:
         console.print(bundle.note, style="yellow")
     with cost.account(out):
@@ -147,6 +153,33 @@ def evaluate_run(
         }
         _write(out, results, rows, claps, extra)
     return results, rows
+
+
+def _prompts(config: EvaluateConfig) -> list[Prompt]:
+    return given_prompts(config.texts) if config.prompts is None else read_prompts(config.prompts)
+
+
+def _show_plan(config: EvaluateConfig) -> int:
+    prompts = _prompts(config)
+    systems = find_systems(config.folders, prompts)
+    _check_names(config, systems)
+    if config.judge is not None:
+        check_judge(config.judge, [prompt.id for prompt in prompts])
+    out, bundle = Folder.at(config.output), open_bundle(config.bundle)
+    inventory.existing_run(out, KIND)
+    clips = sum(clip.path is not None for system in systems for clip in system.clips)
+    owed = sum(len(system.clips) for system in systems)
+    flops, of = embedding_flops(bundle, clips, ("clap", "mert"))
+    rows = [
+        ("systems", f"{len(systems)}", ", ".join(system.name for system in systems)),
+        ("prompts", f"{len(prompts):,}", str(config.prompts or "texts of the config")),
+        ("clips", f"{clips:,} of {owed:,}", "what an earlier launch has measured here is taken from there"),
+        ("reference", config.reference or "none", "FAD and KAD" if config.reference else "no FAD, no KAD"),
+        ("half-samples", f"{config.resamples:,}", "behind the intervals of FAD, KAD and diversity"),
+        ("bundle", bundle.name, bundle.note),
+        *weights_rows(bundle, Scorer.roles),
+    ]
+    return show_plan(rows, out, clips, flops, config.runtime, of)
 
 
 def _check_names(config: EvaluateConfig, systems: Sequence[SystemFolder]) -> None:
@@ -211,11 +244,18 @@ def _check_crossed(systems: Sequence[SystemFolder]) -> None:
             )
 
 
-def _claim(out: Folder) -> None:
-    """Anything may be evaluated into the folder of another evaluation, so nothing decides its identity."""
+def _claim(out: Folder, note: str) -> None:
+    """Anything may be evaluated into the folder of another evaluation, so nothing decides its identity.
+
+    Args:
+        note: of the bundle, which may be another one than last time.
+    """
     inventory.restore_run(out, KIND)
-    if runs.existing(out, KIND) is None:
-        runs.write(out, {"kind": KIND, "fingerprint": fingerprint({}), "identity": {}})
+    described = {"kind": KIND, "fingerprint": fingerprint({}), "identity": {}, "note": note}
+    if (old := runs.existing(out, KIND)) is None:
+        runs.write(out, described)
+    elif old.get("note", "") != note:
+        out.write(RUN, json.dumps(old | {"note": note}, indent=1).encode())
     if out.exists(SUCCESS):
         inventory.clear(out, SUCCESS)
 

@@ -39,7 +39,8 @@ from ttmray.evaluation.measure import OK, MeasureConfig, embedding_protocol, mea
 from ttmray.evaluation.metrics import KadReference
 from ttmray.evaluation.systems import audio_files
 from ttmray.json_text import read_json
-from ttmray.models.bundle import DEFAULT, base_name, open_bundle
+from ttmray.models.bundle import DEFAULT, Bundle, base_name, open_bundle
+from ttmray.models.plans import embedding_flops, show_plan, weights_rows
 from ttmray.models.protocol import Protocol
 from ttmray.models.scoring import Scorer
 from ttmray.models.weights import open_store
@@ -111,6 +112,7 @@ def build_reference(
     keys: str | None = None,
     max_failures: int = 0,
     runtime: MeasureConfig | None = None,
+    plan_only: bool = False,
 ) -> int:
     """Build, or go on building, a reference set; returns the exit code.
 
@@ -122,6 +124,7 @@ def build_reference(
         split: of a corpus run.
         keys: file of the clip keys of a corpus run to take, see `training.clips.read_keys`; default: all.
         max_failures: with more tracks that cannot be measured than this, nothing is kept but what is measured.
+        plan_only: say what would be done, and stop.
 
     Raises:
         UserError: for everything that the user can mend, also a name that belongs to another set.
@@ -155,6 +158,8 @@ def build_reference(
         separation = _separation(runtime)
         what["separation"] = separation_identity(bundle, separation)
     _refuse_another(folder, name, what)
+    if plan_only:
+        return _show_plan(origin, folder, chosen, what, runtime or MeasureConfig())
     inventory.reopen(folder, "reference")
     if chosen.note:
         console.print(chosen.note, style="yellow")
@@ -174,6 +179,22 @@ def build_reference(
     about: dict[str, Any] = {"kind": "reference", "name": name, **what, "bundle": bundle, "note": chosen.note}
     _write(folder, about, rows)
     return EXIT_OK
+
+
+def _show_plan(origin: Folder, folder: Folder, bundle: Bundle, what: dict[str, Any], runtime: MeasureConfig) -> int:
+    done = inventory.finished(folder)
+    if what["made_from"] == "corpus":
+        rows = [("clips", f"those of {origin}", "their embeddings are taken from the shards: seconds")]
+        return show_plan(rows, folder, not done, None, runtime, "no model runs")
+    todo = 0 if done else len(audio_files(origin))
+    models = ("clap", "separator") if what["stem"] == "instrumental" else ("clap",)
+    flops, of = embedding_flops(bundle, todo, models)
+    rows = [
+        ("tracks", f"{todo:,} to embed", f"{what['stem']} of {origin}; what is measured already is taken"),
+        ("bundle", bundle.name, bundle.note),
+        *weights_rows(bundle, models),
+    ]
+    return show_plan(rows, folder, todo, flops, runtime, f"{of}, a clip of each track")
 
 
 def _other_run(origin: Folder) -> str | None:

@@ -5,6 +5,7 @@ than it is, and what was trained from it better. `ttmray generate --score-from` 
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from ttmray.console import console
 from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import numbers, read_pool
-from ttmray.generation.pool import generate_pool
+from ttmray.generation.plan_rows import OF, sampling
+from ttmray.generation.pool import generate_pool, planned
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.json_text import read_json
 from ttmray.models.backbone_weights import read_support
 from ttmray.models.bundle import open_bundle
+from ttmray.models.plans import show_plan
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.storage import Folder
 
@@ -49,20 +52,24 @@ class ScoreChoiceConfig(CandidatesConfig):
         return scores
 
 
-def choose_score(config: ScoreChoiceConfig) -> int:
+def choose_score(config: ScoreChoiceConfig, *, plan_only: bool = False) -> int:
     """Make, or go on making, the pools; writes `choice.json` and `choice.md`; returns the exit code.
+
+    Args:
+        plan_only: say what would be done, and stop.
 
     Raises:
         UserError: a pool that cannot be made, or without any reward; a checkpoint that does not name its scores.
     """
     out = Folder.at(config.output)
     scores = config.scores or _trained_scores(config)
+    if plan_only:
+        return _show_plan(config, out, scores)
     rewards: dict[float, tuple[float, int]] = {}
     for score in scores:
-        pool = CandidatesConfig(**{name: getattr(config, name) for name in CandidatesConfig.model_fields})
-        sampler = pool.sampler.model_copy(update={"score": score})
-        folder = out.path(f"score{score:g}")
-        code = generate_pool(pool.model_copy(update={"output": folder, "sampler": sampler}))
+        pool = _pool(config, out, score)
+        folder = pool.output
+        code = generate_pool(pool)
         if code != EXIT_OK:
             return code
         table, _ = read_pool(folder)
@@ -80,7 +87,7 @@ def choose_score(config: ScoreChoiceConfig) -> int:
     out.write(
         "choice.md", (text + "\n".join(["| score | mean reward | clips |", "|---|---|---|", *lines]) + "\n").encode()
     )
-    choice: dict[str, Any] = {"score": best}
+    choice: dict[str, Any] = {"score": best} | ({"note": note} if note else {})
     choice["mean_reward"] = {f"{score:g}": mean for score, (mean, _) in rewards.items()}
     choice["checkpoint"] = config.checkpoint and digest_file(weights_file(config.checkpoint, "checkpoint")).sha256
     out.write(CHOICE, json.dumps(choice, indent=1).encode())
@@ -88,6 +95,25 @@ def choose_score(config: ScoreChoiceConfig) -> int:
     console.print(f"best of the scores {', '.join(f'{score:g}' for score in scores)}: {best:g}")
     console.print(f"to generate with it: ttmray generate --score-from {out.typed}", markup=False)
     return EXIT_OK
+
+
+def _pool(config: ScoreChoiceConfig, out: Folder, score: float) -> CandidatesConfig:
+    pool = CandidatesConfig(**{name: getattr(config, name) for name in CandidatesConfig.model_fields})
+    sampler = pool.sampler.model_copy(update={"score": score})
+    return pool.model_copy(update={"output": out.path(f"score{score:g}"), "sampler": sampler})
+
+
+def _show_plan(config: ScoreChoiceConfig, out: Folder, scores: Sequence[float]) -> int:
+    todo = [planned(_pool(config, out, score)) for score in scores]
+    bundle, clips, flops = open_bundle(config.bundle), sum(count for count, _ in todo), [work for _, work in todo]
+    rows = [
+        ("scores", f"{len(scores)}", ", ".join(f"{score:g}" for score in scores)),
+        ("clips", f"{clips:,} to make", f"{config.candidates} per prompt and score, each scored"),
+        ("bundle", bundle.name, bundle.note),
+        *sampling(config, bundle, clips)[0],
+    ]
+    known = [work for work in flops if work is not None]
+    return show_plan(rows, out, clips, sum(known) if len(known) == len(flops) else None, config.runtime, OF)
 
 
 def _trained_scores(config: ScoreChoiceConfig) -> tuple[float, ...]:

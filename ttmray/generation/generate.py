@@ -23,6 +23,7 @@ from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, UserError
 from ttmray.generation import manifest
 from ttmray.generation.config import GenerateConfig
 from ttmray.generation.manifest import FAILED, OK
+from ttmray.generation.plan_rows import OF, sampling
 from ttmray.generation.play import PLAYERS, write_page
 from ttmray.generation.prompts import Prompt, given_prompts, read_prompts
 from ttmray.generation.sampler import Draw
@@ -31,6 +32,7 @@ from ttmray.json_text import read_json
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, means_nothing, open_bundle
 from ttmray.models.devices import on_gpu
+from ttmray.models.plans import Row, show_plan, weights_rows
 from ttmray.models.protocol import SEPARATION
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN, SUCCESS
@@ -68,10 +70,12 @@ def generate(
     retry_failed: bool = False,
     zip_to: str | None = None,
     overwrite: bool = False,
+    plan_only: bool = False,
 ) -> int:
     """Make, or go on making, the clips of `config`, and a page with players; returns the exit code.
 
     Args:
+        plan_only: say what would be done, and stop.
         retry_failed: make failed clips once more.
         zip_to: local file for an archive of the clips (`<name>.wav`, flat): the challenge's submission.
         overwrite: delete the clips of other settings that the run folder holds, and start anew.
@@ -81,6 +85,8 @@ def generate(
     """
     if zip_to is not None:
         manifest.check_zip(zip_to)
+    if plan_only:
+        return _show_plan(config, retry_failed, overwrite)
     done = generate_run(config, retry_failed=retry_failed, overwrite=overwrite)
     failed = _report(done, config.best_by)
     page = write_page(done.run, done.planned, done.described)
@@ -161,6 +167,35 @@ def generate_run(
     names += [file for row in planned for file in (f"{manifest.ROWS}/{row['name']}.json", row["file"]) if file]
     inventory.seal(run, runs.read(run, "generate"), {"clips": len(planned)}, inventory.entries(run, sorted(set(names))))
     return done
+
+
+def _show_plan(config: GenerateConfig, retry_failed: bool, overwrite: bool) -> int:
+    clips, run, bundle = plan_clips(prompts_of(config), config), Folder.at(config.output), open_bundle(config.bundle)
+    existing = inventory.existing_run(run, "generate")
+    rows: dict[str, dict[str, Any]] = {}
+    deleted: list[Row] = []
+    if existing is not None:
+        described = _describe(config, bundle)
+        rows = manifest.read_rows(run)
+        if overwrite and existing["fingerprint"] != described["fingerprint"]:
+            deleted = [("deleted", f"{len(rows)} clips of other settings", "--overwrite")]
+            rows = {}
+        else:
+            runs.refuse_another(run, existing, described, way_out=OVERWRITE)
+    _check_prompts(run, clips, rows)
+    todo = len(_todo(run, clips, rows, retry_failed))
+    tried = todo * config.best_of
+    backbone, flops = sampling(config, bundle, tried)
+    each = f"{config.samples} per prompt{f', the best of {config.best_of} each' if config.best_of > 1 else ''}"
+    show = [
+        ("prompts", f"{len(clips) // config.samples:,}", str(config.prompts or "texts of the config")),
+        ("clips", f"{todo:,} to make of {len(clips):,}", each),
+        *deleted,
+        ("bundle", bundle.name, bundle.note),
+        *weights_rows(bundle, roles_with_separator(config)),
+        *backbone,
+    ]
+    return show_plan(show, run, todo, flops, config.runtime, OF)
 
 
 def _clear_another(run: Folder, described: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ttmray import cost, runs
+from ttmray import cost, inventory, runs
 from ttmray.cluster import each
 from ttmray.config import identity
 from ttmray.console import console
@@ -33,11 +33,14 @@ from ttmray.corpus.plan import PLAN_FILE, SCHEMA, Plan, pack_units, plan_differe
 from ttmray.corpus.repair import existing_run, forget_damaged, take_back
 from ttmray.corpus.unit import OK, Unit
 from ttmray.errors import EXIT_OK, UserError
+from ttmray.generation.plan_rows import OF, sampling
 from ttmray.generation.pool_worker import CandidatesConfig, PoolJob, candidates
 from ttmray.generation.prompts import MAX_CHARACTERS, Prompt, given_prompts, held_out, read_prompts
 from ttmray.generation.similar import most_similar
 from ttmray.models.backbone_weights import file_config, score_warning
 from ttmray.models.bundle import Bundle, open_bundle
+from ttmray.models.plans import show_plan, weights_rows
+from ttmray.models.scoring import Scorer
 from ttmray.models.weights import digest_file, weights_file
 from ttmray.runs import RUN
 from ttmray.storage import Folder
@@ -54,12 +57,14 @@ COLUMNS = pa.schema(
     ]
 )
 """What the merged index has beside the columns of a corpus; `clipping` is also in every clip's JSON."""
+ROLES_OF_POOL = frozenset({"backbone", "text", "clap_condition", "latents", "vocoder", *Scorer.roles})
 
 
-def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
+def generate_pool(config: CandidatesConfig, *, repair: bool = False, plan_only: bool = False) -> int:
     """Make, or go on making, a pool; returns the exit code.
 
     Args:
+        plan_only: say what would be done, and stop.
         repair: look for damage in every byte, and do the end of the run once more.
 
     Raises:
@@ -69,14 +74,13 @@ def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
     run, bundle = Folder.at(config.output), open_bundle(config.bundle)
     prompts = choose_prompts(config)
     plan = plan_pool(prompts.chosen, config)
+    if plan_only:
+        return _show_plan(config, run, bundle, prompts, plan)
     described = _describe(config, plan, bundle, prompts.held_out)
     existing = existing_run(run, "pool", beside=(PLAN_FILE,))
     existing = take_back(run, described, existing)
     if existing is not None:
-        changes = []
-        with suppress(UserError):  # no plan, or a damaged one
-            changes = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
-        runs.refuse_another(run, existing, described, changes)
+        _refuse_another(run, existing, described, plan)
         described = existing  # as it was written
     if prompts.held_out:
         console.print(f"{_left_out(prompts.held_out)}: {config.held_out}", markup=False)
@@ -109,6 +113,48 @@ def generate_pool(config: CandidatesConfig, *, repair: bool = False) -> int:
             run.delete("plan.parquet")
             run.delete(cost.COST)
         raise
+
+
+def _refuse_another(run: Folder, existing: dict[str, Any], described: dict[str, Any], plan: Plan) -> None:
+    changes = []
+    with suppress(UserError):  # no plan, or a damaged one
+        changes = [line.replace("track", "prompt") for line in plan_difference(Plan.load(run), plan)]
+    runs.refuse_another(run, existing, described, changes)
+
+
+def planned(config: CandidatesConfig) -> tuple[int, float | None]:
+    """Clips of a pool that are not made yet, and the FLOPs of sampling them; None where they are not known.
+
+    Raises:
+        UserError: the folder belongs to another run, or what `choose_prompts` raises.
+    """
+    prompts = choose_prompts(config)
+    return _planned(config, Folder.at(config.output), open_bundle(config.bundle), prompts.held_out, prompts.chosen)
+
+
+def _planned(
+    config: CandidatesConfig, run: Folder, bundle: Bundle, left_out: int, chosen: Sequence[Prompt]
+) -> tuple[int, float | None]:
+    plan = plan_pool(chosen, config)
+    if (existing := inventory.existing_run(run, "pool", beside=(PLAN_FILE,))) is not None:
+        _refuse_another(run, existing, _describe(config, plan, bundle, left_out), plan)
+    todo = not_committed(run, plan)
+    clips = plan.expected_clips(todo.names)
+    return clips, sampling(config, bundle, clips)[1]
+
+
+def _show_plan(config: CandidatesConfig, run: Folder, bundle: Bundle, prompts: "Prompts", plan: Plan) -> int:
+    todo, flops = _planned(config, run, bundle, prompts.held_out, prompts.chosen)
+    left_out = _left_out(prompts.held_out) if prompts.held_out else ""
+    source = str(config.prompts or config.corpus)
+    rows = [
+        ("prompts", f"{len(prompts.chosen):,}", f"{source}; {left_out}" if left_out else source),
+        ("clips", f"{todo:,} to make of {plan.expected_clips():,}", f"{config.candidates} per prompt, each scored"),
+        ("bundle", bundle.name, bundle.note),
+        *weights_rows(bundle, ROLES_OF_POOL - ({"backbone"} if config.checkpoint else set())),
+        *sampling(config, bundle, todo)[0],
+    ]
+    return show_plan(rows, run, todo, flops, config.runtime, OF)
 
 
 def sample_pool(config: CandidatesConfig, weights: str, output: str) -> None:

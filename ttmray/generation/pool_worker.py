@@ -110,7 +110,7 @@ class CandidatesConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.prompts is None) == (self.corpus is None):
-            raise ValueError("needs prompts (a file) or corpus (a run folder), and not both")
+            raise ValueError("needs prompts (a file: prompts=FILE) or corpus (a run folder: corpus=RUN), and not both")
         if self.checkpoint is None and (self.head or self.null):
             raise ValueError("head and null say how a checkpoint is used; there is none")
         return self

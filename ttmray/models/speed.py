@@ -27,6 +27,7 @@ variant with other clocks, which is measured like any unknown one."""
 REACHED = 0.25
 """Share of that which models of this size reach: the paper's Stage 1 had 27 of an RTX A5000's 111 TFLOP/s."""
 CUDA_SIZE, CPU_SIZE = 4096, 1024
+NO_GPU = "it is for a GPU, and this machine has none to measure"
 
 
 def peak_flops(device: "torch.device", bf16: bool) -> tuple[float, str]:
@@ -52,17 +53,36 @@ def peak_flops(device: "torch.device", bf16: bool) -> tuple[float, str]:
     return best, f"matrix product of {size} measured at the start"
 
 
+def gpu_here() -> bool:
+    """Whether this machine has a GPU that torch can use; torch is imported only where there may be one."""
+    if not shutil.which("nvidia-smi"):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def time_here(flops: float, device: str, *, devices: int = 1, bf16: bool = False) -> tuple[str, str]:
+    """How long work takes, for people, and on what that rests: unknown where it is for a GPU and none is here.
+
+    Args:
+        device: as configs name it.
+    """
+    if device.startswith("cuda") and not gpu_here():
+        return "unknown", NO_GPU
+    return estimate(flops, *present_flops(device, bf16), devices)
+
+
 def present_flops(device: str, bf16: bool = False) -> tuple[float, str]:
     """The same for a device as configs name it; torch is imported only where there may be a GPU.
 
     Args:
         device: `cpu`, `cuda`, `cuda:1` or `auto`.
     """
-    if device != "cpu" and shutil.which("nvidia-smi"):
+    if device != "cpu" and gpu_here():
         import torch
 
-        if torch.cuda.is_available():
-            return peak_flops(torch.device("cuda" if device == "auto" else device), bf16)
+        return peak_flops(torch.device("cuda" if device == "auto" else device), bf16)
     a = np.random.default_rng(0).standard_normal((CPU_SIZE, CPU_SIZE), np.float32)
     best = 0.0
     for _ in range(4):

@@ -98,15 +98,22 @@ def pull(
 
 
 def verify(store: Store | None = None) -> int:
-    """Hashes every file that is here and compares with the registry and the records; 2 if any differs.
+    """Hashes every file that is here and compares with the registry and the records; 2 if any differs, if an entry that
+    was here has lost files, or if nothing is here at all.
 
-    A local copy may differ from what is published (converted or fine-tuned): that is said and is no failure. Missing
-    files are listed and are no failure either.
+    A local copy may differ from what is published (converted or fine-tuned): that is said and is no failure. Entries
+    that were never fetched are listed and are no failure either where there are others.
     """
     store = store or open_store()
-    records, bad = store.records(), 0
+    records, bad, checked = store.records(), 0, 0
+    absent: list[str] = []
+    lost: list[str] = []
     for entry in store.registry.entries:
         paths = store.present(entry.name)
+        checked += len(paths)
+        if len(paths) < len(entry.files):
+            ours = paths or any(f"{entry.name}/{file.name}" in records for file in entry.files)
+            (lost if ours else absent).append(entry.name)
         for file in entry.files:
             label = f"{entry.name}/{file.name}"
             if file.name not in paths:
@@ -124,13 +131,24 @@ def verify(store: Store | None = None) -> int:
                 console.print(f"{state}  {label}")
     for name, record in store.records("converted").items():
         if os.path.isfile(name):
+            checked += 1
             digest = digest_file(Path(name))
             differs = digest.sha256 != record["sha256"]
             bad += differs
             console.print(f"{'WRONG  ' if differs else 'ok     '}  {name} (converted)", markup=False)
     if bad:
         console.print(f"{bad} of the files are not what they should be; delete them and pull again")
-    return EXIT_BAD_INPUT if bad else EXIT_OK
+    if lost:
+        console.print(f"not whole; get what is missing with: ttmray weights pull {' '.join(lost)}", markup=False)
+    if absent:
+        console.print(
+            f"not here: {', '.join(absent)}. Get those of a bundle with: ttmray weights pull --bundle NAME, or "
+            "one with: ttmray weights pull NAME",
+            markup=False,
+        )
+    if not checked:
+        console.print(f"nothing was verified: no weights are in {store.folder}", style="red", markup=False)
+    return EXIT_BAD_INPUT if bad or lost or not checked else EXIT_OK
 
 
 def where(name: str, store: Store | None = None) -> int:

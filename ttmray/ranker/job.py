@@ -24,6 +24,7 @@ from ttmray.console import console, meter
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import DEFAULT, BundleName, open_bundle
 from ttmray.models.devices import resolve_device
+from ttmray.models.plans import embedding_flops, show_plan, weights_rows
 from ttmray.models.tunejury import BLOCKS, VARIANTS, TuneJury, load_tunejury
 from ttmray.ranker import report as report
 from ttmray.ranker.features import EncodingConfig, Features, extract
@@ -93,15 +94,18 @@ class HeadRun:
         return f"{self.variant}-seed{self.seed}" + (f"-without-{self.left_out}" if self.left_out else "")
 
 
-def train_ranker(config: RankerConfig) -> int:
+def train_ranker(config: RankerConfig, *, plan_only: bool = False) -> int:
     """Run, or go on with, the ranker job; returns the exit code.
+
+    Args:
+        plan_only: say what would be done, and stop.
 
     Raises:
         UserError: for everything that the user can mend.
     """
     run = Folder.at(config.output)
     bundle = open_bundle(config.bundle)
-    if bundle.note:
+    if bundle.note and not plan_only:
         console.print(bundle.note, style="yellow")
     pairs, dropped = read_votes(config.sources)
     if not pairs and dropped:
@@ -112,7 +116,10 @@ def train_ranker(config: RankerConfig) -> int:
     unknown = set(config.leave_out) - {pair.source for pair in used}
     if unknown:
         raise UserError(f"leave_out: no pair of {', '.join(sorted(unknown))}.", "Name sources of the tables.")
-    _claim(run, config, fingerprint([[p.id, p.source, p.target, p.text, p.split] for p in used]))
+    digest = fingerprint([[p.id, p.source, p.target, p.text, p.split] for p in used])
+    if plan_only:
+        return _show_plan(run, config, splits, len(dropped + across), digest)
+    _claim(run, config, digest)
     _forget_damaged(run)
     with cost.account(run):
         return _train(config, run, splits, used, dropped + across)
@@ -131,8 +138,7 @@ def _train(
     lost = {(row.id, row.source) for row in missing}
     splits = {name: [p for p in members if (p.id, p.source) not in lost] for name, members in splits.items()}
     _pack(run, splits, features)
-    runs = [HeadRun(v, config.seed + i) for v in config.variants for i in range(config.seeds)]
-    runs += [HeadRun(config.variants[0], config.seed, source) for source in config.leave_out]
+    runs = heads_of(config)
     todo = [one for one in runs if not run.exists(f"heads/{one.name}.json")]
     console.print(f"{len(runs)} heads, {len(runs) - len(todo)} of them trained before")
     with meter("heads", len(todo)) as progress:
@@ -147,6 +153,31 @@ def _train(
     _seal(run)
     console.print(text, markup=False)
     return EXIT_OK
+
+
+def heads_of(config: RankerConfig) -> list[HeadRun]:
+    """The heads that a config asks for, those of the first variant before all others."""
+    runs = [HeadRun(v, config.seed + i) for v in config.variants for i in range(config.seeds)]
+    return runs + [HeadRun(config.variants[0], config.seed, source) for source in config.leave_out]
+
+
+def _show_plan(run: Folder, config: RankerConfig, splits: dict[str, list[Pair]], lost: int, digest: str) -> int:
+    bundle, used = open_bundle(config.bundle), [pair for members in splits.values() for pair in members]
+    if (old := inventory.existing_run(run, "ranker")) is not None:
+        runs.refuse_another(run, old, _describe(config, digest))
+    heads = heads_of(config)
+    todo = [one for one in heads if not run.exists(f"heads/{one.name}.json")]
+    clips = len({clip for pair in used for clip in (pair.a, pair.b)})
+    flops, of = embedding_flops(bundle, clips, ("clap", "mert"))
+    rows = [
+        ("votes", f"{len(used):,}", ", ".join(f"{len(splits[name]):,} {name}" for name in SPLITS)),
+        ("left out", f"{lost:,}", "votes that cannot be used"),
+        ("clips", f"{clips:,} to embed", "what is embedded already is taken; clips of a corpus from its shards"),
+        ("heads", f"{len(todo)} to train of {len(heads)}", f"at most {config.head.max_epochs:,} epochs each"),
+        ("bundle", bundle.name, bundle.note),
+        *weights_rows(bundle, ("clap", "mert")),
+    ]
+    return show_plan(rows, run, len(todo) or (not inventory.finished(run)), flops, config.encoding, of)
 
 
 class _Trainer:
@@ -192,6 +223,7 @@ class _Trainer:
             "score_sd": float(both.std()),
             "temperature": report.fit_temperature(margin.astype(np.float64), target),
             "protocol": f"{bundle.name}/{protocol.id()}",  # a folder's path would leave this machine with the weights
+            **({"note": bundle.note} if bundle.note else {}),
             **asdict(one),
             "best_epoch": trained.best_epoch,
             "history": trained.history,
@@ -204,11 +236,15 @@ class _Trainer:
         return f"{one.name}: best of {len(trained.history)} epochs is {trained.best_epoch}, validation loss {best:.4f}"
 
 
-def _claim(run: Folder, config: RankerConfig, pairs: str) -> None:
-    """Write `run.json`, or check that it describes the same run."""
+def _describe(config: RankerConfig, pairs: str) -> dict[str, Any]:
     bundle = open_bundle(config.bundle)
     what = {"config": identity(config), "pairs": pairs, "bundle": bundle.identity()}
-    described = runs.describe("ranker", what, config, ("torch", "numpy"), note=bundle.note)
+    return runs.describe("ranker", what, config, ("torch", "numpy"), note=bundle.note)
+
+
+def _claim(run: Folder, config: RankerConfig, pairs: str) -> None:
+    """Write `run.json`, or check that it describes the same run."""
+    described = _describe(config, pairs)
     old = inventory.restore_run(run, "ranker", described["fingerprint"]) or runs.existing(run, "ranker")
     if old is None and runs.write(run, described):
         return

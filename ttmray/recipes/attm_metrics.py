@@ -17,16 +17,18 @@ from rich.table import Table
 
 from ttmray.audio.clip import read_whole
 from ttmray.audio.io import resample, to_mono
+from ttmray.cluster import ActorsConfig
 from ttmray.config import Config, Device, Location, execution
 from ttmray.console import console
 from ttmray.errors import EXIT_OK, EXIT_TOO_MANY_FAILURES, ClipError
 from ttmray.evaluation import fadtk
 from ttmray.evaluation.fad import Gaussian
 from ttmray.evaluation.judge import JudgeConfig, check_judge, judge
-from ttmray.evaluation.systems import SystemFolder, find_systems
+from ttmray.evaluation.systems import SystemFolder, audio_files, find_systems
 from ttmray.generation.prompts import read_prompts
-from ttmray.models.bundle import BundleName, open_bundle
+from ttmray.models.bundle import Bundle, BundleName, open_bundle
 from ttmray.models.loading import LoadOptions
+from ttmray.models.plans import embedding_flops, show_plan, weights_rows
 from ttmray.recipes.attm import flat
 from ttmray.storage import Folder
 
@@ -62,9 +64,12 @@ class AttmConfig(Config):
     """Windows per forward on a GPU."""
 
 
-def evaluate(config: AttmConfig) -> int:
+def evaluate(config: AttmConfig, *, plan_only: bool = False) -> int:
     """Print and write the metrics of each system beside the published ones; returns the exit code, 3 where a file of a
     system or of the reference had to be left out.
+
+    Args:
+        plan_only: say what would be done, and stop.
 
     Raises:
         UserError: no audio, clips of other prompts, weights that are not there, or a judge that cannot be asked.
@@ -74,6 +79,8 @@ def evaluate(config: AttmConfig) -> int:
     if config.judge is not None:
         check_judge(config.judge, [prompt.id for prompt in known])
     opened = open_bundle(config.bundle)
+    if plan_only:
+        return _show_plan(config, opened, systems, len(known))
     options = LoadOptions(device=config.device, batch=config.batch, threads=os.cpu_count() or 1)
     clap = opened.load({"clap"}, options).clap
     target = Folder.at(config.output)
@@ -103,6 +110,22 @@ def evaluate(config: AttmConfig) -> int:
     about |= {"judge": config.judge.name if config.judge else None, "unused": unused}
     _report(rows, target, about)
     return EXIT_TOO_MANY_FAILURES if any(unused.values()) else EXIT_OK
+
+
+def _show_plan(config: AttmConfig, bundle: Bundle, systems: Sequence[SystemFolder], prompts: int) -> int:
+    clips = sum(clip.path is not None for system in systems for clip in system.clips)
+    songs = 0 if config.reference.endswith(".safetensors") else len(audio_files(Folder.at(config.reference)))
+    flops, of = embedding_flops(bundle, 2 * clips + songs, ("clap",))
+    rows = [
+        ("systems", f"{len(systems)}", ", ".join(system.name for system in systems)),
+        ("clips", f"{clips:,} of {prompts * len(systems):,}", f"{prompts:,} prompts of {config.prompts}"),
+        ("reference", f"{songs:,} files to embed" if songs else "embedded already", config.reference),
+        ("CCS", config.judge.name if config.judge else "none", "the judge" if config.judge else "no judge is named"),
+        ("bundle", bundle.name, bundle.note),
+        *weights_rows(bundle, ("clap",)),
+    ]
+    runtime = ActorsConfig(device=config.device)
+    return show_plan(rows, Folder.at(config.output), clips + songs, flops, runtime, f"{of}, as if all were 10 s")
 
 
 def _clap_score(clap: Any, path: str, prompt: str) -> float | None:

@@ -18,7 +18,7 @@ from ttmray.errors import EXIT_OK, UserError
 from ttmray.inventory import damage, kind_of, read_marker
 from ttmray.json_text import read_json
 from ttmray.recipes.chain_plan import Step, StepCost, show_plan, write_plan, write_steps
-from ttmray.recipes.needs import refuse_missing
+from ttmray.recipes.needs import refuse_missing, without_devices
 from ttmray.recipes.result_page import chain_values
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
@@ -67,7 +67,8 @@ def run_chain(
         if missing:
             raise UserError(f"--from {first}: step {step.name} is not done: {missing[0]} is missing.", "Start earlier.")
     todo = [step for step in steps[start : stop + 1] if not is_done(root, step, prints[step.name])]
-    refuse_missing({step.name: step.needs for step in todo})
+    needs = {step.name: step.needs for step in todo}
+    refuse_missing(without_devices(needs) if plan_only else needs)
     if plan_only:
         write_plan(root, text)
         return EXIT_OK
@@ -217,7 +218,7 @@ def fill(kind: type[ConfigT], name: str, section: Mapping[str, Any], links: Mapp
         raise UserError(f"{name}.output: every step has its own folder below output.", "Leave it out.")
     known = {field: value for field, value in links.items() if field in kind.model_fields and value is not None}
     try:
-        return load_config(kind, fields=merged(known, section))
+        return load_config(kind, fields=merged(known, section), missing=f"`{{place}}: {{value}}` in section {name}")
     except UserError as error:
         raise UserError(f"section {name}: {error.message}", error.hint) from error
 

@@ -2,16 +2,18 @@
 for `ttmray status`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ttmray import inventory
 from ttmray.config import Config
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.json_text import read_json
 from ttmray.recipes.estimates import estimates
 from ttmray.recipes.needs import Need
+from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
 
 STEPS_FILE, PLAN_FILE = "chain.json", "plan.md"
@@ -54,8 +56,9 @@ class StepCost(NamedTuple):
 
 
 def write_steps(root: Folder, steps: Sequence[Step]) -> None:
-    """Write the names of the steps in their order, each with the folder of its job below `root`, where it has one."""
-    listed = [{"name": step.name, "folder": _folder(root, step)} for step in steps]
+    """Write the names of the steps in their order, each with the folder of its job below `root`, where it has one, and
+    with the files that it makes."""
+    listed = [{"name": step.name, "folder": _folder(root, step), "makes": list(step.makes)} for step in steps]
     data = json.dumps({"steps": listed}, indent=1).encode()
     if not root.exists(STEPS_FILE) or root.read(STEPS_FILE) != data:
         root.write(STEPS_FILE, data)
@@ -69,7 +72,8 @@ def _folder(root: Folder, step: Step) -> str:
 
 
 def read_steps(root: Folder) -> list[dict[str, Any]] | None:
-    """`name` and `folder` of the steps in order; None where no chain has said them.
+    """`name`, `folder` and `makes` of the steps in order; None where no chain has said them. Chains of earlier
+    versions did not say what a step makes.
 
     Raises:
         UserError: the file is damaged.
@@ -77,12 +81,37 @@ def read_steps(root: Folder) -> list[dict[str, Any]] | None:
     if not root.exists(STEPS_FILE):
         return None
     try:
-        steps = [{"name": str(one["name"]), "folder": str(one["folder"])} for one in _listed(root)]
+        steps = [
+            {"name": str(one["name"]), "folder": str(one["folder"]), "makes": [str(n) for n in one.get("makes", ())]}
+            for one in _listed(root)
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{root.path(STEPS_FILE)} is damaged.", "Delete it: the next launch of the chain writes it."
         ) from error
     return steps
+
+
+def absent(root: Folder, step: Mapping[str, Any]) -> list[str]:
+    """What is not there of all that a step makes; of a step that does not say what, its folder where nothing is in it.
+
+    Args:
+        step: of `read_steps`.
+    """
+    if step["makes"] or not step["folder"]:
+        return [name for name in step["makes"] if not root.exists(name)]
+    return [] if root.files(step["folder"], sizes=False) else [step["folder"]]
+
+
+def lost(root: Folder, step: Mapping[str, Any]) -> list[str]:
+    """`absent`, and by names and sizes what is gone of the files that its run has noted, a line each."""
+    wrong = {name: "is missing" for name in absent(root, step)}
+    run = root.sub(step["folder"]) if step["folder"] else root
+    if (marker := inventory.read_marker(run)) is not None:
+        wrong |= {f"{step['folder']}/{name}": how for name, how in inventory.lost(run, marker)}
+    elif run.exists(SUCCESS):
+        wrong[f"{step['folder']}/{SUCCESS}"] = "is damaged"
+    return [f"{name} {how}" for name, how in wrong.items()]
 
 
 def _listed(root: Folder) -> list[Any]:

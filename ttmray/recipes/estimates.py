@@ -15,7 +15,7 @@ from ttmray.generation.prompts import read_prompts
 from ttmray.models.backbone import SIZES, BackboneConfig
 from ttmray.models.backbone_weights import forward_flops
 from ttmray.models.bundle import open_bundle
-from ttmray.models.speed import REACHED, about, cores, estimate, present_flops
+from ttmray.models.speed import NO_GPU, REACHED, about, cores, estimate, gpu_here, present_flops
 from ttmray.storage import Folder, is_remote
 from ttmray.tables import is_table
 from ttmray.training.config import LoopConfig, TrainConfig
@@ -100,6 +100,8 @@ def estimates(configs: Mapping[str, Config]) -> tuple[dict[str, str], str]:
     corpora = {name: songs for name, config in configs.items() if (songs := corpus_work(config)) is not None}
     if not flops and not corpora:
         return {}, ""
+    if device.startswith("cuda") and not gpu_here():
+        return {}, NO_GPU
     peak, source = present_flops(device, bf16=any(config.precision == "bf16" for config in trained))
     rate = REACHED * peak
     taken = {name: work / rate for name, work in flops.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttmray.config import Config
+from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.storage import Folder, absolute, read_file, split_path
 
@@ -68,6 +69,16 @@ def refuse_missing(needs: Mapping[str, Sequence[Need]]) -> None:
         f"{count} missing for the steps to do; none was started:\n  - " + "\n  - ".join(shown),
         "--from and --until leave out steps, and a section that is null its step.",
     )
+
+
+def without_devices(needs: Mapping[str, Sequence[Need]]) -> dict[str, list[Need]]:
+    """The same for a plan, which can be made on another machine: of devices that are not here it is only said."""
+    from ttmray.models.devices import resolve_device
+
+    devices = [need for some in needs.values() for need in some if need.check is resolve_device]
+    for message in dict.fromkeys(error.message for need in devices if (error := problem(need)) is not None):
+        console.print(f"{message} It is planned all the same.", style="yellow", markup=False)
+    return {step: [need for need in some if need.check is not resolve_device] for step, some in needs.items()}
 
 
 def _some(steps: Sequence[str]) -> str:

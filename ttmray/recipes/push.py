@@ -19,11 +19,10 @@ from ttmray.corpus.plan import PLAN_FILE, Plan
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.json_text import read_json
 from ttmray.models import published
-from ttmray.models.bundle import base_name
 from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles
-from ttmray.models.weights import digest_file, open_store
 from ttmray.ranker.job import HEAD, METRICS
 from ttmray.recipes.cards import dataset_card, file_card, model_card
+from ttmray.recipes.licences import CARD, WEIGHT_ENDINGS, bundles_of, licence_for, parts_of
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder, local_file, split_path
 from ttmray.training.export import export
@@ -31,9 +30,7 @@ from ttmray.training.export import export
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-CARD = "README.md"
 MODELS = ("sft", "crpo")
-WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 BATCH_FILES, BATCH_BYTES = 50, 2 << 30
 """Of a commit. Files of buckets are held in memory until it is made."""
 MINE = ("shards/", "captions/", "index/", "scores/", "stats/")
@@ -82,9 +79,10 @@ def push(
         path: run of Stage 1 or 3, ranker run, corpus run, bundle's folder, or weights file; local or s3://.
         repo: `org/name`; made where it is not there.
         weights: of a training run: `raw`, or `ema:SIGMA`.
-        license: identifier of the hub; default: the strictest that its parts ask for, else `other`.
+        license: identifier of the hub; default: that of the card in a bundle's folder, else the strictest that its
+            parts ask for, else `other`.
         name, evaluation, system: for the card, see `model_card`.
-        bundle: of a file that does not say what it was trained with.
+        bundle: of a file that does not say what it was trained with; a run's own counts as well.
         public: everybody may see a repository that is made now.
         new_card: replace a card that is there.
 
@@ -97,9 +95,9 @@ def push(
     if asked.path_in_repo or asked.revision:
         raise UserError(f"{repo} is no name of a repository.", "ORG/NAME")
     api = hub.client()
-    bundles = _bundles(path, bundle)
-    restricted = _restricted(path, bundles)
-    license = _license(license, restricted)
+    bundles = bundles_of(path, bundle)
+    parts = parts_of(path, bundles)
+    license = licence_for(path, license, parts)
     with TemporaryDirectory(prefix="ttmray-push-") as scratch:
         card = {"name": name or asked.id.partition("/")[2], "license": license}
         upload = _collect(path, Path(scratch), weights, bundles, card, {"evaluation": evaluation, "system": system})
@@ -112,58 +110,10 @@ def push(
     HfFileSystem.clear_instance_cache()  # what this process has listed there is old now
     where = f"{hub.PREFIX}{'datasets/' if kind == 'dataset' else ''}{asked.id}"
     console.print(f"{where}: {sent} of {len(upload.files) + 2} files sent, licence {license}", markup=False)
-    for entry, licence in restricted.items():
+    for entry, licence in parts.restricted.items():
         console.print(f"  it has parts of {entry}, {licence}: not for commercial use", markup=False)
     console.print(f"  the end of its card says what is left to fill in: {hub.endpoint()}/{asked.id}", markup=False)
     return EXIT_OK
-
-
-def _bundles(path: str, bundle: str | None) -> list[str]:
-    """Names of the bundles whose models made what is pushed; the first is needed to use it."""
-    if bundle is not None:
-        return [base_name(bundle)]
-    folder = Folder.at(path)
-    if not folder.exists(RUN):
-        return []
-    described = folder.read_json(RUN)
-    config = described.get("config", {})
-    if "bundle" in config:
-        return [base_name(str(config["bundle"]))]
-    places = [Folder.at(source["corpus"]) for source in config.get("data", {}).get("sources", [])]
-    corpora = [place.read_json(RUN, "config") for place in places if place.exists(RUN)]
-    return list(dict.fromkeys(base_name(str(one["config"]["bundle"])) for one in corpora if "bundle" in one["config"]))
-
-
-def _restricted(path: str, bundles: Sequence[str]) -> dict[str, str]:
-    """Registry entry -> licence, of the parts that are not for commercial use: all models of the bundles, and the file
-    itself where it is a released one."""
-    store = open_store()
-    parts = [entry for entry in store.registry.entries if set(entry.bundles) & set(bundles)]
-    if path.endswith(WEIGHT_ENDINGS):
-        sha256, records = digest_file(local_file(path)).sha256, store.records()
-        for entry in store.registry.entries:
-            known = [file.sha256 or records.get(f"{entry.name}/{file.name}", {}).get("sha256") for file in entry.files]
-            same_name = split_path(path)[1] in [file.name for file in entry.files if file.name.endswith(".pth")]
-            parts += [entry] if sha256 in known or same_name else []
-    return {entry.name: entry.licence for entry in parts if entry.non_commercial}
-
-
-def _license(license: str | None, restricted: Mapping[str, str]) -> str:
-    """The licence of the card.
-
-    Raises:
-        UserError: it would give away what its parts do not.
-    """
-    if license is None:
-        return "cc-by-nc-4.0" if restricted else "other"
-    free = "nc" not in license.lower().split("-") and license.lower() not in ("other", "unknown")
-    if restricted and free:
-        raise UserError(
-            f"{license} would call free what is not: it has parts of {', '.join(restricted)}, which are not for "
-            "commercial use.",
-            "Say --license cc-by-nc-4.0, or other with its text in the card.",
-        )
-    return license.lower()
 
 
 def _collect(

@@ -21,7 +21,8 @@ from ttmray.console import Marked, console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import open_bundle
 from ttmray.models.devices import resolve_device
-from ttmray.models.speed import estimate, peak_flops
+from ttmray.models.plans import Row, show_rows
+from ttmray.models.speed import NO_GPU, estimate, peak_flops
 from ttmray.runs import RUN, SUCCESS
 from ttmray.storage import Folder
 from ttmray.training.checkpoint import STATE, committed
@@ -37,8 +38,6 @@ from ttmray.training.task import MakeTask, Ranks, Task
 AMPERE = (8, 0)
 """Compute capability from which cards have bfloat16."""
 FORCE = "--force goes on with the new ones."
-Row = tuple[str, str, str]
-"""Of the plan: a name, a value, its reason."""
 
 
 def launch(
@@ -69,13 +68,16 @@ def launch(
         KeyboardInterrupt: Ctrl-C or SIGTERM. The local runner saves first, Ray's workers end at once.
     """
     out, local = Folder.at(config.output), config.runtime.runner == "local"
-    if not local:
+    if not local and not plan_only:
         actors, cpus = config.beside
         # Ray Train's controller may take one
         needed = math.ceil(config.runtime.workers * config.runtime.cpus + actors * cpus) + 1
         connect(max(needed, os.cpu_count() or 1), show_workers=True, state_api=True)
-    device, free = _local_device(config) if local else _ray_device(config)
-    task = make_task(config, device if local else torch.device("cpu"))
+    if plan_only:
+        device, free = _planned_device(config)
+    else:
+        device, free = _local_device(config) if local else _ray_device(config)
+    task = make_task(config, device if local and not plan_only else torch.device("cpu"))
     split = plan(config, task, device, free, more_of_plan)
     described = describe(kind, config, task)
     if plan_only:
@@ -110,7 +112,7 @@ def refuse_foreign(out: Folder, described: dict[str, Any], force: bool = False) 
     Raises:
         UserError: the folder belongs to another run or to something else.
     """
-    existing = runs.existing(out, described["kind"])
+    existing = inventory.existing_run(out, described["kind"])
     if existing is not None and not force:
         runs.refuse_another(out, existing, described, way_out=FORCE)
 
@@ -134,6 +136,18 @@ def _local_device(config: LoopConfig) -> tuple[torch.device, int | None]:
     return device, _free_bytes()
 
 
+def _planned_device(config: LoopConfig) -> tuple[torch.device, int | None]:
+    """What a plan is made for: the device that the config asks for, be it here or not, and the free bytes of a GPU
+    that is here. No Ray is started for it: its workers are taken to have what this machine has."""
+    device = config.runtime.device
+    if torch.cuda.is_available() and device != "cpu":
+        return torch.device("cuda"), _free_bytes()
+    if not device.startswith("cuda"):
+        return torch.device("cpu"), None
+    console.print(f"runtime.device is {device}, and this machine has no GPU: its memory is not known", style="yellow")
+    return torch.device("cuda"), None
+
+
 def _free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
@@ -155,7 +169,8 @@ def plan(
     Raises:
         UserError: the estimate is above `runtime.memory_gb`.
     """
-    if device.type == "cuda" and config.precision == "bf16" and torch.cuda.get_device_capability(device) < AMPERE:
+    bf16_on_gpu = device.type == "cuda" and torch.cuda.is_available() and config.precision == "bf16"
+    if bf16_on_gpu and torch.cuda.get_device_capability(device) < AMPERE:
         console.print(f"{torch.cuda.get_device_name(device)} has no bfloat16: set precision=fp32", style="yellow")
     backbone = task.model.config
     wish, most = config.runtime.device_batch, config.runtime.memory_gb
@@ -197,9 +212,7 @@ def plan(
         ("time here", *_time(config, device, flops)),
         *([] if more is None else more(config, task, split)),
     ]
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, reason in rows:
-        console.print(f"{name:<{width}}  {value}  ({reason})", markup=False)
+    show_rows(rows)
     if most is not None:
         require_memory(split.bytes, most, "training")
     return split
@@ -208,7 +221,7 @@ def plan(
 def _time(config: LoopConfig, device: torch.device, flops: float) -> tuple[str, str]:
     """How long a run takes, and why. Workers of a cluster may have GPUs that this machine has not."""
     if device.type == "cuda" and not torch.cuda.is_available():
-        return "unknown", "this machine has no GPU to measure; the log has an ETA"
+        return "unknown", f"{NO_GPU}; the log has an ETA"
     peak, source = peak_flops(device, config.precision == "bf16")
     return estimate(flops, peak, source, config.runtime.workers if device.type == "cuda" else 1)
 
