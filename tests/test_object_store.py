@@ -95,7 +95,7 @@ def test_headers_are_read_without_the_songs(bucket: str, tmp_path: Path, monkeyp
         return ranges(self, start, end)
 
     monkeypatch.setattr(S3File, "_fetch_range", counted)
-    for name in ("song.wav", "song.flac", "song.ogg"):
+    for name in ("song.wav", "song.flac", "song.mp3", "song.ogg"):
         soundfile.write(tmp_path / name, noise[: 44100 * 5] if name.endswith("ogg") else noise, 44100)
         Folder(bucket).write(name, (tmp_path / name).read_bytes())
         fetched = 0
