@@ -71,11 +71,11 @@ class QuickModels(Stage):
 
     def __init__(self, run: Path, pace_s: float, crowd: int) -> None:
         self.run, self.pace_s = run, pace_s
-        if self.sickness() == "cannot be built":
-            raise RuntimeError("no kernel image is available")
         begun = run.with_name("begun")
         begun.mkdir(exist_ok=True)
         (begun / node()).touch()
+        if self.sickness() == "cannot be built":
+            raise RuntimeError("no kernel image is available")
         deadline = time.monotonic() + 300
         while len(list(begun.iterdir())) < crowd and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -150,6 +150,18 @@ def test_an_empty_cluster_is_waited_for_with_a_message(raylets, tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_a_node_that_cannot_build_its_stages_is_named_and_its_units_go_elsewhere(raylets, tmp_path, capsys):
+    sound, sick = raylets.add(1, 1), raylets.add(1, 1)
+    run = Runs(tmp_path / "run", 8)
+    run.ail(**{sick.node_id: "cannot be built"})
+    run.go(crowd=2)  # the sound one begins once the other one has tried
+    text = capsys.readouterr().out
+    assert f"(node {sick.node_id[:8]}) is left out from here on" in text
+    assert "no kernel image is available" in text
+    assert set(run.committed().values()) == {sound.node_id}
+
+
+@pytest.mark.slow
 def test_what_no_node_can_build_ends_the_job_with_one_message(raylets, tmp_path):
     nodes = [raylets.add(1, 1), raylets.add(1, 1)]
     run = Runs(tmp_path / "run", 6)

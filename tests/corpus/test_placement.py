@@ -119,6 +119,32 @@ def test_given_worker_counts_are_kept() -> None:
     assert (groups["models"].fewest, groups["models"].begin, groups["models"].most) == (3, 3, 4)
 
 
+@pytest.mark.parametrize("fuse", ["auto", "none"])
+@pytest.mark.parametrize(("share", "per_card"), [(0.33, 3), (0.4, 2), (0.5, 2), (0.6, 1), (1, 1)])
+def test_a_process_lies_on_one_card_and_rests_of_two_cards_are_no_place(fuse: str, share: float, per_card: int) -> None:
+    cluster = [node(8, 2), node(8, 1)]
+    heavy = [group for group in placed(config(fuse, models={"gpus": share}), *cluster).values() if group.heavy]
+    assert [group.fits(cluster[0]) for group in heavy] == [2 * per_card] * len(heavy)
+    assert sum(group.begin for group in heavy) <= 3 * per_card
+    if fuse == "auto":
+        assert [group.begin for group in heavy] == [3 * per_card]
+
+
+def test_one_worker_of_each_group_must_find_a_place_beside_the_others() -> None:
+    """Three processes of 0.6 cards never start on two cards, though these are 2 and the three together 1.8."""
+    chosen = config("none", models={"gpus": 0.6})
+    for cluster in ([node(8, 2)], [node(8, 1), node(8, 1)]):
+        groups = place(chosen, cluster, 10)
+        assert lacking(groups, cluster) == groups
+    assert lacking(place(chosen, [node(8, 3)], 10), [node(8, 3)]) == []
+    # the decoder's CPUs are not those of the node with the card
+    mixed = config("models", decode={"cpus": 4}, models={"gpus": 1, "cpus": 0})
+    assert lacking(place(mixed, [node(4, 1), node(4)], 10), [node(4, 1), node(4)]) == []
+    three = [Group("a", (), True, 3, 1), Group("b", (), True, 3, 1), Group("c", (), False, 3, 0)]
+    assert lacking(three, [node(4, 2), node(8)]) == three
+    assert lacking(three, [node(6, 2), node(3)]) == []
+
+
 def test_groups_without_a_place_are_told_before_anything_starts() -> None:
     chosen = config("none")
     assert lacking(place(chosen, [node(2)], 10), [node(2)]) == place(chosen, [node(2)], 10)
