@@ -183,14 +183,14 @@ def train_head(
     return Trained(head.eval(), state["best_epoch"], state["history"])
 
 
-def _resumed(kept: bytes, head: TuneJuryHead, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _resumed(resume: bytes, head: TuneJuryHead, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What `save` got, with head and optimizer as they were then."""
     names = {"best_loss", "best_epoch", "best", "history"}
     try:
-        with zipfile.ZipFile(io.BytesIO(kept)) as archive:  # torch looks at the checksums of tensors alone
+        with zipfile.ZipFile(io.BytesIO(resume)) as archive:  # torch looks at the checksums of tensors alone
             if (record := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {record} is not that of its bytes")
-        state = torch.load(io.BytesIO(kept), map_location=next(head.parameters()).device, weights_only=True)
+        state = torch.load(io.BytesIO(resume), map_location=next(head.parameters()).device, weights_only=True)
         for weights in (state["best"], state.pop("head")):
             head.load_state_dict(weights)
         optimizer.load_state_dict(state.pop("optimizer"))
