@@ -1,12 +1,20 @@
 """Nobody can keep another group's worker from starting, so a worker that died finds its place again."""
 
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttmray.config import load_config
 from ttmray.corpus.assembly import stage_classes
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.placement import GROWTH_GPUS, Group, Node, gpus_held, lacking, layout, least_cpus, needs, place
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def config(fuse: str = "auto", scope: str = "clip", **runtime: object) -> CorpusConfig:
@@ -94,6 +102,26 @@ def test_a_config_that_asks_for_gpus_has_its_layout_before_the_first_one_joins()
     assert [group.name for group in lacking(groups, [node(4)])] == ["models"]
     assert lacking(groups, [node(4), node(0, 1)]) == []
     assert needs(groups) == "decode needs 1 CPUs and 0 GPUs and models needs 0 CPUs and 1 GPUs"
+
+
+def test_what_the_paper_and_the_readme_start_waits_for_nodes_of_both_kinds() -> None:
+    """An empty cluster that grows: no CPU node is idle, no number is that of the start."""
+    sets = ["input=a", "output=b"]
+    (line,) = re.findall(r"^ray job submit .*$", (REPO / "README.md").read_text("utf-8"), re.MULTILINE)
+    words = shlex.split(line)
+    readme = [word for flag, word in pairwise(words) if flag == "--set"]
+    for chosen in (
+        load_config(CorpusConfig, "configs/paper/corpus.yaml", sets),
+        load_config(CorpusConfig, None, readme),
+    ):
+        groups = place(chosen, [], units=100)
+        assert [group.name for group in groups] == ["decode", "models"]
+        assert lacking(groups, []) == groups
+        grown = {group.name: group for group in place(chosen, [node(8, 1), node(8)], units=100)}
+        assert lacking(list(grown.values()), [node(8, 1), node(8)]) == []
+        assert (grown["models"].fewest, grown["models"].cpus, grown["models"].gpus) == (1, 0, 1)
+        assert grown["models"].most >= 4
+        assert grown["decode"].most >= 16
 
 
 def test_gpus_that_are_held_are_those_of_all_workers_and_no_more_than_there_are() -> None:
