@@ -16,7 +16,6 @@ from ttmray.corpus.ray_runner import run_ray
 from ttmray.corpus.running import Makers
 from ttmray.corpus.stage import Stage
 from ttmray.corpus.unit import OK, Unit
-from ttmray.models.bundle import Models
 from ttmray.storage import Folder
 
 
@@ -30,12 +29,12 @@ class QuickDecode(Stage):
     name, scope, resources = "decode", "unit", "decode"
     writes = ("mix",)
 
-    def __init__(self, models: Models) -> None:
-        pass
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
 
     def __call__(self, unit: Unit) -> Unit:
         unit.rows = [index.new_row(track, unit.name, "quick") | {"segment": 0} for track in unit.tracks]
-        unit.clips = {"mix": np.ones((len(unit.rows), 2, 50_000), np.float32)}
+        unit.clips = {"mix": np.ones((len(unit.rows), 2, self.frames), np.float32)}
         return unit
 
 
@@ -48,11 +47,11 @@ class QuickModels(Stage):
 
     def __init__(self, run: Path, pace_s: float, crowd: int) -> None:
         self.run, self.pace_s = run, pace_s
-        if self.sickness() == "cannot be built":
-            raise RuntimeError("no kernel image is available")
         begun = run.with_name("begun")
         begun.mkdir(exist_ok=True)
         (begun / node()).touch()
+        if self.sickness() == "cannot be built":
+            raise RuntimeError("no kernel image is available")
         deadline = time.monotonic() + 300
         while len(list(begun.iterdir())) < crowd and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -86,14 +85,16 @@ class QuickWrite(Stage):
 
 @dataclass(frozen=True)
 class QuickJob(CorpusJob):
-    """The models take `pace_s` for a unit, and begin when they are there on `crowd` nodes."""
+    """The models take `pace_s` for a unit, and begin when they are there on `crowd` nodes. A unit that is decoded takes
+    8 bytes times `frames`."""
 
     pace_s: float = 0.2
     crowd: int = 0
+    frames: int = 50_000
 
     def makers(self) -> Makers:
         return {
-            QuickDecode: QuickDecode,
+            QuickDecode: lambda _: QuickDecode(self.frames),
             QuickModels: lambda _: QuickModels(Path(self.output), self.pace_s, self.crowd),
             QuickWrite: lambda _: QuickWrite(Folder(self.output)),
         }
@@ -128,10 +129,10 @@ class Runs:
         ]
         return [Unit(f"u{i:06d}", [track]) for i, track in enumerate(tracks)]
 
-    def job(self, *, pace_s: float = 0.2, crowd: int = 0, **runtime: object) -> QuickJob:
+    def job(self, *, pace_s: float = 0.2, crowd: int = 0, frames: int = 50_000, **runtime: object) -> QuickJob:
         settings = {"device": "cpu", "no_progress_timeout_s": 900} | runtime
         config = CorpusConfig.model_validate({"input": "s3://b", "output": str(self.folder), "runtime": settings})
-        return QuickJob(config.model_dump_json(), "", "quick", pace_s, crowd)
+        return QuickJob(config.model_dump_json(), "", "quick", pace_s=pace_s, crowd=crowd, frames=frames)
 
     def committed(self) -> dict[str, str]:
         """Unit -> the node that committed it."""

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,14 @@ class Raylets:
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 0, "object_store_memory": 200 * MIB, "include_dashboard": False}
-        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | agent_ports()))
+        self.ports = agent_ports()
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head | self.ports))
+
+    def metrics(self) -> str:
+        """What the head's machine, which is the driver's, tells Prometheus."""
+        address = f"http://127.0.0.1:{self.ports['metrics_export_port']}/metrics"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            return str(answer.read().decode())
 
     def add(self, cpus: int, gpus: int = 0) -> Any:
         sizes = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 100 * MIB}

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ttmray.cluster import RETRIES, TRIED_AGAIN, ActorsConfig, each, leave, relay
 from ttmray.errors import UserError
@@ -50,6 +51,15 @@ def test_a_worker_may_die_of_many_things_one_after_the_other(tmp_path, capfd):
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "")
     assert all(words in relay.last_words() for words in TRIED_AGAIN)  # where somebody asks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_torch_cannot_use_is_one_message():
+    import ray
+
+    ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    with pytest.raises(UserError, match="Ray gave 1 GPUs to a worker, but torch finds none it can use"):
+        list(each(make, [1], ON_RAY.model_copy(update={"workers": 1, "gpus": 1.0})))
 
 
 def test_work_that_kills_every_worker_is_one_message():

@@ -18,10 +18,13 @@ import pytest
 import soundfile
 import yaml
 from packaging.version import Version
+from pydantic import ValidationError
 
 from ttmray import cluster
 from ttmray.cli import _parser, main
+from ttmray.errors import UserError
 from ttmray.models.weights import released
+from ttmray.plugins import named
 
 REPO = Path(__file__).resolve().parents[1]
 CLUSTER = REPO / "cluster"
@@ -269,6 +272,44 @@ def test_no_ray_without_tokens_of_local_instances_is_allowed() -> None:
 def test_the_installed_ray_is_the_locked_one() -> None:
     """The schema and parsers above speak for the version that the image gets."""
     assert f"\nray=={version('ray')}\n" in (REPO / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "good", "bad", "why"),
+    [
+        ("ttmray.cluster:ActorsConfig", "gpus", (0, 0.5, 1, 2), (1.5, 2.25), "whole number"),
+        ("ttmray.cluster:ActorsConfig", "gpus", (0.3333,), (1 / 3, 1e-5), "four decimals"),
+        ("ttmray.cluster:ActorsConfig", "cpus", (0.1, 1.5, 2.0001), (1 / 3,), "four decimals"),
+        ("ttmray.corpus.config:StageResources", "gpus", (None, 0, 0.33, 4), (1.5,), "whole number"),
+        ("ttmray.corpus.config:StageResources", "cpus", (0, 0.5, 1.5), (0.33333,), "four decimals"),
+        ("ttmray.training.config:TrainRuntime", "cpus", (0.5, 7), (0.33333,), "four decimals"),
+    ],
+)
+def test_shares_that_ray_cannot_give_are_refused_before_anything_starts(
+    config: str, field: str, good: tuple[float | None, ...], bad: tuple[float, ...], why: str
+) -> None:
+    kind = named(config)
+    for value in good:
+        assert getattr(kind.model_validate({field: value}), field) == value
+    for value in bad:
+        with pytest.raises(ValidationError, match=why):
+            kind.model_validate({field: value})
+
+
+def test_an_actor_that_was_given_a_gpu_does_not_work_on_the_cpu_without_a_word(monkeypatch) -> None:
+    import torch
+
+    def make():
+        return lambda item: item
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for gpus, device in ((1.0, "auto"), (0.5, "cuda")):
+        with pytest.raises(UserError, match=f"Ray gave {gpus:g} GPUs to a worker, but torch finds none") as caught:
+            cluster._Actor(make, gpus, device).work(1)
+        assert "device=cpu" in caught.value.hint
+    assert cluster._Actor(make, 0.0, "auto").work(1) == cluster._Actor(make, 1.0, "cpu").work(1) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cluster._Actor(make, 1.0, "auto").work(1) == 1
 
 
 @pytest.mark.parametrize(("url", "said"), [("127.0.0.1:8265", "http://127.0.0.1:8265\n"), ("", "")])

@@ -304,8 +304,8 @@ def test_configs_are_frozen():
 paths = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1).filter(str.strip)
 resources = st.fixed_dictionaries(
     {
-        "cpus": st.floats(0, 64),
-        "gpus": st.floats(0, 8),
+        "cpus": st.integers(0, 640_000).map(lambda parts: parts / 10_000),
+        "gpus": st.integers(0, 8) | st.integers(0, 10_000).map(lambda parts: parts / 10_000),
         "workers": st.none() | st.tuples(st.integers(1, 4), st.integers(4, 9)),
     }
 )

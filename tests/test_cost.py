@@ -198,9 +198,10 @@ def test_gpus_of_ray_actors_count_while_they_work(run, clock):
     import ray
 
     ray.init(address="local", num_cpus=2, num_gpus=4, include_dashboard=False, logging_level="ERROR")
+    config = ActorsConfig(runner="ray", device="cpu", workers=2, gpus=2)
     try:
         with cost.account(run):
-            for _ in each(lambda: lambda item: item, range(3), ActorsConfig(runner="ray", workers=2, gpus=2)):
+            for _ in each(lambda: lambda item: item, range(3), config):
                 clock.pass_s(1)
             clock.pass_s(10)
     finally:

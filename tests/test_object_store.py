@@ -75,6 +75,13 @@ def test_a_conflict_of_two_conditional_writers_is_tried_again(store: Store) -> N
     assert FOLDER.create("a", b"theirs") is False
 
 
+def test_a_small_file_is_one_request(store: Store) -> None:
+    FOLDER.write("a", b"1")
+    store.requests.clear()
+    assert FOLDER.read("a", small=True) == b"1"
+    assert store.requests == ["GET /b/run/a"]
+
+
 def test_what_does_not_pass_is_said_at_once(store: Store) -> None:
     for status, words in ((404, "not found"), (403, "permission denied")):
         store.requests.clear()
@@ -95,7 +102,7 @@ def test_headers_are_read_without_the_songs(bucket: str, tmp_path: Path, monkeyp
         return ranges(self, start, end)
 
     monkeypatch.setattr(S3File, "_fetch_range", counted)
-    for name in ("song.wav", "song.flac", "song.ogg"):
+    for name in ("song.wav", "song.flac", "song.mp3", "song.ogg"):
         soundfile.write(tmp_path / name, noise[: 44100 * 5] if name.endswith("ogg") else noise, 44100)
         Folder(bucket).write(name, (tmp_path / name).read_bytes())
         fetched = 0

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -251,3 +253,13 @@ def test_a_folder_without_a_run_is_one_message(tmp_path, capsys):
     ):  # fmt: skip
         assert main(["status", str(tmp_path / name)]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_status_loads_no_model_library(done_chain):
+    code = (
+        "import sys; from ttmray.cli import main; "
+        f"code = main(['status', {done_chain[0].uri!r}]); "
+        "print(sorted({'ray', 'torch', 'transformers', 'demucs'} & sys.modules.keys())); sys.exit(code)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "[]"

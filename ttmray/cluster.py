@@ -13,9 +13,9 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ttmray import cost
 from ttmray.config import Config, Device
@@ -32,6 +32,27 @@ RETRIES = 3
 may die, each of something else."""
 
 
+STEPS = 10_000
+"""Ray counts CPUs and GPUs in parts of so many."""
+
+
+def _in_steps(value: float) -> float:
+    if abs(value * STEPS - round(value * STEPS)) > 1e-6:
+        raise ValueError(f"has more than four decimals, as in {int(value * STEPS) / STEPS:g}")
+    return value
+
+
+def _whole(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("must be a share of one GPU or a whole number of them")
+    return value
+
+
+Cpus = Annotated[float, AfterValidator(_in_steps)]
+Gpus = Annotated[float, AfterValidator(_in_steps), AfterValidator(_whole)]
+"""What Ray can give to one process; it raises for others only once work is placed."""
+
+
 class RuntimeConfig(Config):
     """Where a job runs, in the words that all jobs share; none of it changes a result beyond last bits of a device."""
 
@@ -46,9 +67,9 @@ class ActorsConfig(RuntimeConfig):
 
     workers: int = Field(1, ge=1)
     """Ray actors; at most one per item."""
-    cpus: float = Field(1.0, gt=0)
+    cpus: Cpus = Field(1.0, gt=0)
     """CPUs per actor."""
-    gpus: float = Field(0.0, ge=0)
+    gpus: Gpus = Field(0.0, ge=0)
     """GPUs per actor, which has none unless this says so."""
 
     @property
@@ -88,7 +109,7 @@ def _on_ray(
     require_gpus(count * config.gpus, "workers x gpus", "Set gpus=0, or fewer workers.")
     remote = ray.remote(num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=RETRIES)
     actor = remote(_Actor)
-    pool = ActorPool([actor.remote(make) for _ in range(count)])
+    pool = ActorPool([actor.remote(make, config.gpus, config.device) for _ in range(count)])
     try:
         yield from pool.map_unordered(lambda worker, item: worker.work.remote(item), list(items))
     except ray.exceptions.RayTaskError as error:
@@ -102,12 +123,14 @@ def _on_ray(
 
 
 class _Actor:
-    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], gpus: float, device: str) -> None:
+        self._make, self._gpus, self._device = make, gpus, device
         self._work: Callable[[Any], Any] | None = None
 
     def work(self, item: Any) -> Any:
-        self._work = self._work or self._make()  # here, because errors of a constructor lose their type
+        if self._work is None:  # here, because errors of a constructor lose their type
+            require_usable(self._gpus, self._device, "set device=cpu and gpus=0")
+            self._work = self._make()
         return self._work(item)
 
 
@@ -238,6 +261,26 @@ def _own_level() -> Iterator[None]:
             for line in held:
                 if RAY_LEVEL.encode() not in line:
                     os.write(2, line)
+
+
+def require_usable(gpus: float, device: str, on_cpus: str) -> None:
+    """See, in a worker, that torch can use the GPUs that Ray gave to it: `auto` would be the CPU without a word.
+
+    Args:
+        on_cpus: the settings without GPUs, for the message.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not gpus or device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"Ray gave {gpus:g} GPUs to a worker, but torch finds none it can use.",
+            f"Usually the driver is older than torch's CUDA. To run on CPUs, {on_cpus}.",
+        )
 
 
 def require_gpus(needed: float, field: str, way_out: str) -> None:

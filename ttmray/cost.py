@@ -175,6 +175,15 @@ def read(folder: Folder, name: str = COST) -> dict[str, Any]:
     return fields
 
 
+def so_far(folder: Folder) -> dict[str, Any]:
+    """The fields of a run's account, up to now where it is open."""
+    for one in _open:
+        if (one.folder, one.name) == (folder, COST):
+            one.settle()
+            return one.fields
+    return read(folder)
+
+
 def said(folder: Folder) -> str:
     """The cost of a run in words."""
     fields = read(folder)

@@ -1,6 +1,8 @@
 """The corpus job on several nodes: real raylets, stages that only wait or calculate."""
 
 import gc
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +13,9 @@ from quick_job import Runs
 from raylets import Raylets, several_nodes
 
 from ttmray.corpus import ray_runner
+from ttmray.corpus.left_out import LeftOut
+from ttmray.corpus.placement import Group
+from ttmray.corpus.ray_runner import Wishes
 from ttmray.errors import UserError
 
 
@@ -44,8 +49,10 @@ def test_three_nodes_of_two_kinds_all_work_and_one_that_breaks_is_left_out(rayle
 
 
 @pytest.mark.slow
-def test_losing_nodes_costs_their_units_in_flight_and_a_node_that_joins_gets_work(raylets, tmp_path):
-    """The node that is left makes again what lost ones had decoded, and at the end what their models had begun."""
+@pytest.mark.parametrize("frames", [50_000, 2_500_000], ids=["small", "a fifth of the object store each"])
+def test_losing_nodes_costs_their_units_in_flight_and_a_node_that_joins_gets_work(raylets, tmp_path, frames):
+    """The node that is left makes again what lost ones had decoded, and at the end what their models had begun; also
+    where decoders wait for room for what they have made."""
     first, stays = raylets.add(2, 1), raylets.add(2, 1)
     run, joined, lost = Runs(tmp_path / "run", 60), [], []
 
@@ -61,7 +68,7 @@ def test_losing_nodes_costs_their_units_in_flight_and_a_node_that_joins_gets_wor
             lost.append(joined[0])
             raylets.kill(joined[0])
 
-    run.go(then, pace_s=0.5, crowd=2)
+    run.go(then, pace_s=0.5, crowd=2, frames=frames)
     assert len(lost) == 2
     assert list(run.committed().values()).count(stays.node_id) >= 20
 
@@ -83,6 +90,18 @@ def test_an_empty_cluster_is_waited_for_with_a_message(raylets, tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_a_node_that_cannot_build_its_stages_is_named_and_its_units_go_elsewhere(raylets, tmp_path, capsys):
+    sound, sick = raylets.add(1, 1), raylets.add(1, 1)
+    run = Runs(tmp_path / "run", 8)
+    run.ail(**{sick.node_id: "cannot be built"})
+    run.go(crowd=2)  # the sound one begins once the other one has tried
+    text = capsys.readouterr().out
+    assert f"(node {sick.node_id[:8]}) is left out from here on" in text
+    assert "no kernel image is available" in text
+    assert set(run.committed().values()) == {sound.node_id}
+
+
+@pytest.mark.slow
 def test_what_no_node_can_build_ends_the_job_with_one_message(raylets, tmp_path):
     nodes = [raylets.add(1, 1), raylets.add(1, 1)]
     run = Runs(tmp_path / "run", 6)
@@ -101,6 +120,74 @@ def test_a_run_folder_that_no_node_sees_is_said_at_the_start(raylets, tmp_path, 
         run.go()
     assert "shared file system or a bucket" in caught.value.hint
     assert run.committed() == {}
+
+
+def asked_for() -> dict[str, int]:
+    """What an autoscaler of the cluster is asked for: resources as text -> how often."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    demands = get_cluster_status(os.environ["RAY_ADDRESS"]).resource_demands
+    assert not demands.cluster_constraint_demand
+    bundles = [one for demand in demands.ray_task_actor_demand for one in demand.bundles_by_count]
+    return {str({k: v for k, v in one.bundle.items() if v}): one.count for one in bundles}
+
+
+@pytest.mark.slow
+def test_an_autoscaler_is_asked_for_one_more_worker_and_again_once_there_is_one(raylets):
+    import ray
+
+    models = Group("models", ("score", "write"), heavy=True, cpus=0, gpus=1)
+    decode = Group("decode", ("decode",), heavy=False, cpus=1, gpus=0)
+    wishes, more, one = Wishes(), LeftOut(), "{'GPU': 1.0}"
+
+    class Holder:
+        def here(self) -> bool:
+            return True
+
+    def until(expected: dict[str, int]) -> None:
+        deadline = time.monotonic() + 120
+        while (now := asked_for()) != expected:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.5)
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+    try:
+        wishes.ask([models, decode], more)
+        assert not wishes.due()
+        until({one: 1, "{'CPU': 1.0}": 1})
+        for _ in range(3):
+            wishes.ask([models], more)  # not twice what is pending, and no longer what nobody lacks
+        until({one: 1})
+        raylets.add(0, 1)
+        until({})
+        holder = ray.remote(num_cpus=0, num_gpus=1)(Holder).remote()
+        assert ray.get(holder.here.remote())
+        wishes.ask([models], more)
+        until({one: 1})
+        wishes.end()
+        until({})
+    finally:
+        wishes.end()
+        ray.shutdown()
+
+
+@pytest.mark.slow
+def test_what_stages_do_is_in_rays_metrics(raylets, tmp_path):
+    raylets.add(2, 1)
+    run = Runs(tmp_path / "run", 8)
+    run.go(pace_s=0.5)
+    expected = [
+        r'ttmray_rows_total{.*outcome="in".*stage="decode".*} 8',
+        r'ttmray_rows_total{.*outcome="ok".*stage="write".*} 8',
+        r'ttmray_stage_seconds_total{.*kind="wall".*stage="score".*} [4-9]',
+        r'ttmray_stage_seconds_total{.*kind="waited".*stage="score"',
+        r"ttmray_units_left{.*} 0",
+    ]
+    deadline, seen = time.monotonic() + 240, ""
+    while missing := [one for one in expected if not re.search(one, seen)]:
+        assert time.monotonic() < deadline, (missing, re.findall("(?m)^[^#]*ttmray.*", seen))
+        time.sleep(2)
+        seen += raylets.metrics()  # a gauge is told once for every report of its process
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The runners: whoever runs the stages, in whatever layout, the index and the shards are the same."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from ttmray.corpus.job import score_corpus
 from ttmray.corpus.pipeline import StageWorker, run_alone, run_local
 from ttmray.corpus.placement import layout
 from ttmray.corpus.plan import Plan
-from ttmray.corpus.running import Job, run_stages
+from ttmray.corpus.running import Chain, Job, run_stages
+from ttmray.corpus.stage import Stage
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.errors import UserError
 from ttmray.storage import Folder
@@ -168,6 +170,32 @@ def test_a_job_travels_as_text(make_config, prepare: Prepare, songs, tmp_path):
     assert isinstance(again, CorpusJob)
     assert again == job
     assert again.corpus == config
+
+
+def test_what_a_unit_waits_between_processes_is_noted(make_config, prepare: Prepare, songs, tmp_path):
+    job, _, (unit, *_) = prepare(make_config(songs, tmp_path / "run", "separation.scope=none"))
+    decoded = StageWorker(job.to_json(), "decode", ("decode", "measure"))(unit.to_table())
+    time.sleep(0.2)
+    timing = Unit.from_table(StageWorker(job.to_json(), "models", ("separate",))(decoded)).timing
+    assert [stage for stage, times in timing.items() if "waited_s" in times] == ["separate"]
+    assert 0.2 <= timing["separate"]["waited_s"] < 30
+
+
+def test_seconds_of_stages_with_models_count_for_the_gpu_that_their_process_has(monkeypatch):
+    class Modelled(Stage):
+        name, model_roles = "score", ("clap",)
+
+        def __call__(self, unit: Unit) -> Unit:
+            return unit
+
+    class Plain(Modelled):
+        name, model_roles = "measure", ()
+
+    for has_gpu in (False, True):
+        monkeypatch.setattr("torch.cuda.is_initialized", lambda has=has_gpu: has)
+        timing = run_stages(Chain([Plain(), Modelled()]), Unit("u0", [])).timing
+        assert "gpu_s" not in timing["measure"]
+        assert timing["score"].get("gpu_s") == (timing["score"]["wall_s"] if has_gpu else None)
 
 
 def test_nothing_to_do_starts_nothing(make_config, prepare: Prepare, songs, tmp_path):

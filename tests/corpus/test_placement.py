@@ -1,12 +1,20 @@
 """Nobody can keep another group's worker from starting, so a worker that died finds its place again."""
 
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ttmray.config import load_config
 from ttmray.corpus.assembly import stage_classes
 from ttmray.corpus.config import CorpusConfig
 from ttmray.corpus.placement import GROWTH_GPUS, Group, Node, gpus_held, lacking, layout, least_cpus, needs, place
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def config(fuse: str = "auto", scope: str = "clip", **runtime: object) -> CorpusConfig:
@@ -96,6 +104,26 @@ def test_a_config_that_asks_for_gpus_has_its_layout_before_the_first_one_joins()
     assert needs(groups) == "decode needs 1 CPUs and 0 GPUs and models needs 0 CPUs and 1 GPUs"
 
 
+def test_what_the_paper_and_the_readme_start_waits_for_nodes_of_both_kinds() -> None:
+    """An empty cluster that grows: no CPU node is idle, no number is that of the start."""
+    sets = ["input=a", "output=b"]
+    (line,) = re.findall(r"^ray job submit .*$", (REPO / "README.md").read_text("utf-8"), re.MULTILINE)
+    words = shlex.split(line)
+    readme = [word for flag, word in pairwise(words) if flag == "--set"]
+    for chosen in (
+        load_config(CorpusConfig, "configs/paper/corpus.yaml", sets),
+        load_config(CorpusConfig, None, readme),
+    ):
+        groups = place(chosen, [], units=100)
+        assert [group.name for group in groups] == ["decode", "models"]
+        assert lacking(groups, []) == groups
+        grown = {group.name: group for group in place(chosen, [node(8, 1), node(8)], units=100)}
+        assert lacking(list(grown.values()), [node(8, 1), node(8)]) == []
+        assert (grown["models"].fewest, grown["models"].cpus, grown["models"].gpus) == (1, 0, 1)
+        assert grown["models"].most >= 4
+        assert grown["decode"].most >= 16
+
+
 def test_gpus_that_are_held_are_those_of_all_workers_and_no_more_than_there_are() -> None:
     cluster = [node(8, 1)] * 8
     assert gpus_held(place(config(), cluster, 1000), 8) == 8
@@ -117,6 +145,32 @@ def test_given_worker_counts_are_kept() -> None:
     groups = placed(chosen, node(8, 1))
     assert (groups["decode"].fewest, groups["decode"].most) == (2, 5)
     assert (groups["models"].fewest, groups["models"].begin, groups["models"].most) == (3, 3, 4)
+
+
+@pytest.mark.parametrize("fuse", ["auto", "none"])
+@pytest.mark.parametrize(("share", "per_card"), [(0.33, 3), (0.4, 2), (0.5, 2), (0.6, 1), (1, 1)])
+def test_a_process_lies_on_one_card_and_rests_of_two_cards_are_no_place(fuse: str, share: float, per_card: int) -> None:
+    cluster = [node(8, 2), node(8, 1)]
+    heavy = [group for group in placed(config(fuse, models={"gpus": share}), *cluster).values() if group.heavy]
+    assert [group.fits(cluster[0]) for group in heavy] == [2 * per_card] * len(heavy)
+    assert sum(group.begin for group in heavy) <= 3 * per_card
+    if fuse == "auto":
+        assert [group.begin for group in heavy] == [3 * per_card]
+
+
+def test_one_worker_of_each_group_must_find_a_place_beside_the_others() -> None:
+    """Three processes of 0.6 cards never start on two cards, though these are 2 and the three together 1.8."""
+    chosen = config("none", models={"gpus": 0.6})
+    for cluster in ([node(8, 2)], [node(8, 1), node(8, 1)]):
+        groups = place(chosen, cluster, 10)
+        assert lacking(groups, cluster) == groups
+    assert lacking(place(chosen, [node(8, 3)], 10), [node(8, 3)]) == []
+    # the decoder's CPUs are not those of the node with the card
+    mixed = config("models", decode={"cpus": 4}, models={"gpus": 1, "cpus": 0})
+    assert lacking(place(mixed, [node(4, 1), node(4)], 10), [node(4, 1), node(4)]) == []
+    three = [Group("a", (), True, 3, 1), Group("b", (), True, 3, 1), Group("c", (), False, 3, 0)]
+    assert lacking(three, [node(4, 2), node(8)]) == three
+    assert lacking(three, [node(6, 2), node(3)]) == []
 
 
 def test_groups_without_a_place_are_told_before_anything_starts() -> None:

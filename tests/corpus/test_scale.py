@@ -1,7 +1,8 @@
 """What holds for runs of any size: rows pass block by block, and a look at a run in a bucket is few requests."""
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from synthetic_corpus import write_random_corpus
 
 from ttmray import inventory
 from ttmray.cli import main
-from ttmray.corpus import finalise, index
+from ttmray.corpus import finalise, index, verify_units
 from ttmray.corpus.job import ToDo
 from ttmray.corpus.plan import SCHEMA, Plan
 from ttmray.corpus.repair import forget_damaged
@@ -107,6 +108,33 @@ def test_units_of_a_plan_are_made_when_they_are_asked_for(tmp_path: Path, monkey
     assert [unit.name for unit in todo] == [todo[0].name, todo[-1].name] == ["u000001", "u000003"]
     assert [unit.tracks for unit in todo[1:]] == [rows[6:]]
     assert plan.of(["u000003", "unknown", "u000000"]).table.to_pylist() == [rows[6], rows[0], rows[1]]
+
+
+@pytest.mark.parametrize("look", [lambda run: list(problems(run)), finalised])
+def test_what_is_true_of_the_whole_is_found_out_once_and_not_for_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Folder], object]
+) -> None:
+    """Else the end of a run and its check take the square of its size."""
+    counts, whole = list[Counter[str]](), [(Plan, "unit_names"), (index, "committed_units"), (Folder, "files")]
+    for tracks in (3, 12):
+        run, seen = write_random_corpus(str(tmp_path / str(tracks)), tracks=tracks, **SMALL), Counter[str]()
+
+        def counted(act: Callable[..., Any], name: str, seen: Counter[str]) -> Callable[..., Any]:
+            def acting(*args: Any, **more: Any) -> Any:
+                seen[name] += 1
+                return act(*args, **more)
+
+            return acting
+
+        with monkeypatch.context() as patch:
+            for of, name, value in ((index, "BLOCK", 1), (verify_units, "BLOCK", 1), (verify_units, "ALONE", 99)):
+                patch.setattr(of, name, value)
+            for of, name in whole:
+                patch.setattr(of, name, counted(getattr(of, name), name, seen))
+            look(run)
+        counts.append(seen)
+    assert counts[0] == counts[1]
+    assert counts[0]["committed_units"] > 0
 
 
 @pytest.fixture

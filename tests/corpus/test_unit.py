@@ -43,14 +43,14 @@ def same(a: Unit, b: Unit) -> bool:
         both = unit.clips | {f"text {name}": array for name, array in unit.texts.items()}
         return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in both.items()}
 
-    fields = ("name", "tracks", "rows", "caption_ids", "timing")
+    fields = ("name", "tracks", "rows", "caption_ids", "timing", "handed_on")
     return all(getattr(a, f) == getattr(b, f) for f in fields) and arrays(a) == arrays(b)
 
 
 @given(units)
 def test_a_unit_survives_the_trip_through_arrow(unit):
     unit.caption_ids, unit.texts = ["b", "a"], {"t5": np.arange(12, dtype=np.float16).reshape(2, 3, 2)}
-    unit.timing = {"decode": {"wall_s": 0.1, "cpu_s": 0.2, "clips": 3}}
+    unit.timing, unit.handed_on = {"decode": {"wall_s": 0.1, "cpu_s": 0.2, "clips": 3}}, 1.7e9
     table = unit.to_table()
     assert table.num_rows == 1
     sink = pa.BufferOutputStream()

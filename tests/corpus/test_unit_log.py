@@ -1,11 +1,15 @@
 """The log of units: what a look at a run in progress reads instead of every unit."""
 
 import json
+import shutil
 
 import pytest
 
+from ttmray import cost
 from ttmray.corpus import index, unit_log
+from ttmray.corpus.finalise import finalise
 from ttmray.corpus.job import score_corpus
+from ttmray.corpus.plan import Plan
 from ttmray.corpus.unit import FAILED, OK, Unit
 from ttmray.corpus.unit_log import LOG, UNITS, UnitLog
 from ttmray.errors import UserError
@@ -42,13 +46,35 @@ def test_the_end_makes_one_file_with_the_last_line_of_every_unit_in_order(run):
             for number in (2, 0):
                 log.add(unit(number, OK))
     assert len(run.files(LOG)) == 2
-    times = unit_log.gather(run, ["u000000", "u000001", "u000002"])
+    times = unit_log.gather(run, ["u000000", "u000001", "u000002"]).stages
     lines = [json.loads(line) for line in run.read(UNITS).splitlines()]
     assert [(line["unit"], line["since"]) for line in lines] == [("u000000", 2.0), ("u000002", 2.0)]
     assert run.files(LOG) == []
     assert times == {"score": {"wall_s": 3.0, "cpu_s": 2.0, "clips": 2, "rows_in": 2, "rows_out": 2}}
     unit_log.gather(run, ["u000000", "u000002"])
     assert len(run.read(UNITS).splitlines()) == 2
+
+
+def test_the_end_says_how_many_units_waited_and_worked_and_what_gpus_did(finished_run, tmp_path):
+    """Two launches of 10 and 20 s: their seconds are what averages are over."""
+    run = Folder.at(str(shutil.copytree(finished_run, tmp_path / "copy")))
+    names = index.committed_units(run)
+    ends = [(1000.0, 1010.0), (2000.0, 2015.0), (2000.0, 2020.0)]
+    lines = [
+        {"unit": name, "at": at, "since": since, "clips": 2, "rows": {OK: 2}}
+        | {"stages": {"score": {"wall_s": 9.0, "waited_s": 6.0, "gpu_s": 9.0, "clips": 2}, "decode": {"wall_s": 3.0}}}
+        for name, (since, at) in zip(names, ends, strict=True)
+    ]
+    run.write(UNITS, "\n".join(map(json.dumps, lines)).encode())
+    run.write(cost.COST, json.dumps(cost.read(run) | {"gpu_seconds": 54.0}).encode())
+    summary = finalise(run, Plan.load(run), json.loads(run.read("run.json")), 0.0)
+    score, decode = summary["stages"]["score"], summary["stages"]["decode"]
+    assert (score["queue"], score["at_work"], decode["queue"], decode["at_work"]) == (0.6, 0.9, 0.0, 0.3)
+    assert summary["gpus"] == {"held_s": 54.0, "work_s": 27.0, "use": 0.5}
+    text = run.read("summary.md").decode()
+    assert "score: 4500 ms per clip (0 ms CPU), 0.6 units waiting for it" in text
+    assert text.count("waiting for it") == 1
+    assert "GPUs: at work for 50% of the 54 s that they were held" in text
 
 
 def test_a_long_launch_writes_files_of_bounded_size(run, monkeypatch):

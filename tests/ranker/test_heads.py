@@ -1,6 +1,7 @@
 """The ranker: training parity and exact resume, metrics, the whole job, and what it learns from real audio."""
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -113,6 +114,32 @@ def test_a_run_cut_into_pieces_equals_one_in_one_piece(batch_norm):
         assert rest.history == whole.history
         assert rest.best_epoch == whole.best_epoch
         assert same_state(rest.head, whole.head)
+
+
+def test_a_damaged_state_is_one_message_without_torchs_advice():
+    """Whatever a damaged pickle raises, and not how to switch torch's protection off."""
+    train, validation = made_up(40), made_up(30, seed=1)
+    one, states = SMALL.model_copy(update={"max_epochs": 1}), list[bytes]()
+    train_head(train, validation, one, 3, save=states.append, save_every=1)
+    (sound,) = states
+    module, other = io.BytesIO(), io.BytesIO()
+    torch.save({"head": nn.Linear(1, 1)}, module)
+    torch.save([torch.zeros(1)], other)
+    chance = np.random.default_rng(5)
+    damaged = [b"", b"no state", sound[:-30], sound[: len(sound) // 2], module.getvalue(), other.getvalue()]
+    for place in chance.integers(0, len(sound), 60):
+        damaged.append(sound[:place] + bytes([sound[place] ^ int(chance.integers(1, 256))]) + sound[place + 1 :])
+    again, refused = train_head(train, validation, one, 3, resume=sound), list[UserError]()
+    for state in damaged:
+        try:
+            trained = train_head(train, validation, one, 3, resume=state)
+        except UserError as error:
+            refused.append(error)
+        else:
+            assert same_state(trained.head, again.head)
+            assert trained.history == again.history
+    assert len(refused) >= 30
+    assert not [error for error in refused if "weights_only" in str(error) or "heads/*.checkpoint" not in error.hint]
 
 
 def test_training_neither_reads_nor_moves_the_global_random_state():

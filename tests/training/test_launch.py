@@ -22,7 +22,7 @@ from ttmray.config import fingerprint, load_config
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, UserError
 from ttmray.storage import Folder
 from ttmray.training.config import TrainConfig
-from ttmray.training.launch import _ray_device, claim, gpus_held, user_error
+from ttmray.training.launch import _free_bytes_there, _on_worker, _ray_device, claim, gpus_held, user_error
 
 pytestmark = pytest.mark.timeout(600)
 REPO = Path(__file__).resolve().parents[2]
@@ -181,6 +181,14 @@ def test_a_cluster_that_has_no_gpu_yet_does_not_train_on_cpus_without_a_word(mak
     sets = make_sets(tmp_path / "run", "runtime.runner=ray", "runtime.device=auto")
     assert _ray_device(load_config(TrainConfig, None, sets)) == (torch.device("cpu"), None)
     assert "with runtime.device=cuda it would wait" in " ".join(capsys.readouterr().out.split())
+
+
+def test_workers_whose_gpu_torch_cannot_use_are_one_message(monkeypatch):
+    """Ray Train's device would be the CPU, and the question for free memory a traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for act in (_free_bytes_there, lambda: _on_worker({"gpus": 1})):
+        with pytest.raises(UserError, match="Ray gave 1 GPUs to a worker, but torch finds none"):
+            act()
 
 
 def start(sets: list[str], log: Path) -> "subprocess.Popen[bytes]":

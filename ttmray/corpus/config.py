@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.cluster import RuntimeConfig
+from ttmray.cluster import Cpus, Gpus, RuntimeConfig
 from ttmray.config import Config, Location, added, execution
 from ttmray.models.bundle import DEFAULT, BundleName, bundle_of
 
@@ -101,10 +101,10 @@ class SeparationConfig(Config):
 class StageResources(Config):
     """What one worker of a stage gets from Ray, and how many workers there are."""
 
-    cpus: float = Field(1.0, ge=0)
+    cpus: Cpus = Field(1.0, ge=0)
     """CPUs per worker. One that has models and a GPU reserves none where other processes decode: models never wait for
     a CPU."""
-    gpus: float | None = Field(None, ge=0)
+    gpus: Gpus | None = Field(None, ge=0)
     """GPUs per worker; a fraction is a scheduling share, not a memory limit. Default: where there are GPUs, one
     for each process that holds models (shared equally where `fuse` is `none`)."""
     workers: tuple[int, int] | None = None

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ttmray import cost
 from ttmray.corpus import index, shards, unit_log
 from ttmray.corpus.guard import ATTEMPTS
 from ttmray.corpus.plan import PLAN_FILES, Plan
@@ -81,7 +82,7 @@ def finalise(
     # conditioning on z-scores needs mean and std
     scored = {"protocol": described["protocol_id"], "splits": rewards, "note": described["note"]}
     write("stats/rewards.json", json.dumps(scored, indent=1).encode())
-    swept = sweep(run, files)
+    swept, log = sweep(run, files), unit_log.gather(run, names)
     summary = {
         "rows": {"total": totals.rows.total()} | {s: totals.rows[s] for s in (OK, REJECTED, FAILED)},
         "reasons": totals.reasons(),
@@ -98,7 +99,8 @@ def finalise(
         "note": described["note"],
         "swept_files": swept,
         "launch_seconds": round(seconds, 1),
-        "stages": _stage_rates(unit_log.gather(run, names)),
+        "stages": _stage_rates(log),
+        "gpus": _gpu_use(log, cost.so_far(run)["gpu_seconds"]),
         **facts,
     }
     write("summary.json", json.dumps(summary, indent=1).encode())
@@ -310,8 +312,11 @@ def summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
     ]
     lines += [
         f"  {stage}: {rate['wall_ms_per_clip']:.0f} ms per clip ({rate['cpu_ms_per_clip']:.0f} ms CPU)"
+        + (f", {rate['queue']:.2g} units waiting for it" if "waited_s" in rate else "")
         for stage, rate in summary["stages"].items()
     ]
+    if gpus := summary.get("gpus"):
+        lines.append(f"  GPUs: at work for {100 * gpus['use']:.0f}% of the {gpus['held_s']:.0f} s that they were held")
     lines += [
         *summary.get("lines", ()),
         f"{summary['units']} units, {summary['bytes'] / 1e6:.1f} MB, splits {summary['splits']}",
@@ -321,10 +326,20 @@ def summary_lines(summary: dict[str, Any], run: Folder) -> list[str]:
     return lines
 
 
-def _stage_rates(timing: dict[str, Times]) -> dict[str, Times]:
-    """Of every stage its times over all launches, and what they are for a clip."""
+def _stage_rates(log: unit_log.Gathered) -> dict[str, Times]:
+    """Of every stage its times over all launches, what they are for a clip, and how many units waited for it and were
+    in it on average: what units spend somewhere in a second is how many are there."""
+    seconds = max(log.seconds, 1e-9)
     return {
         stage: {name: round(value, 3) for name, value in times.items()}
         | {f"{kind}_ms_per_clip": 1000 * times.get(f"{kind}_s", 0) / max(times.get("clips", 0), 1) for kind in _KINDS}
-        for stage, times in timing.items()
+        | {"queue": round(times.get("waited_s", 0) / seconds, 3), "at_work": round(times.get("wall_s", 0) / seconds, 3)}
+        for stage, times in log.stages.items()
     }
+
+
+def _gpu_use(log: unit_log.Gathered, held_s: float) -> Times:
+    """Seconds that GPUs were held, those in which the processes that hold them worked at stages with models, and the
+    share of the two (above 1 where processes share a card); empty where none was held."""
+    work_s = sum(times.get("gpu_s", 0) for times in log.stages.values())
+    return {"held_s": round(held_s, 3), "work_s": round(work_s, 3), "use": round(work_s / held_s, 3)} if held_s else {}

@@ -8,6 +8,7 @@ import faulthandler
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -128,7 +129,12 @@ class StageWorker:
             return run_stages(self.chain, unit)
 
     def __call__(self, table: Any) -> Any:
-        unit = self.on_unit(Unit.from_table(table))
+        unit = Unit.from_table(table)
+        since = unit.handed_on and time.time() - unit.handed_on
+        unit = self.on_unit(unit)
+        if since:
+            unit.timing.setdefault(self.chain.stages[0].name, {})["waited_s"] = max(0.0, since)  # clocks differ
+        unit.handed_on = time.time()
         return (unit.told() if self.commits else unit).to_table()
 
 

@@ -54,9 +54,14 @@ class Group:
     most: int = 1
     begin: int = 1
 
+    @property
+    def of_cards(self) -> float:
+        """GPUs that a worker takes of those that there are: a process lies on one card, so two of 0.6 need two."""
+        return 1 / math.floor(1 / self.gpus + 1e-6) if 0 < self.gpus < 1 else self.gpus
+
     def fits(self, node: Node) -> int:
         """Workers that a machine has room for."""
-        ratios = [have / need for have, need in ((node.cpus, self.cpus), (node.gpus, self.gpus)) if need]
+        ratios = [have / need for have, need in ((node.cpus, self.cpus), (node.gpus, self.of_cards)) if need]
         return int(min(ratios, default=max(node.cpus, 1.0)) + 1e-6)
 
 
@@ -110,14 +115,27 @@ def place(config: CorpusConfig, nodes: Sequence[Node], units: int) -> list[Group
 
 
 def lacking(groups: Sequence[Group], nodes: Sequence[Node]) -> list[Group]:
-    """Groups of which not even one worker has a place."""
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    """Groups of which not even one worker has a place; all of them where each has one, but not beside the others."""
     lonely = [group for group in groups if not any(group.fits(node) for node in nodes)]
-    needed_cpus = sum(group.cpus for group in groups)
-    needed_gpus = sum(group.gpus for group in groups)
-    if not lonely and (needed_cpus > cpus + 1e-6 or needed_gpus > gpus + 1e-6):
-        return list(groups)
-    return lonely
+    return lonely or ([] if _side_by_side(groups, nodes) else list(groups))
+
+
+def _side_by_side(groups: Sequence[Group], nodes: Sequence[Node]) -> bool:
+    """Whether one worker of each group finds a place: the largest first, and those without GPUs where none are."""
+    cpus = [node.cpus for node in nodes]
+    cards = [[1.0] * int(node.gpus + 1e-6) for node in nodes]
+    for group in sorted(groups, key=lambda group: (group.gpus, group.cpus), reverse=True):
+        for i in sorted(range(len(nodes)), key=lambda i: bool(group.gpus) != bool(cards[i])):
+            least = min(group.gpus, 1.0) - 1e-6
+            free = [card for card, left in enumerate(cards[i]) if left >= least][: math.ceil(group.gpus)]
+            if cpus[i] >= group.cpus - 1e-6 and len(free) == math.ceil(group.gpus):
+                cpus[i] -= group.cpus
+                for card in free:
+                    cards[i][card] -= min(group.gpus, 1.0)
+                break
+        else:
+            return False
+    return True
 
 
 def needs(groups: Sequence[Group]) -> str:
@@ -129,15 +147,15 @@ def _fixed_shares(groups: list[Group], asked: set[str], cpus: float, gpus: float
     """Shares that never add up to more than there is: a group that could grow into the place of another one's worker
     could keep it from starting, and everything would wait."""
     needed_cpus = sum(group.cpus for group in groups if group.name not in asked)
-    needed_gpus = sum(group.gpus for group in groups if group.name not in asked)
+    needed_gpus = sum(group.of_cards for group in groups if group.name not in asked)
     explicit = [group for group in groups if group.name in asked]
     spare_cpus = max(0.0, cpus - needed_cpus - sum(group.cpus * group.most for group in explicit))
-    spare_gpus = max(0.0, gpus - needed_gpus - sum(group.gpus * group.most for group in explicit))
+    spare_gpus = max(0.0, gpus - needed_gpus - sum(group.of_cards * group.most for group in explicit))
     # Groups on GPUs first: what they can use bounds everybody else.
     for i, group in enumerate(groups):
         if group.name in asked or not group.gpus:
             continue
-        more = int(spare_gpus / len([g for g in groups if g.gpus and g.name not in asked]) / group.gpus + 1e-6)
+        more = int(spare_gpus / len([g for g in groups if g.gpus and g.name not in asked]) / group.of_cards + 1e-6)
         if group.cpus:
             more = min(more, int(spare_cpus / group.cpus + 1e-6))
         groups[i] = _with_workers(group, 1 + more, units)

@@ -17,10 +17,10 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cache, partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from ttmray import cost
-from ttmray.cluster import connect
+from ttmray.cluster import connect, require_usable
 from ttmray.console import console
 from ttmray.corpus.assembly import CorpusJob
 from ttmray.corpus.config import CorpusConfig
@@ -30,7 +30,7 @@ from ttmray.corpus.pipeline import Done, StageWorker, dies_after, unit_timeout_s
 from ttmray.corpus.placement import Group, Node, gpus_held, lacking, least_cpus, needs, place
 from ttmray.corpus.running import Job
 from ttmray.corpus.silence import Silence
-from ttmray.corpus.unit import Unit
+from ttmray.corpus.unit import FAILED, REJECTED, Unit
 from ttmray.errors import UserError
 from ttmray.runs import RUN
 from ttmray.storage import Folder, is_remote
@@ -128,15 +128,8 @@ def look_around(job: Job, gpus: float, run_hash: str, within_s: float = SEEN_WIT
             f"{job.root}: there is no such folder.",
             "Every node must see the songs: use a shared file system or a bucket.",
         )
-    if gpus and isinstance(job, CorpusJob) and job.corpus.runtime.device != "cpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"Ray gave {gpus:g} GPUs to a worker, but torch finds none it can use.",
-                "Usually the driver is older than torch's CUDA. To run on CPUs, set runtime.device=cpu and "
-                "runtime.models.gpus=0.",
-            )
+    if isinstance(job, CorpusJob):
+        require_usable(gpus, job.corpus.runtime.device, "set runtime.device=cpu and runtime.models.gpus=0")
 
 
 def _run_hash(run: Folder) -> str:
@@ -161,7 +154,7 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
         UserError: what every machine would meet; or there is no place for some group, or too many machines fail.
     """
     _connect(job.corpus)
-    run, left_out, wishes = Folder.at(job.output), LeftOut(), Wishes()
+    run, left_out, wishes, metrics = Folder.at(job.output), LeftOut(), Wishes(), Metrics(job.output)
     run_hash = _run_hash(run)
     left = dict.fromkeys(unit.name for unit in units)
     try:
@@ -182,6 +175,7 @@ def run_ray(job: CorpusJob, units: Sequence[Unit], done: Done) -> None:
                             del left[unit.name]
                             silence.broken()
                             left_out.progress()
+                            metrics.committed(unit, len(left))
                             done(unit)
                         if _joined() and wishes.due():
                             wishes.ask(_growing(groups, left_out, len(left)), left_out)
@@ -281,6 +275,44 @@ def _quiet(config: CorpusConfig) -> None:
     context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     # Ray Data's own exception around a fault has it as `__cause__` only, which does not survive pickling
     context.raise_original_map_exception = True
+
+
+class Metrics:
+    """Metrics of Ray, which the driver's machine serves to Prometheus, of the units that are committed.
+
+    A rate of `ttmray_stage_seconds` is how many units are in a stage (`wall`), wait for it (`waited`) or are at its
+    GPUs (`gpu`) on average.
+
+    Args:
+        run: its address, a tag of all.
+    """
+
+    ROWS: ClassVar = {"rows_in": "in", "rows_out": "ok", REJECTED: REJECTED, FAILED: FAILED}
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        tags = {"run": run}
+        self._rows = Counter("ttmray_rows", "Rows of a stage by what came of them.", ("run", "stage", "outcome"))
+        self._seconds = Counter("ttmray_stage_seconds", "What units spent at a stage.", ("run", "stage", "kind"))
+        self._left = Gauge("ttmray_units_left", "Units that are not committed.", ("run",))
+        for metric in (self._rows, self._seconds, self._left):
+            metric.set_default_tags(tags)
+
+    def committed(self, unit: Unit, left: int) -> None:
+        """Count a unit.
+
+        Args:
+            left: units that are still to be made.
+        """
+        self._left.set(left)
+        for stage, times in unit.timing.items():
+            for name, value in times.items():
+                kind, of_seconds, _ = name.rpartition("_s")
+                if value > 0 and name in self.ROWS:
+                    self._rows.inc(value, {"stage": stage, "outcome": self.ROWS[name]})
+                elif value > 0 and of_seconds:
+                    self._seconds.inc(value, {"stage": stage, "kind": kind})
 
 
 class Wishes:

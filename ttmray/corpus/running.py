@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -98,9 +99,17 @@ def run_stages(chain: Chain, unit: Unit) -> Unit:
     for position, stage in enumerate(chain.stages, 1):
         read = unit.timed()
         unit = _run_stage(stage, unit)
-        unit.timing[stage.name] = read(unit)
+        unit.timing[stage.name] = times = read(unit)
+        if stage.model_roles and _has_gpu():
+            times["gpu_s"] = times["wall_s"]
         unit.keep(chain.read_later | {name for later in chain.stages[position:] for name in later.reads})
     return unit
+
+
+def _has_gpu() -> bool:
+    """Whether this process has opened a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def _run_stage(stage: Stage, unit: Unit) -> Unit:

@@ -25,7 +25,9 @@ REJECTED = "rejected"
 FAILED = "failed"
 Times = dict[str, float]
 """What a stage took and did: `wall_s` and `cpu_s` (of its process); `clips` that it worked on; `rows_in` (of the first
-stage: tracks) and `rows_out` that are ok; rows that it turned into `rejected` and `failed` ones."""
+stage: tracks) and `rows_out` that are ok; rows that it turned into `rejected` and `failed` ones; of the first stage of
+a process `waited_s`, which the unit spent on its way from the process before; `gpu_s`, of `wall_s` what a process with
+a GPU spent on a stage with models."""
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Unit:
         texts: arrays over `caption_ids`.
         timing: stage -> its `Times`.
         track_audio: whole tracks (2, samples) that never leave the process (separation of whole tracks).
+        handed_on: when the last process was done with it, as of `time.time`; 0: none was.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Unit:
     texts: dict[str, np.ndarray] = field(default_factory=dict)
     timing: dict[str, Times] = field(default_factory=dict)
     track_audio: dict[str, np.ndarray] = field(default_factory=dict)
+    handed_on: float = 0.0
 
     def ok_rows(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["status"] == OK]
@@ -136,6 +140,7 @@ class Unit:
             "rows": self.rows,
             "caption_ids": self.caption_ids,
             "timing": self.timing,
+            "handed_on": self.handed_on,
             "arrays": {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()},
         }
         columns = {"header": pa.array([json.dumps(header)], pa.large_string())}
@@ -153,6 +158,7 @@ class Unit:
             rows=header["rows"],
             caption_ids=header["caption_ids"],
             timing=header["timing"],
+            handed_on=header["handed_on"],
         )
         for name, (dtype, shape) in header["arrays"].items():
             buffer = table[name][0].as_buffer()
@@ -196,6 +202,7 @@ def merge(whole: Unit, parts: list[Unit]) -> Unit:
         texts=whole.texts,
         timing=add_times([whole.timing, *(part.timing for part in parts)]),
         track_audio=whole.track_audio,
+        handed_on=whole.handed_on,
     )
 
 

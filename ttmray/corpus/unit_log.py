@@ -9,10 +9,10 @@ written is missing.
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from ttmray.corpus.unit import FAILED, OK, REJECTED, Times, Unit, add_times
 from ttmray.cost import LOCAL_S, REMOTE_S
@@ -87,15 +87,35 @@ def read(run: Folder) -> dict[str, dict[str, Any]]:
     return lines
 
 
-def gather(run: Folder, units: Sequence[str]) -> dict[str, Times]:
-    """Make one file of the log, in the order of the units; returns stage -> the sums of its times over all launches."""
+class Gathered(NamedTuple):
+    """Of the units of a log.
+
+    Attributes:
+        stages: stage -> the sums of its times over all launches.
+        seconds: of each launch from its begin to its last unit, summed.
+    """
+
+    stages: dict[str, Times]
+    seconds: float
+
+
+def gather(run: Folder, units: Sequence[str]) -> Gathered:
+    """Make one file of the log, in the order of the units, and sum it up."""
     parts = _parts(run)
     texts = _texts(run)
     chosen = [texts[name] for name in units if name in texts]
     run.write(UNITS, "".join(text + "\n" for text in chosen).encode())
     for part in parts:
         run.delete(part)
-    return add_times(read_json(text)["stages"] for text in chosen)
+    ends: dict[float, float] = {}
+
+    def stages() -> Iterator[dict[str, Times]]:
+        for line in map(read_json, chosen):  # one at a time
+            ends[line["since"]] = max(line["at"], ends.get(line["since"], line["since"]))
+            yield line["stages"]
+
+    sums = add_times(stages())
+    return Gathered(sums, sum(end - since for since, end in ends.items()))
 
 
 def _parts(run: Folder) -> list[str]:

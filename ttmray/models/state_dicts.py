@@ -119,7 +119,7 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged pickle may raise anything, a damaged archive that is mapped an OSError
         raise UserError(
-            f"{path} was not read: {_reason(error)}",
+            f"{path} was not read: {reason(error)}",
             "Only safetensors and torch checkpoints of tensors, numbers and strings are accepted; check where the file "
             "comes from.",
         ) from error
@@ -128,7 +128,7 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What a reader says, without torch's advice to switch its protection off."""
     if isinstance(error, KeyError):  # of an opcode that no pickle has
         return "it is no checkpoint"

@@ -6,7 +6,7 @@ needs no random state.
 """
 
 import io
-import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ttmray.config import Config
 from ttmray.errors import UserError
 from ttmray.models import seeded
+from ttmray.models.state_dicts import reason
 from ttmray.models.tunejury import BLOCKS, RELEASED_WIDTHS, VARIANTS, TuneJuryHead
 
 ROWS_AT_ONCE = 4096
@@ -163,15 +164,7 @@ def train_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     state: dict[str, Any] = {"best_loss": float("inf"), "best_epoch": -1, "best": _copy(head), "history": []}
     if resume is not None:
-        try:
-            state = torch.load(io.BytesIO(resume), map_location=device, weights_only=True)
-            head.load_state_dict(state.pop("head"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"the kept state of an unfinished head is damaged: {error}",
-                "Delete heads/*.checkpoint: these heads are then trained from the start.",
-            ) from error
+        state = _resumed(resume, head, optimizer)
     for epoch in range(len(state["history"]), config.max_epochs):
         if epoch - state["best_epoch"] > config.patience:
             break
@@ -188,6 +181,25 @@ def train_head(
             save(buffer.getvalue())
     head.load_state_dict(state["best"])
     return Trained(head.eval(), state["best_epoch"], state["history"])
+
+
+def _resumed(resume: bytes, head: TuneJuryHead, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What `save` got, with head and optimizer as they were then."""
+    names = {"best_loss", "best_epoch", "best", "history"}
+    try:
+        with zipfile.ZipFile(io.BytesIO(resume)) as archive:  # torch looks at the checksums of tensors alone
+            if (record := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {record} is not that of its bytes")
+        state = torch.load(io.BytesIO(resume), map_location=next(head.parameters()).device, weights_only=True)
+        for weights in (state["best"], state.pop("head")):
+            head.load_state_dict(weights)
+        optimizer.load_state_dict(state.pop("optimizer"))
+        return {name: state[name] for name in names}
+    except Exception as error:  # a damaged pickle may raise anything
+        raise UserError(
+            f"the kept state of an unfinished head is damaged: {reason(error)}",
+            "Delete heads/*.checkpoint: these heads are then trained from the start.",
+        ) from error
 
 
 def margins(head: TuneJuryHead, pairs: PackedPairs) -> torch.Tensor:

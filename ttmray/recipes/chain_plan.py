@@ -11,7 +11,6 @@ from ttmray.config import Config
 from ttmray.console import console
 from ttmray.errors import UserError
 from ttmray.json_text import read_json
-from ttmray.recipes.estimates import estimates
 from ttmray.recipes.needs import Need
 from ttmray.runs import SUCCESS
 from ttmray.storage import Folder
@@ -125,6 +124,8 @@ def show_plan(rows: Sequence[StepCost], about: Sequence[str]) -> bytes:
         about: what else there is to know of the plan.
     """
     todo = [row for row in rows if row.state != "done"]
+    from ttmray.recipes.estimates import estimates  # it knows models; `ttmray status` reads steps without them
+
     taken, why = estimates({row.step.name: row.step.config for row in todo})
     lines = [(row.step.name, _state(row), taken.get(row.step.name, UNKNOWN)) for row in todo]
     done = f"{len(rows) - len(todo)} of {len(rows)} steps are done"

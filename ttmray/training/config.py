@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ttmray.cluster import RuntimeConfig
+from ttmray.cluster import Cpus, RuntimeConfig
 from ttmray.config import Config, Device, Location, added, execution
 from ttmray.generation.steering import SteeringConfig
 from ttmray.models.score_heads import Head, Null
@@ -116,7 +116,7 @@ class TrainRuntime(RuntimeConfig):
     """Ray Train workers, one device each."""
     device: Device = "auto"
     """Of a worker; `auto` is cuda where there is one: in this machine, or under Ray in the cluster."""
-    cpus: float = Field(1.0, gt=0)
+    cpus: Cpus = Field(1.0, gt=0)
     """CPUs that Ray reserves per worker."""
     threads: int | None = Field(None, ge=1)
     """torch threads per worker on a CPU; default: torch's own choice locally, 1 under Ray."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ttmray import cost, inventory, runs
-from ttmray.cluster import connect, relay, require_gpus
+from ttmray.cluster import connect, relay, require_gpus, require_usable
 from ttmray.console import Marked, console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.models.bundle import open_bundle
@@ -37,6 +37,7 @@ from ttmray.training.task import MakeTask, Ranks, Task
 
 AMPERE = (8, 0)
 """Compute capability from which cards have bfloat16."""
+ON_CPUS = "set runtime.device=cpu"
 FORCE = "--force goes on with the new ones."
 
 
@@ -363,7 +364,15 @@ def _ray_device(config: LoopConfig) -> tuple[torch.device, int | None]:
         return torch.device("cpu"), None
     gpus = config.runtime.workers + config.beside[0]
     require_gpus(gpus, "runtime.workers", "Set runtime.device=cpu, or fewer runtime.workers (and samplers).")
-    return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes).remote()))
+    try:
+        return torch.device("cuda"), int(ray.get(ray.remote(num_gpus=1)(_free_bytes_there).remote()))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+def _free_bytes_there() -> int:
+    require_usable(1, "cuda", ON_CPUS)
+    return _free_bytes()
 
 
 def _train_on_ray(
@@ -391,6 +400,7 @@ def _train_on_ray(
         "device_batch": device_batch,
         "force": force,
         "accounts": cost.opened(),
+        "gpus": int(gpu),
     }
     places = Folder.at(config.output).sub(CHECKPOINTS)
     restarts, reached = 0, committed(places)[:1]
@@ -459,6 +469,8 @@ def user_error(error: BaseException) -> UserError | None:
 
 def _on_worker(settings: dict[str, Any]) -> None:
     """What a Ray Train worker runs."""
+    require_usable(settings["gpus"], "cuda", ON_CPUS)  # else Ray Train's device is the CPU
+
     import ray.train
     from ray.train.torch import get_device
 
