@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -243,6 +244,14 @@ def test_the_command_prints_its_address_and_ends_on_ctrl_c(tmp_path: Path) -> No
     assert "0 votes" in process.stdout.read()
 
 
+def wait_until(page, expression: str) -> None:
+    """Until it is true in the page, whose security policy forbids the evaluations of `Page.wait_for_function`."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser_clips_are_made_heard_and_voted_on(browser: Any, served: Served, output: Path, width: int) -> None:
@@ -255,7 +264,7 @@ def test_in_a_browser_clips_are_made_heard_and_voted_on(browser: Any, served: Se
     page.get_by_label("Seed").fill("3")
     page.get_by_role("button", name="Make").click()
     page.wait_for_selector("#clips audio")
-    page.wait_for_function("document.querySelector('#clips audio').duration > 9.9")
+    wait_until(page, "document.querySelector('#clips audio').duration > 9.9")
     assert "reward" in page.locator(".facts-line").first.inner_text()
     page.get_by_label("Two, to compare blind").check()
     page.get_by_label("Score of the other").fill("-2")
@@ -264,7 +273,7 @@ def test_in_a_browser_clips_are_made_heard_and_voted_on(browser: Any, served: Se
     pair = page.locator("article").first
     assert pair.locator(".facts-line").all_inner_texts() == ["", ""]
     pair.get_by_role("button", name="2 is better").click()
-    page.wait_for_function("document.querySelector('.said').textContent === 'Kept.'")
+    wait_until(page, "document.querySelector('.said').textContent === 'Kept.'")
     assert all("asked for" in text for text in pair.locator(".facts-line").all_inner_texts())
     assert pair.get_by_role("button", name="1 is better").is_disabled()
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
