@@ -110,7 +110,7 @@ def neutral(line: str, folder: Path) -> str:
     line = re.sub(
         r"[\d.]+(?:e[+-]?\d+)?(?= (?:samples/s|s\b|min\b|TFLOP/s|ms per|ms CPU))|(?<=so far: )[\d.]+", "T", line
     )
-    return re.sub(r"[\d.]+(?=/s\b)|(?<=MFU )[\d.]+|(?<=data wait )[\d.]+", "T", line)
+    return re.sub(r"[\d.]+(?=/s\b| hours in all)|(?<=MFU )[\d.]+|(?<=data wait )[\d.]+", "T", line)
 
 
 def main() -> int:

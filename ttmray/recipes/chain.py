@@ -168,13 +168,14 @@ def _rows(root: Folder, steps: Sequence[Step], prints: Mapping[str, str]) -> lis
 
 
 def _totals(rows: Sequence[StepCost]) -> str:
-    everything, in_paper = sum(row.gpu_hours for row in rows), [row for row in rows if row.step.in_paper]
-    text = f"{everything:.2f} GPU-hours in all"
+    gpu_hours, in_paper = sum(row.gpu_hours for row in rows), [row for row in rows if row.step.in_paper]
+    text = f"{gpu_hours:.2f} GPU-hours in all"
+    if not gpu_hours:
+        text = f"{sum(row.seconds for row in rows) / 3600:.2f} hours in all, without a GPU"
     if in_paper:
-        text += f", {sum(row.gpu_hours for row in in_paper):.2f} of them for "
-        text += (
-            f"{', '.join(row.step.name for row in in_paper)}, which took the paper about {PAPER_GPU_HOURS} (RTX A5000)"
-        )
+        ours = f"{sum(row.gpu_hours for row in in_paper):.2f} of them for " if gpu_hours else "with "
+        text += f", {ours}{', '.join(row.step.name for row in in_paper)}, which took the paper about "
+        text += f"{PAPER_GPU_HOURS} GPU-hours (RTX A5000)"
     return text
 
 
