@@ -235,11 +235,16 @@ def _unruly(whims: tuple[str, ...], world: World, chance: random.Random, run: Pa
         finish(job, outcome)
         store.whim = lambda method, path: ""
         S3FileSystem.clear_instance_cache()
-        for path, data in store.objects.items():
-            target = run / path.removeprefix("/bucket/run/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
+        _fetch(store, run)
     return outcome
+
+
+def _fetch(store: unruly_store.Store, run: Path) -> None:
+    """Copy the run out of the bucket."""
+    for path, data in store.objects.items():
+        target = run / path.removeprefix("/bucket/run/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
 
 
 def store_busy(world: World, chance: random.Random, run: Path) -> Outcome:
@@ -309,11 +314,9 @@ def _finish_damaged(world: World, run: Path, outcome: Outcome) -> None:
             out_of_the_way(mine, run.with_name(f"{run.name}-mine{outcome.launches}"))
 
 
-def _killed(
-    world: World, chance: random.Random, run: Path, sets: tuple[str, ...], victims: Callable[[int], list[int]]
-) -> Outcome:
+def _killed(job: Job, chance: random.Random, victims: Callable[[int], list[int]]) -> Outcome:
     """Kill some process of the job a random while after a commit, or after its start."""
-    job, outcome = Job(world.songs, run, *sets), Outcome()
+    outcome = Outcome()
     planned = chance.randint(1, 3)
     while outcome.launches < LAUNCHES:
         outcome.launches += 1
@@ -344,25 +347,48 @@ def _gone(processes: dict[int, bytes]) -> None:
         time.sleep(0.02)
 
 
+def _driver(process: int) -> list[int]:
+    return [process]
+
+
+LOCAL, RAY = ("runtime.runner=local", "runtime.workers=2"), ("runtime.runner=ray", "runtime.workers=2")
+
+
 def kill_driver(world: World, chance: random.Random, run: Path) -> Outcome:
     """The process that a person has started."""
-    return _killed(world, chance, run, ("runtime.runner=local", "runtime.workers=2"), lambda driver: [driver])
+    return _killed(Job(world.songs, run, *LOCAL), chance, _driver)
 
 
 def kill_worker(world: World, chance: random.Random, run: Path) -> Outcome:
     """Child processes of the local runner."""
-    return _killed(world, chance, run, ("runtime.runner=local", "runtime.workers=2"), workers)
+    return _killed(Job(world.songs, run, *LOCAL), chance, workers)
+
+
+def kill_on_bucket(world: World, chance: random.Random, run: Path) -> Outcome:
+    """The driver or its children, whose run is in a bucket that is busy at times."""
+    share = chance.choice((0.0, 0.05, 0.15))
+    with unruly_store.serving() as store, mock.patch.dict(os.environ, store.environment):
+        store.whim = lambda method, path: "busy" if chance.random() < share else ""
+
+        class OnBucket(Job):
+            def committed(self) -> int:
+                return sum("/index/" in path for path in list(store.objects))
+
+        job = OnBucket(world.songs, "s3://bucket/run", *LOCAL)
+        outcome = _killed(job, chance, lambda driver: [driver, *workers(driver)])
+        _fetch(store, run)
+    return outcome
 
 
 def kill_driver_of_ray(world: World, chance: random.Random, run: Path) -> Outcome:
     """The driver, whose Ray ends with it."""
-    return _killed(world, chance, run, ("runtime.runner=ray", "runtime.workers=2"), lambda driver: [driver])
+    return _killed(Job(world.songs, run, *RAY), chance, _driver)
 
 
 def kill_actor(world: World, chance: random.Random, run: Path) -> Outcome:
     """Actors of Ray Data."""
     sets = ("runtime.runner=ray", "runtime.fuse=none", "runtime.object_store_gib=0.2")
-    return _killed(world, chance, run, sets, lambda driver: actors(driver, "MapWorker"))
+    return _killed(Job(world.songs, run, *sets), chance, lambda driver: actors(driver, "MapWorker"))
 
 
 def kill_node(world: World, chance: random.Random, run: Path) -> Outcome:
@@ -404,7 +430,11 @@ IN_PROCESS: dict[str, Kind] = {
     "damaged after the end": damaged_after,
     "damaged in between": damaged_between,
 }
-KILLS: dict[str, Kind] = {"kill the driver": kill_driver, "kill a worker": kill_worker}
+KILLS: dict[str, Kind] = {
+    "kill the driver": kill_driver,
+    "kill a worker": kill_worker,
+    "kill on a bucket": kill_on_bucket,
+}
 ON_RAY: dict[str, Kind] = {
     "kill the driver of Ray": kill_driver_of_ray,
     "kill an actor of Ray": kill_actor,
