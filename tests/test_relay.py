@@ -31,8 +31,14 @@ def test_what_ray_tries_again_is_kept_and_what_it_says_of_memory_is_printed():
     printed = []
     said = _Filter(lambda data, ignore_prefix: printed.extend(data["lines"]))
     again = "Task x failed. There are infinite retries remaining, so the task will be retried. Error: gone"
-    for pid, line in (("raylet", again), ("raylet", "2 workers killed due to memory pressure (OOM)"), (7, again)):
-        said({"pid": pid, "lines": [line], "is_err": False}, ignore_prefix=False)
+    level = f"logging.cc:303: Set ray log level from environment variable {RAY_LEVEL} to 3"
+    for pid, *lines in (
+        ("raylet", again),
+        ("raylet", level),
+        ("raylet", level, "2 workers killed due to memory pressure (OOM)"),
+        (7, again),
+    ):
+        said({"pid": pid, "lines": lines, "is_err": False}, ignore_prefix=False)
     assert printed == ["2 workers killed due to memory pressure (OOM)", again]
     assert relay.last_words().splitlines()[-1] == again
 

@@ -190,6 +190,7 @@ def connect(
     # Ray's own actors have errors that nobody waits for and nobody can act on; what our work raises reaches us
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     on_termination = signal.getsignal(signal.SIGTERM)
+    _hush()  # before it prints anything
     with _own_level():
         try:
             joined = ray.init(logging_level=logging.ERROR, log_to_driver=show_workers, **options)
@@ -202,7 +203,6 @@ def connect(
                 "works without Ray; RAY_ADDRESS names the cluster to join.",
             ) from error
     signal.signal(signal.SIGTERM, on_termination)  # Ray puts its own in place, which ends without a word
-    _hush()
     if joined.dashboard_url:
         console.print(f"Ray's dashboard, with queues and use of GPUs: http://{joined.dashboard_url}", markup=False)
     if show_workers:
@@ -224,17 +224,18 @@ def _hush() -> None:
 
 
 class _Filter:
-    """Ray's own printer, but for lines about workers that died: these are kept by `relay`."""
+    """Ray's own printer, but for lines about workers that died, which are kept by `relay`, and about our own level."""
 
     def __init__(self, printer: Callable[..., None]) -> None:
         self._printer = printer
 
     def __call__(self, data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        lines = [line for line in data["lines"] if RAY_LEVEL not in line]
         of_raylet = data.get("pid") == "raylet"
-        if of_raylet and all(any(words in line for words in TRIED_AGAIN) for line in data["lines"]):
+        if of_raylet and all(any(words in line for words in TRIED_AGAIN) for line in lines):
             relay(data)
-        else:
-            self._printer(data, ignore_prefix)
+        elif lines:
+            self._printer(data | {"lines": lines}, ignore_prefix)
 
 
 @contextmanager
