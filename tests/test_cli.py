@@ -505,7 +505,7 @@ def test_file_set_and_flag_go_one_way_and_the_flag_counts(tmp_path, monkeypatch)
     (config, options) = configs.pop()
     assert (config.seed, config.samples, config.format) == (4, 3, "flac")
     assert (list(config.texts), config.prompts) == (texts, None), "prompts that are typed are all there are"
-    assert options == {"retry_failed": False, "zip_to": None, "overwrite": False}
+    assert options == {"retry_failed": False, "zip_to": None, "overwrite": False, "plan_only": False}
     assert main(command) == EXIT_OK
     assert configs.pop()[0].prompts == os.path.abspath("prompts.csv")
 

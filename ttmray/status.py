@@ -47,13 +47,14 @@ def status(folder: str) -> int:
 
 def run_lines(run: Folder) -> Iterator[str]:
     """Lines about a run of any kind."""
-    kind, done = inventory.kind_of(run), inventory.finished(run)
+    kind, marker = inventory.kind_of(run), inventory.read_marker(run)
+    done = marker is not None
     yield f"{run}: {kind}, {'finished' if done else 'not finished'}"
     for line in _how_far(run, kind, done):
         yield f"{INDENT}{line}"
     if run.exists(SUCCESS) and not done:
         yield f"{INDENT}{inventory.marker_problem(run)}"
-    if (marker := inventory.read_marker(run)) is not None and (gone := inventory.lost(run, marker)):
+    if marker is not None and (gone := inventory.lost(run, marker)):
         more = f", and {len(gone) - 1} more" if len(gone) > 1 else ""
         yield f"{INDENT}{gone[0]}{more}: the same command makes it again"
     if not done:

@@ -194,7 +194,8 @@ def test_looks_at_a_run_in_a_bucket_are_few_requests_however_many_its_units(
             store.requests.clear()
             assert main([*command, run.uri]) == 0
             counts.setdefault(command[-1], []).append(len(store.requests))
-    assert counts["status"][0] == counts["status"][1] <= 15
+    few, many = counts["status"]
+    assert many <= few <= 16  # of few files it says which are gone, by one more request
     assert counts["stats"][0] == counts["stats"][1] <= 24
 
 
