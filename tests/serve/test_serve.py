@@ -146,6 +146,9 @@ def test_the_command_of_the_page_about_it_takes_the_table(tmp_path: Path, monkey
         ("/clips", PROMPT | {"scores": [float("nan")]}, "A score is a number"),
         ("/clips", {"prompt": "x"}, "none of this page"),
         ("/clips", [], "none of this page"),
+        ("/clips", PROMPT | {"scores": [0.5], "prompt": None}, "A prompt is a text"),
+        ("/clips", PROMPT | {"scores": [0.5], "seed": 1.5}, "A seed is a whole number"),
+        ("/clips", PROMPT | {"scores": [0.5], "seed": "7"}, "A seed is a whole number"),
         ("/votes", {"pair": "0" * 32, "choice": "first"}, "no such pair"),
     ],
 )
