@@ -142,7 +142,7 @@ def test_the_command_of_the_page_about_it_takes_the_table(tmp_path: Path, monkey
         ("/clips", PROMPT | {"scores": [1], "prompt": " "}, "1 to 1000 characters"),
         ("/clips", PROMPT | {"scores": [1], "seed": -1}, "A seed is a whole number"),
         ("/clips", PROMPT | {"scores": [1], "guidance": 1e9}, "Guidance is a number"),
-        ("/clips", PROMPT | {"scores": [1], "seed": float("inf")}, "none of this page"),
+        ("/clips", PROMPT | {"scores": [1], "seed": float("inf")}, "A seed is a whole number"),
         ("/clips", PROMPT | {"scores": [float("nan")]}, "A score is a number"),
         ("/clips", {"prompt": "x"}, "none of this page"),
         ("/clips", [], "none of this page"),
