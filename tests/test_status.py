@@ -253,6 +253,21 @@ def test_a_folder_without_a_run_is_one_message(tmp_path, capsys):
     ):  # fmt: skip
         assert main(["status", str(tmp_path / name)]) == 2
         assert words in capsys.readouterr().err
+    for command in ("verify", "report"):
+        for name, words in (("gone", "is not there"), ("file.txt", "is a file")):
+            assert main([command, str(tmp_path / name)]) == 2
+            assert words in capsys.readouterr().err
+
+
+def test_folders_that_say_what_they_hold_are_among_those_of_a_folder(tmp_path, capsys):
+    for name in ("chosen", "deep/finished"):
+        folder = Folder.at(str(tmp_path / name))
+        folder.write("table.csv", b"a,b\n")
+        inventory.note(folder, "postprocess", ("table.csv",))
+    assert main(["status", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "2 in it" in text
+    assert f"{tmp_path}/deep/finished: postprocess, finished" in text
 
 
 def test_status_loads_no_model_library(done_chain):

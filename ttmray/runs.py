@@ -1,6 +1,7 @@
 """Run folders: `run.json` says what decides a run's results, so that a command goes on with its own and no other."""
 
 import json
+import os
 import platform
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
@@ -42,6 +43,17 @@ def describe(kind: str, what: Any, config: Config, libraries: Sequence[str], **m
         "versions": {"ttmray": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in libraries},
     }
+
+
+def require_folder(run: Folder) -> None:
+    """See that a local folder is there.
+
+    Raises:
+        UserError: it is not, or is a file.
+    """
+    if not run.remote and not os.path.isdir(run.uri):
+        what = "is a file" if os.path.exists(run.uri) else "is not there"
+        raise UserError(f"{run} {what}.", "Give the output folder of a command.")
 
 
 def note_of(run: Folder) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 from ttmray.errors import EXIT_INTERRUPTED
 
 MESSAGE = "interrupted; what was committed is kept, the same command goes on from there"
+PLAIN = "interrupted"
+"""Of commands that commit nothing on the way."""
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
 
@@ -21,7 +23,9 @@ _SHOW_CURSOR = b"\x1b[?25h"
 class Interruption:
     """Handler of both signals. SIGINT stays ignored where a shell has started us so, in the background."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = MESSAGE) -> None:
+        """`message`: what the console says of it."""
+        self.message = message
         self.asked = self.said = False
         self._before = {number: signal.getsignal(number) for number in NUMBERS}
         self._console: int | None = None  # 2 itself may lead to a file for a while, see `cluster` and `audio.chatter`
@@ -48,7 +52,7 @@ class Interruption:
             self.asked = True
             raise KeyboardInterrupt
         # not by the console or `print`, in the midst of which we may be
-        lines = b"" if self.said else f"\n{MESSAGE}\n".encode()
+        lines = b"" if self.said else f"\n{self.message}\n".encode()
         self.said = True
         if sys.stderr.isatty():
             lines += _SHOW_CURSOR

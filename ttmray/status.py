@@ -1,6 +1,5 @@
 """`ttmray status`: how far a run of any kind or a chain is, from plain files, while it runs or after it stopped."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -11,7 +10,7 @@ from ttmray.console import console
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.json_text import read_json
 from ttmray.recipes.chain_plan import STEPS_FILE, lost, read_steps
-from ttmray.runs import RUN, SUCCESS
+from ttmray.runs import RUN, SUCCESS, require_folder
 from ttmray.storage import Folder
 
 STEPS = "steps"
@@ -31,9 +30,7 @@ def status(folder: str) -> int:
         UserError: the folder holds no run.
     """
     root = Folder.at(folder)
-    if not root.remote and not os.path.isdir(root.uri):
-        what = "is a file" if os.path.exists(root.uri) else "is not there"
-        raise UserError(f"{root} {what}.", "Give the output folder of a command.")
+    require_folder(root)
     if root.exists(RUN) or root.exists(SUCCESS):
         lines = run_lines(root)
     elif root.exists(STEPS_FILE) or root.files(STEPS, sizes=False):
@@ -136,10 +133,10 @@ def _counted(progress: Any) -> str | None:
     return text if left is None else f"{text}, {rate:.3g}/s, {left} were left then"
 
 
-def _runs_below(root: Folder) -> list[str]:
-    """Names of the folders below that hold a run, the first ones, by name."""
-    names = {file.name.rpartition("/")[0] for file in root.files(sizes=False) if file.name.endswith(f"/{RUN}")}
-    return sorted(names)
+def _runs_below(root: Folder, signs: tuple[str, ...] = (RUN,)) -> list[str]:
+    """Names of the folders below that hold a run, or another file that is a sign of one, in order."""
+    names = (file.name.rpartition("/") for file in root.files(sizes=False))
+    return sorted({folder for folder, _, name in names if folder and name in signs})
 
 
 def _lines_of_others(root: Folder) -> Iterator[str]:
@@ -148,7 +145,7 @@ def _lines_of_others(root: Folder) -> Iterator[str]:
     Raises:
         UserError: there are none.
     """
-    names = _runs_below(root)
+    names = _runs_below(root, (RUN, SUCCESS))
     outermost = [name for name in names if not any(name.startswith(f"{other}/") for other in names)]
     if not outermost:
         planned = root.exists("plan.md")

@@ -25,6 +25,7 @@ def verify(folder: str) -> int:
         UserError: the folder holds none.
     """
     root = Folder.at(folder)
+    runs.require_folder(root)
     places, chains = _places(root)
     lines = []
     for place in places:

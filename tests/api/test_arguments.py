@@ -34,6 +34,8 @@ TONE = 0.1 * np.sin(np.arange(2 * 44100) * 0.05)
         lambda studio: ttmray.open_corpus("runs/my-corpus", scores=[3]),
         lambda studio: ttmray.evaluate(None),
         lambda studio: ttmray.evaluate({"mine": 3}),
+        lambda studio: ttmray.evaluate({"my clips": "my-songs"}),
+        lambda studio: ttmray.evaluate({3: "my-songs"}),
         lambda studio: ttmray.TrainingRun(None),
         lambda studio: ttmray.AudioClip("x", 44100),
         lambda studio: ttmray.AudioClip(TONE, -1),
@@ -41,6 +43,8 @@ TONE = 0.1 * np.sin(np.arange(2 * 44100) * 0.05)
         lambda studio: studio.score(None),
         lambda studio: studio.score((TONE, "44100")),
         lambda studio: studio.score((TONE, 44100.5)),
+        lambda studio: studio.score((TONE, True)),
+        lambda studio: studio.score((TONE, 0)),
         lambda studio: studio.score((TONE, 44100), captions=3),
         lambda studio: studio.score((TONE, 44100), captions=[3]),
         lambda studio: studio.embed_texts([1, 2]),
@@ -53,6 +57,35 @@ def test_an_argument_of_the_wrong_kind_is_one_message_with_a_way_out(workplace, 
         call(studio)
     assert caught.value.hint
     assert not (workplace / "songs").exists()
+
+
+def test_only_whole_numbers_are_told_to_be_scaled(studio):
+    for samples in (np.array(["a", "b"]), TONE > 0, TONE.astype(complex)):
+        with pytest.raises(UserError) as caught:
+            studio.score((samples, 44100))
+        assert "int16" not in caught.value.hint
+    with pytest.raises(UserError, match="int16 / 32768"):
+        studio.score(((TONE * 1000).astype(np.int16), 44100))
+
+
+def test_a_folder_stands_for_the_audio_in_it(workplace, studio):
+    folder = workplace / "of-sounds"
+    for name in ("b.wav", "below/a.wav"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        ttmray.AudioClip(TONE, 44100).save(folder / name)
+    table = studio.score(folder)
+    assert table["file"].tolist() == [f"{folder}/b.wav", f"{folder}/below/a.wav"]
+    assert table["status"].tolist() == ["ok", "ok"]
+    (workplace / "of-nothing").mkdir()
+    with pytest.raises(UserError, match="no audio files"):
+        studio.score(workplace / "of-nothing")
+
+
+def test_a_folder_with_a_sign_of_equality_is_a_folder(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    ttmray.AudioClip(TONE, 44100).save("lr=0.1/a.wav")
+    evaluation = ttmray.evaluate(["lr=0.1"], {"a": "a calm piano"}, output="runs/equality", bundle="debug")
+    assert evaluation.metrics.query("metric == 'reward'")["n"].tolist() == [1]
 
 
 def test_rates_are_whole_numbers_of_any_type(studio):

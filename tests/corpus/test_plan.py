@@ -383,6 +383,11 @@ def test_hours_of_songs_whose_lengths_nobody_knows_are_not_given():
     assert "0 h" not in lines
 
 
+def test_thousands_of_hours_are_written_out():
+    plan = build_plan(catalogue_of(some_tracks(30, duration_s=150 * 3600.0)), config())
+    assert "h of 4,500 h)" in " ".join(plan_lines(derived_numbers(plan, config()), config(), "paper", True))
+
+
 def test_no_work_that_is_to_do_takes_no_time():
     plan = build_plan(catalogue_of(some_tracks(1, duration_s=6.0)), config())
     numbers = numbers_of(plan, config())

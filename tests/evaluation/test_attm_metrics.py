@@ -50,6 +50,16 @@ def test_an_evaluation_has_the_published_figures_beside_ours(command, tmp_path, 
     assert table(tmp_path / "out")[0] == mine
 
 
+def test_files_of_no_prompt_are_said_to_be_in_the_distance_as_they_are(command, tmp_path, capsys):
+    more = np.random.default_rng(9).normal(scale=0.1, size=2 * 44_100)
+    soundfile.write(tmp_path / "ours/of-nobody.wav", more, 44_100, subtype="PCM_16")
+    assert main(command) == EXIT_OK
+    said = capsys.readouterr().out
+    assert "1 files belong to no prompt and have no CLAP score; FAD hears the folder itself" in said
+    assert "left out: of-nobody" not in said
+    assert table(tmp_path / "out")[0]["clips"] == "3"
+
+
 def test_a_judge_gives_the_mean_share_of_concepts_that_it_hears(command, tmp_path, server: Any, capsys):
     (tmp_path / "concepts.csv").write_text("id,concepts\np1,piano; harp\np2,piano\np3,drum\n")
     judge = ["--set", f"judge={{endpoint: '{server.url}', model: ears, concepts: {tmp_path / 'concepts.csv'}}}"]

@@ -14,7 +14,7 @@ import soundfile
 from ttmray.cli import main
 from ttmray.corpus import index
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_TOO_MANY_FAILURES
-from ttmray.evaluation.score import sounds_of
+from ttmray.evaluation.score import FACTS, _print, sounds_of
 from ttmray.storage import Folder
 
 RATE = 44100
@@ -225,6 +225,12 @@ def test_a_long_file_says_what_was_heard_and_in_pieces_every_piece_has_its_own_r
     capsys.readouterr()
     main(["score", "--bundle", "debug", "--device", "cpu", long])
     assert "--pieces gives one per 10 s" in capsys.readouterr().out
+
+
+def test_the_hint_at_pieces_has_the_length_of_the_bundles_clips(capsys):
+    row = {name: 1.0 for name in (*FACTS, "reward", "clap_score", "start_s")} | {"file": "a.wav", "status": "ok"}
+    _print([row | {"heard": "CLAP 8.2 to 18.2 s"}], "protocol", "", 5.0)
+    assert "--pieces gives one per 5 s" in capsys.readouterr().out
 
 
 def test_a_folder_is_scored_file_by_file_into_a_csv(capsys, tmp_path):

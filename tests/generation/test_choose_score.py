@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from ttmray.cli import main
 from ttmray.config import load_config
 from ttmray.errors import UserError
-from ttmray.generation.choose_score import ScoreChoiceConfig, choose_score, chosen_score
+from ttmray.generation.choose_score import ScoreChoiceConfig, _trained_scores, choose_score, chosen_score
 from ttmray.generation.filter import numbers, read_pool
-from ttmray.models.backbone_weights import METADATA, debug_backbone
+from ttmray.models.backbone_weights import METADATA, debug_backbone, read_support
+from ttmray.models.bundle import open_bundle
 from ttmray.models.score_support import ScoreSupport
 
 
@@ -54,6 +55,15 @@ def test_prompts_of_the_comparison_are_not_among_those_of_the_choice(tmp_path):
     held_out.write_text("id,prompt\nx,a calm piano\n")
     with pytest.raises(UserError, match="held"):
         choose_score(choice(tmp_path / "choice", f"held_out={held_out}"))
+
+
+def test_the_scores_of_a_bundles_own_backbone_are_known(tmp_path):
+    config = choice(tmp_path / "choice", "bundle=micro", "scores=[]", "points=3")
+    support = read_support(open_bundle("micro").backbone_file())
+    scores = _trained_scores(config)
+    assert scores == support.grid(3)
+    with pytest.raises(UserError, match="the backbone of bundle debug does not say which scores"):
+        _trained_scores(choice(tmp_path / "choice", "scores=[]"))
 
 
 def test_one_score_is_no_choice_and_a_choice_that_was_not_made_is_named(tmp_path):

@@ -22,11 +22,12 @@ from ttmray.config import load_config
 from ttmray.errors import ClipError, UserError
 from ttmray.generation import generate as job
 from ttmray.generation.config import GenerateConfig
-from ttmray.generation.generate import best_of_curve, generate, plan_clips
+from ttmray.generation.generate import _score_warnings, best_of_curve, generate, plan_clips
 from ttmray.generation.prompts import Prompt
 from ttmray.generation.worker import ClipMaker
 from ttmray.models.backbone import BackboneConfig, FluxAudio
 from ttmray.models.backbone_weights import METADATA, debug_backbone
+from ttmray.models.bundle import open_bundle
 from ttmray.models.score_support import ScoreSupport
 
 MakeConfig = Callable[..., GenerateConfig]
@@ -255,6 +256,16 @@ def test_a_prompt_cannot_put_markup_into_the_page(tmp_path, idle):
 def save(backbone: FluxAudio, path: Path, **about: Any) -> str:
     save_file(backbone.state_dict(), path, {METADATA: json.dumps({"backbone": backbone.config.to_dict(), **about})})
     return str(path)
+
+
+def test_a_bundles_own_backbone_warns_of_scores_beyond_its_training(capsys):
+    config = GenerateConfig.model_validate({"bundle": "micro", "texts": ["a piano"], "sampler": {"score": 5.0}})
+    (warning,) = _score_warnings(config, open_bundle("micro"))
+    assert warning.startswith("sampler.score 5 is above all scores that the model was trained on")
+    assert warning in capsys.readouterr().out
+    usual = config.model_copy(update={"sampler": config.sampler.model_copy(update={"score": 0.4})})
+    assert _score_warnings(usual, open_bundle("micro")) == []
+    assert _score_warnings(config, open_bundle("debug")) == []
 
 
 def test_a_score_beyond_those_of_the_training_is_named_with_their_range(prompts, tmp_path, capsys):

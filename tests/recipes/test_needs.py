@@ -237,6 +237,16 @@ def test_a_table_of_scores_of_another_head_is_looked_for_in_the_corpus(machine, 
     assert plan(machine, "ablate", "--set", f"stage1.data.sources={column}") == 0
 
 
+def test_what_all_trainings_lack_is_set_in_the_section_that_they_share(machine, capsys):
+    put_everything(machine)
+    gone = f"[{{corpus: {machine}/gone}}]"
+    assert plan(machine, "ablate", "--set", f"stage1.data.sources={gone}") == 2
+    text = capsys.readouterr().err
+    assert "set stage1.data.sources.0.corpus" in text
+    assert plan(machine, "ablate", "--set", f"checkpoints.v3.train.data.sources={gone}") == 2
+    assert "set checkpoints.v3.train.data.sources.0.corpus" in capsys.readouterr().err
+
+
 def test_weights_from_outside_that_do_not_fit_their_forward_are_named(machine, capsys):
     put_everything(machine)
     system = f"{{checkpoint: {machine}/data/chain-v2/stage1/weights.safetensors, generate: {{head: v1}}}}"

@@ -236,6 +236,18 @@ def test_a_corpus_is_whole_on_the_hub_and_tells_nothing_of_this_machine(hub, cor
         published("hf://datasets/org/songs")
 
 
+def test_what_says_nothing_about_a_corpus_is_refused_and_its_page_is_that_of_a_data_set(hub, corpus, tmp_path, capsys):
+    for options, words in (({"weights": "ema:0.05"}, "--weights"), ({"evaluation": "runs/e"}, "--evaluation")):
+        with pytest.raises(UserError, match=words):
+            push(str(corpus), "org/songs", **options)
+    (tmp_path / "song.flac").touch()
+    for place, words in (("song.flac", "is a file"), ("gone", "is not there")):
+        with pytest.raises(UserError, match=words):
+            push(str(tmp_path / place), "org/songs")
+    push(str(corpus), "org/songs")
+    assert f"{hub.url}/datasets/org/songs" in capsys.readouterr().out
+
+
 def test_a_push_that_was_interrupted_leaves_an_unfinished_corpus_and_goes_on(hub, corpus, monkeypatch):
     monkeypatch.setattr("ttmray.recipes.push.BATCH_FILES", 2)
     hub.dataset("org/songs").files = {"shards/stale.tar": b"old"}

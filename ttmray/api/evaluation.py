@@ -9,7 +9,8 @@ from ttmray import pages
 from ttmray.api.inputs import Prompts, config_from, items_of, path_of, prompts_from
 from ttmray.errors import UserError
 from ttmray.evaluation.results import COLUMNS, Comparison, Results, read_clips, read_results
-from ttmray.storage import Folder
+from ttmray.evaluation.systems import SYSTEM_NAME
+from ttmray.storage import Folder, is_remote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,12 +56,15 @@ def evaluate(
     if "texts" in fields:
         raise UserError("texts is no setting of evaluate.", "Prompts are its second argument.")
     if isinstance(folders, Mapping):
+        for name in folders:
+            if not isinstance(name, str) or not SYSTEM_NAME.fullmatch(name):
+                raise UserError(f"{name!r} cannot name a system.", "Use letters, digits, '.', '_' and '-'.")
         places = [f"{name}={path_of(folder, f'folders, {name}')}" for name, folder in folders.items()]
     elif isinstance(folders, str | os.PathLike):
-        places = [os.fspath(folders)]
+        places = [_place(folders)]
     else:
         several = items_of(folders, "folders", "Give a folder, several, or a mapping of names to folders.")
-        places = [path_of(folder, f"folders, number {i}") for i, folder in enumerate(several)]
+        places = [_place(path_of(folder, f"folders, number {i}")) for i, folder in enumerate(several)]
     ours: dict[str, Any] = {"folders": places}
     checked = None if prompts is None else prompts_from(prompts)
     if checked is not None:
@@ -69,6 +73,12 @@ def evaluate(
     with alone():
         evaluate_run(settings, checked)
     return Evaluation(settings.output)
+
+
+def _place(folder: Place) -> str:
+    """A folder, such as `lr=0.1`, as one that the command takes for no name and folder."""
+    path = os.fspath(folder)
+    return path if is_remote(path) or os.path.isabs(os.path.expanduser(path)) else os.path.join(os.curdir, path)
 
 
 class Evaluation:

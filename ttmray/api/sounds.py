@@ -10,13 +10,15 @@ import numpy as np
 from ttmray.api.inputs import items_of, path_of
 from ttmray.audio.clip import Reading, clip_of, read_clip, read_whole
 from ttmray.errors import ClipError, UserError
-from ttmray.storage import split_path
+from ttmray.evaluation.systems import audio_files
+from ttmray.storage import Folder, split_path
 
 if TYPE_CHECKING:
     from IPython.display import Audio
 
 SoundLike = Union[str, os.PathLike[str], np.ndarray, tuple[np.ndarray, int], "AudioClip"]
-"""An audio file, samples (channels, samples) or (samples,), the same with their rate in Hz, or a clip."""
+"""An audio file, a local folder of them, samples (channels, samples) or (samples,), the same with their rate in Hz, or
+a clip."""
 
 
 WAYS = "Give a path, an array, (array, rate) or a clip."
@@ -144,12 +146,21 @@ def named_sounds(sounds: SoundLike | Sequence[SoundLike], rate: int | None) -> l
         rate: Hz of arrays without one of their own.
 
     Raises:
-        UserError: something that is no sound, an array without a rate or of another layout.
+        UserError: something that is no sound, a folder without audio, an array without a rate or of another layout.
     """
     alone = isinstance(sounds, str | os.PathLike | AudioClip) or hasattr(sounds, "__array__")
     pair = isinstance(sounds, tuple) and len(sounds) == 2 and hasattr(sounds[0], "__array__") and not _sound(sounds[1])
     several = [sounds] if alone or pair else items_of(sounds, "sounds", WAYS)
-    return [_named(i, sound, rate) for i, sound in enumerate(several)]
+    files = [path for sound in several for path in _files(sound)]
+    return [_named(i, sound, rate) for i, sound in enumerate(files)]
+
+
+def _files(sound: Any) -> list[Any]:
+    """The audio files of a local folder, as the command takes it; all else is itself."""
+    if not isinstance(sound, str | os.PathLike) or not os.path.isdir(os.path.expanduser(sound)):
+        return [sound]
+    folder = Folder.at(os.fspath(sound))
+    return [f"{folder.uri}/{name}" for name in audio_files(folder)]
 
 
 def _named(i: int, sound: Any, rate: int | None) -> NamedSound:
@@ -174,7 +185,8 @@ def _sound(value: Any) -> bool:
 
 def _rate(what: str, rate: Any) -> int:
     """Hz; floats without a fraction, as some libraries have them, too."""
-    if isinstance(rate, int | float | np.number) and 0 <= rate < 2**31 and rate == int(rate):
+    right = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
+    if right and 0 < rate < 2**31 and rate == int(rate):
         return int(rate)
     raise UserError(f"{what} is {rate!r}.", "Give Hz as a whole number, such as 44100.")
 
@@ -185,7 +197,9 @@ def _checked(what: str, sound: Any) -> np.ndarray:
         raise UserError(f"{what} is a {type(sound).__name__}, not an array.", "Give floats (channels, samples).")
     audio = np.asarray(sound)
     if not np.issubdtype(audio.dtype, np.floating):
-        raise UserError(f"{what} is of {audio.dtype}, not of floats.", "Scale it to full scale 1.0: int16 / 32768.")
+        whole = np.issubdtype(audio.dtype, np.integer)
+        way_out = "Scale it to full scale 1.0: int16 / 32768." if whole else "Give floats (channels, samples)."
+        raise UserError(f"{what} is of {audio.dtype}, not of floats.", way_out)
     if audio.ndim == 2 and audio.shape[1] <= 2 < audio.shape[0]:
         raise UserError(f"{what} has the shape {audio.shape}, samples first.", "Give (channels, samples): array.T.")
     if audio.ndim not in (1, 2):

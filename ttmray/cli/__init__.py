@@ -19,7 +19,7 @@ from ttmray.cli.command import Command, add_parsers, execute
 from ttmray.cli.completion import answer_shell
 from ttmray.console import errors
 from ttmray.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
-from ttmray.signals import MESSAGE, Interruption
+from ttmray.signals import MESSAGE, PLAIN, Interruption
 
 FAMILIES = (corpus, generation, training, evaluation, models, recipes, challenge)
 COMMANDS: tuple[Command, ...] = tuple(command for family in FAMILIES for command in family.COMMANDS)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         answer_shell(parser)
     typed = vars(parser.parse_args(arguments))
-    interruption = Interruption()
+    interruption = Interruption(MESSAGE if typed["table_row"].goes_on else PLAIN)
     try:
         interruption.install()  # SIGTERM, too: `ray job stop` and schedulers send it
         return execute(typed["table_row"], typed)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         if interruption.say():
-            errors.print(MESSAGE)
+            errors.print(interruption.message)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `ttmray corpus ls RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

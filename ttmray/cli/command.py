@@ -66,6 +66,7 @@ class Command:
         config_as: the parameter of the function that takes the config.
         exclusive: fields of which one is to be set: a flag for one takes what a file says of the others out.
         fixed: further arguments of the function.
+        keeps: it commits parts on the way, though it has no config.
     """
 
     name: str
@@ -76,6 +77,12 @@ class Command:
     config_as: str = "config"
     exclusive: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    keeps: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the same command goes on where it was interrupted."""
+        return self.keeps or bool(self.config)
 
 
 PATH_RULE = "Relative paths, also those in files, are relative to the folder in which the command runs."

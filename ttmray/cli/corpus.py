@@ -47,6 +47,7 @@ COMMANDS = (
         "verify, and make again what is damaged or missing (corpora and pools)",
         "ttmray.verify:repair",
         (RUN,),
+        keeps=True,
     ),
     Command("corpus upgrade", "add to the index of an older run what training reads by now", f"{LOOK}:upgrade", (RUN,)),
     Command(

@@ -49,6 +49,7 @@ COMMANDS = (
             switch("--all", "every entry", dest="everything"),
             switch("--offline", "only check what is here"),
         ),
+        keeps=True,
     ),
     Command("weights verify", "recompute the hashes of what is here; say what is gone", f"{WEIGHTS}:verify"),
     Command(

@@ -65,6 +65,7 @@ COMMANDS = (
             switch("--public", "everybody may see a repository that is made now (default: private)"),
             switch("--new-card", "replace a README.md that is there"),
         ),
+        keeps=True,
     ),
     Command(
         "demo",

@@ -67,7 +67,9 @@ def _of_unknown_length(value: Mapping[str, int | float | str]) -> bool:
 
 
 def _amount(value: int | float | str) -> str:
-    return f"{value:,.3g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _bytes(value: int | float | str) -> str:

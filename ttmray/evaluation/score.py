@@ -228,7 +228,7 @@ def score(
     if csv_to is not None:
         _write(rows, protocol, csv_to, chosen.note if means_nothing(bundle) else "")
     elif not as_json:
-        _print(rows, protocol, chosen.note)
+        _print(rows, protocol, chosen.note, chosen.clip_s)
     return EXIT_OK if all(row["status"] == "ok" for row in rows) else EXIT_TOO_MANY_FAILURES
 
 
@@ -247,7 +247,7 @@ def _write(rows: Sequence[ScoreRow], protocol: str, csv_to: str, note: str) -> N
     console.print(f"{ok} of {len(rows)} sounds scored by {protocol}: {csv_to}", markup=False)
 
 
-def _print(rows: list[ScoreRow], protocol: str, note: str) -> None:
+def _print(rows: list[ScoreRow], protocol: str, note: str, clip_s: float) -> None:
     pieces, partly = any(row["start_s"] for row in rows), any(row["heard"] for row in rows)
     columns = ("reward", "clap_score", "lufs", "true_peak_db", "duration_s")
     table = Table("file", *(["from s"] if pieces else []), *columns, *(["heard"] if partly else []), "status")
@@ -259,9 +259,8 @@ def _print(rows: list[ScoreRow], protocol: str, note: str) -> None:
         table.add_row(row["file"], *cells, status)
     console.print(table)
     if partly:
-        console.print(
-            "a reward of a long file is about what was heard of it; --pieces gives one per 10 s", style="yellow"
-        )
+        said = f"a reward of a long file is about what was heard of it; --pieces gives one per {clip_s:g} s"
+        console.print(said, style="yellow")
     console.print(f"scores by {protocol}")
     if note:
         errors.print(note, style="yellow")

@@ -53,11 +53,14 @@ class SystemFolder:
     warnings: tuple[str, ...]
 
 
-def find_systems(folders: Sequence[str], prompts: Sequence[Prompt]) -> list[SystemFolder]:
+def find_systems(folders: Sequence[str], prompts: Sequence[Prompt], others: str = "are left out") -> list[SystemFolder]:
     """The systems of some folders, local or s3://; `NAME=FOLDER` gives one a name, else the end of its path does.
 
     Prompts without a file become clips without a path, because a system that fails on some prompts must not look better
     for it. Files of no prompt are named in a warning.
+
+    Args:
+        others: what becomes of these, for the warning.
 
     Raises:
         UserError: a folder without audio, without any file of the prompts, with two files for one clip, or twice;
@@ -71,7 +74,7 @@ def find_systems(folders: Sequence[str], prompts: Sequence[Prompt]) -> list[Syst
         twice = sorted({item for item in items if items.count(item) > 1})
         if twice:
             raise UserError(f"two systems have the {what} {twice[0]}.", "Name them: NAME=FOLDER.")
-    return [_system(name, Folder(uri), prompts) for name, uri in zip(names, uris, strict=True)]
+    return [_system(name, Folder(uri), prompts, others) for name, uri in zip(names, uris, strict=True)]
 
 
 def audio_files(folder: Folder) -> list[str]:
@@ -123,7 +126,7 @@ def _ends(uris: Sequence[str]) -> list[str]:
     return ["/".join(part for part in p[-depth:] if part) for p in parts]
 
 
-def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> SystemFolder:
+def _system(name: str, folder: Folder, prompts: Sequence[Prompt], others: str) -> SystemFolder:
     texts = {prompt.id: prompt.text for prompt in prompts}
     made_by_us = folder.exists("run.json") and folder.files(manifest.ROWS, sizes=False)
     by_sample, extra = _by_manifest(name, folder, texts) if made_by_us else _by_name(name, folder, texts)
@@ -142,7 +145,7 @@ def _system(name: str, folder: Folder, prompts: Sequence[Prompt]) -> SystemFolde
     if missing:
         warnings.append(f"{name}: {len(missing)} of {len(texts)} prompts have no clip: {_some(missing)}.")
     if extra:
-        warnings.append(f"{name}: {len(extra)} files belong to no prompt and are left out: {_some(extra)}.")
+        warnings.append(f"{name}: {len(extra)} files belong to no prompt and {others}: {_some(extra)}.")
     place = {one: i for i, one in enumerate(texts)}
     clips = sorted(by_sample.values(), key=lambda clip: (place[clip.prompt_id], clip.sample))
     return SystemFolder(name, folder.uri, tuple(clips), tuple(warnings))

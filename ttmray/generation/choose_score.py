@@ -118,13 +118,16 @@ def _show_plan(config: ScoreChoiceConfig, out: Folder, scores: Sequence[float]) 
 
 def _trained_scores(config: ScoreChoiceConfig) -> tuple[float, ...]:
     """Scores to try, from what the checkpoint says about its training data."""
-    support = read_support(weights_file(config.checkpoint, "checkpoint")) if config.checkpoint else None
+    file = weights_file(config.checkpoint, "checkpoint") if config.checkpoint else None
+    file = file or open_bundle(config.bundle).backbone_file()  # None: drawn from a seed
+    support = None if file is None else read_support(file)
+    what = config.checkpoint or f"the backbone of bundle {config.bundle}"
     if support is None:
-        what = config.checkpoint or f"the bundle {config.bundle}"
-        raise UserError(f"{what} does not say which scores it was trained on.", "Set scores, such as scores=[0,1,2].")
+        way_out = "Set the scores to try: --set scores=[0,1,2]."
+        raise UserError(f"{what} does not say which scores it was trained on.", way_out)
     grid = support.grid(config.points)
     if len(grid) < 2:
-        raise UserError(f"{config.checkpoint} was trained on one score, {grid[0]:g}.", "Set scores to try others.")
+        raise UserError(f"{what} was trained on one score, {grid[0]:g}.", "Set scores to try others.")
     return grid
 
 

@@ -277,15 +277,16 @@ def _describe(config: GenerateConfig, bundle: Bundle) -> dict[str, Any]:
                 weights[f"{field}_cross_load"] = str(crossed)
     what: dict[str, Any] = {"config": identity(config), "bundle": models, "weights": weights}
     what |= {"separation": SEPARATION} if "separator" in roles else {}
-    more = {"note": bundle.note, "warnings": _score_warnings(config)}
+    more = {"note": bundle.note, "warnings": _score_warnings(config, bundle)}
     return runs.describe("generate", what, config, ("torch", "transformers", "numpy", "demucs"), **more)
 
 
-def _score_warnings(config: GenerateConfig) -> list[str]:
-    """Lines about scores beyond those that a checkpoint was trained on, which are also printed."""
-    paths = [path for path in (config.checkpoint, config.second_checkpoint) if path is not None]
+def _score_warnings(config: GenerateConfig, bundle: Bundle) -> list[str]:
+    """Lines about scores beyond those that the weights were trained on, which are also printed."""
+    first = config.checkpoint or bundle.backbone_file()  # None: drawn from a seed
     names = ("sampler.score", "sampler.second_score")
-    lines = [score_warning(*one) for one in zip(paths, config.sampler.scores, names, strict=False)]
+    asked = zip((first, config.second_checkpoint), config.sampler.scores, names, strict=False)
+    lines = [score_warning(str(path), score, name) for path, score, name in asked if path is not None]
     return [line for line in lines if line is not None]
 
 

@@ -271,7 +271,9 @@ def _describe(config: CandidatesConfig, plan: Plan, bundle: Bundle, left_out: in
         _, crossed = file_config(config.checkpoint, **how)
         if crossed is not None:
             weights["cross_load"] = str(crossed)
-        warning = score_warning(config.checkpoint, config.sampler.score, "sampler.score")
+    file = config.checkpoint or bundle.backbone_file()  # None: drawn from a seed
+    if file is not None:
+        warning = score_warning(str(file), config.sampler.score, "sampler.score")
     what = {
         "config": identity(config),
         "plan": plan.identity(),

@@ -198,7 +198,9 @@ class AblationPlan:
         def run() -> int:
             return train_sft(config) or export_again(self.root.path(place), self.config.weights)
 
-        needs = needs_of(f"checkpoints.{name}.train", config, self.root)
+        sources = ((checkpoint.train or {}).get("data") or {}).get("sources") or []
+        own_corpus = any("corpus" in source for source in sources)  # else it stands in the section that all have
+        needs = needs_of(f"checkpoints.{name}.train" if own_corpus else "stage1", config, self.root)
         return [Step(f"train-{name}", config, run, makes, after, needs=needs)]
 
     def _weights(self, name: str) -> str:

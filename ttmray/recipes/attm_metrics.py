@@ -75,7 +75,9 @@ def evaluate(config: AttmConfig, *, plan_only: bool = False) -> int:
         UserError: no audio, clips of other prompts, weights that are not there, or a judge that cannot be asked.
     """
     known = read_prompts(config.prompts)
-    systems = find_systems(config.folders, known)
+    systems = find_systems(
+        config.folders, known, "have no CLAP score; FAD hears the folder itself, with or without prompt"
+    )
     if config.judge is not None:
         check_judge(config.judge, [prompt.id for prompt in known])
     opened = open_bundle(config.bundle)

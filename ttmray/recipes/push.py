@@ -23,7 +23,7 @@ from ttmray.models.folder_bundle import DESCRIPTION, FolderFiles
 from ttmray.ranker.job import HEAD, METRICS
 from ttmray.recipes.cards import dataset_card, file_card, model_card
 from ttmray.recipes.licences import CARD, WEIGHT_ENDINGS, bundles_of, licence_for, parts_of
-from ttmray.runs import RUN, SUCCESS
+from ttmray.runs import RUN, SUCCESS, require_folder
 from ttmray.storage import Folder, local_file, split_path
 from ttmray.training.export import export
 
@@ -94,6 +94,8 @@ def push(
     asked = hub.parsed(repo if hub.is_hub(repo) else f"{hub.PREFIX}{repo}")
     if asked.path_in_repo or asked.revision:
         raise UserError(f"{repo} is no name of a repository.", "ORG/NAME")
+    if not path.endswith(WEIGHT_ENDINGS):
+        require_folder(Folder.at(path))
     api = hub.client()
     bundles = bundles_of(path, bundle)
     parts = parts_of(path, bundles)
@@ -101,6 +103,9 @@ def push(
     with TemporaryDirectory(prefix="ttmray-push-") as scratch:
         card = {"name": name or asked.id.partition("/")[2], "license": license}
         upload = _collect(path, Path(scratch), weights, bundles, card, {"evaluation": evaluation, "system": system})
+        exported = {"--weights": weights != "raw", "--evaluation": evaluation, "--system": system}
+        if (idle := [flag for flag, value in exported.items() if value]) and "weights" not in upload.about:
+            raise UserError(f"{', '.join(idle)}: {path} is no run of Stage 1 or 3.", "Leave it out.")
         kind = "dataset" if upload.kind == "corpus" else "model"
         if asked.type not in ("model", kind):
             raise UserError(f"{path} is no {asked.type}.", f"Push it to {kind}s: {asked.id}.")
@@ -108,11 +113,14 @@ def push(
             api.create_repo(asked.id, repo_type=kind, private=not public, exist_ok=True)
             sent = _send(api, asked.id, kind, upload, new_card)
     HfFileSystem.clear_instance_cache()  # what this process has listed there is old now
-    where = f"{hub.PREFIX}{'datasets/' if kind == 'dataset' else ''}{asked.id}"
-    console.print(f"{where}: {sent} of {len(upload.files) + 2} files sent, licence {license}", markup=False)
+    place = f"{'datasets/' if kind == 'dataset' else ''}{asked.id}"
+    where, page = f"{hub.PREFIX}{place}", f"{hub.endpoint()}/{place}"
+    console.print(
+        f"{where}: {sent} of {len(upload.files) + 2} files sent, licence of a new card: {license}", markup=False
+    )
     for entry, licence in parts.restricted.items():
         console.print(f"  it has parts of {entry}, {licence}: not for commercial use", markup=False)
-    console.print(f"  the end of its card says what is left to fill in: {hub.endpoint()}/{asked.id}", markup=False)
+    console.print(f"  the end of its card says what is left to fill in: {page}", markup=False)
     return EXIT_OK
 
 

@@ -17,6 +17,7 @@ from ttmray.evaluation.results import RESULTS, Results, System, read_results
 from ttmray.models.bundle import BUNDLES, base_name, means_nothing
 from ttmray.recipes import published
 from ttmray.recipes.result_views import PAGE, View, players_of, view_of
+from ttmray.runs import require_folder
 from ttmray.storage import Folder
 from ttmray.training.config import LoopConfig
 from ttmray.training.logbook import METRICS as LOG
@@ -86,11 +87,14 @@ def _ends(lines: Mapping[str, Points]) -> Iterator[str]:
 
 
 def headline(results: Results) -> str:
-    """What an evaluation says, in a sentence: the best mean reward, and whether it is told from the first system's."""
+    """What an evaluation says, in a sentence: the best mean reward, and whether it is told from the first system's.
+    Nothing is named best where the numbers mean nothing."""
     known = {system.name: system.metrics["reward"] for system in results.systems if "reward" in system.metrics}
     values = {name: metric.value for name, metric in known.items() if metric.value is not None}
     if not values:
         return "No system has a reward."
+    if results.meaningless:
+        return "By untrained models: these numbers mean nothing, and no system is named as better."
     best, first = max(values, key=lambda name: values[name]), next(iter(values))
     ends = known[best]
     interval = "" if ends.low is None or ends.high is None else f" (95 % interval {ends.low:+.3f} to {ends.high:+.3f})"
@@ -101,8 +105,6 @@ def headline(results: Results) -> str:
     if best == first or pair is None or pair.difference is None:
         return f"{text}."
     gain = abs(pair.difference)
-    if results.meaningless:
-        return f"{text}, {gain:.3f} more than {first}; by untrained models, so it means nothing."
     told = "told from chance" if pair.significant else "which may be chance"
     return f"{text}, {gain:.3f} more than {first}, {told} (Holm's p {pages.p_value(pair.p_holm)}, {pair.n} prompts)."
 
@@ -208,6 +210,7 @@ def run_page(folder: str) -> int:
         UserError: it is neither, or nothing was logged yet.
     """
     run = Folder.at(folder)
+    require_folder(run)
     curves = curves_of(run, run.name)
     if curves is None or not run.exists("run.json"):
         if run.exists(PAGE):  # of a chain or of generated clips

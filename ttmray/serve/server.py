@@ -179,7 +179,11 @@ class TryOutHandler(BaseHTTPRequestHandler):
 
     def _clips(self, asked: dict[str, Any]) -> dict[str, Any]:
         tryout = self.server.tryout
-        prompt, seed, guidance = str(asked["prompt"]), int(asked["seed"]), float(asked["guidance"])
+        prompt, seed, guidance = asked["prompt"], asked["seed"], float(asked["guidance"])
+        if not isinstance(prompt, str):
+            raise UserError("A prompt is a text.", "Say what is to be heard.")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise UserError(f"A seed is a whole number from 0 to {SEEDS - 1}.")
         scores = [None if score is None else float(score) for score in asked["scores"]]
         if len(scores) == 1:
             clip = tryout.clip(prompt, scores[0], guidance, seed)
