@@ -13,10 +13,19 @@ def named(path: str) -> Any:
     """What `module:Name` names.
 
     Raises:
-        ImportError, AttributeError: there is no such module, or nothing of that name in it.
+        ImportError: there is no such module, or it fails when it is imported.
+        AttributeError: it has nothing of that name.
     """
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
+    place, _, name = path.partition(":")
+    if not place or place.startswith("."):
+        raise ImportError(f"{place!r} is no full name of a module")
+    try:
+        module = import_module(place)
+    except (ImportError, UserError):
+        raise
+    except Exception as error:  # whatever a module of others does: who names it wants to know
+        raise ImportError(f"{place} fails when it is imported: {type(error).__name__}: {error}") from error
+    return getattr(module, name)
 
 
 def function_named(path: str, field: str) -> Any:
