@@ -231,6 +231,12 @@ def test_the_hint_at_pieces_has_the_length_of_the_bundles_clips(capsys):
     row = {name: 1.0 for name in (*FACTS, "reward", "clap_score", "start_s")} | {"file": "a.wav", "status": "ok"}
     _print([row | {"heard": "CLAP 8.2 to 18.2 s"}], "protocol", "", 5.0)
     assert "--pieces gives one per 5 s" in capsys.readouterr().out
+    _print(
+        [row | {"heard": "", "start_s": 0.0, "duration_s": 7.0}], "protocol", "", 5.0
+    )  # all of it was heard, as no clip was before
+    assert "knows clips of 5 s" in capsys.readouterr().out
+    _print([row | {"heard": "", "start_s": 0.0, "duration_s": 5.0}], "protocol", "", 5.0)
+    assert "--pieces" not in capsys.readouterr().out
 
 
 def test_a_folder_is_scored_file_by_file_into_a_csv(capsys, tmp_path):

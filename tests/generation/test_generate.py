@@ -375,7 +375,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_an_empty_folder(prompts, tmp_path
         (("samples=0",), "samples: Input should be greater than or equal to 1"),
         (("sampler.score=.nan",), "sampler.score: Input should be a finite number"),
         (("sampler.steps=0",), "sampler.steps: Input should be greater than or equal to 1"),
-        (("texts=[x]",), "needs prompts .a file: .* or texts .*, and not both"),
+        (("texts=[x]",), "needs texts .* or prompts .*, and not both"),
         (("prompts=/none.csv",), r"/none.csv: not found"),
         (("bundle=x",), "bundle: there is no bundle 'x'"),
         (("runtime.device=tpu",), "runtime.device"),

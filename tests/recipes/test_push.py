@@ -274,14 +274,12 @@ def test_a_push_that_was_interrupted_leaves_an_unfinished_corpus_and_goes_on(hub
     assert list(problems(Folder.at("hf://datasets/org/songs"))) == []
 
 
-def test_a_pushed_corpus_opens_with_datasets(hub, corpus, tmp_path):
-    push(str(corpus), "org/songs")
-    code = (
-        "import json; from datasets import load_dataset; "
-        "rows = load_dataset('org/songs', split='train'); place = 'hf://datasets/org/songs/index.parquet'; "
-        "index = load_dataset('parquet', data_files=place, split='train'); "
-        "print(json.dumps([len(rows), sorted(rows.column_names), len(index), index.column_names]))"
-    )
+def test_a_pushed_corpus_opens_with_datasets_as_its_page_says(hub, corpus, tmp_path):
+    push(str(corpus), "my-org/my-songs")
+    page = (Path(__file__).resolve().parents[2] / "docs/hub.md").read_text()
+    code = page.partition("opens without ttmray, too:")[2].partition("```python\n")[2].partition("```")[0]
+    code += "import json\nclips = list(clips)\n"
+    code += "print(json.dumps([len(clips), sorted(clips[0]), len(index), index.column_names]))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TTMRAY_"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}

@@ -261,6 +261,9 @@ def _print(rows: list[ScoreRow], protocol: str, note: str, clip_s: float) -> Non
     if partly:
         said = f"a reward of a long file is about what was heard of it; --pieces gives one per {clip_s:g} s"
         console.print(said, style="yellow")
+    elif not pieces and any((row.get("duration_s") or 0) > clip_s + 0.05 for row in rows):
+        said = f"this bundle knows clips of {clip_s:g} s: rewards of longer files are off their scale; "
+        console.print(f"{said}--pieces gives one per {clip_s:g} s", style="yellow")
     console.print(f"scores by {protocol}")
     if note:
         errors.print(note, style="yellow")

@@ -142,7 +142,8 @@ class GenerateConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.prompts is None) == (not self.texts):
-            raise ValueError("needs prompts (a file: prompts=FILE) or texts (texts=[a calm piano]), and not both")
+            ways = "texts (--prompt 'a calm piano', or texts=[a calm piano]) or prompts (a file: prompts=FILE)"
+            raise ValueError(f"needs {ways}, and not both")
         if (self.sampler.mode == "single") != (self.second_checkpoint is None):
             raise ValueError(f"sampler.mode {self.sampler.mode} does not go with second_checkpoint")
         if self.second_checkpoint is not None and self.checkpoint is None:
