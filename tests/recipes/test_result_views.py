@@ -63,6 +63,8 @@ def test_the_headline_of_methods_has_interval_prompts_and_seeds_and_says_what_ma
     assert "32 held-out prompts, 2 seeds), told from chance." in text
     assert "true quality changes by +0.020 (−0.080 to +0.120), which may be chance." in text
     assert text.endswith("No method of 2 is told to raise both.")
+    near = method_page.headline(compared(row("crpo", 0.2, 0.03), row("grpo", 0.1, 0.4)))
+    assert "+0.100 to +0.300, 32 held-out prompts, 2 seeds), which may be chance among 2 methods." in near
     both = method_page.headline(compared(row("crpo", 0.2, 0.001, 0.3, "both rise", 0.001)))
     assert both.endswith("Both rise by crpo.")
     hacked = row("grpo", 0.4, 0.001, -0.3, "hacked: reward rises, quality falls", 0.001)

@@ -75,13 +75,20 @@ def share(result: Mapping[str, Any]) -> str:
 
 def side(change: Mapping[str, Any], result: Mapping[str, Any]) -> int:
     """1: told to be above the parent, -1: below, 0: neither; corrected for the number of methods as verdicts are."""
-    methods = sum(bool(row["changes"]) for row in result["rows"])
-    told = change["p"] is not None and change["p"] * methods < 1 - result.get("confidence", 0.95)
+    told = change["p"] is not None and change["p"] * _methods(result) < 1 - result.get("confidence", 0.95)
     return 0 if not told else 1 if change["value"] > 0 else -1
 
 
+def _methods(result: Mapping[str, Any]) -> int:
+    return sum(bool(row["changes"]) for row in result["rows"])
+
+
 def _in_words(change: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    return "told from chance" if side(change, result) else "which may be chance"
+    """Intervals are those of one change; words are of the best of several methods."""
+    if side(change, result):
+        return "told from chance"
+    without_zero = change["low"] > 0 or change["high"] < 0
+    return "which may be chance" + (f" among {_methods(result)} methods" if without_zero else "")
 
 
 def section(result: Mapping[str, Any], svgs: Mapping[str, Markup]) -> Markup:
