@@ -8,6 +8,7 @@ is written file by file: a run's folder is no git repository. `ttmray push` uplo
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,16 @@ def client() -> "HfApi":
 
     if variable := offline():
         raise UserError(f"the hub was not asked: {variable} is set.", f"Unset {variable}.")
+    _no_bars_in_files()
     return HfApi(endpoint=endpoint(), library_name="ttmray")
+
+
+def _no_bars_in_files() -> None:
+    """The client's own progress bars are for terminals."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def parsed(uri: str) -> "HfUri":
@@ -117,6 +127,7 @@ def snapshot(uri: str) -> Path:
 
 def _how(asked: "HfUri") -> dict[str, Any]:
     """Arguments of the client's downloads, of a file or of all."""
+    _no_bars_in_files()
     return {
         "repo_type": asked.type,
         "revision": asked.revision,

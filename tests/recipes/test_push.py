@@ -274,6 +274,13 @@ def test_a_push_that_was_interrupted_leaves_an_unfinished_corpus_and_goes_on(hub
     assert list(problems(Folder.at("hf://datasets/org/songs"))) == []
 
 
+def test_bars_of_the_hubs_client_are_not_in_files(hub, corpus, capfd):
+    push(str(corpus), "org/quiet")
+    shown = capfd.readouterr()
+    assert "org/quiet" in shown.out
+    assert "%|" not in shown.out + shown.err
+
+
 def test_a_pushed_corpus_opens_with_datasets_as_its_page_says(hub, corpus, tmp_path):
     push(str(corpus), "my-org/my-songs")
     page = (Path(__file__).resolve().parents[2] / "docs/hub.md").read_text()
