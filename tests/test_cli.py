@@ -265,8 +265,8 @@ def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(command, mea
         ("generate --prompt x --bundle debug --output notes.txt", "notes.txt: is a file, not a folder"),
         ("attm submit 'my songs' --prompts prompts.csv --out x.zip", "no audio files"),
         ("train-sft --config debug/stage1 --set output=o", "is not a corpus run"),
-        ("verify notes.txt", "is a file, not a folder"),
-        ("report gone", "nothing to show"),
+        ("verify notes.txt", "notes.txt is a file"),
+        ("report gone", "gone is not there"),
         ("compare gone", "gone: not found"),
     ],
 )
