@@ -1,5 +1,6 @@
 """The index files: reproducible bytes, damage that is noticed, and sums for latent statistics."""
 
+import io
 import json
 from typing import Any
 
@@ -188,3 +189,17 @@ def test_rows_of_many_units_are_joined_block_by_block(finished_run, monkeypatch)
     assert rows["key"].num_chunks == 2
     assert metadata == [data for _, data in units]
     assert index.read_together(run, [])[0].equals(index.SCHEMA.empty_table())
+
+
+def test_a_column_of_another_type_is_damage_in_every_way_of_reading(tmp_path):
+    table, _ = index.from_bytes(WHOLE, "u")
+    other = table.set_column(table.schema.get_field_index("sha256"), "sha256", table["sha256"].cast(pa.binary()))
+    run = Folder.at(str(tmp_path))
+    run.write(index.MERGED, index.parquet_bytes(other))
+    with pytest.raises(UserError, match="column sha256 is binary, not string"):
+        index.read_merged(run)
+    with pytest.raises(UserError, match="column sha256 is binary, not string"):
+        index.MergedRows(run).take(2, ["key", "sha256"])
+    metadata = pq.read_table(io.BytesIO(WHOLE)).schema.metadata
+    with pytest.raises(UserError, match="column sha256 is binary, not string"):
+        index.from_bytes(index.parquet_bytes(other.replace_schema_metadata(metadata)), "u")

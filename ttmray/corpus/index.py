@@ -178,7 +178,11 @@ def _columns(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
             table = table.append_column(SCHEMA.field(column), nulls)
     if columns is None:
         columns = [*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)]
-    return table.select(columns)
+    table = table.select(columns)
+    for field in table.schema:  # a damaged footer may call text bytes
+        if field.name in SCHEMA.names and field.type != SCHEMA.field(field.name).type:
+            raise ValueError(f"column {field.name} is {field.type}, not {SCHEMA.field(field.name).type}")
+    return table
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
