@@ -356,7 +356,7 @@ def restore_run(run: Folder, kind: str, identity: str = "", exact: bool = True) 
         return None
     with suppress(ValueError, KeyError, TypeError, UserError):
         said = read_json(run.read(RUN))
-        sound = said["fingerprint"] == fingerprint(said["identity"])
+        sound = runs.is_sound(said)
         ours = said["fingerprint"] == (identity or said["fingerprint"])
         if sound and ours and (not exact or said == copy or said["fingerprint"] != copy["fingerprint"]):
             return None
@@ -365,7 +365,7 @@ def restore_run(run: Folder, kind: str, identity: str = "", exact: bool = True) 
     return dict(copy)
 
 
-def existing_run(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, Any] | None:
+def existing_or_copy(run: Folder, kind: str, beside: Collection[str] = ()) -> dict[str, Any] | None:
     """`runs.existing`, by the copy in `_SUCCESS.json` where `run.json` is missing or damaged: what a launch would go on
     with, without writing.
 

@@ -77,11 +77,15 @@ def kind_of(run: Folder, known: Sequence[str]) -> str:
     return kind if kind in known else known[0]
 
 
+def is_sound(record: dict[str, Any]) -> bool:
+    """Whether the fingerprint in `run.json` is that of the identity in it."""
+    return bool(record["fingerprint"] == fingerprint(record["identity"]))
+
+
 def sound(run: Folder) -> bool:
     """Whether `run.json` is there and describes a run."""
     try:
-        record = read_json(run.read(RUN))
-        return bool(record["fingerprint"] == fingerprint(record["identity"]))
+        return is_sound(read_json(run.read(RUN)))
     except (UserError, ValueError, KeyError, TypeError):
         return False
 
@@ -101,12 +105,12 @@ def read(run: Folder, kind: str) -> dict[str, Any]:
         raise UserError(f"{run} is no {kind} run: it has no {RUN}.", "Give the output folder of such a run.")
     try:
         record: dict[str, Any] = read_json(run.read(RUN))
-        other, sound = record["kind"], record["fingerprint"] == fingerprint(record["identity"])
+        other, whole = record["kind"], is_sound(record)
     except (ValueError, KeyError, TypeError):
-        other, sound = kind, False
+        other, whole = kind, False
     if other != kind:
         raise UserError(f"{run} holds a run of kind {other}, not {kind}.", "Choose another folder.")
-    if not sound:
+    if not whole:
         raise UserError(f"{run.path(RUN)} describes no {kind} run.", "Restore it, or choose an empty or new folder.")
     return record
 

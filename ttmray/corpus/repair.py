@@ -34,7 +34,12 @@ def existing_run(run: Folder, kind: str, beside: Collection[str]) -> dict[str, A
     """
     if restore_run(run, kind) is not None:
         console.print(f"{RUN} is missing or damaged; it is made again", style="yellow")
-    return runs.existing(run, kind, beside) if runs.sound(run) or not _run_of_units(run) else None
+    try:
+        return runs.existing(run, kind, beside)
+    except UserError:
+        if runs.sound(run) or not _run_of_units(run):
+            raise
+        return None
 
 
 def take_back(run: Folder, described: dict[str, Any], existing: dict[str, Any] | None) -> dict[str, Any] | None:

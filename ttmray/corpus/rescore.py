@@ -134,7 +134,7 @@ def _note(corpus: dict[str, Any]) -> str:
 
 
 def _show_plan(run: Folder, out: Folder, rows: pa.Table, protocol: Protocol, described: dict[str, Any]) -> int:
-    if (old := inventory.existing_run(out, "scores")) is not None:
+    if (old := inventory.existing_or_copy(out, "scores")) is not None:
         runs.refuse_another(out, old, described, choose=_choose(out))
     parts = list(_parts(run, rows, protocol.text == "caption"))
     names = {entry.name.rpartition("-")[0] for entry in out.files(PARTS, sizes=False)}

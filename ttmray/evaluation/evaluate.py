@@ -166,7 +166,7 @@ def _show_plan(config: EvaluateConfig) -> int:
     if config.judge is not None:
         check_judge(config.judge, [prompt.id for prompt in prompts])
     out, bundle = Folder.at(config.output), open_bundle(config.bundle)
-    inventory.existing_run(out, KIND)
+    inventory.existing_or_copy(out, KIND)
     clips = sum(clip.path is not None for system in systems for clip in system.clips)
     owed = sum(len(system.clips) for system in systems)
     flops, of = embedding_flops(bundle, clips, ("clap", "mert"))

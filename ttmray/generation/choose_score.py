@@ -18,7 +18,7 @@ from ttmray.corpus.unit import OK
 from ttmray.errors import EXIT_OK, UserError
 from ttmray.generation.filter import numbers, read_pool
 from ttmray.generation.plan_rows import OF, sampling
-from ttmray.generation.pool import generate_pool, planned
+from ttmray.generation.pool import clips_to_make, generate_pool
 from ttmray.generation.pool_worker import CandidatesConfig
 from ttmray.json_text import read_json
 from ttmray.models.backbone_weights import read_support
@@ -104,16 +104,15 @@ def _pool(config: ScoreChoiceConfig, out: Folder, score: float) -> CandidatesCon
 
 
 def _show_plan(config: ScoreChoiceConfig, out: Folder, scores: Sequence[float]) -> int:
-    todo = [planned(_pool(config, out, score)) for score in scores]
-    bundle, clips, flops = open_bundle(config.bundle), sum(count for count, _ in todo), [work for _, work in todo]
+    bundle, clips = open_bundle(config.bundle), sum(clips_to_make(_pool(config, out, score)) for score in scores)
+    backbone, flops = sampling(config, bundle, clips)
     rows = [
         ("scores", f"{len(scores)}", ", ".join(f"{score:g}" for score in scores)),
         ("clips", f"{clips:,} to make", f"{config.candidates} per prompt and score, each scored"),
         ("bundle", bundle.name, bundle.note),
-        *sampling(config, bundle, clips)[0],
+        *backbone,
     ]
-    known = [work for work in flops if work is not None]
-    return show_plan(rows, out, clips, sum(known) if len(known) == len(flops) else None, config.runtime, OF)
+    return show_plan(rows, out, clips, flops, config.runtime, OF)
 
 
 def _trained_scores(config: ScoreChoiceConfig) -> tuple[float, ...]:

@@ -171,7 +171,7 @@ def generate_run(
 
 def _show_plan(config: GenerateConfig, retry_failed: bool, overwrite: bool) -> int:
     clips, run, bundle = plan_clips(prompts_of(config), config), Folder.at(config.output), open_bundle(config.bundle)
-    existing = inventory.existing_run(run, "generate")
+    existing = inventory.existing_or_copy(run, "generate")
     rows: dict[str, dict[str, Any]] = {}
     deleted: list[Row] = []
     if existing is not None:

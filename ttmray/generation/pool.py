@@ -122,29 +122,25 @@ def _refuse_another(run: Folder, existing: dict[str, Any], described: dict[str, 
     runs.refuse_another(run, existing, described, changes)
 
 
-def planned(config: CandidatesConfig) -> tuple[int, float | None]:
-    """Clips of a pool that are not made yet, and the FLOPs of sampling them; None where they are not known.
+def clips_to_make(config: CandidatesConfig) -> int:
+    """Clips of a pool that are not made yet.
 
     Raises:
         UserError: the folder belongs to another run, or what `choose_prompts` raises.
     """
-    prompts = choose_prompts(config)
-    return _planned(config, Folder.at(config.output), open_bundle(config.bundle), prompts.held_out, prompts.chosen)
+    prompts, run, bundle = choose_prompts(config), Folder.at(config.output), open_bundle(config.bundle)
+    return _clips_to_make(config, run, bundle, prompts, plan_pool(prompts.chosen, config))
 
 
-def _planned(
-    config: CandidatesConfig, run: Folder, bundle: Bundle, left_out: int, chosen: Sequence[Prompt]
-) -> tuple[int, float | None]:
-    plan = plan_pool(chosen, config)
-    if (existing := inventory.existing_run(run, "pool", beside=(PLAN_FILE,))) is not None:
-        _refuse_another(run, existing, _describe(config, plan, bundle, left_out), plan)
-    todo = not_committed(run, plan)
-    clips = plan.expected_clips(todo.names)
-    return clips, sampling(config, bundle, clips)[1]
+def _clips_to_make(config: CandidatesConfig, run: Folder, bundle: Bundle, prompts: "Prompts", plan: Plan) -> int:
+    if (existing := inventory.existing_or_copy(run, "pool", beside=(PLAN_FILE,))) is not None:
+        _refuse_another(run, existing, _describe(config, plan, bundle, prompts.held_out), plan)
+    return plan.expected_clips(not_committed(run, plan).names)
 
 
 def _show_plan(config: CandidatesConfig, run: Folder, bundle: Bundle, prompts: "Prompts", plan: Plan) -> int:
-    todo, flops = _planned(config, run, bundle, prompts.held_out, prompts.chosen)
+    todo = _clips_to_make(config, run, bundle, prompts, plan)
+    backbone, flops = sampling(config, bundle, todo)
     left_out = _left_out(prompts.held_out) if prompts.held_out else ""
     source = str(config.prompts or config.corpus)
     rows = [
@@ -152,7 +148,7 @@ def _show_plan(config: CandidatesConfig, run: Folder, bundle: Bundle, prompts: "
         ("clips", f"{todo:,} to make of {plan.expected_clips():,}", f"{config.candidates} per prompt, each scored"),
         ("bundle", bundle.name, bundle.note),
         *weights_rows(bundle, ROLES_OF_POOL - ({"backbone"} if config.checkpoint else set())),
-        *sampling(config, bundle, todo)[0],
+        *backbone,
     ]
     return show_plan(rows, run, todo, flops, config.runtime, OF)
 

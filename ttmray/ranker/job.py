@@ -163,7 +163,7 @@ def heads_of(config: RankerConfig) -> list[HeadRun]:
 
 def _show_plan(run: Folder, config: RankerConfig, splits: dict[str, list[Pair]], lost: int, digest: str) -> int:
     bundle, used = open_bundle(config.bundle), [pair for members in splits.values() for pair in members]
-    if (old := inventory.existing_run(run, "ranker")) is not None:
+    if (old := inventory.existing_or_copy(run, "ranker")) is not None:
         runs.refuse_another(run, old, _describe(config, digest))
     heads = heads_of(config)
     todo = [one for one in heads if not run.exists(f"heads/{one.name}.json")]

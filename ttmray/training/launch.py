@@ -113,7 +113,7 @@ def refuse_foreign(out: Folder, described: dict[str, Any], force: bool = False) 
     Raises:
         UserError: the folder belongs to another run or to something else.
     """
-    existing = inventory.existing_run(out, described["kind"])
+    existing = inventory.existing_or_copy(out, described["kind"])
     if existing is not None and not force:
         runs.refuse_another(out, existing, described, way_out=FORCE)
 
