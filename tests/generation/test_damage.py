@@ -54,3 +54,10 @@ def test_the_same_command_makes_again_what_was_damaged(folder, tmp_path, name, d
     unlike = ("summary.json",)  # times
     before = content(folder / "run", unlike)
     assert content(run, unlike) == before
+
+
+def test_a_plan_counts_a_clip_whose_row_is_damaged_among_those_to_make(folder, tmp_path, capsys):
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    DAMAGES["flipped"](run / "manifest/b.json", folder / "other")
+    assert generate(make(folder, run), plan_only=True) == EXIT_OK
+    assert "1 to make of 3" in capsys.readouterr().out

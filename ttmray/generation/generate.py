@@ -176,7 +176,7 @@ def _show_plan(config: GenerateConfig, retry_failed: bool, overwrite: bool) -> i
     deleted: list[Row] = []
     if existing is not None:
         described = _describe(config, bundle)
-        rows = manifest.read_rows(run)
+        rows = manifest.read_rows(run, [])  # a launch makes damaged ones again
         if overwrite and existing["fingerprint"] != described["fingerprint"]:
             deleted = [("deleted", f"{len(rows)} clips of other settings", "--overwrite")]
             rows = {}
